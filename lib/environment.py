@@ -1,0 +1,83 @@
+"""The ground every script stands on: import guards, device choice, and how a script ends.
+
+Import this module before transformers or overcomplete. It is the only place that touches `sys.modules`.
+"""
+import importlib.util
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+# A torchvision that does not match torch breaks every transformers model class on import, and nothing
+# here needs images through it. None makes `import torchvision` an ImportError and find_spec return None.
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+# Fast tokenizers warn on every fork once they have run threads; nothing here tokenises in a fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# `import overcomplete` would load its vision half (timm, OpenCV ...). A bare module with the package's
+# path lets `overcomplete.sae` be imported without running the package's own __init__.
+if "overcomplete" not in sys.modules:
+    _spec = importlib.util.find_spec("overcomplete")
+    if _spec is None or _spec.submodule_search_locations is None:
+        raise ImportError("overcomplete is not installed: pip install -r requirements.txt")
+    _bare = types.ModuleType("overcomplete")
+    _bare.__path__ = list(_spec.submodule_search_locations)
+    sys.modules["overcomplete"] = _bare
+
+import torch  # noqa: E402  (the guards above come first)
+
+PROJECT = Path(__file__).resolve().parent.parent
+log = logging.getLogger("workbench")
+
+
+class InputError(ValueError):
+    """Something the user can put right; its message is one line that says what to do."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main(): InputError ends with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+def log_to(path: Path) -> None:
+    """Send the log to the console and append it to the file `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log.setLevel(logging.INFO)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(console)
+    log.addHandler(file)
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """The device named by `wanted`, or for "auto" CUDA, then MPS, then the CPU; logs the choice.
+
+    Raises InputError if `wanted` is not available here.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if wanted == "auto":
+        log.info("device: %s (auto; available: %s)", available[0], ", ".join(available))
+        return torch.device(available[0])
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise InputError(f"DEVICE={wanted!r} is no device; use one of auto, {', '.join(available)}") from None
+    if device.type not in available or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise InputError(f"DEVICE={wanted!r} is not available here; use one of auto, {', '.join(available)}")
+    return device
