@@ -24,7 +24,8 @@ Presets = dict[str, dict[str, Any]]
 def override(namespace: dict[str, Any], presets: Presets | None = None, argv: list[str] | None = None) -> dict[str, Any]:
     """Replace the constants in `namespace` by the chosen preset and then by NAME=value arguments.
 
-    namespace: the script's globals(). presets: preset name -> {constant: value}, chosen by the constant
+    namespace: the script's globals(); its constants are the UPPERCASE names that its own source assigns, imported
+    ones are left alone. presets: preset name -> {constant: value}, chosen by the constant
     PRESET. argv: the arguments; None means sys.argv[1:] when the script is run, nothing when it is imported.
 
     Returns all constants as they now are. `--help` prints the docstring and the constants with their
@@ -32,9 +33,10 @@ def override(namespace: dict[str, Any], presets: Presets | None = None, argv: li
     """
     if argv is None:
         argv = sys.argv[1:] if namespace.get("__name__") == "__main__" else []
-    names = [name for name, value in namespace.items() if name.isupper() and not name.startswith("_") and value is not presets]
+    source = Path(namespace["__file__"]).read_text(encoding="utf-8")
+    names = [name for name in _assigned(source).values() if name in namespace and namespace[name] is not presets]
     if "-h" in argv or "--help" in argv:
-        print(_help(namespace, names, presets))
+        print(_help(namespace, names, presets, _comments(source)))
         sys.exit(0)
     try:
         given = dict(_parse(argument, namespace, names) for argument in argv)
@@ -85,8 +87,7 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _help(namespace: dict[str, Any], names: list[str], presets: Presets | None) -> str:
-    comments = _comments(Path(namespace["__file__"]).read_text(encoding="utf-8"))
+def _help(namespace: dict[str, Any], names: list[str], presets: Presets | None, comments: dict[str, str]) -> str:
     width = max(len(f"{name}={namespace[name]!r}") for name in names)
     lines = [f"  {f'{name}={namespace[name]!r}':<{min(width, 44)}}  {comments.get(name, '')}".rstrip() for name in names]
     for preset, values in (presets or {}).items():
@@ -94,23 +95,29 @@ def _help(namespace: dict[str, Any], names: list[str], presets: Presets | None) 
     return "\n".join([(namespace.get("__doc__") or "").strip(), "", "Constants (NAME=value):", *lines])
 
 
-def _comments(source: str) -> dict[str, str]:
-    """Constant name -> the comment on the line where its assignment ends, and on comment lines below it."""
+def _assigned(source: str) -> dict[int, str]:
+    """Line where the assignment ends -> name, for every UPPERCASE name that the script assigns at its top level."""
     ends = {}
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         for target in targets:
             if isinstance(target, ast.Name) and target.id.isupper():
-                ends[node.end_lineno] = target.id
+                ends[node.end_lineno or node.lineno] = target.id
+    return ends
+
+
+def _comments(source: str) -> dict[str, str]:
+    """Constant -> the comment behind its assignment, with the indented comment lines below it."""
+    ends = _assigned(source)
     found: dict[str, str] = {}
-    last_name, last_line = None, -1
+    name, last_line = "", -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             text, line = token.string.lstrip("# "), token.start[0]
             if line in ends:
-                last_name, last_line = ends[line], line
-                found[last_name] = text
-            elif last_name and line == last_line + 1 and token.start[1] > 0:  # an indented line goes on
-                found[last_name] += " " + text
+                name, last_line = ends[line], line
+                found[name] = text
+            elif name and line == last_line + 1 and token.start[1] > 0:
+                found[name] += " " + text
                 last_line = line
     return found

@@ -211,6 +211,11 @@ class Run:
         folder = self.path / hook
         return read_json(folder / "stats.json") | read_tensors(folder / "stats.safetensors")
 
+    def digest(self, hook: str) -> str:
+        """One hash over the hook's shards: what an SAE records as the data that it was trained on."""
+        digests = {entry["file"]: entry["sha256"] for entry in self.manifest["files"]}
+        return fingerprint([digests[shard["file"]] for shard in self.manifest["hooks"][hook]])
+
     def token(self, row: int) -> str:
         """The row's piece of text, by its stored character offsets."""
         rows = self.rows

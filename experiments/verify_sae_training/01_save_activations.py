@@ -1,0 +1,130 @@
+"""Step 1: save the activations of a language model on a data set.
+
+    python 01_save_activations.py                                        # the embedded model and stories
+    python 01_save_activations.py PRESET=bielik                          # the setting of the original experiment
+    python 01_save_activations.py MODEL=gpt2 DATASET=my.jsonl LAYER_SIGNATURE=resid_post:6
+    python 01_save_activations.py LAYER_SIGNATURE='?'                    # list the layers and stop
+
+Only real tokens are stored, each with its text and place in it, so that no later step needs the model for that.
+Started again after an interruption, it continues; a finished run with the same constants is not made twice.
+
+Writes store/verify_sae_training/runs/<run_id>/ and, when it is complete, run_id.txt
+"""
+import math
+
+from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
+from lib.constants import override
+from lib.environment import InputError, choose_device, log, log_to, run
+from lib.hooks import blocks, layer_signatures, resolve
+from lib.models import choose_dtype, load_model, load_tokenizer, model_identity
+from lib.store import experiment_dir, fingerprint, open_run, provenance, write_text
+from lib.texts import load_documents, split_texts
+
+PRESET = "tiny"                    # tiny: the embedded model; bielik: the original experiment, needs the hub and a GPU
+MODEL = "store/embedded/model"     # hub name or directory of a transformers model
+DATASET = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
+DATA_SPLIT = "train"               # split of a hub data set; a file has none
+TEXT_FIELD = "text"                # the column that holds the text
+DATA_LIMIT: int | None = 5000      # texts; None: all
+MAX_LENGTH = 128                   # tokens of a text, special tokens included; the rest is cut
+LAYER_SIGNATURE = "resid_post:2"   # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N, mlp_out:N,
+                                   # a dotted module path, or class_path_with_underscores; ?: list them
+HOOK_POINT = "output"              # input or output of the module, where the signature does not say
+BATCH_SIZE_SAVE = 16               # texts of MAX_LENGTH in one forward pass; shorter texts: more of them
+STORE_DTYPE = "float32"            # float32, bfloat16 (half the disk, 3 digits) or float16 (range 65504)
+SHARD_ROWS = 65536                 # tokens in one file
+SKIP_SPECIAL = True                # keep BOS, EOS and other control tokens out
+SKIP_FIRST = 0                     # tokens to drop at the start of each text; 1 where there is no BOS
+MAX_NORM_MULTIPLE: float | None = None  # drop tokens whose norm is over this multiple of the median; None: keep all
+PADDING_SIDE = "right"             # right or left; both store the same rows
+VAL_FRAC = 0.1                     # share of the texts that training never sees
+PREFLIGHT = True                   # report norm, gamma, outliers and cost of every block before saving
+MODEL_DTYPE = "auto"               # precision of the model: auto, float32, bfloat16, float16
+DEVICE = "auto"                    # auto, cpu, cuda, mps
+TRUST_REMOTE_CODE = False          # run code that comes with a hub model; only for authors you trust
+SEED = 0                           # draws the validation texts
+
+PRESETS = {
+    "tiny": {},
+    "bielik": {
+        "MODEL": "speakleash/Bielik-1.5B-v3.0-Instruct", "DATASET": "roneneldan/TinyStories", "DATA_LIMIT": 1000,
+        "LAYER_SIGNATURE": "llamaforcausallm_model_layers_16_post_attention_layernorm", "HOOK_POINT": "input",
+        "STORE_DTYPE": "bfloat16",
+    },
+}  # fmt: skip
+CONSTANTS = override(globals(), PRESETS)
+FOLDER = experiment_dir("verify_sae_training")
+
+
+def check_constants():
+    """Refuse what could only fail later."""
+    if STORE_DTYPE not in STORE_DTYPES:
+        raise InputError(f"STORE_DTYPE={STORE_DTYPE} is none of {', '.join(STORE_DTYPES)}")
+    if PADDING_SIDE not in ("left", "right"):
+        raise InputError(f"PADDING_SIDE={PADDING_SIDE} must be left or right")
+    for name in ("MAX_LENGTH", "BATCH_SIZE_SAVE", "SHARD_ROWS"):
+        if CONSTANTS[name] < 1:
+            raise InputError(f"{name}={CONSTANTS[name]} must be at least 1")
+    if DATA_LIMIT is not None and DATA_LIMIT < 2:
+        raise InputError(f"DATA_LIMIT={DATA_LIMIT} must be at least 2, one text of which is for validation")
+    if not 0 < VAL_FRAC < 1:
+        raise InputError(f"VAL_FRAC={VAL_FRAC} must be between 0 and 1")
+
+
+def list_layers(model):
+    """Print every module's path, signature and class."""
+    for signature, paths in layer_signatures(model).items():
+        for path in paths:
+            print(f"{path:<44} {signature:<64} {type(model.get_submodule(path)).__name__}")
+
+
+def report(model, tokenizer, points, texts, settings):
+    """Log the sample's figures for the chosen points and, with PREFLIGHT, for every block; then size and time."""
+    others = [resolve(model, f"resid_post:{i}") for i in range(len(blocks(model)[1]))] if PREFLIGHT else []
+    chosen = preflight(model, tokenizer, points, texts, settings)
+    table = chosen + (preflight(model, tokenizer, [p for p in others if p not in points], texts, settings) if others else [])
+    log.info("%-64s %6s %8s %6s %9s %8s", "hook point (* to be saved)", "width", "|x| med", "gamma", "outliers", "eff.dim")
+    for row in table:
+        name = row["signature"] + (" *" if row in chosen else "")
+        log.info("%-64s %6d %8.2f %6.2f %8.2f%% %8.1f", name, row["width"], row["median_norm"], row["gamma"], 100 * row["outlier_frac"], row["participation"])
+    rows = chosen[0]["rows_per_text"] * len(texts)
+    size = rows * sum(row["width"] for row in chosen) * STORE_DTYPES[STORE_DTYPE].itemsize
+    seconds = chosen[0]["seconds"] * len(texts) / min(len(texts), 64)
+    log.info("about %s tokens, %.2f GB on disk, %s", f"{rows:,.0f}", size / 1e9, f"{math.ceil(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min")
+
+
+def main():
+    check_constants()
+    log_to(FOLDER / "01_save_activations.log")
+    device = choose_device(DEVICE)
+    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE)
+    if LAYER_SIGNATURE == "?":
+        return list_layers(model)
+    points = [resolve(model, name.strip(), HOOK_POINT) for name in LAYER_SIGNATURE.split(",")]
+    tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
+    texts = [document[TEXT_FIELD] for document in load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT)]
+    meta = {
+        "model": model_identity(model, MODEL),
+        "tokenizer": type(tokenizer).__name__,
+        "dataset": {"name": DATASET, "split": DATA_SPLIT, "field": TEXT_FIELD, "limit": DATA_LIMIT, "fingerprint": fingerprint(texts)},
+        "constants": CONSTANTS,
+        "provenance": provenance(),
+    }
+    what = {key: value for key, value in CONSTANTS.items() if key not in ("PREFLIGHT", "PRESET")}
+    run_id = f"{points[0].path.replace('.', '_')}-{fingerprint([what, meta['model'], meta['dataset']])[:8]}"
+    folder = FOLDER / "runs" / run_id
+    settings = SaveSettings(
+        MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, STORE_DTYPE, SHARD_ROWS, SKIP_SPECIAL, SKIP_FIRST, MAX_NORM_MULTIPLE, PADDING_SIDE
+    )  # fmt: skip
+    if (folder / "manifest.json").exists():
+        saved = open_run("verify_sae_training", run_id)
+        log.info("this run is already complete")
+    else:
+        report(model, tokenizer, points, texts, settings)
+        saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED), settings, meta)
+    write_text(FOLDER / "run_id.txt", run_id + "\n")
+    log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}", ", ".join(saved.hooks))
+
+
+if __name__ == "__main__":
+    run(main)

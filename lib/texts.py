@@ -1,0 +1,133 @@
+"""Documents in, tokens out: data sets by hub name or local file, and batches of like length."""
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pandas
+import torch
+from torch import Tensor
+
+from lib.environment import InputError
+from lib.models import local_path
+
+Documents = list[dict[str, Any]]
+
+
+def load_documents(dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None) -> Documents:
+    """The first `limit` documents (None: all), each a dict whose `text_field` is its text.
+
+    dataset: a local .jsonl, .json, .csv, .tsv, .parquet or .txt (one document a paragraph) file, a folder
+    written by datasets' save_to_disk, or a hub name. split is used for folders and hub names only.
+    Raises InputError if it can't be reached, is empty, or lacks the field.
+    """
+    path = local_path(dataset)
+    try:
+        if path is None or path.is_dir():
+            documents = _from_datasets(str(path or dataset), path is not None, split, limit)
+        else:
+            documents = _from_file(path, text_field, limit)
+    except InputError:
+        raise
+    except Exception as error:  # pandas, pyarrow and datasets raise many kinds for unreadable input
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise InputError(f"DATASET={dataset} can't be read ({first}); set a local file, or a hub name that this machine can reach") from None
+    if not documents:
+        raise InputError(f"DATASET={dataset} is empty")
+    if text_field not in documents[0]:
+        raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has {', '.join(map(str, documents[0]))}: set TEXT_FIELD")
+    return [document for document in documents if isinstance(document[text_field], str)]
+
+
+def _from_file(path, text_field: str, limit: int | None) -> Documents:
+    if path.suffix == ".txt":
+        paragraphs = (part.strip() for part in path.read_text(encoding="utf-8").split("\n\n"))
+        return [{text_field: part} for part in paragraphs if part][:limit]
+    readers = {
+        ".jsonl": lambda: pandas.read_json(path, lines=True, nrows=limit, dtype=False, convert_dates=False),
+        ".json": lambda: pandas.read_json(path, dtype=False, convert_dates=False),
+        ".csv": lambda: pandas.read_csv(path, nrows=limit, keep_default_na=False),
+        ".tsv": lambda: pandas.read_csv(path, sep="\t", nrows=limit, quoting=3, keep_default_na=False),
+        ".parquet": lambda: pandas.read_parquet(path),
+    }
+    if path.suffix not in readers:
+        raise InputError(f"{path.name} has no known ending; use {', '.join(readers)} or .txt")
+    return readers[path.suffix]().head(limit if limit is not None else None).to_dict("records")
+
+
+def _from_datasets(source: str, is_local: bool, split: str, limit: int | None) -> Documents:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if is_local:
+        loaded = datasets.load_from_disk(source)
+        rows = loaded[split] if isinstance(loaded, dict) else loaded
+        return [dict(rows[i]) for i in range(min(len(rows), limit or len(rows)))]
+    # Streaming reads only the documents that are asked for, not the whole data set.
+    rows = datasets.load_dataset(source, split=split, streaming=limit is not None)
+    return [dict(row) for row in (rows.take(limit) if limit is not None else rows)]
+
+
+class Tokens(NamedTuple):
+    """One tokenised text of T tokens, special tokens included."""
+
+    text_id: int
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """Character range [start, end) of each token in the text."""
+    keep: list[bool]
+    """False for special tokens and for positions below SKIP_FIRST: these are never stored."""
+
+
+def tokenise(tokenizer, texts: list[str], first_id: int, max_length: int, skip_special: bool = True, skip_first: int = 0) -> list[Tokens]:
+    """Tokenise texts numbered from first_id, cut at max_length tokens, special tokens included.
+
+    skip_special drops BOS, EOS, padding and other control tokens from what is kept; the unknown token stands for
+    real text and stays, unless it shares its id with one of them (as in GPT-2).
+    """
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
+    dropped = _control_ids(tokenizer) if skip_special else set()
+    return [
+        Tokens(first_id + i, ids, offsets, [pos >= skip_first and token not in dropped for pos, token in enumerate(ids)])
+        for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"]))
+    ]
+
+
+def _control_ids(tokenizer) -> set[int]:
+    unknown = {tokenizer.unk_token_id} - {
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+    }
+    return set(tokenizer.all_special_ids) - unknown
+
+
+def length_batches(tokens: list[Tokens], max_tokens: int) -> Iterator[list[Tokens]]:
+    """Batches of texts of like length, each of at most max_tokens with its padding (at least one text)."""
+    batch: list[Tokens] = []
+    for item in sorted(tokens, key=lambda item: (len(item.ids), item.text_id)):
+        if batch and len(item.ids) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def pad(batch: list[Tokens], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, int64 [B, T], padded on the given side."""
+    length = max(len(item.ids) for item in batch)
+    ids = torch.full((len(batch), length), pad_id)
+    mask = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, item in enumerate(batch):
+        n = len(item.ids)
+        where = slice(0, n) if side == "right" else slice(length - n, length)
+        ids[row, where] = torch.tensor(item.ids)
+        mask[row, where] = 1
+    return ids, mask
+
+
+def split_texts(n_texts: int, val_frac: float, seed: int) -> list[str]:
+    """ "train" or "val" for each text: round(n * val_frac) validation texts, at least one of each, drawn by seed."""
+    if n_texts < 2:
+        raise InputError("at least two texts are needed, one of them for validation; raise DATA_LIMIT")
+    n_val = min(max(1, round(n_texts * val_frac)), n_texts - 1)
+    chosen = set(random.Random(seed).sample(range(n_texts), n_val))
+    return ["val" if i in chosen else "train" for i in range(n_texts)]
