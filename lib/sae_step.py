@@ -1,0 +1,200 @@
+"""One training step of a TopK sparse autoencoder: its state, and the dense reference of the fast step.
+
+    transform = whitening(covariance)
+    state = init_state(transform, n_latents, seed)
+    rate = learning_rate(n_latents, width, k, n_tokens)
+    for i, rows in enumerate(batches):                       # rows: float32 [B, D], x_raw - mean
+        dense_step(state, rows @ state["transform"], k=k, lr=rate * schedule(i, n_steps), dead_after=10_000)
+    W_enc, b_enc, W_dec = folded_weights(state, scale)       # an ordinary TopK SAE on (x_raw - mean) / scale
+
+The state is a dict of tensors and nothing else: what safetensors wrote of it resumes to the same bytes.
+
+    transform [D, D]                  rows of centred activations times this are what the step sees
+    dec, enc [F, D], bias [F]         dictionary (unit rows), encoder, encoder bias
+    gain [F]                          recipe R only: enc_i = gain_i dec_i + u_i with u_i orthogonal to dec_i
+    <name>_m, <name>_v                Adam's moments (those of enc belong to u where there is a gain)
+    silent int64 [F]                  tokens since the latent last fired
+    step int64 [], sums [7]           steps taken; what `read_stats` averages
+
+Loss: mean over rows of the squared error summed over dimensions, + aux_weight * AuxK. AuxK (Gao et al. 2024,
+arXiv 2406.04093): the dead latents, ReLU only, decode the residual e; sum (e - e_hat)^2 / sum e^2, with e a constant.
+At most D / 2 dead latents take part in a step, in turns, so its cost is bounded.
+"""
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lib.environment import InputError
+
+GAIN_RATE = 0.3  # learning rate of the gain over that of the dictionary
+EPS = 1e-8
+STATS = ("loss", "recon", "auxk", "l0", "dead", "grad_norm")
+
+
+def whitening(covariance: Tensor, power: float = 1 / 8, floor: float = 1e-5) -> Tensor:
+    """T = c C^-power [D, D], symmetric, with c such that rows of covariance C have mean squared norm 1 after it.
+
+    power 0 is the plain recipe (one scalar). Eigenvalues are floored at `floor` times the largest.
+    Raises InputError if the covariance is zero or not finite.
+    """
+    C = covariance.double()
+    if not torch.isfinite(C).all() or C.diagonal().sum() <= 0:
+        raise InputError("the activations do not vary or are not finite; check the hook point and the saved run")
+    values, vectors = torch.linalg.eigh((C + C.T) / 2)
+    T = (vectors * values.clamp(min=float(values[-1]) * floor) ** -power) @ vectors.T
+    return (T / (T @ C @ T).diagonal().sum().sqrt()).to(covariance.dtype)
+
+
+def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = True) -> dict[str, Tensor]:
+    """Random unit rows, the encoder equal to the dictionary, zero bias and moments, on the transform's device.
+
+    aligned: recipe R's encoder with a learnt gain; False is the plain recipe's free encoder.
+    """
+    width, device = len(transform), transform.device
+    generator = torch.Generator().manual_seed(seed)
+    dec = normalize(torch.randn(n_latents, width, generator=generator), dim=1).to(device)
+    state = {"transform": transform.float().contiguous(), "dec": dec, "enc": dec.clone(), "bias": torch.zeros(n_latents, device=device)}
+    if aligned:
+        state["gain"] = torch.ones(n_latents, device=device)
+    for name in _parameters(state):
+        state[f"{name}_m"], state[f"{name}_v"] = torch.zeros_like(state[name]), torch.zeros_like(state[name])
+    state["silent"] = torch.zeros(n_latents, dtype=torch.int64, device=device)
+    state["step"] = torch.zeros((), dtype=torch.int64)
+    state["sums"] = torch.zeros(len(STATS) + 1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    return state
+
+
+def learning_rate(n_latents: int, width: int, k: int, n_tokens: int) -> float:
+    """Learning rate of the dictionary and the encoder, chosen from the shape and the length of the run."""
+    return 8e-3 * (n_latents / 1024) ** -0.7
+
+
+def bias_rate(n_latents: int, width: int) -> float:
+    """Learning rate of the encoder bias over that of the encoder."""
+    return min(1.0, max(0.03, 0.06 * (n_latents / width / 4) ** 1.16))
+
+
+def schedule(step: int, n_steps: int) -> float:
+    """Multiplier of the learning rate at `step` (from 0): linear warm-up over 5 %, constant, linear to 0 over the last half."""
+    return min(1.0, (step + 1) / max(1.0, 0.05 * n_steps), (n_steps - step) / max(1.0, 0.5 * n_steps))
+
+
+def read_stats(state: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the steps since the last call, and a new start; the only place that waits for the device.
+
+    loss, recon, auxk: training-space units, where the rows' mean squared norm is 1, so recon is the FVU there.
+    l0: codes per row. dead: latents silent for longer than dead_after. Empty dict if no step was taken.
+    """
+    *sums, count = state["sums"].tolist()
+    state["sums"].zero_()
+    return {name: value / count for name, value in zip(STATS, sums)} if count else {}
+
+
+def folded_weights(state: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(W_enc [F, D], b_enc [F], W_dec [F, D] with unit rows) of a TopK SAE on x' = (x_raw - mean) / scale.
+
+    With n_j = |dec_j T^-1| / scale, latent j's code becomes n_j times what it was in training, for the same
+    activation, and the same set of latents gives the same reconstruction. The order of the codes moves with n_j,
+    so the k largest may differ near the boundary; without whitening every n_j is the same and nothing changes.
+    """
+    T = state["transform"].double()
+    dec = torch.linalg.solve(T, state["dec"].double(), left=False) / scale
+    norms = dec.norm(dim=1, keepdim=True)
+    W_enc = norms * scale * (state["enc"].double() @ T.T)
+    return W_enc.float(), (norms[:, 0] * state["bias"].double()).float(), (dec / norms).float()
+
+
+def dense_step(
+    state: dict[str, Tensor], x: Tensor, *, k: int, lr: float, dead_after: int, bias_lr_ratio: float | None = None,
+    aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None,
+) -> None:
+    """One step by autograd on dense arrays, in place: the reference that the fast step is tested against.
+
+    x: float32 [B, D], centred rows times state["transform"]. lr: of this step. dead_after: tokens.
+    bias_lr_ratio: None is `bias_rate`'s rule. clip: bound on the norm of the gradient over all parameters, or None.
+    """
+    leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state)}
+    dec, enc = leaves["dec"], leaves["enc"]
+    if "gain" in leaves:
+        u = enc - (state["gain"][:, None] * state["dec"])
+        enc = leaves["gain"][:, None] * dec + u - (u * dec).sum(1, keepdim=True) * dec
+    pre = torch.relu(x @ enc.T + leaves["bias"])
+    values, chosen = pre.topk(k, dim=1)
+    codes = torch.zeros_like(pre).scatter(1, chosen, values)
+    error = x - codes @ dec
+    recon = error.square().sum() / len(x)
+
+    dead, is_dead = dead_in_turn(state, dead_after)
+    residual = error.detach()
+    rest = residual - (pre[:, dead] * is_dead) @ dec[dead]
+    auxk = rest.square().sum() / residual.square().sum().clamp(min=1e-30)
+    (recon + aux_weight * auxk).backward()
+
+    grads = {name: leaf.grad for name, leaf in leaves.items()}
+    grad_norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip)
+    with torch.no_grad():
+        fired = (codes > 0).any(0)
+        count_step(state, len(x), fired, recon, aux_weight, auxk, (codes > 0).sum() / len(x), dead_after, grad_norm)
+
+
+def dead_in_turn(state: dict[str, Tensor], dead_after: int) -> tuple[Tensor, Tensor]:
+    """(int64 [A], float [A]): A = min(F, D // 2) latents, the dead ones first, and 1.0 for dead, 0.0 for not.
+
+    Where more are dead than take part, the choice rotates from step to step. No wait for the device.
+    """
+    n_latents, width = state["dec"].shape
+    size = max(1, min(n_latents, width // 2))
+    start = int(state["step"]) * size % n_latents
+    turn = (torch.arange(n_latents, device=state["silent"].device) - start) % n_latents
+    order = torch.where(state["silent"] > dead_after, turn, turn + n_latents)
+    first = order.topk(size, largest=False, sorted=True)
+    return first.indices, (first.values < n_latents).float()
+
+
+def apply_gradients(
+    state: dict[str, Tensor], grads: dict[str, Tensor], *, lr: float, bias_lr_ratio: float | None, betas: tuple[float, float], clip: float | None,
+) -> Tensor:
+    """Adam on every parameter, in place, with the dictionary kept at unit norm; returns the gradient's norm, 0-dim.
+
+    The dictionary's gradient loses its component along each row; `enc`'s is that of u where there is a gain.
+    """
+    state["step"] += 1
+    dec = state["dec"]
+    grads = grads | {"dec": grads["dec"] - (grads["dec"] * dec).sum(1, keepdim=True) * dec}
+    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+    factor = 1.0 if clip is None else (clip / norm.clamp(min=clip))
+    ratios = {"dec": 1.0, "enc": 1.0, "gain": GAIN_RATE, "bias": bias_rate(*dec.shape) if bias_lr_ratio is None else bias_lr_ratio}
+    if "gain" in state:
+        state["enc"] -= state["gain"][:, None] * dec
+    for name, grad in grads.items():
+        _adam(state, name, grad * factor, lr * ratios[name], betas)
+    dec.copy_(normalize(dec, dim=1))
+    if "gain" in state:
+        u = state["enc"]
+        u += (state["gain"] - (u * dec).sum(1))[:, None] * dec
+    return norm
+
+
+def count_step(
+    state: dict[str, Tensor], n_rows: int, fired: Tensor, recon: Tensor, aux_weight: float, auxk: Tensor, l0: Tensor,
+    dead_after: int, grad_norm: Tensor,
+) -> None:
+    """Bring `silent` and the sums of `read_stats` up to date. fired: bool [F]. AuxK counts as 0 where nothing is dead."""
+    n_dead = (state["silent"] > dead_after).sum()
+    auxk = auxk * (n_dead > 0)
+    state["silent"] += n_rows
+    state["silent"].masked_fill_(fired, 0)
+    one = torch.ones_like(recon)
+    state["sums"] += torch.stack([recon + aux_weight * auxk, recon, auxk, l0, n_dead.float(), grad_norm, one]).to(state["sums"].dtype)
+
+
+def _adam(state: dict[str, Tensor], name: str, grad: Tensor, lr: float, betas: tuple[float, float]) -> None:
+    step = int(state["step"])
+    m, v = state[f"{name}_m"], state[f"{name}_v"]
+    m.lerp_(grad, 1 - betas[0])
+    v.lerp_(grad.square(), 1 - betas[1])
+    state[name].addcdiv_(m, (v / (1 - betas[1] ** step)).sqrt_().add_(EPS), value=-lr / (1 - betas[0] ** step))
+
+
+def _parameters(state: dict[str, Tensor]) -> list[str]:
+    return [name for name in ("dec", "enc", "gain", "bias") if name in state]
