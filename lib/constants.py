@@ -34,7 +34,7 @@ def override(namespace: dict[str, Any], presets: Presets | None = None, argv: li
     if argv is None:
         argv = sys.argv[1:] if namespace.get("__name__") == "__main__" else []
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
-    names = [name for name in _assigned(source).values() if name in namespace and namespace[name] is not presets]
+    names = [name for name in _assigned(source).values() if name in namespace and (presets is None or namespace[name] is not presets)]
     if "-h" in argv or "--help" in argv:
         print(_help(namespace, names, presets, _comments(source)))
         sys.exit(0)

@@ -1,0 +1,165 @@
+"""A trained TopK sparse autoencoder: overcomplete's TopKSAE with the centring and scale of its inputs.
+
+    x' = (x - mean) / scale        z = TopK_k(ReLU(W_enc x' + b_enc))        xhat = scale * (z W_dec) + mean
+
+x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k].
+
+    sae = load_sae(folder / "topk_sae.pt")
+    values, indices = sae.encode(x)
+    xhat = sae.decode(values, indices)
+"""
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from overcomplete.sae import TopKSAE
+from torch import Tensor
+from torch.nn import functional
+
+from lib.environment import InputError
+from lib.store import Run, atomic_write, fingerprint, write_json
+
+SCHEMA_VERSION = 1
+ENCODE_ROWS = 4096  # rows whose dense pre-activations [rows, F] exist at one time
+PROBE_ROWS = 64  # rows kept in the file with their codes, which loading must reproduce
+
+
+@dataclass
+class SAE:
+    """Weights, input statistics and origin of one trained SAE. Build it with make_sae() or load_sae()."""
+
+    module: TopKSAE
+    """overcomplete's model on x', in eval mode, without gradients."""
+    mean: Tensor
+    """Mean of the training activations, [D]."""
+    scale: float
+    """Divisor of x - mean, in raw activation units."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from: model, hook, run_id, data digest, seed, constants, final metrics."""
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder rows [F, D], acting on x'."""
+        return self.module.encoder.weight
+
+    @property
+    def b_enc(self) -> Tensor:
+        """Encoder bias [F], in x' units."""
+        return self.module.encoder.bias
+
+    @property
+    def W_dec(self) -> Tensor:
+        """Dictionary [F, D], rows of unit norm."""
+        return self.module.get_dictionary()
+
+    @property
+    def top_k(self) -> int:
+        return self.module.top_k
+
+    @property
+    def n_latents(self) -> int:
+        return self.module.nb_concepts
+
+    def to(self, device: torch.device | str) -> "SAE":
+        """A copy on `device`; overcomplete's fused dictionary would otherwise stay where it was."""
+        return make_sae(self.W_enc, self.b_enc, self.W_dec, self.mean, self.scale, self.top_k, self.config, device)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of raw activations x [N, D]: values [N, k] in x' units, descending, and latent indices [N, k].
+
+        A value of 0 is a slot that did not fire (TopK follows ReLU, so fewer than k may).
+        """
+        parts = []
+        for rows in x.split(ENCODE_ROWS):
+            pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
+            parts.append(pre.relu_().topk(self.top_k, dim=1))
+        if not parts:
+            empty = x.new_zeros(0, self.top_k)
+            return empty, empty.long()
+        return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+    @torch.no_grad()
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Reconstruction [N, D] in raw activation units, from sparse codes [N, k]; costs k rows, not F."""
+        rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+        return self.scale * rebuilt + self.mean
+
+
+def make_sae(
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, mean: Tensor, scale: float, top_k: int, config: dict[str, Any] | None = None, device: torch.device | str = "cpu"
+) -> SAE:
+    """An SAE from its tensors; see the module for shapes. Rows of W_dec are normalised.
+
+    Raises InputError if shapes disagree or top_k exceeds the number of latents.
+    """
+    n_latents, n_inputs = W_dec.shape
+    if W_enc.shape != W_dec.shape or b_enc.shape != (n_latents,) or mean.shape != (n_inputs,):
+        raise InputError(f"shapes disagree: W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)}, W_dec {tuple(W_dec.shape)}, mean {tuple(mean.shape)}")
+    if not 1 <= top_k <= n_latents:
+        raise InputError(f"TOP_K={top_k} must be between 1 and the number of latents, {n_latents}")
+    module = TopKSAE(n_inputs, nb_concepts=n_latents, top_k=top_k, device=str(device)).untied(bias=True)
+    with torch.no_grad():
+        module.encoder.weight.copy_(W_enc)
+        module.encoder.bias.copy_(b_enc)
+        module.dictionary._weights.copy_(W_dec)
+    # train() then eval() makes overcomplete refresh the fused, normalised dictionary that eval mode decodes with.
+    module.to(device).requires_grad_(False).train().eval()
+    return SAE(module, mean.detach().float().to(device), float(scale), dict(config or {}))
+
+
+def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
+    """Write `path` (topk_sae.pt, loads with weights_only=True) and the same without tensors as .json.
+
+    probe: raw activations [N, D]; the first 64 and their codes go into the file, and loading checks them.
+    """
+    probe = probe[:PROBE_ROWS].float().cpu().clone()
+    values, indices = sae.encode(probe.to(sae.mean.device))
+    config = {"n_inputs": len(sae.mean), "n_latents": sae.n_latents, "top_k": sae.top_k, **sae.config}
+    state = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "mean": sae.mean, "scale": torch.tensor(sae.scale)}
+    state = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "config": config,
+        "state": state,
+        "probe": {"x": probe, "values": values.cpu(), "indices": indices.cpu()},
+    }
+    buffer = io.BytesIO()  # torch.save would write the temporary file's name into the archive
+    torch.save(content, buffer)
+    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config})
+
+
+def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
+    """Load what save_sae wrote. Raises InputError if it is missing, damaged, of another schema, or if the codes of
+    its probe rows come out differently."""
+    if not path.exists():
+        raise InputError(f"there is no SAE at {path}; run 02_train_sae.py first")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); train it again") from None
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"{path} is no SAE of schema {SCHEMA_VERSION}; train it again or convert it")
+    state, config, probe = content["state"], content["config"], content["probe"]
+    sae = make_sae(state["W_enc"], state["b_enc"], state["W_dec"], state["mean"], state["scale"].item(), config["top_k"], config, device)
+    values, _ = sae.encode(probe["x"].to(device))
+    # Values, not indices: two codes that are equal to the last digit may swap places on another machine.
+    if not torch.allclose(values.cpu(), probe["values"], rtol=1e-3, atol=1e-4):
+        raise InputError(f"{path}: its codes of the {len(values)} stored rows come out differently; the file was altered")
+    return sae
+
+
+def sae_hash(sae: SAE) -> str:
+    """Sixteen hex digits that tell this SAE's weights from any other's."""
+    return fingerprint([fingerprint(t) for t in (sae.W_enc, sae.b_enc, sae.W_dec, sae.mean)] + [sae.scale, sae.top_k])
+
+
+def require_trained_on(sae: SAE, run: Run, hook: str) -> None:
+    """Raise InputError if the SAE was trained on other activations than this run's at `hook`."""
+    if sae.config.get("data_digest") != run.digest(hook):
+        raise InputError(
+            f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, not on {run.run_id} at {hook}; run 02_train_sae.py again"
+        )

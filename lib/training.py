@@ -1,0 +1,296 @@
+"""Training a TopK SAE on stored activations: shuffled batches, validation, checkpoints, history.
+
+    rows = rows_of_run(run, hook)                       # or rows_of_tensor(x, is_val)
+    sae, history = train_sae(rows, TrainSettings(n_latents=512, top_k=8), folder)
+
+The mathematics of one step is in lib/sae_step.py. Killed at any moment and called again, the training goes on from
+its last checkpoint and ends with the same bytes.
+"""
+import io
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib.environment import InputError, log
+from lib.metrics.reconstruction import Reconstruction
+from lib.sae import SAE, make_sae
+from lib.sae_step import dense_step, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from lib.store import Run, atomic_write, fingerprint
+
+BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
+EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after each epoch
+CHECKPOINT_SECONDS = 30.0
+UNITS = {
+    "loss, recon, auxk": "training space, where rows have mean squared norm 1; recon is the FVU there",
+    "recon_mse": "mean squared error per element, raw activation units",
+    "l1": "mean sum of codes per token, units of x' = (x - mean) / scale",
+    "ev, r2": "1 - SSE/SST about the per-dimension mean, held out in the block val and in epochs",
+    "l0": "codes per token",
+    "dead_pct": "0-100; in the block train and in epochs: silent for more than dead_after tokens; else: never fired on the scored rows",
+}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides the weights of an SAE, besides its activations."""
+
+    n_latents: int
+    """Latents of the dictionary."""
+    top_k: int
+    """Latents that may fire on one token."""
+    epochs: int = 10
+    """Passes over the training rows; the best validation epoch is kept."""
+    batch_size: int = 1024
+    """Rows of one step."""
+    lr: float | None = None
+    """Peak learning rate; None: lib.sae_step.learning_rate, a rule over shape and length of the run."""
+    dead_after: int | None = None
+    """Tokens of silence after which a latent counts as dead; None: dead_after_tokens()."""
+    aux_weight: float = 1 / 32
+    """Weight of AuxK in the loss; 0 turns it off."""
+    whiten: float = 1 / 8
+    """Power of the partial whitening, folded away at the end; 0: one scalar only."""
+    aligned: bool = True
+    """Encoder tied to its dictionary row up to a learnt gain and an orthogonal part; False: free encoder."""
+    log_every: int = 50
+    """Steps between two points of the training curve."""
+    seed: int = 0
+    """Draws the start and the order of the rows."""
+
+
+@dataclass
+class Rows:
+    """Activations to train on: shards [R_i, D] in any precision, which rows are validation, and their statistics."""
+
+    shards: list[Tensor]
+    is_val: Tensor
+    """bool [sum R_i]."""
+    mean: Tensor
+    """[D], of the training rows."""
+    covariance: Tensor
+    """[D, D], of the training rows."""
+
+    @property
+    def scale(self) -> float:
+        """sqrt(mean squared norm of x - mean), the divisor of x'."""
+        return float(self.covariance.double().trace().sqrt())
+
+    @property
+    def n_train(self) -> int:
+        return int((~self.is_val).sum())
+
+
+def rows_of_run(run: Run, hook: str) -> Rows:
+    """The rows of one hook point of a run, memory-mapped."""
+    stats = run.stats(hook)
+    return Rows(run.shards(hook), run.is_val, stats["mean"], stats["covariance"])
+
+
+def rows_of_tensor(x: Tensor, is_val: Tensor) -> Rows:
+    """Rows from memory: x [N, D] raw activations, is_val bool [N]."""
+    train = x[~is_val].double()
+    mean = train.mean(0)
+    centred = train - mean
+    return Rows([x], is_val, mean.float(), (centred.T @ centred / len(train)).float())
+
+
+def dead_after_tokens(n_train: int, n_latents: int, top_k: int) -> int:
+    """min(10 million, max(one pass / 4, 20 F / k)): in 20 F / k tokens an average latent fires 20 times."""
+    return min(10_000_000, max(n_train // 4, 20 * n_latents // top_k))
+
+
+def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epoch: int, cache: dict[str, Tensor]) -> Iterator[Tensor]:
+    """One pass over the training rows: float32 [batch_size, D] on the transform's device, (x - mean) @ transform.
+
+    Shuffled in two levels: the order of the shards, then the rows of a buffer of at least two shards. Rows that do not
+    fill a batch go into the next buffer; those left at the end sit out this epoch. `cache` keeps the buffer of a run
+    that fits into one, so that later epochs only permute it. The same (seed, epoch) gives the same batches.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    train_parts = (~rows.is_val).split([len(shard) for shard in rows.shards])
+    mean = rows.mean.to(transform.device)
+    per_buffer = max(2 * max(map(len, rows.shards)), BUFFER_BYTES // (4 * len(mean)))
+    groups: list[list[int]] = [[]]
+    size = 0
+    for i in torch.randperm(len(rows.shards), generator=generator).tolist():
+        if groups[-1] and size + len(rows.shards[i]) > per_buffer:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += len(rows.shards[i])
+
+    def load(shards: list[int]) -> Tensor:
+        parts = [rows.shards[i][train_parts[i]].to(transform.device).float() for i in shards]
+        return (torch.cat(parts) - mean) @ transform
+
+    left_over = transform.new_empty(0, len(mean))
+    for group in groups:
+        if len(groups) == 1:
+            buffer = cache["rows"] if "rows" in cache else cache.setdefault("rows", load(sorted(group)))
+        else:
+            buffer = torch.cat([left_over, load(group)])
+        order = torch.randperm(len(buffer), generator=generator).to(buffer.device)
+        n_full = len(buffer) // batch_size * batch_size
+        if rows.n_train < batch_size:
+            n_full = len(buffer)  # too few rows for one full batch: a short one
+        for start in range(0, n_full, batch_size):
+            yield buffer[order[start : start + batch_size]]
+        left_over = buffer[order[n_full:]]
+
+
+def steps_per_epoch(n_train: int, batch_size: int) -> int:
+    """Full batches in one pass; one short batch if the rows do not fill any."""
+    return max(1, n_train // batch_size)
+
+
+def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
+    """Reconstruction metrics of an SAE over raw activation batches; see lib/metrics/reconstruction.py."""
+    sums = Reconstruction(sae.n_latents)
+    for x in batches:
+        x = x.to(sae.mean.device)
+        values, indices = sae.encode(x)
+        sums.add(x, sae.decode(values, indices), values, indices)
+    return sums.result()
+
+
+def sample_rows(rows: Rows, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
+    """Validation (or training) rows in order, float32 batches, thinned evenly to about `limit`."""
+    wanted = rows.is_val if validation else ~rows.is_val
+    every = max(1, int(wanted.sum()) // limit) if limit else 1
+    chosen = wanted.nonzero()[::every, 0]
+    keep = torch.zeros_like(wanted)
+    keep[chosen] = True
+    for shard, part in zip(rows.shards, keep.split([len(shard) for shard in rows.shards])):
+        for piece, where in zip(shard.split(8192), part.split(8192)):
+            if where.any():
+                yield piece[where].float()
+
+
+def train_sae(
+    rows: Rows, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu", progress: bool = True
+) -> tuple[SAE, dict[str, Any]]:
+    """Train an SAE on the training rows; returns that of the best epoch by validation EV, and the history.
+
+    folder: where checkpoints/last.pt is kept; None keeps nothing. A checkpoint of the same settings and rows is
+    continued. history: see UNITS; `val` and `train_sample` have one entry an epoch, `train` one every log_every steps.
+
+    Raises InputError for settings that can't work and for a loss that is no longer finite.
+    """
+    _check(rows, settings)
+    per_epoch = steps_per_epoch(rows.n_train, settings.batch_size)
+    n_steps, n_tokens = settings.epochs * per_epoch, settings.epochs * rows.n_train
+    rate = settings.lr or learning_rate(settings.n_latents, len(rows.mean), settings.top_k, n_tokens)
+    dead_after = settings.dead_after or dead_after_tokens(rows.n_train, settings.n_latents, settings.top_k)
+    transform = whitening(rows.covariance, settings.whiten).to(device)
+    key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
+    checkpoint = folder / "checkpoints" / "last.pt" if folder else None
+    progress_made = _load_checkpoint(checkpoint, key) if checkpoint and checkpoint.exists() else None
+    if progress_made is None:
+        state = init_state(transform, settings.n_latents, settings.seed, settings.aligned)
+        progress_made = {"key": key, "state": state, "history": _empty_history(rate, dead_after, n_steps), "best": {}}
+    state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
+    state |= {name: tensor.to(device) for name, tensor in state.items() if name != "step"}
+    cache: dict[str, Tensor] = {}
+    saved_at = time.monotonic()
+    bar = tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress)
+    while int(state["step"]) < n_steps:
+        epoch, done = divmod(int(state["step"]), per_epoch)
+        for i, x in enumerate(epoch_batches(rows, transform, settings.batch_size, settings.seed, epoch, cache)):
+            if i < done:
+                continue
+            lr = rate * schedule(int(state["step"]), n_steps)
+            dense_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight)
+            bar.update()
+            if (i + 1) % settings.log_every == 0 or i + 1 == per_epoch:
+                _log_point(history["train"], state, settings, lr)
+            if i + 1 == per_epoch:
+                _end_epoch(progress_made, rows, settings, device)
+                bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}", dead=f"{history['train']['dead_pct'][-1]:.1f}%")
+            if checkpoint and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                _save_checkpoint(checkpoint, progress_made)
+                saved_at = time.monotonic()
+    bar.close()
+    if checkpoint:
+        _save_checkpoint(checkpoint, progress_made)
+    sae = make_sae(best["W_enc"], best["b_enc"], best["W_dec"], rows.mean, rows.scale, settings.top_k, device=device)
+    return sae, {**history, "units": UNITS, "best_epoch": best["epoch"]}
+
+
+def _check(rows: Rows, settings: TrainSettings) -> None:
+    if not 1 <= settings.top_k <= settings.n_latents:
+        raise InputError(f"TOP_K={settings.top_k} must be between 1 and the number of latents, {settings.n_latents}")
+    for name in ("epochs", "batch_size", "log_every"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name}={getattr(settings, name)} must be at least 1")
+    if rows.n_train == 0 or rows.n_train == len(rows.is_val):
+        raise InputError("the run needs rows of training and of validation texts; raise DATA_LIMIT in 01_save_activations.py")
+
+
+def _empty_history(rate: float, dead_after: int, n_steps: int) -> dict[str, Any]:
+    names = {
+        "train": "step tokens loss recon auxk l0 dead_pct lr grad_norm",
+        "val": "step tokens recon_mse ev l0 dead_pct",
+        "train_sample": "step tokens recon_mse ev l0 dead_pct",
+        "epochs": "loss recon_mse l1 r2 l0 dead_features_pct",
+    }
+    return {"lr": rate, "dead_after": dead_after, "n_steps": n_steps} | {block: {name: [] for name in text.split()} for block, text in names.items()}
+
+
+def _append(block: dict[str, list[float]], **values: float) -> None:
+    for name, column in block.items():
+        column.append(values[name])
+
+
+def _log_point(block: dict[str, list[float]], state: dict[str, Tensor], settings: TrainSettings, lr: float) -> None:
+    stats, step = read_stats(state), int(state["step"])
+    if not math.isfinite(stats["loss"]):
+        raise InputError(f"the loss is no longer finite at step {step}; lower LR (now {lr:.1e} at this step) or check the activations")
+    _append(block, step=step, tokens=step * settings.batch_size, lr=lr, dead_pct=100 * stats.pop("dead") / settings.n_latents, **stats)
+
+
+def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str) -> None:
+    """Score the SAE as it would be saved now, append to the history, and keep it if it is the best so far."""
+    state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
+    weights = folded_weights(state, rows.scale)
+    sae = make_sae(*weights, rows.mean, rows.scale, settings.top_k, device=device)
+    step = int(state["step"])
+    for block, validation in (("val", True), ("train_sample", False)):
+        result = score(sae, sample_rows(rows, validation))
+        values = {"recon_mse": result["mse"], "ev": result["ev"], "l0": result["l0_mean"], "dead_pct": result["dead_pct"]}
+        _append(history[block], step=step, tokens=step * settings.batch_size, **values)
+        if validation:
+            val = result
+    since = history["val"]["step"][-2] if len(history["val"]["step"]) > 1 else 0
+    losses = [loss for at, loss in zip(history["train"]["step"], history["train"]["loss"]) if at > since]
+    _append(
+        history["epochs"], loss=sum(losses) / len(losses), recon_mse=val["mse"], l1=val["l1_mean"], r2=val["ev"], l0=val["l0_mean"],
+        dead_features_pct=history["train"]["dead_pct"][-1],
+    )  # fmt: skip
+    if not best or val["ev"] > best["ev"]:
+        best |= dict(zip(("W_enc", "b_enc", "W_dec"), (w.cpu() for w in weights)), ev=val["ev"], epoch=len(history["val"]["ev"]))
+
+
+def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(progress_made, buffer)
+    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+
+
+def _load_checkpoint(path: Path, key: str) -> dict[str, Any] | None:
+    """What _save_checkpoint wrote, or None if it belongs to other settings or rows."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it and train again") from None
+    if found["key"] != key:
+        log.info("the checkpoint in %s is of another training; starting anew", path.parent)
+        return None
+    log.info("continuing at step %d", int(found["state"]["step"]))
+    return found
