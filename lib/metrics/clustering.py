@@ -1,0 +1,58 @@
+"""How well codes or activations fall into the classes: ARI, silhouette, Davies-Bouldin, Calinski-Harabasz.
+
+All of them measure class separation with the labels y, so training on y moves them with or without an SAE.
+"""
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.metrics import (
+    adjusted_rand_score,
+    calinski_harabasz_score,
+    davies_bouldin_score,
+    pairwise_distances,
+    silhouette_score,
+)
+from torch import Tensor
+
+MAX_SILHOUETTE_ROWS = 10_000  # the silhouette needs all pairs
+
+
+def clustering(x: Tensor, y: Tensor, n_classes: int, seed: int = 0, silhouette_rows: int = MAX_SILHOUETTE_ROWS) -> dict[str, float]:
+    """Clustering scores of x [N, F] against the labels y [N].
+
+    ari: adjusted Rand index of y with K-means (n_classes clusters, n_init 10, `seed`), ari_argmax: with the
+    strongest column of each row (a row of zeros counts as its own cluster); silhouette_unsupervised and
+    _argmax with these labels, silhouette_supervised with y, Euclidean, on a seeded subsample of at most
+    silhouette_rows; davies_bouldin and calinski_harabasz with y. Keys whose score is undefined (one cluster,
+    or as many clusters as rows) are absent.
+    """
+    rows, labels = x.double().numpy(), y.numpy()
+    n_distinct = min(n_classes, len(np.unique(rows, axis=0)))
+    kmeans = KMeans(n_distinct, n_init=10, random_state=seed).fit_predict(rows)
+    strongest = argmax_clusters(x).numpy()
+    pick = np.random.default_rng(seed).permutation(len(rows))[: min(silhouette_rows, MAX_SILHOUETTE_ROWS)]
+    distances = pairwise_distances(rows[pick].astype(np.float32))
+    np.fill_diagonal(distances, 0)
+    silhouettes = {
+        "silhouette_unsupervised": kmeans[pick],
+        "silhouette_unsupervised_argmax": strongest[pick],
+        "silhouette_supervised": labels[pick],
+    }
+    scores = {"ari": adjusted_rand_score(labels, kmeans), "ari_argmax": adjusted_rand_score(labels, strongest)}
+    for name, assigned in silhouettes.items():
+        if 2 <= len(np.unique(assigned)) < len(pick):
+            scores[name] = silhouette_score(distances, assigned, metric="precomputed")
+    if 2 <= len(np.unique(labels)) < len(labels):
+        scores["davies_bouldin"] = davies_bouldin_score(rows, labels)
+        scores["calinski_harabasz"] = calinski_harabasz_score(rows, labels)
+    return {name: float(score) for name, score in scores.items()}
+
+
+def argmax_clusters(x: Tensor) -> Tensor:
+    """The strongest column of each row of x [N, F] as its cluster, int64 [N]; F for rows without a positive entry."""
+    top = x.max(1)
+    return top.indices.masked_fill(top.values <= 0, x.shape[1])
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x [N, F] with rows of Euclidean norm 1; rows of zeros stay zero."""
+    return x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)

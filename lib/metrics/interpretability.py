@@ -1,0 +1,176 @@
+"""How selective units and latents are for labels: U, CSI, their support, and first-letter absorption.
+
+Labels y are int64 [N] in 0..C-1. A latent "fires" where its code is above zero; a base unit fires above a
+threshold taken from training rows. Entropies are in nats throughout, so a perfect feature scores U = 1.
+"""
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+MIN_SUPPORT = 20  # examples a latent must fire on, and be silent on: below it plug-in U and CSI are mostly noise
+MIN_POSITIVES = 10  # training tokens a letter needs for an absorption probe
+
+
+def base_threshold(h_train: Tensor) -> Tensor:
+    """Per unit the 75th percentile over training rows: [N, D] -> [D]. A base unit fires above it."""
+    return torch.from_numpy(np.quantile(h_train.double().numpy(), 0.75, axis=0))
+
+
+def uncertainty(fired: Tensor, y: Tensor, n_classes: int) -> dict[str, Tensor]:
+    """The uncertainty coefficient of each column of `fired` (bool [N, F]) with y, float64 [F] each.
+
+    u = I(b;y)/H(b), u_label = I(b;y)/H(y), and u_adj = (I - E[I])/(H(b) - E[I]), where E[I] is the exact
+    expectation over all permutations of y (Vinh, Epps and Bailey 2010). Columns with H(b) = 0 score 0.
+    """
+    n = len(y)
+    labels = one_hot(y, n_classes).double()
+    sizes = labels.sum(0)
+    fires_in = labels.T @ fired.double()  # [C, F]
+    fires = fires_in.sum(0)
+    information = torch.zeros_like(fires)
+    for joint, margin in ((fires_in, fires), (sizes[:, None] - fires_in, n - fires)):
+        expected = (sizes[:, None] * margin).clamp(min=1e-12)
+        information += torch.special.xlogy(joint, joint * n / expected).sum(0) / n
+    information = information.clamp(min=0)
+    p = fires / n
+    h_b = -torch.special.xlogy(p, p) - torch.special.xlogy(1 - p, 1 - p)
+    q = sizes / n
+    h_y = -torch.special.xlogy(q, q).sum()
+    chance = _expected_information(fires, sizes)
+    live = (fires > 0) & (fires < n)
+    zero = torch.zeros_like(fires)
+    return {
+        "u": torch.where(live, information / h_b.clamp(min=1e-12), zero),
+        "u_label": information / h_y if h_y > 0 else zero,
+        "u_adj": torch.where(live & (h_b - chance > 1e-9), (information - chance) / (h_b - chance).clamp(min=1e-9), zero),
+    }
+
+
+def _expected_information(fires: Tensor, sizes: Tensor) -> Tensor:
+    """E[I] in nats for columns that fire `fires` [F] times when the labels (class sizes [C]) are permuted."""
+    n = int(sizes.sum())
+    log_factorial = torch.lgamma(torch.arange(n + 2, dtype=torch.float64) + 1)
+    unique, inverse = fires.long().unique(return_inverse=True)
+    expected = torch.zeros(len(unique), dtype=torch.float64)
+    for i, a in enumerate(unique.tolist()):
+        for size in sizes.long().tolist():
+            both = torch.arange(max(0, a + size - n), min(a, size) + 1)  # how many of the class may fire
+            log_p = (
+                log_factorial[size] - log_factorial[both] - log_factorial[size - both]
+                + log_factorial[n - size] - log_factorial[a - both] - log_factorial[n - size - a + both]
+                - log_factorial[n] + log_factorial[a] + log_factorial[n - a]
+            )
+            x = both.double()
+            terms = torch.special.xlogy(x, x * n / max(1, a * size))
+            silent = size - x
+            terms = terms + torch.special.xlogy(silent, silent * n / max(1, (n - a) * size))
+            expected[i] += (log_p.exp() * terms).sum() / n
+    return expected[inverse]
+
+
+def csi(values: Tensor, y: Tensor, n_classes: int) -> Tensor:
+    """Class selectivity index of each column of `values` [N, F]: float64 [F] in 0..1.
+
+    (mu_max - mu_oth)/(mu_max + mu_oth) with a = max(0, value), mu_max the largest class mean and mu_oth the
+    unweighted mean of the other class means (Morcos et al. 2018); 0 if both are 0. Empty classes are left out.
+    """
+    labels = one_hot(y, n_classes).double()
+    sizes = labels.sum(0)
+    means = (labels.T @ values.double().clamp(min=0))[sizes > 0] / sizes[sizes > 0, None]
+    top = means.max(0).values
+    other = (means.sum(0) - top) / max(1, len(means) - 1)
+    return torch.where(top > 0, (top - other) / (top + other).clamp(min=1e-300), torch.zeros_like(top))
+
+
+def selectivity(values: Tensor, fired: Tensor, y: Tensor, n_classes: int, min_support: int = MIN_SUPPORT) -> dict[str, float]:
+    """Means of CSI and U over the supported columns of `values` [N, F], which fire where `fired` [N, F] holds.
+
+    Keys: csi, csi_std, u, u_std, u_label, u_adj over supported columns (0 where there are none), csi_all,
+    u_all, u_label_all over all columns with dead ones as 0, and n_supported.
+    """
+    fires = fired.sum(0)
+    supported = (fires >= min_support) & (len(y) - fires >= min_support)
+    scores = uncertainty(fired, y, n_classes) | {"csi": csi(values, y, n_classes)}
+    result = {}
+    for name, score in scores.items():
+        some = score[supported]
+        result[name] = float(some.mean()) if len(some) else 0.0
+        if name in ("csi", "u"):
+            result[f"{name}_std"] = float(some.std(correction=0)) if len(some) else 0.0
+        if name != "u_adj":
+            result[f"{name}_all"] = float(score.mean())
+    return result | {"n_supported": int(supported.sum())}
+
+
+def absorption(
+    x: Tensor, values: Tensor, indices: Tensor, dictionary: Tensor, letters: Tensor, splits: Tensor, seed: int = 0
+) -> dict[str, float]:
+    """First-letter feature absorption, a simplified form of SAEBench's (Chanin et al. 2024).
+
+    x [N, D] raw activations of tokens; values, indices [N, k] codes in raw units (code * scale); dictionary
+    [F, D] unit rows; letters [N] in 0..25; splits [N] with 0 train, 1 validation, 2 test, chosen by token type.
+    Per letter: a balanced logistic probe p of unit norm; the main latents, whose firing tells the letter; then over the
+    test tokens that begin with the letter, that the probe calls positive and whose projection q = <x - mu, p> is positive, the
+    share of the projection that other latents carry instead of the main ones (0 where the main ones carry q).
+
+    Returns score (mean over tokens, then letters; 0 if no letter qualifies), n_letters and n_tokens.
+    """
+    mu = x[splits == 0].double().mean(0)
+    centred = x.double() - mu
+    fired = torch.zeros(len(x), len(dictionary), dtype=torch.bool)
+    fired.scatter_(1, indices.long(), values > 0)
+    per_letter, n_tokens = [], 0
+    for letter in range(26):
+        is_letter = letters == letter
+        if is_letter[splits == 0].sum() < MIN_POSITIVES or is_letter[splits == 0].all():
+            continue
+        probe = LogisticRegression(class_weight="balanced", max_iter=1000, random_state=seed)
+        probe.fit(centred[splits == 0].numpy(), is_letter[splits == 0].numpy())
+        direction = torch.from_numpy(probe.coef_[0])
+        direction = direction / direction.norm()
+        q = centred @ direction
+        called = torch.from_numpy(probe.predict(centred.numpy()))
+        rows = (splits == 2) & is_letter & called & (q > 0)
+        main = _main_latents(fired, is_letter, splits)
+        if not main or not rows.any():
+            continue
+        share = values[rows].double() * (dictionary.double() @ direction)[indices[rows].long()]
+        per_letter.append(_absorbed(share, torch.isin(indices[rows].long(), torch.tensor(main)), q[rows]).mean())
+        n_tokens += int(rows.sum())
+    score = float(torch.stack(per_letter).mean()) if per_letter else 0.0
+    return {"score": score, "n_letters": len(per_letter), "n_tokens": n_tokens}
+
+
+def _absorbed(share: Tensor, is_main: Tensor, q: Tensor, n_top: int = 5, least: float = 0.1) -> Tensor:
+    """Absorption of each token [B] from the contributions of its codes [B, k] to the probe's projection q [B]."""
+    main = torch.where(is_main, share, 0.0).sum(1)
+    others = torch.where(is_main, 0.0, share).clamp(min=0)
+    top = others.topk(min(n_top, share.shape[1]), dim=1).values.sum(1)
+    rate = top / (top + main.clamp(min=0)).clamp(min=1e-12)
+    return torch.where((main >= q) | (top < least * q), torch.zeros_like(rate), rate)
+
+
+def _main_latents(fired: Tensor, is_letter: Tensor, splits: Tensor, most: int = 5, least_gain: float = 0.03) -> list[int]:
+    """Greedy choice of latents whose firing (any of them) predicts the letter.
+
+    The candidate is the one with the best training F1; it joins if the validation F1 rises by more than least_gain.
+    """
+    chosen: list[int] = []
+    any_fires = torch.zeros(len(fired), dtype=torch.bool)
+    best = 0.0
+    train, val = splits == 0, splits == 1
+    for _ in range(most):
+        new = fired[train] & ~any_fires[train, None]
+        hits = (any_fires & is_letter)[train].sum() + new[is_letter[train]].sum(0)
+        f1 = 2 * hits / (any_fires[train].sum() + new.sum(0) + is_letter[train].sum())
+        candidate = int(f1.argmax())
+        together = any_fires | fired[:, candidate]
+        total = together[val].sum() + is_letter[val].sum()
+        score = float(2 * (together & is_letter)[val].sum() / total) if total else 0.0
+        if score - best <= least_gain:
+            break
+        chosen.append(candidate)
+        any_fires, best = together, score
+    return chosen

@@ -1,0 +1,93 @@
+"""What a model, or its codes, can do: accuracy and F1, linear and k-sparse probes, perplexity."""
+import math
+import warnings
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, f1_score
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+K_SPARSE = (1, 2, 5, 10, 25, 50)  # sizes of the k-sparse probe; those above the number of latents are skipped
+
+
+def classification(logits: Tensor, y: Tensor) -> dict[str, float]:
+    """accuracy, loss (mean cross-entropy in nats), f1_macro and f1_weighted of logits [N, C] for y [N]."""
+    guess = logits.argmax(1)
+    return {
+        "accuracy": float((guess == y).double().mean()),
+        "loss": float(cross_entropy(logits.double(), y)),
+    } | _f1(y.numpy(), guess.numpy())
+
+
+def _f1(y: np.ndarray, guess: np.ndarray) -> dict[str, float]:
+    return {f"f1_{kind}": float(f1_score(y, guess, average=kind, zero_division=0)) for kind in ("macro", "weighted")}
+
+
+def _logistic(x, y: np.ndarray, balanced: bool = False) -> LogisticRegression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the definition
+        return LogisticRegression(C=1.0, max_iter=1000, class_weight="balanced" if balanced else None).fit(x, y)
+
+
+def _scaled(train: Tensor, test: Tensor):
+    """Both divided by the training maximum of each column's absolute value, as sparse matrices where that pays."""
+    top = train.abs().max(0).values.clamp(min=1e-12)
+    pair = (train / top).numpy(), (test / top).numpy()
+    return tuple(csr_matrix(part) for part in pair) if np.mean(pair[0] != 0) < 0.1 else pair
+
+
+def linear_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor) -> dict[str, float]:
+    """Logistic regression (L2, C = 1, max_iter 1000) from features [N, F], scaled by the training maximum.
+
+    Returns train_accuracy, test_accuracy, test_f1_macro, test_f1_weighted.
+    """
+    x, x_test = _scaled(train, test)
+    probe = _logistic(x, y_train.numpy())
+    guess = probe.predict(x_test)
+    f1 = {f"test_{name}": score for name, score in _f1(y_test.numpy(), guess).items()}
+    accuracy = {"train_accuracy": float(probe.score(x, y_train.numpy())), "test_accuracy": float((guess == y_test.numpy()).mean())}
+    return accuracy | f1
+
+
+def k_sparse_probe(
+    train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor, sizes: tuple[int, ...] = K_SPARSE
+) -> dict[int, float]:
+    """k -> mean over classes of the test balanced accuracy of a one-versus-rest probe on k columns (Gurnee et al. 2023).
+
+    The k columns with the largest absolute difference of class means are chosen once per class, on all
+    training rows; features [N, F] are scaled by the training maximum.
+    """
+    top = train.abs().max(0).values.clamp(min=1e-12)
+    train, test = train / top, test / top
+    scores: dict[int, list[float]] = {k: [] for k in sizes if k <= train.shape[1]}
+    for c in y_train.unique():
+        inside = y_train == c
+        if inside.all() or not (y_test == c).any():
+            continue
+        difference = (train[inside].double().mean(0) - train[~inside].double().mean(0)).abs()
+        order = difference.argsort(descending=True, stable=True)
+        for k in scores:
+            probe = _logistic(train[:, order[:k]].numpy(), inside.numpy(), balanced=True)
+            guess = probe.predict(test[:, order[:k]].numpy())
+            scores[k].append(balanced_accuracy_score((y_test == c).numpy(), guess))
+    return {k: float(np.mean(values)) for k, values in scores.items() if values}
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, int]:
+    """(summed cross-entropy in nats, number of pairs) of logits [B, T, V] at t against ids [B, T] at t + 1.
+
+    A pair counts only if both positions are real tokens by mask [B, T].
+    """
+    real = (mask[:, :-1] * mask[:, 1:]).bool()
+    loss = cross_entropy(logits[:, :-1][real].double(), ids[:, 1:][real], reduction="sum")
+    return float(loss), int(real.sum())
+
+
+def perplexity(losses: list[tuple[float, int]]) -> float:
+    """exp(sum of cross-entropy / pairs) over the corpus, from next_token_loss of its batches; nan without pairs."""
+    total, pairs = sum(loss for loss, _ in losses), sum(n for _, n in losses)
+    return math.exp(min(total / pairs, 700)) if pairs else float("nan")

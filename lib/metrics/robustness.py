@@ -1,0 +1,74 @@
+"""Adversarial accuracy under a fixed budget: FGSM and PGD, L-infinity in input space or L2 per token.
+
+`logits_of(x)` maps inputs x [B, ...] to logits [B, C]. The budget is the same for every model compared;
+inputs are pixels [B, P] for "linf" or token embeddings [B, T, E] for "l2".
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+PGD_STEPS = 20
+Logits = Callable[[Tensor], Tensor]
+
+
+def fgsm(logits_of: Logits, x: Tensor, y: Tensor, eps: float, norm: str = "linf", mask: Tensor | None = None,
+         bounds: tuple[float, float] | None = None) -> Tensor:
+    """x moved by one step of length eps up the loss (Goodfellow et al. 2015).
+
+    norm "linf": sign of the gradient; "l2": gradient direction of each last-dimension vector. mask [B, T]:
+    the positions that may move (None: all). bounds: the valid range of inputs.
+    """
+    return _project(x + _step(logits_of, x, y, eps, norm), x, eps, norm, mask, bounds)
+
+
+def pgd(logits_of: Logits, x: Tensor, y: Tensor, eps: float, norm: str = "linf", mask: Tensor | None = None,
+        bounds: tuple[float, float] | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """20 steps of 2.5 eps / 20 from a random start, projected after each (Madry et al. 2018).
+
+    Of all iterates each example keeps the one with the largest loss. Arguments as in fgsm.
+    """
+    noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
+    if norm == "l2":
+        noise = noise / noise.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    moved = _project(x + eps * noise, x, eps, norm, mask, bounds)
+    best, best_loss = moved, _losses(logits_of, moved, y)
+    for _ in range(PGD_STEPS):
+        moved = _project(moved + _step(logits_of, moved, y, 2.5 * eps / PGD_STEPS, norm), x, eps, norm, mask, bounds)
+        loss = _losses(logits_of, moved, y)
+        better = loss > best_loss
+        best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), moved, best)
+        best_loss = torch.where(better, loss, best_loss)
+    return best
+
+
+def _losses(logits_of: Logits, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return cross_entropy(logits_of(x), y, reduction="none")
+
+
+def _step(logits_of: Logits, x: Tensor, y: Tensor, length: float, norm: str) -> Tensor:
+    x = x.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(cross_entropy(logits_of(x), y, reduction="sum"), x)
+    if norm == "linf":
+        return length * gradient.sign()
+    return length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def _project(moved: Tensor, x: Tensor, eps: float, norm: str, mask: Tensor | None, bounds: tuple[float, float] | None) -> Tensor:
+    change = moved.detach() - x
+    if norm == "linf":
+        change = change.clamp(-eps, eps)
+    else:
+        change = change * (eps / change.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    if mask is not None:
+        change = change * mask.unsqueeze(-1).to(change)
+    return x + change if bounds is None else (x + change).clamp(*bounds)
+
+
+def active_jaccard(a: Tensor, b: Tensor) -> Tensor:
+    """Overlap |A and B| / |A or B| of the active latents of paired codes a, b [N, F]: float64 [N]; 1 if both are empty."""
+    a, b = a > 0, b > 0
+    union = (a | b).sum(1).double()
+    return torch.where(union > 0, (a & b).sum(1) / union.clamp(min=1), torch.ones_like(union))

@@ -1,0 +1,125 @@
+"""Sharpening and control targets: exact sets on toy codes, ties, no-ops, random streams."""
+import pytest
+import torch
+
+from lib.environment import InputError
+from lib.sharpening import (
+    ARMS, NO_TARGET, class_masks, class_means, contrast, derangement, derangement_in_class, n_kept, per_class,
+    per_example, random_unit, sharpened_codes, targets,
+)
+
+# four latents; classes 0, 0, 1, 1. Latent 3 is on everywhere, so it is in every per_class mask, but in no contrast mask
+DENSE = torch.tensor([[4.0, 0, 0, 3], [2, 1, 0, 3], [0, 0, 5, 3], [0, 1, 1, 3]])
+Y = torch.tensor([0, 0, 1, 1])
+INDICES = torch.tensor([[3, 2, 1, 0]] * 4)
+VALUES = DENSE.gather(1, INDICES)
+
+
+def dense(values, indices=INDICES):
+    return torch.zeros(len(values), 4).scatter_(1, indices, values)
+
+
+def codes(arm, keep=2, keep_per_example=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return sharpened_codes(arm, VALUES, INDICES, Y, 2, 4, keep, keep_per_example, generator)
+
+
+def make_targets(arm, ids=torch.arange(4), seed=0):
+    return targets(arm, DENSE, VALUES, INDICES, lambda v, i: dense(v, i), Y, ids, n_classes=2, n_latents=4, keep=2,
+                   keep_per_example=1, seed=seed)
+
+
+def test_n_kept_is_a_percentage():
+    assert [n_kept(6144, 1.0), n_kept(256, 2.0), n_kept(256, 10.0), n_kept(256, 0.01)] == [61, 5, 25, 1]
+
+
+def test_class_means_and_masks():
+    means = class_means(VALUES, INDICES, Y, 2, 4)
+    assert means.tolist() == [[3, 0.5, 0, 3], [0, 0.5, 3, 3]]
+    assert class_masks(means, 1).tolist() == [[True, False, False, False], [False, False, True, False]]  # ties: lower
+    assert class_masks(contrast(means), 1).tolist() == [[True, False, False, False], [False, False, True, False]]
+    assert contrast(means)[:, 3].tolist() == [0, 0]
+
+
+def test_per_class_keeps_exactly_the_mask():
+    assert dense(codes("per_class")).tolist() == [[4, 0, 0, 3], [2, 0, 0, 3], [0, 0, 5, 3], [0, 0, 1, 3]]
+    assert dense(codes("complement")).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert dense(codes("contrast", keep=1)).tolist() == [[4, 0, 0, 0], [2, 0, 0, 0], [0, 0, 5, 0], [0, 0, 1, 0]]
+
+
+def test_per_example_ignores_labels_and_breaks_ties_low():
+    tied = torch.tensor([[2.0, 2.0, 1.0], [0.0, 3.0, 3.0]])
+    at = torch.tensor([[7, 4, 9], [1, 6, 2]])
+    assert per_example(tied, at, 1).tolist() == [[0, 2, 0], [0, 0, 3]]
+    assert dense(codes("per_example")).tolist() == [[4, 0, 0, 0], [0, 0, 0, 3], [0, 0, 5, 0], [0, 0, 0, 3]]
+
+
+def test_no_ops_raise():
+    with pytest.raises(InputError, match="KEEP_PER_EXAMPLE"):
+        per_example(VALUES, INDICES, 4)
+    with pytest.raises(InputError, match="KEEP_PCT"):
+        codes("per_class", keep=4)
+
+
+def test_random_latents_keep_the_count_and_the_norm():
+    method = codes("per_class")
+    for seed in range(5):
+        control = codes("random_latents", seed=seed)
+        assert ((control != 0).sum(1) == (method != 0).sum(1)).all()
+        assert torch.allclose(control.norm(dim=1), method.norm(dim=1))
+        assert (VALUES[control != 0] > 0).all()
+    assert any(not torch.equal(codes("random_latents", seed=s) != 0, method != 0) for s in range(5))
+
+
+def test_shuffled_labels_use_true_masks():
+    g = torch.Generator().manual_seed(0)
+    n, f, k = 400, 20, 4
+    y = torch.arange(n) % 2
+    indices = torch.stack([torch.randperm(f, generator=g)[:k] for _ in range(n)])
+    values = torch.rand(n, k, generator=g) + 3 * (indices % 2 == y[:, None])
+    masks = class_masks(class_means(values, indices, y, 2, f), 8)
+    kept = sharpened_codes("shuffled_labels", values, indices, y, 2, f, 8, 1, torch.Generator().manual_seed(1))
+    as_class = [(per_class(values, indices, torch.full_like(y, c), masks) == kept).all(1) for c in (0, 1)]
+    assert (as_class[0] | as_class[1]).all()
+    own = torch.where(y == 0, as_class[0], as_class[1]).double().mean()
+    assert 0.3 < own < 0.7  # about half of the examples drew the mask of their own label
+
+
+def test_derangements():
+    g = torch.Generator().manual_seed(0)
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    for _ in range(20):
+        p, q = derangement(7, g), derangement_in_class(y, g)
+        assert sorted(p.tolist()) == sorted(q.tolist()) == list(range(7))
+        assert (p != torch.arange(7)).all() and (q != torch.arange(7)).all() and torch.equal(y[q], y)
+
+
+def test_random_unit_is_fixed_per_example_and_leaves_the_global_stream():
+    state = torch.random.get_rng_state()
+    a = random_unit(torch.tensor([5, 2, 9]), 6, 42)
+    b = random_unit(torch.tensor([9, 5, 2]), 6, 42)
+    assert torch.equal(a, b[[1, 2, 0]]) and torch.allclose(a.norm(dim=1), torch.ones(3))
+    assert not torch.equal(a, random_unit(torch.tensor([5, 2, 9]), 6, 43))
+    for arm in ARMS:
+        if arm not in NO_TARGET:
+            make_targets(arm)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_targets_of_the_controls():
+    method, share = make_targets("per_class")
+    assert share["kept_codes_frac"] == pytest.approx(8 / 10)
+    assert share["kept_energy_frac"] == pytest.approx(1 - 2 / DENSE.square().sum().item())
+    assert torch.equal(make_targets("full_recon")[0], DENSE) and make_targets("full_recon")[1]["kept_codes_frac"] == 1
+    assert (make_targets("constant")[0] == 0).all()
+    permuted = make_targets("permuted")[0]
+    assert sorted(permuted.tolist()) == sorted(method.tolist()) and not torch.equal(permuted, method)
+    assert torch.equal(make_targets("permuted_in_class")[0], method[[1, 0, 3, 2]])
+    assert make_targets("class_mean")[0].tolist() == [[3, 0.5, 0, 3]] * 2 + [[0, 0.5, 3, 3]] * 2
+    assert torch.equal(make_targets("permuted", seed=3)[0], make_targets("permuted", seed=3)[0])
+
+
+@pytest.mark.parametrize("arm", ["lambda0", "nonsense"])
+def test_arms_without_targets_raise(arm):
+    with pytest.raises(InputError):
+        make_targets(arm)
