@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lib.environment import InputError, log
 from lib.hooks import HookPoint, capture
-from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run, list_files, write_json, write_tensors, write_text
+from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run, list_files, read_note, write_json, write_tensors, write_text
 from lib.texts import Tokens, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
@@ -122,9 +122,7 @@ class _Writer:
         self.n_shards, self.block, self.rows_before_block, self.skip = 0, 0, 0, 0
         while (path := self.shard("rows", self.n_shards)).exists():
             self.n_shards += 1
-            with safe_open(path, "pt") as file:
-                place = file.metadata()
-            self.block, self.rows_before_block = int(place["block"]), int(place["rows_before_block"])
+            self.block, self.rows_before_block = read_note(path)
             # The rows of that block which earlier shards already hold.
             self.skip = self.n_shards * settings.shard_rows - self.rows_before_block
 
@@ -150,8 +148,7 @@ class _Writer:
             kept[:] = [x[n:]]
         rows = torch.cat(self.rows)
         columns = {name: rows[:n, i] for i, name in enumerate(ROW_COLUMNS)}
-        place = {"block": str(self.block), "rows_before_block": str(self.rows_before_block)}
-        write_tensors(self.shard("rows", self.n_shards), columns, place)
+        write_tensors(self.shard("rows", self.n_shards), columns, note=[self.block, self.rows_before_block])
         self.rows = [rows[n:]]
         self.n_shards += 1
 

@@ -105,7 +105,8 @@ def _role(model: nn.Module, role: str, index: int) -> tuple[str, str]:
     if role == "resid_mid":
         return f"{prefix}.{_norm_after_attention(model, block)}", "input"
     names = [child for child in (_ATTENTION if role == "attn_out" else _MLP) if hasattr(block, child)]
-    if not names:
+    # In BERT's family the attention module ends with the residual sum and a norm: that is not what the role means.
+    if not names or hasattr(getattr(block, names[0]), "output"):
         raise InputError(f"{type(block).__name__} has no {role}; name the layer by its dotted path")
     return f"{prefix}.{names[0]}", "output"
 

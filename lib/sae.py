@@ -101,12 +101,16 @@ def make_sae(
     if not 1 <= top_k <= n_latents:
         raise InputError(f"TOP_K={top_k} must be between 1 and the number of latents, {n_latents}")
     module = TopKSAE(n_inputs, nb_concepts=n_latents, top_k=top_k, device=str(device)).untied(bias=True)
+    unit = W_dec.detach().float().to(device, copy=True)
+    if (unit.norm(dim=1) - 1).abs().max() > 1e-6:
+        unit = functional.normalize(unit.double(), dim=1).float()
     with torch.no_grad():
         module.encoder.weight.copy_(W_enc)
         module.encoder.bias.copy_(b_enc)
-        module.dictionary._weights.copy_(W_dec)
-    # train() then eval() makes overcomplete refresh the fused, normalised dictionary that eval mode decodes with.
-    module.to(device).requires_grad_(False).train().eval()
+    module.requires_grad_(False).eval()
+    # eval() has just normalised the random start into the copy that eval mode decodes with. Both are set here, as
+    # they are: normalising unit rows once more would change their last digit at each save and load.
+    module.dictionary._weights.data = module.dictionary._fused_dictionary = unit
     return SAE(module, mean.detach().float().to(device), float(scale), dict(config or {}))
 
 

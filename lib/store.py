@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,10 +80,20 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged ({error}); delete it and run its step again") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:
+    """Write a safetensors file atomically. note: JSON value for the file's header, read back by read_note().
+
+    The note is one string because safetensors writes several metadata keys in random order: equal files would differ.
+    """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = None if note is None else {"note": json.dumps(note)}
     atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def read_note(path: Path) -> Any:
+    """The note in a safetensors file's header."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["note"])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

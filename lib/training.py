@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from lib.environment import InputError, log
 from lib.metrics.reconstruction import Reconstruction
 from lib.sae import SAE, make_sae
-from lib.sae_step import dense_step, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from lib.sae_step import dense_step as train_step
+from lib.sae_step import folded_weights, init_state, learning_rate, read_stats, schedule, whitening
 from lib.store import Run, atomic_write, fingerprint
 
 BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
@@ -206,7 +207,7 @@ def train_sae(
             if i < done:
                 continue
             lr = rate * schedule(int(state["step"]), n_steps)
-            dense_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight)
+            train_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight)
             bar.update()
             if (i + 1) % settings.log_every == 0 or i + 1 == per_epoch:
                 _log_point(history["train"], state, settings, lr)

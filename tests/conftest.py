@@ -1,0 +1,90 @@
+"""Small random models and a word tokenizer that the tests share; nothing here touches the network."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import lib.environment  # noqa: E402, F401  (the import guards come before transformers)
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parents[1]
+ASSETS = PROJECT.parent / "shared" / "assets"
+WORDS = "the a cat dog bird sat ran saw on under mat tree and then it was red blue happy sad . ,".split()
+TEXTS = [
+    "the cat sat on the mat .",
+    "a dog ran , and then it saw a red bird under the tree .",
+    "it was sad",
+    "the blue bird was happy and the dog was happy .",
+    "a cat",
+    "the dog saw the cat , the cat saw the bird , and the bird sat on the tree and it was happy .",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    """Every test writes to a store of its own."""
+    monkeypatch.setenv("STORE_DIR", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+def word_tokenizer(bos: bool = True):
+    """A fast tokenizer of whole words with [PAD]=0 [BOS]=1 [EOS]=2 [UNK]=3; BOS is put first."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]")
+
+
+def tiny_model(kind: str, width: int = 16, n_blocks: int = 3, seed: int = 0, **extra):
+    """A random model of the given family: llama, gpt2, neox or bert; causal LM, or encoder for bert."""
+    torch.manual_seed(seed)
+    size = {"hidden_size": width, "num_hidden_layers": n_blocks, "num_attention_heads": 2, "intermediate_size": 2 * width}
+    common = {"vocab_size": len(WORDS) + 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **extra}
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, **common))
+    elif kind == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=width, n_layer=n_blocks, n_head=2, **common))
+    elif kind == "neox":
+        model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**size, **common))
+    elif kind == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**size, **common), add_pooling_layer=False)
+    else:
+        raise ValueError(kind)
+    return model.eval()
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture
+def texts():
+    return list(TEXTS)
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    """Directory of a tiny Llama and its tokenizer, and a .jsonl of texts: what the scripts take."""
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    lines = "".join(f'{{"text": "{text}"}}\n' for text in TEXTS * 10)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    return folder, tmp_path / "texts.jsonl"
+
+
+def run_script(path: str, *arguments: str, store: Path, check: bool = True) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts as a user would, from another directory."""
+    environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(PROJECT / path), *arguments], capture_output=True, text=True, env=environment, cwd=store.parent)
+    if check and done.returncode:
+        raise AssertionError(done.stdout + done.stderr)
+    return done

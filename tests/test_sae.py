@@ -1,0 +1,131 @@
+"""The SAE file and its codes: the same as overcomplete's, the same after reloading, refused when altered."""
+import pytest
+import torch
+from lib.environment import InputError
+from lib.sae import load_sae, make_sae, require_trained_on, sae_hash, save_sae
+from torch.nn.functional import normalize
+
+
+def random_sae(n_inputs=12, n_latents=40, top_k=5, scale=7.0, offset=20.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    W_enc, W_dec = torch.randn(2, n_latents, n_inputs, generator=generator)
+    b_enc = 0.1 * torch.randn(n_latents, generator=generator)
+    mean = offset * torch.randn(n_inputs, generator=generator)
+    return make_sae(W_enc, b_enc, normalize(W_dec, dim=1), mean, scale, top_k)
+
+
+@pytest.fixture
+def sae():
+    return random_sae()
+
+
+@pytest.fixture
+def x(sae):
+    return sae.mean + sae.scale * torch.randn(300, len(sae.mean), generator=torch.Generator().manual_seed(1))
+
+
+def dense(values, indices, n_latents):
+    return torch.zeros(len(values), n_latents).scatter(1, indices, values)
+
+
+def test_codes_and_reconstruction_are_overcompletes(sae, x):
+    values, indices = sae.encode(x)
+    scaled = (x - sae.mean) / sae.scale
+    _, codes, rebuilt = sae.module(scaled)
+    torch.testing.assert_close(dense(values, indices, 40), codes, rtol=0, atol=0)
+    torch.testing.assert_close(sae.decode(values, indices), sae.scale * rebuilt + sae.mean)
+
+
+def test_codes_follow_the_formula(sae, x):
+    pre = ((x - sae.mean) / sae.scale) @ sae.W_enc.T + sae.b_enc
+    expected = pre.relu().topk(5, dim=1)
+    values, indices = sae.encode(x)
+    torch.testing.assert_close(values, expected.values, rtol=1e-5, atol=1e-5)
+    assert (values >= 0).all() and values.shape == (300, 5)
+    assert ((values > 0).sum(1) <= 5).all()
+
+
+def test_fewer_than_k_fire_where_fewer_are_positive():
+    sae = make_sae(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3), 1.0, 2)
+    values, _ = sae.encode(torch.tensor([[-1.0, -1.0, 3.0], [-1.0, -1.0, -1.0]]))
+    assert values.tolist() == [[3.0, 0.0], [0.0, 0.0]]
+    xhat = sae.decode(*sae.encode(torch.tensor([[-1.0, -1.0, 3.0]])))
+    assert xhat.tolist() == [[0.0, 0.0, 3.0]]
+
+
+def test_batch_size_does_not_change_codes(sae, x):
+    whole = sae.encode(x)
+    parts = [sae.encode(part) for part in x.split(7)]
+    torch.testing.assert_close(whole[0], torch.cat([p[0] for p in parts]))
+    assert sae.encode(x[:0])[0].shape == (0, 5)
+
+
+def test_the_dictionary_has_unit_rows_whatever_it_was_made_from(x):
+    sae = make_sae(torch.randn(40, 12), torch.zeros(40), 3 * torch.randn(40, 12), torch.zeros(12), 1.0, 5)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-5)
+
+
+def test_reload_gives_the_same_codes_and_hash(sae, x, tmp_path):
+    sae.config["hook"] = "h"
+    path = tmp_path / "topk_sae.pt"
+    save_sae(sae, path, x)
+    again = load_sae(path)
+    for mine, theirs in zip(sae.encode(x), again.encode(x)):
+        assert torch.equal(mine, theirs)
+    assert sae_hash(sae) == sae_hash(again) and again.config["hook"] == "h"
+    assert (again.top_k, again.scale, again.n_latents) == (5, 7.0, 40)
+    content = torch.load(path, weights_only=True)
+    assert set(content["state"]) == {"W_enc", "b_enc", "W_dec", "mean", "scale"}
+
+
+def test_saving_twice_gives_the_same_bytes(sae, x, tmp_path):
+    for name in ("a.pt", "b.pt"):
+        save_sae(sae, tmp_path / name, x)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+@pytest.mark.parametrize("part", ["W_enc", "b_enc", "mean", "scale"])
+def test_altered_weights_are_noticed(sae, x, tmp_path, part):
+    path = tmp_path / "topk_sae.pt"
+    save_sae(sae, path, x)
+    content = torch.load(path, weights_only=True)
+    content["state"][part] += 0.1
+    torch.save(content, path)
+    with pytest.raises(InputError, match="altered"):
+        load_sae(path)
+
+
+def test_missing_damaged_and_foreign_files_are_named(sae, x, tmp_path):
+    path = tmp_path / "topk_sae.pt"
+    with pytest.raises(InputError, match="run 02_train_sae.py first"):
+        load_sae(path)
+    save_sae(sae, path, x)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="damaged"):
+        load_sae(path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="schema"):
+        load_sae(path)
+
+
+@pytest.mark.parametrize("k", [0, 41])
+def test_k_beyond_the_latents_is_refused(k):
+    with pytest.raises(InputError, match=f"TOP_K={k}"):
+        random_sae(top_k=k)
+
+
+def test_shapes_that_disagree_are_refused():
+    with pytest.raises(InputError, match="shapes disagree"):
+        make_sae(torch.zeros(4, 3), torch.zeros(5), torch.zeros(4, 3), torch.zeros(3), 1.0, 2)
+
+
+def test_an_sae_of_other_activations_is_refused(sae):
+    class OtherRun:
+        run_id = "r2"
+
+        def digest(self, hook):
+            return "other"
+
+    sae.config.update(data_digest="mine", run_id="r1", hook="h")
+    with pytest.raises(InputError, match="trained on run r1 at h, not on r2"):
+        require_trained_on(sae, OtherRun(), "h")

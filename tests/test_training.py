@@ -1,0 +1,178 @@
+"""The training loop: order of the rows, resume, history, and what a trained SAE must reach."""
+import json
+
+import lib.training as training
+import pytest
+import torch
+from lib.environment import InputError
+from lib.metrics.reconstruction import explained_variance
+from lib.training import Rows, TrainSettings, epoch_batches, rows_of_tensor, sample_rows, score, train_sae
+from torch.nn.functional import normalize
+
+SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5}
+
+
+def planted(n_rows=6000, n_inputs=24, n_features=48, active=3, offset=5.0, seed=0):
+    """Rows that are sparse sums of unit features, off centre, with a little noise; and the features."""
+    generator = torch.Generator().manual_seed(seed)
+    features = normalize(torch.randn(n_features, n_inputs, generator=generator), dim=1)
+    codes = torch.zeros(n_rows, n_features)
+    chosen = torch.rand(n_rows, n_features, generator=generator).topk(active, dim=1).indices
+    codes.scatter_(1, chosen, 1 + torch.rand(n_rows, active, generator=generator))
+    x = codes @ features + 0.05 * torch.randn(n_rows, n_inputs, generator=generator)
+    return x + offset * torch.randn(n_inputs, generator=generator), features
+
+
+def make_rows(n_rows=1500, **options):
+    x, features = planted(n_rows, **options)
+    return rows_of_tensor(x, torch.arange(len(x)) % 10 == 0), features
+
+
+def split_rows(rows, size):
+    return Rows(list(rows.shards[0].split(size)), rows.is_val, rows.mean, rows.covariance)
+
+
+def test_an_epoch_visits_each_training_row_once_and_no_validation_row():
+    rows, _ = make_rows(1000)
+    got = torch.cat(list(epoch_batches(rows, torch.eye(24), 100, 0, 0, {})))
+    expected = rows.shards[0][~rows.is_val] - rows.mean
+    assert got.shape == (900, 24)
+    torch.testing.assert_close(got.sort(0).values, expected.sort(0).values)
+
+
+def test_epochs_differ_and_seeds_repeat():
+    rows, _ = make_rows(1000)
+    first, again, second, other = (next(epoch_batches(rows, torch.eye(24), 64, s, e, {})) for s, e in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    assert torch.equal(first, again) and not torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_two_level_shuffle_mixes_shards_and_loses_no_row(monkeypatch):
+    monkeypatch.setattr(training, "BUFFER_BYTES", 1)  # a buffer holds just two shards
+    number = torch.arange(3000.0)[:, None]
+    rows = split_rows(Rows([number], torch.zeros(3000, dtype=torch.bool), torch.zeros(1), torch.eye(1)), 250)
+    batches = [batch[:, 0].long() for batch in epoch_batches(rows, torch.eye(1), 64, 0, 0, {})]
+    seen = torch.cat(batches)
+    assert len(seen) == 3000 // 64 * 64 and len(seen.unique()) == len(seen)
+    shards = torch.stack([torch.bincount(batch // 250, minlength=12) for batch in batches])
+    # Neighbours (rows of one text) do not stay together: each batch mixes two shards about evenly ...
+    assert (shards > 0).sum(1).min() >= 2 and shards.max() < 50
+    # ... and its rows are scattered over them: neighbouring rows are a small part of a batch.
+    together = torch.stack([(batch.sort().values.diff() == 1).float().mean() for batch in batches])
+    assert together.mean() < 0.25
+    assert not torch.equal(seen, seen.sort().values)
+
+
+def test_fewer_rows_than_a_batch_make_one_short_batch():
+    rows, _ = make_rows(50)
+    assert [len(batch) for batch in epoch_batches(rows, torch.eye(24), 64, 0, 0, {})] == [45]
+
+
+def test_a_planted_dictionary_is_recovered():
+    rows, features = make_rows(12_000)
+    sae, _ = train_sae(rows, TrainSettings(n_latents=96, top_k=3, epochs=8, batch_size=192), progress=False)
+    best = (features @ sae.W_dec.T).max(1).values
+    assert best.mean() > 0.95 and (best > 0.9).float().mean() > 0.9
+
+
+def test_better_than_the_reference_setting_on_data_off_centre():
+    """Raw input, independent default encoder, plain MSE, as overcomplete's own loop trains: lower EV, more dead latents."""
+    from overcomplete.sae import TopKSAE, train_sae as overcomplete_train
+    from torch.utils.data import DataLoader, TensorDataset
+
+    rows, _ = make_rows(8000, offset=3.0)
+    x, val = rows.shards[0][~rows.is_val], rows.shards[0][rows.is_val]
+    ours, _ = train_sae(rows, TrainSettings(n_latents=48, top_k=3, epochs=4, batch_size=128), progress=False)
+    mine = score(ours, sample_rows(rows, validation=True))
+    torch.manual_seed(0)
+    theirs = TopKSAE(24, nb_concepts=48, top_k=3)
+    loader = DataLoader(TensorDataset(x), batch_size=128, shuffle=True)
+    overcomplete_train(theirs, loader, lambda x, xhat, *_: (x - xhat).square().mean(), torch.optim.Adam(theirs.parameters(), lr=1e-3), nb_epochs=4, monitoring=0)
+    theirs.eval()
+    with torch.no_grad():
+        _, codes, xhat = theirs(val)
+    assert mine["ev"] > explained_variance(val, xhat) + 0.1
+    assert mine["dead_pct"] < 10 < 100 * (codes == 0).all(0).float().mean()
+
+
+def test_history_has_equal_columns_and_plain_numbers():
+    rows, _ = make_rows()
+    _, history = train_sae(rows, TrainSettings(**SMALL), progress=False)
+    json.dumps(history, allow_nan=False)
+    steps = 1350 // 64
+    for block in ("train", "val", "train_sample", "epochs"):
+        assert len({len(column) for column in history[block].values()}) == 1
+    assert history["val"]["step"] == [steps, 2 * steps, 3 * steps]
+    assert set(history["epochs"]) == {"loss", "recon_mse", "l1", "r2", "l0", "dead_features_pct"}
+    assert history["train"]["step"][-1] == 3 * steps and max(history["train"]["l0"]) <= 4
+
+
+def test_the_saved_sae_is_that_of_the_best_epoch():
+    rows, _ = make_rows()
+    sae, history = train_sae(rows, TrainSettings(**SMALL), progress=False)
+    ev = history["val"]["ev"]
+    assert history["best_epoch"] == ev.index(max(ev)) + 1
+    assert score(sae, sample_rows(rows, True))["ev"] == pytest.approx(max(ev), abs=1e-6)
+
+
+def test_scores_are_those_of_a_dense_computation():
+    rows, _ = make_rows()
+    sae, _ = train_sae(rows, TrainSettings(**SMALL), progress=False)
+    x = rows.shards[0][rows.is_val]
+    result = score(sae, sample_rows(rows, True))
+    xhat = sae.decode(*sae.encode(x))
+    assert result["ev"] == pytest.approx(explained_variance(x, xhat), abs=1e-9)
+    assert result["n_rows"] == len(x) and result["l0_mean"] <= 4
+
+
+def test_a_run_in_shards_trains_the_same_sae():
+    rows, _ = make_rows()
+    whole, _ = train_sae(rows, TrainSettings(**SMALL), progress=False)
+    parts, _ = train_sae(split_rows(rows, 1500), TrainSettings(**SMALL), progress=False)
+    assert torch.equal(whole.W_dec, parts.W_dec)
+
+
+@pytest.mark.parametrize("stop_at", [1, 21, 30, 62])
+def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, stop_at):
+    rows, _ = make_rows()
+    settings = TrainSettings(**SMALL, dead_after=500)
+    whole, whole_history = train_sae(rows, settings, tmp_path / "whole", progress=False)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    real, calls = training.train_step, []
+
+    def stop_later(*args, **options):
+        calls.append(1)
+        if len(calls) > stop_at:
+            raise KeyboardInterrupt
+        real(*args, **options)
+
+    monkeypatch.setattr(training, "train_step", stop_later)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(rows, settings, tmp_path / "killed", progress=False)
+    monkeypatch.setattr(training, "train_step", real)
+    again, history = train_sae(rows, settings, tmp_path / "killed", progress=False)
+    assert history == whole_history
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert torch.equal(getattr(again, name), getattr(whole, name))
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path):
+    rows, _ = make_rows()
+    train_sae(rows, TrainSettings(**SMALL), tmp_path, progress=False)
+    other = TrainSettings(**{**SMALL, "top_k": 2})
+    alone, _ = train_sae(rows, other, progress=False)
+    after, _ = train_sae(rows, other, tmp_path, progress=False)
+    assert torch.equal(alone.W_dec, after.W_dec)
+
+
+def test_a_diverging_loss_stops_with_a_word():
+    rows, _ = make_rows()
+    rows.shards[0][5] = float("inf")
+    with pytest.raises(InputError, match="no longer finite"):
+        train_sae(rows, TrainSettings(**SMALL), progress=False)
+
+
+@pytest.mark.parametrize("wrong, message", [({"top_k": 49}, "TOP_K=49"), ({"top_k": 0}, "TOP_K=0"), ({"epochs": 0}, "epochs=0"), ({"batch_size": 0}, "batch_size=0")])
+def test_settings_that_cannot_work_are_refused(wrong, message):
+    rows, _ = make_rows(100)
+    with pytest.raises(InputError, match=message):
+        train_sae(rows, TrainSettings(**{**SMALL, **wrong}), progress=False)
