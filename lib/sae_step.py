@@ -1,10 +1,11 @@
-"""One training step of a TopK sparse autoencoder: its state, and the dense reference of the fast step.
+"""One training step of a TopK sparse autoencoder: its state, its rules, and the dense reference of lib.fast_step.
 
     transform = whitening(covariance)
     state = init_state(transform, n_latents, seed)
     rate = learning_rate(n_latents, width, k, n_tokens)
+    work = Workspace(state)                                  # lib.fast_step; dense_step takes the same, without work
     for i, rows in enumerate(batches):                       # rows: float32 [B, D], x_raw - mean
-        dense_step(state, rows @ state["transform"], k=k, lr=rate * schedule(i, n_steps), dead_after=10_000)
+        fast_step(state, rows @ state["transform"], k=k, lr=rate * schedule(i, n_steps), dead_after=10_000, work=work)
     W_enc, b_enc, W_dec = folded_weights(state, scale)       # an ordinary TopK SAE on (x_raw - mean) / scale
 
 The state is a dict of tensors and nothing else: what safetensors wrote of it resumes to the same bytes.

@@ -9,6 +9,15 @@ from lib.sae_step import (bias_rate, dead_in_turn, dense_step, folded_weights, i
                           whitening)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small only lose by threads, and much where the processors are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def planted(n_rows, width, n_features, p, seed):
     """Rows of sparse positive sums of unit features, centred; returns them with the features [n_features, width]."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,251 @@
+"""The training step of lib.sae_step without autograd and without an array of rows times latents.
+
+    work = Workspace(state)                      # buffers, and the encoder product's precision, measured here
+    print(work.choice)
+    fast_step(state, rows @ state["transform"], k=k, lr=rate, dead_after=10_000, work=work)
+
+The encoder product runs in tiles, in bfloat16 where that is faster, and only proposes candidates; their pre-activations
+are computed again in float32, so codes, losses and gradients are those of `dense_step` for the same sets of latents.
+Rows then meet only the dictionary rows that fired, and one pass over the latents does gradient, Adam and unit norm.
+With numba on a CPU the loops are compiled (lib.kernels); elsewhere the same steps are made of torch operations.
+"""
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from lib.sae_step import EPS, GAIN_RATE, apply_gradients, bias_rate, count_step, dead_in_turn
+
+try:
+    from lib import kernels
+except ImportError:  # numba is not installed, or has no build for this machine
+    kernels = None
+
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once: a tile stays in cache
+GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
+WORTH = 1.3  # bfloat16 is chosen if its product is this many times faster
+
+
+class Workspace:
+    """What the fast step keeps between steps beside the state: buffers and a bfloat16 copy of the encoder.
+
+    precision: "bfloat16" or "float32" for the encoder product, or "auto": the faster one for this shape on this machine,
+    with float32 unless bfloat16 gains 30 %. Make a new workspace whenever `state` was changed by anything but fast_step;
+    for a resume to the same bytes give it the `precision` that the run began with.
+    """
+
+    def __init__(self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None):
+        device = state["dec"].device
+        self.compiled = kernels is not None and device.type == "cpu" if compiled is None else compiled
+        self.precision, self.choice = choose_precision(*state["dec"].shape, device) if precision == "auto" else (precision, precision)
+        self.tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
+        self._buffers: dict[str, Tensor] = {}
+        self.low = low_precision(state["enc"], state["bias"]) if self.precision == "bfloat16" else None
+
+    def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor that is the same memory at every call: new memory costs as much as filling it."""
+        size = int(np.prod(shape))
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=dtype, device=like.device)
+        return self._buffers[name][:size].view(shape)
+
+
+def choose_precision(n_latents: int, width: int, device: torch.device, n_rows: int = 256) -> tuple[str, str]:
+    """(precision, a line that says why): times the encoder product in float32 and bfloat16, and compares the results."""
+    generator = torch.Generator().manual_seed(0)
+    n_latents = min(n_latents, 8192)
+    x, enc = (torch.randn(n, width, generator=generator).to(device) for n in (n_rows, n_latents))
+    rate, result = {}, {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = x.to(dtype), enc.to(dtype)
+        out = torch.empty(n_rows, n_latents, dtype=dtype, device=device)
+        torch.mm(a, b.T, out=out)
+        seconds = min(_seconds(lambda: torch.mm(a, b.T, out=out), device) for _ in range(5))
+        rate[name], result[name] = 2e-9 * n_rows * n_latents * width / seconds, out.float()
+    error = float((result["bfloat16"] - result["float32"]).norm() / result["float32"].norm())
+    precision = "bfloat16" if rate["bfloat16"] > WORTH * rate["float32"] else "float32"
+    rates = ", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in rate.items())
+    return precision, f"encoder product in {precision} ({rates}; bfloat16 errs by {error:.1e}, candidates are computed again in float32)"
+
+
+def _seconds(work, device: torch.device) -> float:
+    wait = getattr(torch, device.type).synchronize if device.type in ("cuda", "mps") else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def low_precision(weight: Tensor, bias: Tensor) -> Tensor:
+    """bfloat16 [F, D + 2]: the rows, and the bias as the sum of two columns; times [x, 1, 1] this is x W^T + bias."""
+    high = bias.bfloat16()
+    return torch.cat([weight.bfloat16(), high[:, None], (bias - high.float()).bfloat16()[:, None]], dim=1)
+
+
+def fast_step(
+    state: dict[str, Tensor], x: Tensor, *, k: int, lr: float, dead_after: int, bias_lr_ratio: float | None = None,
+    aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None, work: Workspace | None = None,
+) -> None:
+    """One step, in place: the mathematics and the arguments of `dense_step`.
+
+    work: this state's workspace; None makes one for this step, which is slow. On a CPU the result does not depend on
+    the number of threads beyond what torch's products do.
+    """
+    work = work or Workspace(state)
+    x = x.contiguous()
+    step = _compiled_step if work.compiled else _torch_step
+    n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip)
+    count_step(state, len(x), fired, recon, aux_weight, auxk, n_active / len(x), dead_after, grad_norm)
+
+
+def scores(state: dict[str, Tensor], x: Tensor, work: Workspace):
+    """Yield (first row, pre-activations [<= tile, F]) in the chosen precision; the next tile overwrites them."""
+    n_latents, width = state["enc"].shape
+    size = 2 if work.low is not None else 4
+    tile = max(32, min(len(x), work.tile_bytes // (n_latents * size)))
+    dtype = torch.float32 if work.low is None else torch.bfloat16
+    for start in range(0, len(x), tile):
+        part = x[start : start + tile]
+        out = work.buffer("scores", (len(part), n_latents), x, dtype)
+        if work.low is None:
+            torch.addmm(state["bias"], part, state["enc"].T, out=out)
+        else:
+            low_x = work.buffer("low_x", (len(part), width + 2), x, dtype)
+            low_x[:, :width] = part
+            low_x[:, width:] = 1
+            torch.mm(low_x, work.low.T, out=out)
+        yield start, out
+
+
+def candidates_wanted(k: int, n_latents: int, work: Workspace) -> int:
+    """How many latents to compute again: k, and in bfloat16 a margin that its rounding rarely exceeds."""
+    return min(n_latents, k if work.low is None else k + max(4, k // 4))
+
+
+def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, dead_after: int, aux_weight: float):
+    """AuxK and its gradients: (value, latents [A], of dec [A, D], of enc [A, D], of bias [A]); None on a CPU without dead latents."""
+    if x.device.type == "cpu" and not (state["silent"] > dead_after).any():
+        return None
+    latents, is_dead = dead_in_turn(state, dead_after)
+    if x.device.type == "cpu":
+        latents = latents[is_dead > 0]
+        is_dead = is_dead[: len(latents)]
+    enc, dec = state["enc"][latents], state["dec"][latents]
+    codes = torch.addmm(state["bias"][latents], x, enc.T).relu_().mul_(is_dead)
+    rest = torch.addmm(error, codes, dec, alpha=-1)
+    total = error.square().sum().clamp(min=1e-30)
+    value = rest.square().sum() / total
+    slope = rest.mul_(-2 * aux_weight / total)
+    g_code = (slope @ dec.T).mul_(codes > 0)
+    return value, latents, codes.T @ slope, g_code.T @ x, g_code.sum(0)
+
+
+def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip):
+    rows, width = x.shape
+    n_latents = len(state["dec"])
+    arrays = {name: value.numpy() for name, value in state.items()}
+    pieces = kernels.use_threads(torch.get_num_threads())
+    wanted = candidates_wanted(k, n_latents, work)
+    proposed, count = np.empty((rows, wanted), np.int32), np.empty(rows, np.int32)
+    n_blocks = min(n_latents, 1 << max(3 * wanted, int(1.3 * n_latents**0.5)).bit_length())
+    for start, out in scores(state, x, work):
+        bits = out.view(torch.int32 if work.low is None else torch.int16).numpy()
+        end = start + len(bits)
+        kernels.find_candidates(bits, wanted, n_blocks, pieces, proposed[start:end], count[start:end])
+    index, code = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
+    slope, loss = np.empty((rows, k), np.float32), torch.empty(rows)
+    error = work.buffer("error", (rows, width), x)
+    rows_in, e = x.numpy(), error.numpy()
+    kernels.code_rows(rows_in, arrays["enc"], arrays["bias"], arrays["dec"], proposed, count, k, pieces, index, code, slope, e, loss.numpy())
+
+    first = np.empty(n_latents + 1, np.int64)
+    pairs = (first, np.empty(rows * k, np.int32), np.empty(rows * k, np.float32), np.empty(rows * k, np.float32))
+    kernels.sort_by_latent(index, code, slope, *pairs)
+    found = aux_gradients(state, x, error, dead_after, aux_weight)
+    auxk, aux = _aux_arrays(found, n_latents, width)
+    weights = (arrays["dec"], arrays["enc"], arrays.get("gain", np.empty(0, np.float32)), arrays["bias"])
+    norm = _update(state, arrays, rows_in, e, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces)
+    fired = torch.from_numpy(first[1:] > first[:-1])
+    return torch.tensor(float(first[-1])), (loss.double().sum() / rows).float(), auxk, fired, norm
+
+
+def _aux_arrays(found, n_latents, width):
+    slot = np.full(n_latents, -1, np.int32)
+    if found is None:
+        empty = np.empty((0, width), np.float32)
+        return torch.zeros(()), (slot, empty, empty, np.empty(0, np.float32))
+    value, latents, g_dec, g_enc, g_bias = found
+    slot[latents.numpy()] = np.arange(len(latents), dtype=np.int32)
+    return value, (slot, g_dec.numpy(), g_enc.numpy(), g_bias.numpy())
+
+
+def _update(state, arrays, x, error, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces):
+    """One pass over the latents; with a clip one before it that only measures. Returns the gradient's norm."""
+    state["step"] += 1
+    step, n_latents = int(state["step"]), len(weights[0])
+    none = np.empty(0, np.float32)
+    moments = tuple(arrays.get(f"{name}_{m}", none) for name in ("dec", "enc", "gain", "bias") for m in "mv")
+    cost = pairs[0][1:] + 4 * np.arange(1, n_latents + 1)  # a latent's Adam costs about what four pairs do
+    bounds = np.searchsorted(cost, cost[-1] * np.arange(pieces + 1) / pieces)
+    bounds[-1] = n_latents
+    norms, factor = np.empty(n_latents, np.float32), 1.0
+    if clip is not None:
+        kernels.gradient_norms(x, error, pairs, aux, *weights[:3], bounds, norms)
+        factor = clip / max(clip, float(np.sqrt(norms.sum(dtype=np.float64))))
+    ratio = bias_rate(*weights[0].shape) if bias_lr_ratio is None else bias_lr_ratio
+    rate = lr / (1 - betas[0] ** step)
+    rates = tuple(np.float32(value) for value in (1 - betas[0], 1 - betas[1], 1 / (1 - betas[1] ** step), EPS))
+    lrs = tuple(np.float32(value) for value in (rate, rate * GAIN_RATE, rate * ratio))
+    low = np.empty((0, 0), np.uint16) if work.low is None else work.low.view(torch.uint16).numpy()
+    kernels.update_latents(x, error, pairs, aux, weights, moments, low, bounds, np.float32(factor), lrs, rates, norms)
+    return torch.tensor(float(np.sqrt(norms.sum(dtype=np.float64))))
+
+
+def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip):
+    rows, (n_latents, width) = len(x), state["dec"].shape
+    wanted = candidates_wanted(k, n_latents, work)
+    proposed = torch.cat([out.topk(wanted, dim=1, sorted=False).indices for _, out in scores(state, x, work)])
+    pre = state["bias"][proposed] + _dots(x, state["enc"], proposed)
+    code, place = pre.relu().topk(k, dim=1)
+    index = proposed.gather(1, place)
+    error = x - embedding_bag(index, state["dec"], per_sample_weights=code, mode="sum")
+    slope = _dots(error, state["dec"], index).mul_(code > 0).mul_(-2 / rows)
+
+    order = index.flatten().argsort(stable=True)
+    ones = torch.ones_like(order)
+    count = torch.zeros(n_latents, dtype=order.dtype, device=x.device).index_add_(0, index.flatten(), ones)
+    first = count.cumsum(0) - count
+
+    def by_latent(weight, values):
+        return embedding_bag(order // k, values, first, per_sample_weights=weight.flatten()[order], mode="sum")
+
+    g_enc, g_dec = by_latent(slope, x), by_latent(code, error).mul_(-2 / rows)
+    g_bias = by_latent(slope, torch.ones_like(x[:, :1]))[:, 0]
+    auxk = torch.zeros((), device=x.device)
+    if (found := aux_gradients(state, x, error, dead_after, aux_weight)) is not None:
+        auxk, latents = found[0], found[1]
+        for total, part in zip((g_dec, g_enc, g_bias), found[2:]):
+            total.index_add_(0, latents, part)
+    grads = {"dec": g_dec, "enc": g_enc, "bias": g_bias}
+    if "gain" in state:
+        along = (g_enc * state["dec"]).sum(1)
+        u = state["enc"] - state["gain"][:, None] * state["dec"]
+        g_dec += state["gain"][:, None] * g_enc - along[:, None] * u
+        g_enc -= along[:, None] * state["dec"]
+        grads["gain"] = along
+    norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip)
+    if work.low is not None:
+        work.low.copy_(low_precision(state["enc"], state["bias"]))
+    fired = torch.zeros(n_latents + 1, dtype=torch.bool, device=x.device)  # the last place takes what did not fire
+    fired.index_fill_(0, index.where(code > 0, n_latents).flatten(), True)
+    return (code > 0).sum(), error.square().sum() / rows, auxk, fired[:-1], norm
+
+
+def _dots(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """[B, C]: row b times table[index[b, c]], in chunks that bound the copy of the table's rows."""
+    chunk = max(1, GATHER_BYTES // (4 * index.shape[1] * rows.shape[1]))
+    parts = zip(rows.split(chunk), index.split(chunk))
+    return torch.cat([torch.bmm(table[which], row[:, :, None])[:, :, 0] for row, which in parts])

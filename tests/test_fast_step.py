@@ -1,0 +1,158 @@
+"""The fast step against the dense reference, in both precisions, compiled and in torch operations."""
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib import fast_step as module
+from lib.fast_step import Workspace, choose_precision, fast_step, low_precision
+from lib.sae_step import dense_step, init_state, read_stats, whitening
+
+PATHS = [True, False] if module.kernels is not None else [False]
+WIDTH, LATENTS = 21, 67  # multiples of nothing
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products this small only lose by threads, and much where the processors are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def activations(n_rows=1500, width=WIDTH):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n_rows, width, generator=generator) * torch.logspace(0, -1, width)
+    return x - x.mean(0)
+
+
+def pair_of_states(x, aligned=True, n_latents=LATENTS):
+    """The same state twice. With zero bias, k=1 has gradients that vanish but for rounding, which Adam would scale up."""
+    state = init_state(whitening(x.T @ x / len(x)), n_latents, 0, aligned=aligned)
+    state["bias"] += 0.1 * torch.randn(n_latents, generator=torch.Generator().manual_seed(2))
+    return state, {name: value.clone() for name, value in state.items()}
+
+
+def assert_close(a, b, atol=2e-5):
+    assert a.keys() == b.keys()
+    for name in a:
+        if a[name].is_floating_point():
+            assert torch.allclose(a[name].double(), b[name].double(), atol=atol, rtol=1e-3), name
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("k,clip", [(5, None), (1, None), (5, 0.05)])
+def test_a_hundred_steps_equal_the_dense_reference(compiled, aligned, k, clip):
+    x = activations()
+    dense, fast = pair_of_states(x, aligned)
+    work = Workspace(fast, "float32", compiled)
+    generator, dead = torch.Generator().manual_seed(1), 0
+    for i in range(100):
+        rows = x[torch.randint(0, len(x), (29 + i % 3,), generator=generator)] @ dense["transform"]
+        dense_step(dense, rows, k=k, lr=1e-3, dead_after=60, clip=clip)
+        fast_step(fast, rows, k=k, lr=1e-3, dead_after=60, clip=clip, work=work)
+        dead += int((dense["silent"] > 60).sum())
+    assert dead > 100  # AuxK was at work
+    assert_close({n: v for n, v in dense.items() if n != "sums"}, {n: v for n, v in fast.items() if n != "sums"})
+    assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_equal_autograd_with_and_without_dead_latents(compiled, precision):
+    x = activations()
+    for dead_after in (10**9, 0):
+        dense, fast = pair_of_states(x)
+        for state in (dense, fast):
+            state["silent"][::3] = 100
+            state["bias"][::3] = -0.1
+        for step, extra in ((dense_step, {}), (fast_step, {"work": Workspace(fast, precision, compiled)})):
+            step(dense if step is dense_step else fast, x[:200] @ dense["transform"], k=4, lr=0.0, dead_after=dead_after, betas=(0.0, 0.0), **extra)
+        for name in ("dec_m", "enc_m", "gain_m", "bias_m"):
+            assert torch.allclose(dense[name], fast[name], atol=1e-6, rtol=1e-4), name
+        assert torch.equal(dense["silent"], fast["silent"])
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+def test_bfloat16_selection_follows_the_reference_over_a_run(compiled):
+    x = activations()
+    dense, fast = pair_of_states(x)
+    work = Workspace(fast, "bfloat16", compiled)
+    for part in (x @ dense["transform"]).split(50):
+        dense_step(dense, part, k=5, lr=1e-3, dead_after=300)
+        fast_step(fast, part, k=5, lr=1e-3, dead_after=300, work=work)
+    assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-3)
+    assert torch.equal(work.low, low_precision(fast["enc"], fast["bias"]))
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+def test_tiles_and_threads_do_not_change_the_result(compiled):
+    x = activations()
+    states = []
+    for n_threads, tile_bytes in ((1, 1), (2, 1), (2, 4 << 20)):
+        torch.set_num_threads(n_threads)
+        state, _ = pair_of_states(x)
+        work = Workspace(state, "float32", compiled)
+        work.tile_bytes = tile_bytes
+        for part in (x @ state["transform"]).split(301):
+            fast_step(state, part, k=3, lr=1e-3, dead_after=200, work=work)
+        states.append(state)
+    assert_close(states[0], states[1], atol=1e-5)
+    assert_close(states[0], states[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+def test_every_latent_may_be_asked_for_and_rows_of_zeros_fire_nothing(compiled):
+    x = torch.cat([activations(40, 6), torch.zeros(3, 6)])
+    dense, fast = pair_of_states(x, n_latents=7)
+    for _ in range(5):
+        dense_step(dense, x @ dense["transform"], k=7, lr=1e-3, dead_after=10**9)
+        fast_step(fast, x @ dense["transform"], k=7, lr=1e-3, dead_after=10**9)
+    assert_close(dense, fast)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, precision):
+    x = activations()
+    whole, _ = pair_of_states(x)
+    parts, work = (x @ whole["transform"]).split(100), Workspace(whole, precision)
+    for i, part in enumerate(parts):
+        if i == 7:
+            save_file(whole, tmp_path / "state.safetensors")
+        fast_step(whole, part, k=3, lr=1e-2, dead_after=300, work=work)
+    resumed = load_file(tmp_path / "state.safetensors")
+    work = Workspace(resumed, precision)
+    for part in parts[7:]:
+        fast_step(resumed, part, k=3, lr=1e-2, dead_after=300, work=work)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_moments_of_latents_that_never_fire_end_at_zero_not_at_subnormal_numbers():
+    if module.kernels is None:
+        pytest.skip("only the compiled loops flush")
+    x = activations(64)
+    state, _ = pair_of_states(x)
+    state["bias"][:] = -100.0
+    for name in ("dec_m", "dec_v", "enc_m", "enc_v"):
+        state[name].fill_(1e-28)
+    work = Workspace(state, "float32")
+    for _ in range(60):
+        fast_step(state, x @ state["transform"], k=3, lr=1e-3, dead_after=10**9, work=work)
+    assert all(state[name].abs().max() == 0 for name in ("dec_m", "enc_m"))
+
+
+def test_the_choice_of_precision_names_both_rates_and_the_error():
+    precision, line = choose_precision(64, 16, torch.device("cpu"))
+    assert precision in ("float32", "bfloat16") and precision in line
+    assert line.count("GFLOP/s") == 2 and "errs by" in line
+
+
+def test_low_precision_product_includes_the_bias():
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((9, 5), (9,), (4, 5)))
+    low = low_precision(weight, bias)
+    ones = torch.cat([x, torch.ones(4, 2)], dim=1)
+    assert torch.allclose(ones @ low.float().T, x @ weight.bfloat16().float().T + bias, atol=1e-4)

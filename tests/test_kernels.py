@@ -1,0 +1,60 @@
+"""The compiled loops one by one, against torch."""
+import numpy as np
+import pytest
+import torch
+
+kernels = pytest.importorskip("lib.kernels", reason="numba is not installed", exc_type=ImportError)
+
+
+def candidates(scores, n_wanted, n_blocks):
+    index, count = np.zeros((len(scores), n_wanted), np.int32), np.zeros(len(scores), np.int32)
+    kernels.find_candidates(scores, n_wanted, n_blocks, kernels.use_threads(2), index, count)
+    return index, count
+
+
+@pytest.mark.parametrize("dtype,bits", [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
+@pytest.mark.parametrize("n,n_wanted,n_blocks", [(257, 5, 16), (64, 1, 8), (100, 30, 32), (9, 9, 9), (1000, 3, 4)])
+def test_candidates_are_the_largest_scores(dtype, bits, n, n_wanted, n_blocks):
+    scores = torch.randn(50, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    index, count = candidates(scores.view(bits).numpy(), n_wanted, n_blocks)
+    expected = scores.float().relu().topk(n_wanted, dim=1).values
+    assert np.array_equal(count, (expected > 0).sum(1).numpy())
+    for r in range(50):
+        found = scores[r, index[r, : count[r]].tolist()].float()
+        assert len(set(index[r, : count[r]].tolist())) == count[r]
+        assert torch.equal(found.sort(descending=True).values, expected[r, : count[r]])
+
+
+@pytest.mark.parametrize("order", [1, -1, 0])
+def test_candidates_among_ties_and_rising_or_falling_scores(order):
+    """More scores reach the bound than there is room for, so the list has to be cut while it is read."""
+    scores = np.full((2, 4096), 7, np.int16) if order == 0 else np.tile(np.arange(1, 4097, dtype=np.int16)[::order], (2, 1))
+    index, count = candidates(np.ascontiguousarray(scores), 6, 8)
+    assert np.array_equal(count, [6, 6]) and len(set(index[0].tolist())) == 6
+    assert sorted(scores[0, index[0]].tolist()) == sorted(np.sort(scores[0])[-6:].tolist())
+
+
+def test_no_candidate_without_a_positive_score():
+    scores = torch.tensor([[-1.0, 0.0, -0.0, -2.0], [-1.0, 3.0, 0.0, 1e-6]]).bfloat16()
+    index, count = candidates(scores.view(torch.int16).numpy(), 3, 4)
+    assert count.tolist() == [0, 2] and set(index[1, :2].tolist()) == {1, 3}
+
+
+def test_bfloat16_rounding_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    row = torch.cat([torch.randn(200, generator=generator), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38, 1e-40])])
+    low = np.empty(len(row) + 2, np.uint16)
+    kernels._to_bfloat16(row.numpy(), np.float32(0.123456), low)
+    got = torch.from_numpy(low.view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(got[:-2], row.bfloat16())
+    assert float(got[-2]) + float(got[-1]) == pytest.approx(0.123456, rel=1e-4)
+
+
+def test_pairs_are_grouped_by_latent_in_row_order():
+    index = np.array([[2, 0], [2, 1], [0, 2]], np.int32)
+    code = np.array([[1.0, 2.0], [3.0, 0.0], [4.0, 5.0]], np.float32)
+    start, row = np.empty(5, np.int64), np.empty(6, np.int32)
+    weight, slope = np.empty(6, np.float32), np.empty(6, np.float32)
+    kernels.sort_by_latent(index, code, -code, start, row, weight, slope)
+    assert start.tolist() == [0, 2, 2, 5, 5]
+    assert row[:5].tolist() == [0, 2, 0, 1, 2] and weight[:5].tolist() == [2, 4, 1, 3, 5] and slope[:5].tolist() == [-2, -4, -1, -3, -5]
