@@ -221,7 +221,7 @@ def train_sae(
     if checkpoint:
         _save_checkpoint(checkpoint, progress_made)
     sae = make_sae(best["W_enc"], best["b_enc"], best["W_dec"], rows.mean, rows.scale, settings.top_k, device=device)
-    return sae, {**history, "units": UNITS, "best_epoch": best["epoch"]}
+    return sae, {**history, "settings": asdict(settings), "units": UNITS, "best_epoch": best["epoch"]}
 
 
 def _check(rows: Rows, settings: TrainSettings) -> None:

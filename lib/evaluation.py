@@ -1,0 +1,215 @@
+"""All numbers of one model and one SAE that say whether the SAE learnt something.
+
+Everything is read from a run in the store; only loss_recovered() needs the language model.
+"""
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lib.hooks import HookPoint, edit
+from lib.sae import SAE, make_sae
+from lib.sae_step import folded_weights, init_state, whitening
+from lib.store import Run
+from lib.texts import length_batches, pad, tokenise
+from lib.training import Rows, TrainSettings
+
+THRESHOLDS = 14  # quantiles tried for each neuron and each principal direction
+
+
+class RowScores(NamedTuple):
+    """What an SAE does on each of N rows."""
+
+    sse: Tensor
+    """Squared error summed over dimensions, [N], raw units."""
+    sst: Tensor
+    """Squared distance from the mean of these rows, [N], raw units."""
+    norm: Tensor
+    """Norm of the row, [N], raw units."""
+    l0: Tensor
+    """Latents that fired, [N]."""
+    fires: Tensor
+    """Firings of each latent over all rows, int64 [F]."""
+
+
+def row_scores(sae: SAE, run: Run, hook: str, mask: Tensor) -> RowScores:
+    """Scores of the rows where `mask` (bool [n_rows]) holds, in order; streams over the shards."""
+    mean = sum(x[mask[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)) / mask.sum()
+    parts, fires = [], torch.zeros(sae.n_latents, dtype=torch.int64)
+    for i, x in run.batches(hook):
+        x = x[mask[i : i + len(x)]]
+        values, indices = sae.encode(x.to(sae.mean.device))
+        error = x.double() - sae.decode(values, indices).cpu().double()
+        fired = (values > 0).cpu()
+        parts.append((error.square().sum(1), (x.double() - mean).square().sum(1), x.norm(dim=1), fired.sum(1)))
+        fires += torch.bincount(indices.cpu()[fired], minlength=sae.n_latents)
+    return RowScores(*(torch.cat(column) for column in zip(*parts)), fires)
+
+
+def ev(scores: RowScores, keep: Tensor | None = None) -> float:
+    """Explained variance over all rows, or over those where `keep` holds; always about the mean of all rows."""
+    keep = torch.ones_like(scores.sse, dtype=torch.bool) if keep is None else keep
+    return float(1 - scores.sse[keep].sum() / scores.sst[keep].sum())
+
+
+def ev_by(scores: RowScores, by: Tensor, n_bins: int = 12) -> list[tuple[float, float, float, int]]:
+    """EV in bins of a quantity [N] with about equal numbers of rows: (lower edge, upper edge, EV, rows)."""
+    edges = torch.quantile(by.double()[:: max(1, len(by) // 1_000_000)], torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)).unique()
+    found = []
+    for low, high in zip(edges[:-1], edges[1:]):
+        keep = (by >= low) & ((by < high) | (high == edges[-1]))
+        if keep.any():
+            found.append((float(low), float(high), ev(scores, keep), int(keep.sum())))
+    return found
+
+
+def pca_ev(rows: Rows, x: Tensor, k: int) -> float:
+    """EV on x [N, D] of the best k-dimensional linear reconstruction of the training rows."""
+    directions = torch.linalg.eigh(rows.covariance.double()).eigenvectors[:, -k:]
+    centred = x.double() - rows.mean
+    rebuilt = centred @ directions @ directions.T
+    return float(1 - (centred - rebuilt).square().sum() / (x.double() - x.double().mean(0)).square().sum())
+
+
+def untrained_sae(rows: Rows, settings: TrainSettings) -> SAE:
+    """The SAE that training with these settings started from."""
+    state = init_state(whitening(rows.covariance, settings.whiten), settings.n_latents, settings.seed, settings.aligned)
+    return make_sae(*folded_weights(state, rows.scale), rows.mean, rows.scale, settings.top_k)
+
+
+def shuffled(x: Tensor, seed: int = 0) -> Tensor:
+    """x [N, D] with each dimension permuted over the rows by itself: the same values, no structure between them."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(x.shape, generator=generator).argsort(0)
+    return x.gather(0, order)
+
+
+def nearest_cosine(W: Tensor, chunk: int = 1024) -> Tensor:
+    """Largest cosine of each row of W [F, D] (unit rows) with any other row, [F]; never holds F x F."""
+    found = []
+    for start in range(0, len(W), chunk):
+        cosines = W[start : start + chunk] @ W.T
+        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -1
+        found.append(cosines.max(1).values)
+    return torch.cat(found)
+
+
+def loss_recovered(
+    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, texts: list[str], mean: Tensor, settings: dict[str, Any], max_tokens: int = 8192
+) -> dict[str, float]:
+    """Language-model loss in nats per token: clean, with the SAE spliced in, with the mean in its place.
+
+    loss_recovered = (mean_ablated - spliced) / (mean_ablated - clean). The stored positions only are replaced: BOS and
+    padding keep their activations. At resid_mid the residual stream itself is replaced (see lib.hooks.edit).
+    settings: max_length, skip_special, skip_first of the run.
+    """
+    device = next(model.parameters()).device
+    tokens = [t for t in tokenise(tokenizer, texts, 0, settings["max_length"], settings["skip_special"], settings["skip_first"]) if len(t.ids) > 1]
+    changes: dict[str, Callable[[Tensor], Tensor] | None] = {
+        "clean": None,
+        "spliced": lambda x: sae.decode(*sae.encode(x)),
+        "mean_ablated": lambda x: mean.to(x).expand_as(x),
+    }
+    totals, count = dict.fromkeys(changes, 0.0), 0
+    for batch in length_batches(tokens, max_tokens):
+        ids, mask = (tensor.to(device) for tensor in pad(batch, tokenizer.pad_token_id))
+        keep = torch.zeros_like(mask, dtype=torch.bool)
+        for row, item in enumerate(batch):
+            keep[row, : len(item.keep)] = torch.tensor(item.keep, device=device)
+        for name, change in changes.items():
+            totals[name] += _next_token_loss(model, ids, mask, point, keep, change)
+        count += int(mask[:, 1:].sum())
+    losses = {f"ce_{name}": total / count for name, total in totals.items()}
+    damage = losses["ce_mean_ablated"] - losses["ce_clean"]
+    return losses | {"loss_recovered": (losses["ce_mean_ablated"] - losses["ce_spliced"]) / damage, "n_tokens": count}
+
+
+@torch.inference_mode()
+def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoint, keep: Tensor, change: Callable[[Tensor], Tensor] | None) -> float:
+    """Sum of cross-entropies over real next tokens, with change(x) [n, D] in place of the kept rows at the point."""
+
+    def replace(hidden: Tensor) -> Tensor:
+        new = hidden.clone()
+        new[keep] = change(hidden[keep].float()).to(hidden)
+        return new
+
+    if change is None:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    else:
+        with edit(model, point, replace):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return float(each.double() @ mask[:, 1:].flatten().double())
+
+
+def concept_recovery(sae: SAE, x: Tensor, labels: Tensor, is_val: Tensor, principal: Tensor) -> list[dict[str, dict[str, float]]]:
+    """How well single units tell each ground-truth concept's tokens from all others.
+
+    x: rows [N, D]; labels: bool [N, C]; is_val: bool [N]; principal: directions [D, P]. For each concept the latent
+    (firing > 0), the neuron and the principal direction (either sign, best of 14 quantiles as threshold) with the
+    highest F1 on training rows are chosen; their precision, recall and F1 on validation rows are returned.
+    """
+    values, indices = sae.encode(x)
+    found = _best_units(_latent_counts(values > 0, indices, labels, is_val, sae.n_latents), labels, is_val)
+    result = [{"latent": {"unit": unit, **scores}} for unit, scores in found]
+    for name, directions in (("neuron", x), ("pca", (x - x.mean(0)) @ principal)):
+        for row, (unit, scores) in zip(result, _best_units(_threshold_counts(directions, labels, is_val), labels, is_val)):
+            row[name] = {"unit": unit // (2 * THRESHOLDS), **scores}
+    return result
+
+
+def _latent_counts(fired: Tensor, indices: Tensor, labels: Tensor, is_val: Tensor, n_latents: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """For training and validation rows: firings [F] and firings on each concept's rows [C, F]."""
+    for rows in (~is_val, is_val):
+        row, slot = (fired & rows[:, None]).nonzero(as_tuple=True)
+        latent = indices[row, slot]
+        hits = [torch.bincount(latent[labels[row, c]], minlength=n_latents) for c in range(labels.shape[1])]
+        yield torch.bincount(latent, minlength=n_latents), torch.stack(hits)
+
+
+def _threshold_counts(x: Tensor, labels: Tensor, is_val: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """The same counts for units "dimension d is above (below) its quantile q", 2 * THRESHOLDS of them a dimension."""
+    levels = torch.cat([torch.linspace(0.5, 0.95, THRESHOLDS // 2), 1 - torch.logspace(-1.5, -3.5, THRESHOLDS - THRESHOLDS // 2)])
+    sample = x[~is_val][: 16_000_000 // x.shape[1]]  # torch.quantile takes no more than 16 million numbers
+    cuts = torch.cat([torch.quantile(sample, levels, dim=0), torch.quantile(-sample, levels, dim=0)])
+    for rows in (~is_val, is_val):
+        part, concept = x[rows], labels[rows].float()
+        fires, hits = [], []
+        for i, cut in enumerate(cuts):
+            on = ((part if i < THRESHOLDS else -part) > cut).float()
+            fires.append(on.sum(0))
+            hits.append(concept.T @ on)
+        # unit number = dimension * 2 * THRESHOLDS + threshold
+        yield torch.stack(fires, 1).flatten(), torch.stack(hits, 2).flatten(1)
+
+
+def _best_units(counts: Iterable[tuple[Tensor, Tensor]], labels: Tensor, is_val: Tensor) -> list[tuple[int, dict[str, float]]]:
+    """For each concept: the unit with the best training F1, and its scores on validation rows."""
+    (train_fires, train_hits), (val_fires, val_hits) = counts
+    train_total, val_total = labels[~is_val].sum(0), labels[is_val].sum(0)
+    f1 = 2 * train_hits / (train_fires + train_total[:, None]).clamp(min=1)
+    best = f1.argmax(1)
+    found = []
+    for c, unit in enumerate(best.tolist()):
+        hit, fires, total = float(val_hits[c, unit]), float(val_fires[unit]), float(val_total[c])
+        scores = {"precision": hit / fires if fires else 0.0, "recall": hit / total if total else 0.0, "f1": 2 * hit / (fires + total) if fires + total else 0.0}
+        found.append((unit, scores))
+    return found
+
+
+def label_rows(run: Run, spans: list[list[tuple[int, int, int]]], n_concepts: int) -> Tensor:
+    """Which concepts each row's token belongs to, bool [n_rows, n_concepts].
+
+    spans: for each text, (char_start, char_end, concept number); a token belongs to every concept it overlaps.
+    """
+    labels = torch.zeros(run.n_rows, n_concepts, dtype=torch.bool)
+    text_ids, starts, ends = (run.rows[name].long().contiguous() for name in ("text_id", "char_start", "char_end"))
+    first = torch.searchsorted(text_ids, torch.arange(len(spans) + 1)).tolist()
+    for text_id, own in enumerate(spans):
+        low, high = first[text_id], first[text_id + 1]
+        for start, end, concept in own:
+            a = int(torch.searchsorted(ends[low:high], start, right=True))
+            b = int(torch.searchsorted(starts[low:high], end))
+            labels[low + a : low + b, concept] = True
+    return labels

@@ -1,0 +1,137 @@
+"""Figures from histories and tables: numbers in, matplotlib figures out. Reads no file, knows no store."""
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY, RED = "#3b6ea5", "#d9822b", "#4c9a6a", "#8a8f98", "#b5484b"
+VERDICT_COLOURS = {"PASS": GREEN, "WARN": ORANGE, "FAIL": RED}
+
+
+def style() -> None:
+    """One look for every figure."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    plt.rcParams.update({"figure.dpi": 110, "axes.titlesize": 11, "axes.titleweight": "bold", "grid.color": "#e6e8eb", "axes.edgecolor": "#9aa0a8"})
+
+
+def _panels(n: int, width: float = 4.6, height: float = 3.3) -> tuple[Figure, list[Any]]:
+    figure, axes = plt.subplots(1, n, figsize=(width * n, height), layout="constrained", squeeze=False)
+    return figure, list(axes[0])
+
+
+def _label(axis: Any, title: str, x: str, y: str) -> None:
+    axis.set(title=title, xlabel=x, ylabel=y)
+    sns.despine(ax=axis)
+
+
+def training_curves(history: dict[str, Any]) -> Figure:
+    """Loss, explained variance, L0 and dead latents, learning rate over training tokens. history: training_history.json."""
+    train, val, sample = history["train"], history["val"], history["train_sample"]
+    tokens = np.array(train["tokens"]) / 1e6
+    figure, axes = plt.subplots(2, 2, figsize=(10.5, 6.6), layout="constrained")
+    axis = axes[0, 0]
+    axis.plot(tokens, train["loss"], color=BLUE)
+    axis.set_yscale("log")
+    _label(axis, "Loss falls, then flattens", "training tokens (millions)", "loss (whitened units)")
+    axis = axes[0, 1]
+    axis.plot(np.array(sample["tokens"]) / 1e6, sample["ev"], color=BLUE, label="training texts")
+    axis.plot(np.array(val["tokens"]) / 1e6, val["ev"], color=ORANGE, label="held-out texts")
+    axis.axvline(val["tokens"][history["best_epoch"] - 1] / 1e6, color=GREY, linestyle=":", label="saved epoch")
+    axis.legend()
+    _label(axis, "Explained variance, seen and unseen texts", "training tokens (millions)", "EV (1 = perfect)")
+    axis = axes[1, 0]
+    axis.plot(tokens, train["dead_pct"], color=RED, label="silent for long, in training")
+    axis.plot(np.array(val["tokens"]) / 1e6, val["dead_pct"], color=ORANGE, label="never fired on the held-out sample")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    _label(axis, "Dead latents", "training tokens (millions)", "latents (%)")
+    axis = axes[1, 1]
+    axis.plot(tokens, train["l0"], color=GREEN, label="L0")
+    axis.axhline(history["constants"]["TOP_K"], color=GREY, linestyle=":", label="k")
+    axis.set_ylim(0, history["constants"]["TOP_K"] * 1.15)
+    axis.legend(loc="lower right")
+    _label(axis, "Codes per token stay at or under k", "training tokens (millions)", "L0 (codes per token)")
+    return figure
+
+
+def firing_histogram(frequency: np.ndarray, top_k: int) -> Figure:
+    """Histogram of how often each latent fires. frequency: share of tokens per latent, [F]."""
+    figure, (axis,) = _panels(1, 7.5, 3.4)
+    alive = frequency[frequency > 0]
+    axis.hist(np.log10(alive), bins=50, color=BLUE)
+    axis.axvline(np.log10(top_k / len(frequency)), color=GREY, linestyle=":", label="k / F, if all fired alike")
+    axis.axvline(-1, color=RED, linestyle="--", label="dense: over 10 % of tokens")
+    axis.legend()
+    dead = int((frequency == 0).sum())
+    _label(axis, f"How often latents fire ({dead} of {len(frequency)} never do)", "log10 of the share of tokens on which the latent fires", "latents")
+    return figure
+
+
+def ev_profile(by_position: Sequence[tuple], by_norm: Sequence[tuple], overall: float) -> Figure:
+    """EV over token position and over activation norm; each item is (lower edge, upper edge, EV, rows)."""
+    figure, axes = _panels(2)
+    for axis, bins, title, name in ((axes[0], by_position, "EV by place in the text", "position (tokens)"), (axes[1], by_norm, "EV by size of the activation", "norm of x (raw units)")):
+        middle = [(low + high) / 2 for low, high, _, _ in bins]
+        axis.plot(middle, [item[2] for item in bins], "o-", color=BLUE)
+        axis.axhline(overall, color=GREY, linestyle=":", label="all held-out tokens")
+        axis.legend(loc="lower right")
+        _label(axis, title, name, "EV (1 = perfect)")
+    return figure
+
+
+def weight_histograms(moved: np.ndarray, nearest: np.ndarray, alignment: np.ndarray) -> Figure:
+    """Per latent, [F] each: change of its dictionary row, largest cosine to another row, cosine encoder to dictionary."""
+    figure, axes = _panels(3, 4.0)
+    for axis, values, title, name in (
+        (axes[0], moved, "Dictionary rows left their start", "|row - start|  (0 same, 1.41 unrelated)"),
+        (axes[1], nearest, "Nearest other dictionary row", "cosine (over 0.95: a duplicate)"),
+        (axes[2], alignment, "Encoder follows dictionary", "cosine of the two rows of a latent"),
+    ):
+        axis.hist(values, bins=40, color=BLUE)
+        _label(axis, title, name, "latents")
+    return figure
+
+
+def bars(values: dict[str, float], title: str, unit: str, highlight: str) -> Figure:
+    """One bar a name; `highlight` is the one in blue."""
+    figure, (axis,) = _panels(1, 7.0, 0.5 * len(values) + 1.2)
+    axis.barh(list(values), list(values.values()), color=[BLUE if name == highlight else GREY for name in values])
+    axis.invert_yaxis()
+    low = min(0.0, *values.values())
+    axis.set_xlim(low - 0.12 * (max(values.values()) - low) * (low < 0), max(values.values()) * 1.14)
+    for i, value in enumerate(values.values()):
+        axis.text(value, i, f" {value:.3f}", va="center", ha="left" if value >= 0 else "right")
+    _label(axis, title, unit, "")
+    return figure
+
+
+def recovery_dots(table: Sequence[dict[str, Any]]) -> Figure:
+    """F1 of the best latent, neuron and principal direction for each concept. table: {"concept", "latent", "neuron", "pca"}."""
+    table = sorted(table, key=lambda row: row["latent"])
+    figure, (axis,) = _panels(1, 7.5, 0.2 * len(table) + 1.2)
+    places = np.arange(len(table))
+    for key, colour, marker in (("pca", GREY, "s"), ("neuron", ORANGE, "D"), ("latent", BLUE, "o")):
+        axis.plot([row[key] for row in table], places, marker, color=colour, label=f"best {key}", markersize=5)
+    axis.set_yticks(places, [row["concept"] for row in table], fontsize=8)
+    axis.set_xlim(0, 1.02)
+    axis.set_ylim(-0.7, len(table) - 0.3)
+    axis.axvline(0.8, color=GREY, linestyle=":")
+    axis.legend(loc="lower right")
+    _label(axis, "Ground-truth concepts found by a single unit", "F1 on held-out tokens", "")
+    return figure
+
+
+def verdict_strip(checks: Sequence[dict[str, Any]]) -> Figure:
+    """The verification at a glance: one coloured cell a check."""
+    figure, (axis,) = _panels(1, 11.0, 1.5)
+    for i, row in enumerate(checks):
+        axis.add_patch(plt.Rectangle((i, 0), 0.92, 1, color=VERDICT_COLOURS[row["verdict"]]))
+        value = "-" if row["value"] is None else f"{row['value']:.3g}"
+        axis.text(i + 0.46, 0.5, f"{row['verdict']}\n{value}", ha="center", va="center", color="white", fontsize=8, fontweight="bold")
+        axis.text(i + 0.46, -0.12, row["check"], ha="right", va="top", rotation=30, fontsize=8)
+    axis.set(xlim=(0, len(checks)), ylim=(-0.1, 1.1), title="Verification")
+    axis.axis("off")
+    return figure

@@ -1,0 +1,86 @@
+"""Checks that say whether an SAE learnt something: a number, its thresholds, and PASS, WARN or FAIL.
+
+`python -m lib.verification` prints the table that notebook 03 wrote.
+"""
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lib.environment import run
+from lib.store import experiment_dir, read_json
+
+Check = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """What a check asks for."""
+
+    meaning: str
+    """What the number is."""
+    passes: Callable[[float], bool]
+    warns: Callable[[float], bool]
+    text: str
+    """The thresholds in words: for PASS; for WARN."""
+
+
+def _at_least(good: float, fair: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
+    return lambda v: v >= good, lambda v: v >= fair, f">= {good:g}; >= {fair:g}"
+
+
+def _at_most(good: float, fair: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
+    return lambda v: v <= good, lambda v: v <= fair, f"<= {good:g}; <= {fair:g}"
+
+
+def _below(good: float, fair: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
+    return lambda v: v < good, lambda v: v < fair, f"< {good:g}; < {fair:g}"
+
+
+def _above_zero(good: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
+    return lambda v: v >= good, lambda v: v > 0, f">= {good:g}; > 0"
+
+
+RULES = {
+    "loss_fell": Rule("last loss / first loss", *_at_most(0.7, 0.95)),
+    "weights_moved": Rule("relative change of dictionary and encoder since the start (the smaller)", *_at_least(0.05, 0.01)),
+    "l0_cap": Rule("most codes on one token, minus k", *_at_most(0, 0)),
+    "l0_mean": Rule("mean codes per token / k", *_at_least(0.9, 0.5)),
+    "ev": Rule("explained variance, held out", *_above_zero(0.5)),
+    "ev_pca": Rule("EV minus that of PCA with k components", lambda v: v > 0, lambda v: False, "> 0"),
+    "ev_random": Rule("EV minus that of the untrained SAE", *_above_zero(0.1)),
+    "ev_shuffled": Rule("EV minus that on activations whose dimensions are shuffled", *_above_zero(0.1)),
+    "ev_trim": Rule("change of EV without the 1 % largest rows", *_at_most(0.1, 0.3)),
+    "gap": Rule("training EV minus held-out EV", *_at_most(0.05, 0.15)),
+    "dead": Rule("% of latents that never fire on training + held-out tokens", *_below(10, 50)),
+    "dense": Rule("% of latents that fire on more than 10 % of tokens", *_below(1, 5)),
+    "duplicates": Rule("% of latents with a decoder cosine over 0.95 to another", *_below(1, 10)),
+    "units": Rule("largest deviation of x' from mean 0 and mean squared norm 1", *_at_most(0.05, 0.2)),
+    "reload": Rule("largest difference of codes after saving and loading", *_at_most(0, 0)),
+    "ce_recovered": Rule("share of the language-model loss recovered with the SAE spliced in", *_at_least(0.9, 0.7)),
+}
+
+
+def check(name: str, value: float) -> Check:
+    """One verdict. A value that is not finite fails."""
+    rule = RULES[name]
+    finite = math.isfinite(value)
+    verdict = "PASS" if finite and rule.passes(value) else "WARN" if finite and rule.warns(value) else "FAIL"
+    return {"check": name, "value": value if finite else None, "verdict": verdict, "threshold": rule.text, "meaning": rule.meaning}
+
+
+def format_table(checks: list[Check]) -> str:
+    """The checks as aligned text, thresholds as "PASS; WARN"."""
+    lines = [f"{'check':<14} {'value':>9}  {'verdict':<7}  {'PASS; WARN':<18}  meaning"]
+    for row in checks:
+        value = "-" if row["value"] is None else f"{row['value']:.4g}"
+        lines.append(f"{row['check']:<14} {value:>9}  {row['verdict']:<7}  {row['threshold']:<18}  {row['meaning']}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the verification table of experiments/verify_sae_training."""
+    path = experiment_dir("verify_sae_training") / "verification.json"
+    print(format_table(read_json(path)["checks"]))
+
+
+if __name__ == "__main__":
+    run(main)
