@@ -1,0 +1,40 @@
+"""Step 2: train an SAE on the activations of a finished model, at its target layer. The model stays frozen.
+
+    python 02_train_sae.py                                  # on the baseline
+    python 02_train_sae.py CYCLE=1 ARM=per_class            # on the model of a later cycle
+    python 02_train_sae.py PRESET=mlp_digits TOP_K=4 SETTING=digits_k4
+
+Data, model and layer are those of the setting's step 1.
+Reads  store/sae_ception/<setting>/<arm>/seed_<s>/checkpoints/model_cycle_<n>_best.pt
+Writes .../checkpoints/sae_cycle_<n>_best.pt and .json
+"""
+from presets import presets_for
+
+from lib.bench import Bench, inherited
+from lib.constants import override
+from lib.cycles import train_cycle_sae
+from lib.environment import log, log_to, run
+
+PRESET = "tiny"              # as in step 1
+SETTING: str | None = None   # as in step 1
+SEED = 0                     # as in step 1
+CYCLE = 0                    # which cycle's model
+ARM = "per_class"            # whose model; cycle 0 is the same for all arms
+N_LATENTS_MULTIPLIER = 4     # latents per activation dimension
+TOP_K = 8                    # latents that may fire on one token; the same for all arms and cycles
+SAE_EPOCHS = 3               # passes over the activations; the best one by validation is kept
+SAE_BATCH_SIZE = 512         # activations of one step
+SAE_POSITIONS = "tokens"     # tokens: all real tokens; pooled: only the position that the head reads
+DEVICE = "auto"              # auto, cpu, cuda, mps
+CONSTANTS = override(globals(), presets_for(globals()))
+
+
+def main():
+    bench = Bench(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
+    log_to(bench.root / "02_train_sae.log")
+    train_cycle_sae(bench, ARM, CYCLE)
+    log.info("%s", bench.folder(ARM, CYCLE) / "checkpoints" / f"sae_cycle_{CYCLE}_best.pt")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,49 @@
+"""Step 3: one auxiliary cycle of one arm. Model and SAE of cycle n give targets; model n + 1 is pulled to them.
+
+    python 03_train_auxiliary.py                            # per_class targets from the baseline: cycle 1
+    python 03_train_auxiliary.py CYCLE=1 ARM=random_unit    # from cycle 1 to cycle 2
+    python 03_train_auxiliary.py AUX_WEIGHT=0.1 KEEP_PCT=2 SETTING=weaker
+
+L_total = L_task + AUX_WEIGHT * mean(1 - cos(h, target)). Data, model and SAE are those of the setting's steps 1 and 2.
+Reads  store/sae_ception/<setting>/<arm>/seed_<s>/checkpoints/{model,sae}_cycle_<n>_best.pt
+Writes .../targets_cycle_<n>.safetensors, checkpoints/model_cycle_<n+1>_best.pt, history_cycle_<n+1>.json
+"""
+from presets import presets_for
+
+from lib.bench import Bench, inherited
+from lib.constants import override
+from lib.cycles import train_model
+from lib.environment import log, log_to, run
+from lib.sharpening import NO_TARGET
+from lib.store import read_json
+
+PRESET = "tiny"              # as in step 1
+SETTING: str | None = None   # as in step 1
+SEED = 0                     # as in step 1
+CYCLE = 0                    # the cycle that gives the targets; its successor is trained
+ARM = "per_class"            # way of making targets; README.md lists all
+AUX_WEIGHT: float | tuple = 1.0  # lambda; a tuple gives each cycle its own
+AUX_CENTRED = False          # True: cosine about the mean activation, an ablation
+KEEP_PCT = 2.0               # latents that a class keeps, in percent of all
+KEEP_PER_EXAMPLE: int | None = None  # per_example: codes that an example keeps; None: half of TOP_K
+INIT = "continue"            # start of the next model: continue (from this cycle's) or scratch (as cycle 0 started)
+SHARPEN_SEED = 42            # draws random targets and permutations
+ARM_CONSTANTS: dict = {}     # constants above for single arms, e.g. {"class_mean": {"AUX_WEIGHT": 0.3}}
+TRACKER = "local"            # local, tensorboard, wandb
+DEVICE = "auto"              # auto, cpu, cuda, mps
+CONSTANTS = override(globals(), presets_for(globals()))
+
+
+def main():
+    bench = Bench(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
+    log_to(bench.root / "03_train_auxiliary.log")
+    train_model(bench, ARM, CYCLE + 1)
+    folder = bench.folder(ARM, CYCLE + 1)
+    if ARM not in NO_TARGET:
+        for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json")["aux"].items():
+            log.info("  %-18s %.4f", name, value)
+    log.info("%s", folder / "checkpoints" / f"model_cycle_{CYCLE + 1}_best.pt")
+
+
+if __name__ == "__main__":
+    run(main)

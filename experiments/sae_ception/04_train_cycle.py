@@ -1,0 +1,142 @@
+"""The main script: cycles of SAE-ception for several arms and seeds, evaluated and compared. Runs steps 1 to 3.
+
+    python 04_train_cycle.py                                # the embedded model; minutes on two cores
+    python 04_train_cycle.py PRESET=mlp_digits
+    python 04_train_cycle.py PRESET=mlp_mnist DATASET=../shared/assets/data/mnist
+    python 04_train_cycle.py PRESET=gpt2_sst2 CYCLES=1 SEEDS=0,1,2
+
+Started again after an interruption it goes on where it was. The outputs of steps 1 to 3 are used if they fit.
+Writes store/sae_ception/<setting>/<arm>/seed_<s>/..., results.csv and summary.json
+"""
+from presets import presets_for
+from tqdm.auto import tqdm
+
+from lib.bench import Bench
+from lib.comparison import by_seed, interval, result_table, summary
+from lib.constants import override
+from lib.cycles import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
+from lib.environment import InputError, log, log_to, run
+from lib.sharpening import ARMS as KNOWN_ARMS
+from lib.store import experiment_dir, write_json, write_text
+
+PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
+SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
+ARMS = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents", "random_unit", "permuted")  # README.md
+SEEDS = (0, 1, 2)                  # each: start, order, validation cut, SAE seed; arms are paired by seed
+CYCLES = 1                         # auxiliary cycles after the baseline
+DATASET = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a hub name
+TRAIN_SPLIT = "train"              # hub data sets: split to train on
+VAL_DATASET: str | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
+VAL_SPLIT: str | None = None       # hub data sets: split to validate on; None: cut from training
+TEST_DATASET: str | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET
+TEST_SPLIT = "test"                # hub data sets: split that is only reported
+TEXT_FIELD = "text"                # column of the text
+TEXT_FIELD_HELD_OUT: str | None = None  # its name in the validation and test files; None: the same
+LABEL_FIELD = "mood"               # column of the class
+ATTRIBUTE_FIELD: str | None = "topic"  # a label never trained on, whose selectivity is measured too; None: none
+LABEL_GROUPS: tuple | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups, measure the classes too
+DATA_LIMIT: int | None = 2000      # training examples; None: all
+VAL_FRAC = 0.1                     # share of the training examples that validates, where there is no validation set
+MAX_LENGTH = 128                   # tokens of a text, special tokens included
+PIXEL_SCALE = 1.0                  # images: pixels are multiplied by this
+MODEL = "store/embedded/model"     # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
+MODEL_DTYPE = "float32"            # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are float32
+LOAD_BITS: int | None = None       # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
+DEVICE_MAP: str | None = None      # "auto": spread the model over the devices (needs accelerate)
+TARGET_LAYER = "last"              # whose output is pulled: last, a block's number, or a layer signature
+TRAIN_BELOW = False                # also train what stands below the target layer
+GRADIENT_CHECKPOINTING = False     # less memory, one more forward pass
+CACHE_ENTRIES = True               # keep what enters the first trained block, so that an epoch costs the trained layers
+EPOCHS_PER_CYCLE = 3               # passes over the training examples; the best one by validation is kept
+BATCH_SIZE = 32                    # examples of one pass
+ACCUMULATE = 1                     # passes of one optimiser step
+LR = 1e-3                          # peak learning rate
+OPTIMIZER = "adamw"                # adamw, or adam without weight decay
+WEIGHT_DECAY = 0.01
+WARMUP_STEPS = 10                  # steps of linear warm-up
+LR_DECAY = True                    # linear to 0 after the warm-up
+CLIP_NORM: float | None = 1.0      # gradient norm; None: off
+N_LATENTS_MULTIPLIER = 4           # latents per activation dimension
+TOP_K = 8                          # latents that may fire on one token; the same for all arms and cycles
+SAE_EPOCHS = 3                     # passes over the activations; the best one by validation is kept
+SAE_BATCH_SIZE = 512               # activations of one step
+SAE_POSITIONS = "tokens"           # tokens: all real tokens; pooled: only the position that the head reads
+N_SAE_SEEDS = 1                    # SAEs per model; metrics are averaged over them before arms are compared
+AUX_WEIGHT: float | tuple = 1.0    # lambda; a tuple gives each cycle its own
+AUX_CENTRED = False                # True: cosine about the mean activation, an ablation
+KEEP_PCT = 2.0                     # latents that a class keeps, in percent of all
+KEEP_PER_EXAMPLE: int | None = None  # per_example: codes that an example keeps; None: half of TOP_K
+INIT = "continue"                  # start of a cycle's model: continue (from the last one) or scratch (as cycle 0 started)
+SHARPEN_SEED = 42                  # draws random targets and permutations
+ARM_CONSTANTS: dict = {}           # auxiliary constants for single arms, e.g. {"class_mean": {"AUX_WEIGHT": 0.3}}
+EVAL_LIMIT: int | None = 1000      # examples of a split that are scored; None: all
+PROBE_LIMIT: int | None = 1000     # training examples of thresholds and probes; None: all
+SILHOUETTE_ROWS = 1000             # examples of the silhouettes, at most 10,000: they need all pairs
+ROBUST_LIMIT = 100                 # examples under attack, and texts of the perplexity; 0: none
+ROBUST_EPS = (0.05, 0.1)           # attack budgets: of the pixel range, or of the median embedding norm per token
+ABSORPTION_TOKENS = 3000           # validation tokens of the absorption score; 0: none
+FULL_EVALUATION = True             # False: only task, reconstruction and selectivity, for choosing constants
+TRACKER = "local"                  # local, tensorboard, wandb; the history is always written as JSON
+DEVICE = "auto"                    # auto, cpu, cuda, mps
+CONSTANTS = override(globals(), presets_for(globals()))
+
+
+COLUMNS = {"task_accuracy": "acc", "probe_test_accuracy": "probe", "clustering_ari": "ARI", "base_u": "base U", "sae_features_u": "SAE U",
+           "sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sparsity_l0_mean": "L0", "sae_explained_variance": "EV",
+           "sae_dead_features_pct": "dead %", "sae_features_u_n_supported": "supp"}  # fmt: skip
+
+
+def train_and_evaluate(bench: Bench, arm: str, cycle: int) -> None:
+    train_model(bench, arm, cycle)
+    for sae_seed in range(N_SAE_SEEDS):
+        train_cycle_sae(bench, arm, cycle, sae_seed)
+    evaluate_cycle(bench, arm, cycle)
+
+
+def print_table(table) -> None:
+    """Test means over seeds, +- half of the 95 % t interval for the accuracy and the primary metrics."""
+    print(f"\n{'arm':<18}{'cycle':>6}" + "".join(f"{name:>17}" if key in ("task_accuracy", "base_u", "sae_features_u") else f"{name:>9}" for key, name in COLUMNS.items()))
+    for arm in ("baseline", *ARMS):
+        for cycle in [0] if arm == "baseline" else range(1, CYCLES + 1):
+            cells = []
+            for key in COLUMNS:
+                values = by_seed(table, arm, cycle, key, "test").to_numpy()
+                mean, low, _ = interval(values) if len(values) else (float("nan"),) * 3
+                wide = key in ("task_accuracy", "base_u", "sae_features_u")
+                cells.append(f"{f'{mean:.4f} +- {mean - low:.4f}':>17}" if wide else f"{mean:>9.3f}")
+            print(f"{arm:<18}{cycle:>6}" + "".join(cells))
+
+
+def print_comparison(found) -> None:
+    print(f"\n{found['arm']} at cycle {found['chosen_cycle']} (chosen on validation) minus each control, test, {found['n_seeds']} seeds:")
+    for row in (*found["primary"], *found["accuracy"]):
+        print(f"  {row['metric']:<16}{row['control']:<18}{row['mean']:+.4f}  [{row['low']:+.4f}, {row['high']:+.4f}]  Holm p = {row['p_holm']:.3f}")
+    if found["n_seeds"] < 3:
+        print("  fewer than 3 seeds: no claim can be made")
+
+
+def main():
+    root = experiment_dir("sae_ception") / (SETTING or PRESET)
+    log_to(root / "04_train_cycle.log")
+    unknown = [arm for arm in ARMS if arm not in KNOWN_ARMS]
+    if unknown or not SEEDS or CYCLES < 1 or N_SAE_SEEDS < 1:
+        raise InputError(f"unknown arm {unknown[0]}; use {', '.join(KNOWN_ARMS)}" if unknown else "SEEDS, CYCLES and N_SAE_SEEDS must not be empty or 0")
+    bar = tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles")
+    for seed in SEEDS:
+        bench = Bench(CONSTANTS, seed)
+        for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
+            train_and_evaluate(bench, arm, cycle)
+            bar.update()
+    bar.close()
+    table = result_table(root, tuple(ARMS), tuple(SEEDS), CYCLES)
+    write_text(root / "results.csv", table.to_csv(index=False))
+    found = summary(table, tuple(ARMS), CYCLES)
+    write_json(root / "summary.json", drop_undefined(found))
+    print_table(table)
+    if "primary" in found:
+        print_comparison(found)
+    log.info("%s", root / "results.csv")
+
+
+if __name__ == "__main__":
+    run(main)

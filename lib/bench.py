@@ -1,0 +1,178 @@
+"""Data, model and cached states of one seed, and the keys by which outputs know what they were made from.
+
+    bench = Bench(constants, seed)
+    bench.key("model", "per_class", 2)      # one hash of constants, data, seed and everything that came before
+    bench.load("per_class", 2)              # puts that model's weights into bench.model
+
+Every checkpoint has a stamp beside it: its key and the constants it was made with. An output with another key is
+stale: it is named, with the constants that differ, and never used.
+"""
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
+from lib.environment import InputError, choose_device
+from lib.labelled import load_task
+from lib.models import choose_dtype, load_model, load_tokenizer
+from lib.sae import SAE, load_sae
+from lib.store import experiment_dir, fingerprint, provenance, read_json, read_tensors, write_json, write_tensors
+
+# Constants that choose what is run or where, not what any one result is.
+RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "TRACKER", "N_SAE_SEEDS"}
+SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_POSITIONS"}
+AUX_ONLY = {"AUX_WEIGHT", "AUX_CENTRED", "KEEP_PCT", "KEEP_PER_EXAMPLE", "SHARPEN_SEED", "INIT", "ARM_CONSTANTS"}
+EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS", "FULL_EVALUATION"}
+ENTRY_SHARD_TEXTS = 2048
+Constants = dict[str, Any]
+
+
+def stage_constants(c: Constants, stage: str, arm: str) -> Constants:
+    """The constants that decide the output of a stage: "model" (cycle 0), "sae", "aux" (later models) or "eval".
+
+    Groups are by exclusion, so that a constant nobody thought of makes results stale rather than wrong.
+    """
+    groups = {"sae": SAE_ONLY, "aux": AUX_ONLY, "eval": EVAL_ONLY}
+    if stage == "model":
+        return {k: v for k, v in c.items() if k not in RUN_ONLY | SAE_ONLY | AUX_ONLY | EVAL_ONLY}
+    own = c | c.get("ARM_CONSTANTS", {}).get(arm, {}) if stage == "aux" else c
+    return {k: own[k] for k in sorted(groups[stage] - {"ARM_CONSTANTS"}) if k in own}
+
+
+class Bench:
+    """Data, model and cached states of one seed: what every step of every arm shares."""
+
+    def __init__(self, c: Constants, seed: int):
+        """Raises InputError for data or models that can't be reached, and for constants that do not fit together."""
+        self.c, self.seed = c, seed
+        self.device = choose_device(c["DEVICE"])
+        self.root = experiment_dir("sae_ception") / (c["SETTING"] or c["PRESET"])
+        self.is_text = c["MODEL"] != "mlp"
+        self.entries: Entries | None = None
+        if self.is_text:
+            self.tokenizer = load_tokenizer(c["MODEL"])
+            self.task = load_task(c, seed, self.tokenizer)
+            lm = load_model(c["MODEL"], self.device, choose_dtype(c["MODEL_DTYPE"], self.device))
+            if lm.config.pad_token_id is None:
+                lm.config.pad_token_id = self.tokenizer.pad_token_id
+            self.model = TextClassifier(lm, self.task.n_classes, c["TARGET_LAYER"], seed, c["TRAIN_BELOW"])
+            if c["GRADIENT_CHECKPOINTING"]:
+                lm.gradient_checkpointing_enable()
+        else:
+            self.task = load_task(c, seed)
+            self.model = MLP(self.task.images.shape[1], self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
+        self.initial = trained_state(self.model)
+        self.task_key = self.task.identity()
+        if self.is_text and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
+            self.entries = cached_entries(self)
+
+    def folder(self, arm: str, cycle: int) -> Path:
+        """Where the outputs of this arm and cycle lie: cycle 0 is the baseline's."""
+        return self.root / ("baseline" if cycle == 0 else arm) / f"seed_{self.seed}"
+
+    def key(self, kind: str, arm: str, cycle: int, sae_seed: int = 0) -> str:
+        """What a "model" or "sae" is made of, as one hash: constants, data, seed, and the keys of what it came from."""
+        arm = "baseline" if cycle == 0 else arm
+        if kind == "sae":
+            return fingerprint([stage_constants(self.c, "sae", arm), self.key("model", arm, cycle), sae_seed])
+        base = [stage_constants(self.c, "model", arm), self.seed, self.task_key, fingerprint(list(map(fingerprint, self.initial.values())))]
+        if cycle == 0:
+            return fingerprint(base)
+        made_from = [self.key("model", arm, cycle - 1), self.key("sae", arm, cycle - 1)]
+        return fingerprint([base, arm, cycle, stage_constants(self.c, "aux", arm), made_from])
+
+    def load(self, arm: str, cycle: int) -> None:
+        """Put the finished model of this arm and cycle into self.model."""
+        path = self.folder(arm, cycle) / "checkpoints" / f"model_cycle_{cycle}_best.pt"
+        step = "01_train_baseline.py" if cycle == 0 else "03_train_auxiliary.py"
+        if not finished(path, self.key("model", arm, cycle), self.c):
+            raise InputError(f"{path} is missing; run {step} first")
+        load_trained(self.model, torch.load(path, map_location="cpu", weights_only=True))
+        self.model.eval()
+
+    def sae(self, arm: str, cycle: int, sae_seed: int = 0) -> SAE:
+        """The finished SAE of this arm and cycle."""
+        path = sae_path(self.folder(arm, cycle), cycle, sae_seed)
+        if not finished(path, self.key("sae", arm, cycle, sae_seed), self.c):
+            raise InputError(f"{path} is missing; run 02_train_sae.py CYCLE={cycle} first")
+        return load_sae(path, self.device)
+
+
+def inherited(c: Constants, seed: int, arm: str) -> Constants:
+    """The constants of the steps before this one, as the setting's folders record them: the baseline's, then the arm's.
+
+    Raises InputError if step 1 was not run.
+    """
+    root = experiment_dir("sae_ception") / (c["SETTING"] or c["PRESET"])
+    baseline = root / "baseline" / f"seed_{seed}" / "constants.json"
+    if not baseline.exists():
+        raise InputError(f"{baseline.parent} holds no baseline; run 01_train_baseline.py PRESET={c['PRESET']} SEED={seed} first")
+    own = root / arm / f"seed_{seed}" / "constants.json"
+    return read_json(baseline) | (read_json(own) if own.exists() else {})
+
+
+def sae_path(folder: Path, cycle: int, sae_seed: int = 0) -> Path:
+    """checkpoints/sae_cycle_<n>_best.pt; further SAE seeds carry their number."""
+    return folder / "checkpoints" / f"sae_cycle_{cycle}{f'_seed{sae_seed}' if sae_seed else ''}_best.pt"
+
+
+def stamp_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.stamp.json")
+
+
+def finished(path: Path, key: str, c: Constants) -> bool:
+    """Whether `path` is there with the wanted key. Raises InputError if it was made with other constants or inputs."""
+    stamp = stamp_path(path)
+    if not path.exists() or not stamp.exists():
+        return False
+    found = read_json(stamp)
+    if found["key"] == key:
+        return True
+    present = fingerprintable(c)
+    changed = [f"{k} was {v!r}, is {present[k]!r}" for k, v in found["constants"].items() if k in present and present[k] != v and k not in RUN_ONLY]
+    why = "; ".join(changed) or "its data, model or an earlier step"
+    raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete the folder {path.parent.parent}")
+
+
+def fingerprintable(c: Constants) -> Constants:
+    """Constants as JSON gives them back: tuples become lists."""
+    return json.loads(json.dumps(c))
+
+
+def write_stamp(bench: Bench, path: Path, key: str) -> None:
+    """The stamp beside an output, and the folder's constants.json and meta.json."""
+    folder = path.parent if path.parent.name != "checkpoints" else path.parent.parent
+    constants = fingerprintable(bench.c)
+    write_json(folder / "constants.json", constants)
+    write_json(folder / "meta.json", {"constants_hash": fingerprint(constants), "data": bench.task_key, "seed": bench.seed, **provenance()})
+    write_json(stamp_path(path), {"key": key, "constants": constants})
+
+
+def cached_entries(bench: Bench) -> Entries:
+    """What enters the first trained block for every example, computed once per data set and base model, shard by shard."""
+    task, model = bench.task, bench.model
+    key = fingerprint([bench.c["MODEL"], fingerprint([t.ids for t in task.tokens]), model.first_trained, str(next(model.lm.parameters()).dtype)])
+    folder = bench.root / "cache" / key
+    lengths = [len(item.ids) for item in task.tokens]
+    shards = [range(i, min(i + ENTRY_SHARD_TEXTS, len(lengths))) for i in range(0, len(lengths), ENTRY_SHARD_TEXTS)]
+    model.eval()
+    for number, ids in enumerate(tqdm(shards, desc="states below the trained layers", leave=False, disable=(folder / f"{len(shards) - 1}.safetensors").exists())):
+        path = folder / f"{number}.safetensors"
+        if not path.exists():
+            by_length = torch.tensor(sorted(ids, key=lambda i: (lengths[i], i)))
+            states: dict[int, Tensor] = {}
+            for part in by_length.split(bench.c["BATCH_SIZE"]):
+                found = model.token_states(make_batch(task, part, bench.device), model.entry)
+                states |= {i: state.cpu() for i, state in zip(part.tolist(), found)}
+            write_tensors(path, {"x": torch.cat([states[i] for i in ids])})
+    places = []
+    for number, ids in enumerate(shards):
+        start = 0
+        for i in ids:
+            places.append((number, start, start + lengths[i]))
+            start += lengths[i]
+    return Entries([read_tensors(folder / f"{i}.safetensors")["x"] for i in range(len(shards))], places)

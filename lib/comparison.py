@@ -1,0 +1,151 @@
+"""What the arms did, compared: results as one long table, paired differences over seeds, latents matched over cycles."""
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from scipy import stats
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from lib.environment import InputError
+from lib.store import read_json
+
+COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
+PRIMARY = ("base_u", "sae_features_u")  # all other metrics are secondary
+MAX_ACCURACY_LOSS = 0.005  # of validation accuracy against lambda0, for a cycle or a constant to be chosen
+BOOTSTRAP_BELOW = 6  # seeds under which a bootstrap interval is given beside the t interval
+
+
+def result_table(root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycles: int) -> pandas.DataFrame:
+    """results_cycle_<n>.json of these arms, seeds and cycles under `root`, one row for each number; COLUMNS.
+
+    Raises InputError where one is missing.
+    """
+    rows = []
+    for seed in seeds:
+        for arm in ("baseline", *arms):
+            for cycle in [0] if arm == "baseline" else range(1, cycles + 1):
+                found = read_json(root / arm / f"seed_{seed}" / f"results_cycle_{cycle}.json")
+                for result in ({"sae_seed": 0, **found}, *found.get("other_sae_seeds", [])):
+                    for split in ("val", "test"):
+                        rows += [(root.name, arm, seed, result["sae_seed"], cycle, split, k, v) for k, v in result[split].items()]
+    return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+
+def by_seed(table: pandas.DataFrame, arm: str, cycle: int, metric: str, split: str) -> pandas.Series:
+    """The metric of each seed, averaged over SAE seeds. Cycle 0 is the baseline's."""
+    arm = "baseline" if cycle == 0 else arm
+    rows = table[(table.arm == arm) & (table.cycle == cycle) & (table.metric == metric) & (table.split == split)]
+    return rows.groupby("seed").value.mean()
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and the bounds of its t interval; without spread or with fewer than two values the bounds are the mean or nan."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    half = stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / n**0.5
+    return mean, mean - half, mean + half
+
+
+def paired(a: pandas.Series, b: pandas.Series) -> dict[str, float]:
+    """Paired difference a - b over the seeds both have: mean, t interval [low, high], two-sided p, n.
+
+    With fewer than 6 seeds also the percentile bootstrap interval [boot_low, boot_high], 10 000 draws. p is 1
+    where the mean is 0, that of the sign test where all differences are equal, and nan for fewer than two seeds.
+    """
+    difference = (a - b).dropna().to_numpy()
+    n = len(difference)
+    if n == 0:
+        return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "p": float("nan"), "n": 0}
+    mean, low, high = interval(difference)
+    sd = float(np.std(difference, ddof=1)) if n > 1 else float("nan")
+    if n < 2 or mean == 0:
+        p = 1.0 if n >= 2 else float("nan")
+    else:  # equal differences have no spread to test against: the sign test is what is left
+        p = float(2 * stats.t.sf(abs(mean) / (sd / n**0.5), n - 1)) if sd > 1e-12 * abs(mean) else 2.0 ** (1 - n)
+    result = {"mean": mean, "low": low, "high": high, "p": p, "n": n}
+    if 2 <= n < BOOTSTRAP_BELOW:
+        draws = np.random.default_rng(0).choice(difference, (10_000, n)).mean(1)
+        result |= dict(zip(("boot_low", "boot_high"), np.quantile(draws, [0.025, 0.975]).tolist()))
+    return result
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's adjusted p values; nan stays nan and does not count as a test."""
+    values = np.asarray(p, dtype=float)
+    order = [i for i in np.argsort(values) if not np.isnan(values[i])]
+    adjusted, running = values.copy(), 0.0
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (len(order) - rank) * values[i]))
+        adjusted[i] = running
+    return adjusted.tolist()
+
+
+def compare(table: pandas.DataFrame, arm: str, controls: list[str], metrics: tuple[str, ...], cycle: int, split: str = "test") -> pandas.DataFrame:
+    """arm minus each control at one cycle, for each metric, with Holm's correction over all of these tests."""
+    rows = []
+    for metric in metrics:
+        for control in controls:
+            at = 0 if control == "baseline" else cycle
+            found = paired(by_seed(table, arm, cycle, metric, split), by_seed(table, control, at, metric, split))
+            rows.append({"metric": metric, "control": control, **found})
+    frame = pandas.DataFrame(rows)
+    frame["p_holm"] = holm(frame["p"].tolist())
+    return frame
+
+
+def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
+    """By validation: of the cycles whose accuracy is within 0.5 points of lambda0's, the one with the largest base_u.
+
+    Without lambda0 the baseline stands for it. If no cycle keeps the accuracy, the most accurate one.
+    """
+    reference = "lambda0" if (table.arm == "lambda0").any() else "baseline"
+    accuracy = {n: by_seed(table, arm, n, "task_accuracy", "val").mean() for n in range(1, cycles + 1)}
+    least = {n: by_seed(table, reference, n if reference == "lambda0" else 0, "task_accuracy", "val").mean() - MAX_ACCURACY_LOSS for n in accuracy}
+    fit = [n for n in accuracy if accuracy[n] >= least[n]]
+    if not fit:
+        return max(accuracy, key=accuracy.get)
+    return max(fit, key=lambda n: by_seed(table, arm, n, "base_u", "val").mean())
+
+
+def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, arm: str = "per_class") -> dict[str, Any]:
+    """Test mean and interval of every arm, cycle and metric, and `arm` against every other arm on the primary metrics."""
+    cells = []
+    for (name, cycle, metric), part in table[table.split == "test"].groupby(["arm", "cycle", "metric"], sort=True):
+        mean, low, high = interval(part.groupby("seed").value.mean().to_numpy())
+        cells.append({"arm": name, "cycle": int(cycle), "metric": metric, "mean": mean, "low": low, "high": high})
+    result: dict[str, Any] = {"n_seeds": int(table.seed.nunique()), "cells": cells}
+    if arm in arms:
+        cycle = choose_cycle(table, arm, cycles)
+        controls = [other for other in arms if other != arm]
+        result |= {"arm": arm, "chosen_cycle": cycle}
+        result["primary"] = compare(table, arm, controls, PRIMARY, cycle).to_dict("records") if controls else []
+        result["accuracy"] = compare(table, arm, controls, ("task_accuracy",), cycle).to_dict("records") if controls else []
+    return result
+
+
+def match_latents(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, kept_above: float = 0.9, moved_above: float = 0.5,
+                  family_above: float = 0.7) -> dict[str, Any]:
+    """Which latents of dictionary b [F_b, D] are those of dictionary a [F_a, D] (unit rows), one to one.
+
+    Hungarian matching of alive latents by the cosine of their dictionary rows. kept: cosine >= kept_above;
+    moved: >= moved_above; other latents of a died, of b were born. split: latents of a with two or more of b above
+    family_above; merged: latents of b with two or more of a above it. Returns pairs (a, b, cosine) and counts.
+    """
+    rows_a, rows_b = alive_a.nonzero()[:, 0], alive_b.nonzero()[:, 0]
+    if not len(rows_a) or not len(rows_b):
+        raise InputError("no latent is alive in one of the two SAEs: there is nothing to match")
+    cosine = a[rows_a].double() @ b[rows_b].double().T
+    i, j = linear_sum_assignment(-cosine.numpy())
+    found = cosine[torch.from_numpy(i), torch.from_numpy(j)]
+    pairs = [(int(rows_a[x]), int(rows_b[y]), float(c)) for x, y, c in zip(i, j, found) if c >= moved_above]
+    kept = sum(c >= kept_above for _, _, c in pairs)
+    close = cosine > family_above
+    return {
+        "pairs": sorted(pairs, key=lambda pair: -pair[2]), "kept": kept, "moved": len(pairs) - kept,
+        "died": len(rows_a) - len(pairs), "born": len(rows_b) - len(pairs),
+        "split": int((close.sum(1) >= 2).sum()), "merged": int((close.sum(0) >= 2).sum()),
+    }  # fmt: skip

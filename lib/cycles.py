@@ -1,0 +1,174 @@
+"""The steps of one SAE-ception cycle and what they leave on disk.
+
+    bench = Bench(constants, seed)                 # lib/bench.py: data, model and cache of one seed, loaded once
+    train_model(bench, "baseline", 0)              # cycle 0: task loss only; shared by all arms
+    train_cycle_sae(bench, "baseline", 0)          # an SAE on the frozen model's target layer
+    train_model(bench, "per_class", 1)             # targets from model and SAE 0, then model 1
+    evaluate_cycle(bench, "per_class", 1)
+
+store/sae_ception/<setting>/<arm>/seed_<s>/ holds constants.json, meta.json, checkpoints/, targets_cycle_<n>.safetensors,
+history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "baseline". A step that
+finds its output finished does nothing; one that finds an output or an input made with other constants stops and says which.
+"""
+import io
+import shutil
+from typing import Any
+
+import torch
+
+from lib.activations import SaveSettings, save_activations
+from lib.bench import Bench, Constants, finished, sae_path, stage_constants, write_stamp
+from lib.classifier import MLP, load_trained, outputs, trained_state
+from lib.environment import InputError, log
+from lib.fine_tuning import Targets, TuneSettings, fine_tune
+from lib.sae import save_sae
+from lib.sharpening import NO_TARGET, n_kept, targets
+from lib.store import atomic_write, fingerprint, read_json, write_json, write_tensors
+from lib.task_evaluation import evaluate
+from lib.trackers import open_tracker
+from lib.training import TrainSettings, rows_of_run, rows_of_tensor, train_sae
+
+
+def tune_settings(bench: Bench, arm: str, cycle: int, aux: Constants) -> TuneSettings:
+    """The training settings of a cycle. From scratch all cycles share one data order; going on, each has its own."""
+    c = bench.c
+    order = bench.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
+    if arm == "new_seed" and cycle:
+        order += 500_000 + 1000 * cycle
+    return TuneSettings(
+        epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"], weight_decay=c["WEIGHT_DECAY"],
+        warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"], accumulate=c["ACCUMULATE"],
+        aux_weight=aux_weight(aux, cycle) if arm not in NO_TARGET and cycle else 0.0, seed=order,
+    )  # fmt: skip
+
+
+def aux_weight(aux: Constants, cycle: int) -> float:
+    """lambda of a cycle: one number for all, or one for each cycle (the last one goes on)."""
+    weight = aux["AUX_WEIGHT"]
+    return float(weight if isinstance(weight, (int, float)) else weight[min(cycle, len(weight)) - 1])
+
+
+def train_model(bench: Bench, arm: str, cycle: int) -> None:
+    """Train the model of a cycle: 0 is the baseline, later ones go from the model and SAE before them."""
+    folder = bench.folder(arm, cycle)
+    path = folder / "checkpoints" / f"model_cycle_{cycle}_best.pt"
+    key = bench.key("model", arm, cycle)
+    if finished(path, key, bench.c):
+        return
+    aux = stage_constants(bench.c, "aux", arm) if cycle else {}
+    made, share = None, {}
+    if cycle and arm not in NO_TARGET:
+        made, share = make_targets(bench, arm, cycle - 1, aux)
+    start_from(bench, arm, cycle, aux)
+    settings = tune_settings(bench, arm, cycle, aux)
+    unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
+    with open_tracker(bench.c["TRACKER"], folder / f"tracker_cycle_{cycle}", bench.c) as track:
+        history = fine_tune(bench.model, bench.task, settings, made, bench.entries, unfinished if bench.is_text else None, key, track, f"{arm} cycle {cycle}")
+    if made is not None:
+        history["aux"] |= share
+    buffer = io.BytesIO()
+    torch.save(trained_state(bench.model), buffer)
+    write_json(folder / f"history_cycle_{cycle}.json", history)
+    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    write_stamp(bench, path, key)
+    unfinished.unlink(missing_ok=True)
+    best = history["epochs"][history["best_epoch"] - 1]
+    log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, bench.seed, cycle, best["val_accuracy"])
+
+
+def start_from(bench: Bench, arm: str, cycle: int, aux: Constants) -> None:
+    """Put the starting weights of a cycle into bench.model."""
+    if cycle and arm == "new_seed" and not bench.is_text:
+        fresh = MLP(bench.task.images.shape[1], bench.task.n_classes, bench.c["TARGET_LAYER"], bench.seed + 500_000 + cycle)
+        load_trained(bench.model, trained_state(fresh))
+    elif cycle and aux["INIT"] == "continue":
+        bench.load(arm, cycle - 1)
+    elif cycle and aux["INIT"] != "scratch":
+        raise InputError(f"INIT={aux['INIT']!r} must be 'scratch' or 'continue'")
+    else:
+        load_trained(bench.model, bench.initial)
+
+
+def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Targets, dict[str, float]]:
+    """The targets that cycle `cycle` gives to the next one, computed once by the frozen model and SAE, and kept on disk."""
+    bench.load(arm, cycle)
+    sae = bench.sae(arm, cycle)
+    ids = bench.task.splits["train"]
+    h, _ = outputs(bench.model, bench.task, ids, bench.c["BATCH_SIZE"], bench.entries)
+    values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
+    sae = sae.to("cpu")
+    per_example = aux["KEEP_PER_EXAMPLE"] or sae.top_k // 2
+    t, share = targets(
+        arm, h, values, indices, sae.decode, bench.task.y[ids], ids, n_classes=bench.task.n_classes, n_latents=sae.n_latents,
+        keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example, seed=aux["SHARPEN_SEED"] + bench.seed,
+    )  # fmt: skip
+    folder = bench.root / arm / f"seed_{bench.seed}"
+    write_tensors(folder / f"targets_cycle_{cycle}.safetensors", {"example_id": ids, "t": t.float()})
+    return Targets(ids, t, sae.mean if aux["AUX_CENTRED"] else None), share
+
+
+def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> None:
+    """Train an SAE on the frozen model's target layer: all kept tokens, or the position the head reads."""
+    folder = bench.folder(arm, cycle)
+    path, key = sae_path(folder, cycle, sae_seed), bench.key("sae", arm, cycle, sae_seed)
+    if finished(path, key, bench.c):
+        return
+    bench.load(arm, cycle)
+    c, task = bench.c, bench.task
+    ids = torch.cat([task.splits["train"], task.splits["val"]])
+    is_val = torch.arange(len(ids)) >= len(task.splits["train"])
+    work = folder / f"activations_cycle_{cycle}"
+    if bench.is_text and c["SAE_POSITIONS"] == "tokens":
+        texts = [task.texts[i] for i in ids.tolist()]
+        settings = SaveSettings(max_length=c["MAX_LENGTH"])
+        splits = ["val" if v else "train" for v in is_val.tolist()]
+        meta = {"model": {"name": c["MODEL"], "key": bench.key("model", arm, cycle)}}
+        run = save_activations(work, bench.model.lm, bench.tokenizer, [bench.model.target], texts, splits, settings, meta)
+        rows = rows_of_run(run, run.hooks[0])
+    else:
+        h, _ = outputs(bench.model, task, ids, c["BATCH_SIZE"], bench.entries)
+        rows = rows_of_tensor(h, is_val)
+    n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
+    settings = TrainSettings(n_latents, c["TOP_K"], c["SAE_EPOCHS"], c["SAE_BATCH_SIZE"], seed=10 * bench.seed + sae_seed)
+    sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
+    sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": settings.seed, "hook": bench.model.target.signature, "key": key}
+    sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
+    save_sae(sae, path, rows.shards[0][:64].float())
+    write_stamp(bench, path, key)
+    shutil.rmtree(work, ignore_errors=True)  # as large as all tokens times the width, and made again by the same step
+    log.info("%s seed %d cycle %d: SAE validation EV %.3f", arm, bench.seed, cycle, sae.config["val_ev"])
+
+
+def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
+    """results_cycle_<n>.json: validation and test metrics of a finished model and its SAEs; returns it."""
+    folder = bench.folder(arm, cycle)
+    path = folder / f"results_cycle_{cycle}.json"
+    c = bench.c
+    keys = [bench.key("sae", arm, cycle, s) for s in range(c["N_SAE_SEEDS"])]
+    key = fingerprint([keys, stage_constants(c, "eval", arm)])
+    if finished(path, key, c):
+        return read_json(path)
+    bench.load(arm, cycle)
+    aux = read_json(folder / f"history_cycle_{cycle}.json").get("aux", {})
+    results: dict[str, Any] = {"meta": {"arm": arm, "cycle": cycle, "seed": bench.seed, "key": key}}
+    for sae_seed in range(c["N_SAE_SEEDS"]):
+        sae = bench.sae(arm, cycle, sae_seed)
+        found = {
+            split: evaluate(bench.model, sae, bench.task, split, c, bench.seed, bench.entries, split == "test" and not sae_seed and c["FULL_EVALUATION"])
+            for split in ("val", "test")
+        }
+        if not sae_seed:
+            found["val"] |= {f"aux_{name}": value for name, value in aux.items()}
+            results |= found
+        else:
+            results.setdefault("other_sae_seeds", []).append({"sae_seed": sae_seed, **found})
+    write_json(path, drop_undefined(results))
+    write_stamp(bench, path, key)
+    return read_json(path)
+
+
+def drop_undefined(value: Any) -> Any:
+    """Leave out scores that are not finite, which JSON can't hold."""
+    if isinstance(value, dict):
+        return {k: drop_undefined(v) for k, v in value.items() if not (isinstance(v, float) and not torch.isfinite(torch.tensor(v)))}
+    return [drop_undefined(v) for v in value] if isinstance(value, list) else value
