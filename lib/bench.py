@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.environment import InputError, choose_device
 from lib.labelled import load_task
-from lib.models import choose_dtype, load_model, load_tokenizer
+from lib.models import choose_dtype, load_model, load_tokenizer, local_path
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir, fingerprint, provenance, read_json, read_tensors, write_json, write_tensors
 
@@ -56,12 +57,13 @@ class Bench:
         if self.is_text:
             self.tokenizer = load_tokenizer(c["MODEL"])
             self.task = load_task(c, seed, self.tokenizer)
-            lm = load_model(c["MODEL"], self.device, choose_dtype(c["MODEL_DTYPE"], self.device))
+            lm = load_base(c, self.device)
             if lm.config.pad_token_id is None:
                 lm.config.pad_token_id = self.tokenizer.pad_token_id
             self.model = TextClassifier(lm, self.task.n_classes, c["TARGET_LAYER"], seed, c["TRAIN_BELOW"])
             if c["GRADIENT_CHECKPOINTING"]:
-                lm.gradient_checkpointing_enable()
+                # The reentrant kind would cut the graph of what the hooks capture.
+                lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.task = load_task(c, seed)
             self.model = MLP(self.task.images.shape[1], self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
@@ -100,6 +102,36 @@ class Bench:
         if not finished(path, self.key("sae", arm, cycle, sae_seed), self.c):
             raise InputError(f"{path} is missing; run 02_train_sae.py CYCLE={cycle} first")
         return load_sae(path, self.device)
+
+
+def load_base(c: Constants, device: torch.device) -> nn.Module:
+    """The language model of the constants; with LOAD_BITS its frozen blocks are quantised, with DEVICE_MAP it is spread out.
+
+    Raises InputError if it can't be reached, or the packages that these need are not installed.
+    """
+    dtype = choose_dtype(c["MODEL_DTYPE"], device)
+    if not c["LOAD_BITS"] and not c["DEVICE_MAP"]:
+        return load_model(c["MODEL"], device, dtype)
+    if c["LOAD_BITS"] not in (None, 4, 8):
+        raise InputError(f"LOAD_BITS={c['LOAD_BITS']} must be None, 4 or 8")
+    source = str(local_path(c["MODEL"]) or c["MODEL"])
+    options: dict[str, Any] = {"device_map": c["DEVICE_MAP"] or {"": device}, "dtype": dtype}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        if c["LOAD_BITS"]:
+            with torch.device("meta"):
+                skeleton = TextClassifier(transformers.AutoModelForCausalLM.from_config(config), 2, c["TARGET_LAYER"], 0, c["TRAIN_BELOW"])
+            path = skeleton.entry.path.rpartition(".")[0]
+            trained = [f"{path}.{i}" for i in range(skeleton.first_trained, config.num_hidden_layers)]
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=c["LOAD_BITS"] == 4, load_in_8bit=c["LOAD_BITS"] == 8, bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=[*trained, "lm_head", "embed_out"],  # what is trained can't be quantised
+            )  # fmt: skip
+        return transformers.AutoModelForCausalLM.from_pretrained(source, config=config, **options).eval()
+    except ImportError as error:
+        raise InputError(f"LOAD_BITS and DEVICE_MAP need more packages ({str(error).splitlines()[0][:120]}); pip install bitsandbytes accelerate") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"MODEL={c['MODEL']} can't be loaded ({str(error).splitlines()[0][:160]})") from None
 
 
 def inherited(c: Constants, seed: int, arm: str) -> Constants:

@@ -90,8 +90,9 @@ class TextClassifier(nn.Module):
             states = self.states(batch)
         at = self.position(batch["attention_mask"])
         rows = torch.arange(len(at), device=at.device)
-        h = seen[self.target.signature][rows, at].float()
-        return h, self.head(states[rows, at].float())
+        precision = self.head.weight.dtype  # float32: under autocast the states may have less
+        h = seen[self.target.signature][rows, at].to(precision)
+        return h, self.head(states[rows, at].to(precision))
 
     def position(self, mask: Tensor) -> Tensor:
         """The position that the head reads in each row of mask [B, T]: the last real token, or the first; int64 [B]."""

@@ -22,7 +22,7 @@ from lib.classifier import MLP, load_trained, outputs, trained_state
 from lib.environment import InputError, log
 from lib.fine_tuning import Targets, TuneSettings, fine_tune
 from lib.sae import save_sae
-from lib.sharpening import NO_TARGET, n_kept, targets
+from lib.sharpening import NO_TARGET, method, n_kept, targets
 from lib.store import atomic_write, fingerprint, read_json, write_json, write_tensors
 from lib.task_evaluation import evaluate
 from lib.trackers import open_tracker
@@ -33,12 +33,12 @@ def tune_settings(bench: Bench, arm: str, cycle: int, aux: Constants) -> TuneSet
     """The training settings of a cycle. From scratch all cycles share one data order; going on, each has its own."""
     c = bench.c
     order = bench.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
-    if arm == "new_seed" and cycle:
+    if method(arm) == "new_seed" and cycle:
         order += 500_000 + 1000 * cycle
     return TuneSettings(
         epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"], weight_decay=c["WEIGHT_DECAY"],
         warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"], accumulate=c["ACCUMULATE"],
-        aux_weight=aux_weight(aux, cycle) if arm not in NO_TARGET and cycle else 0.0, seed=order,
+        aux_weight=aux_weight(aux, cycle) if method(arm) not in NO_TARGET and cycle else 0.0, seed=order,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
         return
     aux = stage_constants(bench.c, "aux", arm) if cycle else {}
     made, share = None, {}
-    if cycle and arm not in NO_TARGET:
+    if cycle and method(arm) not in NO_TARGET:
         made, share = make_targets(bench, arm, cycle - 1, aux)
     start_from(bench, arm, cycle, aux)
     settings = tune_settings(bench, arm, cycle, aux)
@@ -78,7 +78,7 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
 
 def start_from(bench: Bench, arm: str, cycle: int, aux: Constants) -> None:
     """Put the starting weights of a cycle into bench.model."""
-    if cycle and arm == "new_seed" and not bench.is_text:
+    if cycle and method(arm) == "new_seed" and not bench.is_text:
         fresh = MLP(bench.task.images.shape[1], bench.task.n_classes, bench.c["TARGET_LAYER"], bench.seed + 500_000 + cycle)
         load_trained(bench.model, trained_state(fresh))
     elif cycle and aux["INIT"] == "continue":

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from lib.environment import InputError
 
-STRATEGIES = ("per_class", "per_example", "random")
 ARMS = (
     "lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "permuted_in_class",
     "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast",
 )
 NO_TARGET = ("lambda0", "new_seed")
+
+
+def method(arm: str) -> str:
+    """What an arm does: its name up to "@", so that "per_class@weak" is per_class with constants of its own."""
+    return arm.partition("@")[0]
 
 
 def n_kept(n_latents: int, pct: float) -> int:
@@ -135,6 +139,7 @@ def targets(arm: str, h: Tensor, values: Tensor, indices: Tensor, decode: Callab
     h [N, D]: activations; values, indices [N, k]: their codes; decode: codes to raw activations.
     Returned beside t: kept_codes_frac and kept_energy_frac (sum of squares), both 0-1, of the decoded codes.
     """
+    arm = method(arm)
     if arm not in ARMS or arm in NO_TARGET:
         raise InputError(f"{arm!r} has no targets; use one of {', '.join(a for a in ARMS if a not in NO_TARGET)}")
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from lib.bench import Bench, inherited
 from lib.constants import override
 from lib.cycles import train_model
 from lib.environment import log, log_to, run
-from lib.sharpening import NO_TARGET
+from lib.sharpening import NO_TARGET, method
 from lib.store import read_json
 
 PRESET = "tiny"              # as in step 1
@@ -39,7 +39,7 @@ def main():
     log_to(bench.root / "03_train_auxiliary.log")
     train_model(bench, ARM, CYCLE + 1)
     folder = bench.folder(ARM, CYCLE + 1)
-    if ARM not in NO_TARGET:
+    if method(ARM) not in NO_TARGET:
         for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json")["aux"].items():
             log.info("  %-18s %.4f", name, value)
     log.info("%s", folder / "checkpoints" / f"model_cycle_{CYCLE + 1}_best.pt")

@@ -17,6 +17,7 @@ from lib.constants import override
 from lib.cycles import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import InputError, log, log_to, run
 from lib.sharpening import ARMS as KNOWN_ARMS
+from lib.sharpening import method
 from lib.store import experiment_dir, write_json, write_text
 
 PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
@@ -118,7 +119,7 @@ def print_comparison(found) -> None:
 def main():
     root = experiment_dir("sae_ception") / (SETTING or PRESET)
     log_to(root / "04_train_cycle.log")
-    unknown = [arm for arm in ARMS if arm not in KNOWN_ARMS]
+    unknown = [arm for arm in ARMS if method(arm) not in KNOWN_ARMS]
     if unknown or not SEEDS or CYCLES < 1 or N_SAE_SEEDS < 1:
         raise InputError(f"unknown arm {unknown[0]}; use {', '.join(KNOWN_ARMS)}" if unknown else "SEEDS, CYCLES and N_SAE_SEEDS must not be empty or 0")
     bar = tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles")
