@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.environment import InputError, log
+from lib.fast_step import Workspace, fast_step
 from lib.metrics.reconstruction import Reconstruction
 from lib.sae import SAE, make_sae
-from lib.sae_step import dense_step as train_step
 from lib.sae_step import folded_weights, init_state, learning_rate, read_stats, schedule, whitening
 from lib.store import Run, atomic_write, fingerprint
 
@@ -60,6 +60,8 @@ class TrainSettings:
     """Power of the partial whitening, folded away at the end; 0: one scalar only."""
     aligned: bool = True
     """Encoder tied to its dictionary row up to a learnt gain and an orthogonal part; False: free encoder."""
+    precision: str = "auto"
+    """Of the encoder product that proposes candidates (their codes are exact): auto, float32 or bfloat16."""
     log_every: int = 50
     """Steps between two points of the training curve."""
     seed: int = 0
@@ -195,9 +197,14 @@ def train_sae(
     progress_made = _load_checkpoint(checkpoint, key) if checkpoint and checkpoint.exists() else None
     if progress_made is None:
         state = init_state(transform, settings.n_latents, settings.seed, settings.aligned)
-        progress_made = {"key": key, "state": state, "history": _empty_history(rate, dead_after, n_steps), "best": {}}
+        history = _empty_history(rate, dead_after, n_steps)
+        progress_made = {"key": key, "state": state, "history": history, "best": {}, "precision": Workspace(state, settings.precision).precision}
+        if checkpoint:  # keeps the precision, which "auto" chooses by measuring
+            _save_checkpoint(checkpoint, progress_made)
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
     state |= {name: tensor.to(device) for name, tensor in state.items() if name != "step"}
+    work = Workspace(state, progress_made["precision"])
+    log.info("learning rate %.1e, encoder product in %s", rate, work.precision)
     cache: dict[str, Tensor] = {}
     saved_at = time.monotonic()
     bar = tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress)
@@ -207,7 +214,7 @@ def train_sae(
             if i < done:
                 continue
             lr = rate * schedule(int(state["step"]), n_steps)
-            train_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight)
+            fast_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight, work=work)
             bar.update()
             if (i + 1) % settings.log_every == 0 or i + 1 == per_epoch:
                 _log_point(history["train"], state, settings, lr)

@@ -9,7 +9,7 @@ from lib.metrics.reconstruction import explained_variance
 from lib.training import Rows, TrainSettings, epoch_batches, rows_of_tensor, sample_rows, score, train_sae
 from torch.nn.functional import normalize
 
-SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5}
+SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5, "precision": "float32"}
 
 
 def planted(n_rows=6000, n_inputs=24, n_features=48, active=3, offset=5.0, seed=0):
@@ -69,7 +69,7 @@ def test_fewer_rows_than_a_batch_make_one_short_batch():
 
 def test_a_planted_dictionary_is_recovered():
     rows, features = make_rows(12_000)
-    sae, _ = train_sae(rows, TrainSettings(n_latents=96, top_k=3, epochs=8, batch_size=192), progress=False)
+    sae, _ = train_sae(rows, TrainSettings(n_latents=96, top_k=3, epochs=8, batch_size=192, precision="float32"), progress=False)
     best = (features @ sae.W_dec.T).max(1).values
     assert best.mean() > 0.95 and (best > 0.9).float().mean() > 0.9
 
@@ -81,7 +81,7 @@ def test_better_than_the_reference_setting_on_data_off_centre():
 
     rows, _ = make_rows(8000, offset=3.0)
     x, val = rows.shards[0][~rows.is_val], rows.shards[0][rows.is_val]
-    ours, _ = train_sae(rows, TrainSettings(n_latents=48, top_k=3, epochs=4, batch_size=128), progress=False)
+    ours, _ = train_sae(rows, TrainSettings(n_latents=48, top_k=3, epochs=4, batch_size=128, precision="float32"), progress=False)
     mine = score(ours, sample_rows(rows, validation=True))
     torch.manual_seed(0)
     theirs = TopKSAE(24, nb_concepts=48, top_k=3)
@@ -137,7 +137,7 @@ def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, s
     settings = TrainSettings(**SMALL, dead_after=500)
     whole, whole_history = train_sae(rows, settings, tmp_path / "whole", progress=False)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    real, calls = training.train_step, []
+    real, calls = training.fast_step, []
 
     def stop_later(*args, **options):
         calls.append(1)
@@ -145,10 +145,10 @@ def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, s
             raise KeyboardInterrupt
         real(*args, **options)
 
-    monkeypatch.setattr(training, "train_step", stop_later)
+    monkeypatch.setattr(training, "fast_step", stop_later)
     with pytest.raises(KeyboardInterrupt):
         train_sae(rows, settings, tmp_path / "killed", progress=False)
-    monkeypatch.setattr(training, "train_step", real)
+    monkeypatch.setattr(training, "fast_step", real)
     again, history = train_sae(rows, settings, tmp_path / "killed", progress=False)
     assert history == whole_history
     for name in ("W_enc", "b_enc", "W_dec"):

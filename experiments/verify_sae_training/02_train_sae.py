@@ -25,6 +25,7 @@ DEAD_AFTER_TOKENS: int | None = None  # silence that makes a latent dead; None: 
 AUXK_ALPHA = 1 / 32                # weight of the loss that revives dead latents; 0: off
 WHITEN = 1 / 8                     # power of the partial whitening, folded away at the end; 0: off
 ALIGNED = True                     # encoder aligned with the dictionary up to a learnt gain; False: free encoder
+PRECISION = "auto"                 # of the product that proposes candidates: auto (measured), float32, bfloat16
 LOG_EVERY = 50                     # steps between two points of the training curve
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 SEED = 0                           # start of the weights and order of the tokens
@@ -54,7 +55,7 @@ def main():
         log.info("this SAE is already trained: %s", sae_path)
         return
     settings = TrainSettings(
-        n_latents, TOP_K, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, LOG_EVERY, SEED
+        n_latents, TOP_K, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION, LOG_EVERY, SEED
     )  # fmt: skip
     sae, history = train_sae(rows, settings, FOLDER / "sae_model", choose_device(DEVICE))
     final = score(sae, sample_rows(rows, validation=True, limit=None))
