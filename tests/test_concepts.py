@@ -1,0 +1,323 @@
+"""Top texts, statistics and live codes against brute force; patterns and names on texts with a known answer; the files."""
+import json
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
+from lib.activations import SaveSettings, save_activations
+from lib.concept_files import (
+    concepts_from_csv,
+    concepts_to_csv,
+    read_concepts,
+    read_top_texts,
+    write_concepts,
+    write_top_texts,
+)
+from lib.concept_names import candidate_patterns, name_latents, predict, score_rule
+from lib.concepts import Codes, codes_at, collect_firings, encode_run, live_codes
+from lib.environment import InputError
+from lib.hooks import resolve
+from lib.models import load_tokenizer
+from lib.patterns import find_patterns
+from lib.sae import make_sae
+from lib.texts import split_texts, tokenise
+
+HEADER = {"sae_hash": "aa", "run_id": "r", "model_id": "m", "hook": "h", "n_latents": 8}
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    texts = [" ".join(TEXTS[(i + j) % len(TEXTS)] for j in range(1 + i % 3)) for i in range(30)]
+    points = [resolve(model, "resid_post:1")]
+    settings = SaveSettings(shard_rows=100)
+    return save_activations(tmp_path / "run", model, word_tokenizer(), points, texts, split_texts(30, 0.2, 0), settings, {})
+
+
+@pytest.fixture
+def sae():
+    """16 -> 40 latents, k = 3; the last latent can never fire."""
+    g = torch.Generator().manual_seed(0)
+    W, b = torch.randn(40, 16, generator=g), torch.zeros(40)
+    b[39] = -1e6
+    return make_sae(W, b, W, torch.zeros(16), 4.0, 3)
+
+
+def dense_codes(codes):
+    dense = torch.zeros(len(codes), codes.n_latents)
+    for start, values, indices in codes:
+        dense[start : start + len(values)].scatter_(1, indices.long(), values)
+    return dense
+
+
+def in_batches(codes, size):
+    """The same codes cut otherwise, so that texts straddle the batches."""
+    parts = list(codes)
+    values, indices = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+    cut = [(i, values[i : i + size], indices[i : i + size]) for i in range(0, len(values), size)]
+    return Codes(codes.texts, codes.rows, codes.n_latents, lambda: iter(cut))
+
+
+def test_top_rows_and_statistics_equal_brute_force(run, sae):
+    codes = encode_run(run, run.hooks[0], sae)
+    firings, dense, text_id = collect_firings(codes, top=4), dense_codes(codes), run.rows["text_id"]
+    for latent in range(40):
+        code = dense[:, latent]
+        peaks = []
+        for t in text_id.unique():
+            rows = (text_id == t).nonzero()[:, 0]
+            best = int(rows[code[rows].argmax()])
+            if code[best] > 0:
+                peaks.append((-float(code[best]), best))
+        expected = [row for _, row in sorted(peaks)[:4]]
+        assert [r for r in firings.top_rows[latent].tolist() if r >= 0] == expected
+        active = code[code > 0]
+        assert firings.fires[latent] == len(active)
+        if len(active):
+            assert firings.max[latent] == active.max()
+            assert firings.mean_active[latent] == pytest.approx(float(active.mean()), rel=1e-5)
+            exact = float(active.sort().values[int(np.ceil(0.99 * len(active))) - 1])
+            assert firings.p99[latent] == pytest.approx(exact, rel=0.017)
+        middle = [r for r in firings.middle_rows[latent].tolist() if r >= 0]
+        assert set(middle) <= {row for _, row in peaks} - set(expected) and len(set(middle)) == len(middle)
+    assert firings.fires[39] == 0 and firings.max[39] == firings.p99[39] == firings.mean_active[39] == 0
+    assert (firings.middle_rows >= 0).any()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_the_batches_do_not_matter(run, sae, size):
+    codes = encode_run(run, run.hooks[0], sae)
+    one, other = collect_firings(codes, 5), collect_firings(in_batches(codes, size), 5)
+    for name in ("fires", "max", "p99", "top_rows", "middle_rows"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_the_last_text_counts_even_if_the_last_batch_is_silent():
+    rows = {name: torch.zeros(4, dtype=torch.int32) for name in ("text_id", "pos", "token_id", "char_start", "char_end")}
+    batches = [(0, torch.tensor([[1.0], [2.0]]), torch.tensor([[0], [0]])), (2, torch.zeros(2, 1), torch.zeros(2, 1).int())]
+    firings = collect_firings(Codes(["abcd"], rows, 2, lambda: iter(batches)), 2)
+    assert firings.fires.tolist() == [2, 0] and firings.top_rows.tolist() == [[1, -1], [-1, -1]]
+
+
+def test_ties_go_to_the_earlier_row(run):
+    sae = make_sae(torch.zeros(2, 16), torch.tensor([1.0, 0.0]), torch.eye(16)[:2], torch.zeros(16), 1.0, 1)
+    firings = collect_firings(encode_run(run, run.hooks[0], sae), 3)
+    first = [int((run.rows["text_id"] == t).nonzero()[0]) for t in range(3)]
+    assert firings.top_rows[0].tolist() == first
+
+
+def test_examples_in_the_file(tmp_path, run, sae):
+    codes = encode_run(run, run.hooks[0], sae)
+    firings, dense, rows = collect_firings(codes, 3), dense_codes(codes), run.rows
+    write_top_texts(tmp_path / "top_texts.json", codes, firings, {"run_id": "r"}, window=(4, 2))
+    meta, top, middle = read_top_texts(tmp_path / "top_texts.json")
+    assert meta["top"] == 3 and sorted(top) == list(range(40)) and top[39] == [] and middle[39] == []
+    for latent, examples in [*top.items(), *middle.items()]:
+        assert len({e["text_id"] for e in examples}) == len(examples)
+        for e in examples:
+            assert e["token_str"] == e["text"][e["char_start"] : e["char_end"]] and e["score"] > 0
+            first, last = e["window"]
+            here = (rows["text_id"] == e["text_id"]) & (rows["pos"] >= first) & (rows["pos"] <= last)
+            assert e["acts"] == pytest.approx(dense[here, latent].tolist(), rel=1e-5)
+            assert e["spans"] == torch.stack([rows["char_start"][here], rows["char_end"][here]], 1).tolist()
+            assert first <= e["token_idx"] <= last and e["score"] == max(e["acts"])
+        assert [e["score"] for e in top[latent]] == sorted((e["score"] for e in top[latent]), reverse=True)
+
+
+def test_codes_at_looks_up_any_row(run, sae):
+    codes = encode_run(run, run.hooks[0], sae)
+    dense = dense_codes(codes)
+    g = torch.Generator().manual_seed(1)
+    rows, latents = torch.randint(0, len(codes), (200,), generator=g), torch.randint(0, 40, (200,), generator=g)
+    assert torch.equal(codes_at(in_batches(codes, 9), rows, latents), dense[rows, latents])
+    assert codes_at(codes, torch.tensor([-1]), torch.tensor([0])).tolist() == [0.0]
+
+
+def test_live_codes_are_the_stored_ones_and_change_nothing(run, sae, model):
+    texts = [text["text"] for text in run.texts]
+    ids = torch.tensor([word_tokenizer()(texts[0])["input_ids"]])
+    before = model(ids).logits
+    live = live_codes(texts, model, word_tokenizer(), resolve(model, "resid_post:1"), sae, SaveSettings())
+    stored = encode_run(run, run.hooks[0], sae)
+    assert torch.equal(model(ids).logits, before)
+    assert all(torch.equal(live.rows[name], stored.rows[name]) for name in live.rows)
+    assert torch.allclose(dense_codes(live), dense_codes(stored), atol=1e-5)
+    assert torch.equal(collect_firings(live, 3).top_rows, collect_firings(stored, 3).top_rows)
+    with pytest.raises(InputError, match="no token"):
+        live_codes([""], model, word_tokenizer(), resolve(model, "resid_post:1"), sae, SaveSettings())
+
+
+def test_codes_of_a_large_run_are_made_again(run, sae, monkeypatch):
+    kept = collect_firings(encode_run(run, run.hooks[0], sae), 3)
+    monkeypatch.setattr("lib.concepts.KEEP_BYTES", 0)
+    codes = encode_run(run, run.hooks[0], sae)
+    for _ in range(2):
+        assert torch.equal(collect_firings(codes, 3).top_rows, kept.top_rows)
+
+
+def word_rows(texts):
+    """Rows of texts tokenised into words and marks, without a model."""
+    columns = []
+    for t, item in enumerate(tokenise(word_tokenizer(), texts, 0, 128)):
+        columns += [(t, p, item.ids[p], *item.offsets[p]) for p in range(len(item.ids)) if item.keep[p]]
+    table = torch.tensor(columns, dtype=torch.int32)
+    return {name: table[:, i] for i, name in enumerate(("text_id", "pos", "token_id", "char_start", "char_end"))}
+
+
+def test_patterns_of_whole_words():
+    text = 'The cat sat . "The dog ran" it was sad .'
+    rows = word_rows([text])
+    slices = [text[a:b] for a, b in zip(rows["char_start"].tolist(), rows["char_end"].tolist())]
+    patterns = find_patterns([text], rows)
+
+    def tokens(kind, name):
+        return [slices[i] for i in patterns.find(kind, name)]
+
+    assert tokens("word", "the") == ["The", "The"] and tokens("cased", "the") == []
+    assert tokens("after", "the") == ["cat", "dog"] and tokens("after", "^") == ["The"]
+    assert tokens("before", "sat") == ["cat"] and tokens("before", "^") == ["."]
+    assert tokens("phrase", "the dog") == ["dog"]
+    assert tokens("place", "text start") == ["The"] and tokens("place", "sentence start") == ["The"]
+    assert tokens("place", "in speech") == ['"', "The", "dog", "ran"]
+    assert tokens("place", "punctuation") == [".", '"', '"', "."]
+    assert tokens("word", "zebra") == []
+
+
+def test_patterns_of_pieces():
+    text = "Sally sailed.\n "
+    spans = [(0, 3), (3, 5), (5, 9), (9, 12), (12, 13), (13, 14), (14, 15)]  # Sal ly ⎵sai led . newline blank
+    rows = {"text_id": torch.zeros(7, dtype=torch.int32)}
+    rows |= {"char_start": torch.tensor([a for a, _ in spans]).int(), "char_end": torch.tensor([b for _, b in spans]).int()}
+    patterns = find_patterns([text], rows)
+    assert patterns.find("word", "sal").tolist() == [0] and patterns.find("word", "sally").tolist() == [1]
+    assert patterns.find("within", "sailed").tolist() == [2] and patterns.find("token", "led").tolist() == [3]
+    assert patterns.find("before", "sailed").tolist() == [1] and patterns.find("ending", "ed").tolist() == [3]
+    assert patterns.find("token", "[line break]").tolist() == [5] and patterns.find("word", "[space]").tolist() == [6]
+    assert patterns.find("after", ".").tolist() == [5, 6]
+    assert "".join(patterns.piece) == "sesewww"
+
+
+def planted(fires, texts, n_latents=1):
+    """Codes in which latent i has the code fires[i](token number) on each token."""
+    rows = word_rows(texts)
+    slices = [texts[t][a:b] for t, a, b in zip(*(rows[n].tolist() for n in ("text_id", "char_start", "char_end")))]
+    values = torch.tensor([[float(rule(slices, i)) for rule in fires] for i in range(len(slices))])
+    indices = torch.arange(len(fires)).expand(len(slices), -1)
+    return Codes(texts, rows, len(fires), lambda: iter([(0, values, indices)])), rows["text_id"] // len(TEXTS) % 4 == 0
+
+
+def test_planted_rules_are_named_and_scored():
+    rules = [
+        lambda s, i: 2.0 * (s[i] == "dog") + 1.0 * (s[i] == "bird"),
+        lambda s, i: i > 0 and s[i - 1] == "the",
+        lambda s, i: 0.0,
+    ]
+    codes, is_val = planted(rules, TEXTS * 12)
+    named = name_latents(codes, is_val, range(3), progress=False)
+    assert named[0]["name"] == "dog, bird" and named[0]["rule"] == [["word", "dog"], ["word", "bird"]]
+    assert named[1]["name"] == "after “the”"
+    assert 2 not in named
+    for latent in (0, 1):
+        assert named[latent]["score"] == named[latent]["precision"] == named[latent]["recall"] == named[latent]["f1"] == 1
+    assert 0.5 < named[1]["baseline"] < 1
+    assert named == name_latents(codes, is_val, range(3), progress=False)
+
+
+def test_the_score_is_of_held_out_texts():
+    # The latent fires on "cat" in the training texts only; in the held-out ones on "dog".
+    codes, is_val = planted([lambda s, i: s[i] == "cat"], TEXTS * 12)
+    (start, values, indices), rows = next(iter(codes)), codes.rows
+    dog = torch.tensor([codes.slice(i) == "dog" for i in range(len(codes))])
+    values[is_val, 0] = dog[is_val].float()
+    entry = name_latents(Codes(codes.texts, rows, 1, lambda: iter([(start, values, indices)])), is_val, [0], progress=False)[0]
+    assert entry["name"] == "cat" and entry["recall"] == 0 and entry["score"] < 0.5
+
+
+def test_log_odds_prefer_what_is_specific():
+    codes, is_val = planted([lambda s, i: s[i] == "red" or i % 5 == 0], TEXTS * 12)
+    patterns = find_patterns(codes.texts, codes.rows)
+    strength = scipy.sparse.csr_matrix(dense_codes(codes).numpy().T)
+    candidates = [name for kind, name in candidate_patterns(patterns, strength, ~is_val.numpy())[0] if kind == "word"]
+    assert candidates[0] == "red" and "the" not in candidates
+
+
+def test_scores_in_closed_form():
+    says, fires = np.array([1, 1, 0, 0, 0, 0], bool), np.array([1, 0, 1, 0, 0, 0], bool)
+    found = score_rule(says, fires)
+    assert found == {"balanced_accuracy": round((0.5 + 0.75) / 2, 4), "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    assert score_rule(~says, fires)["balanced_accuracy"] == pytest.approx(1 - found["balanced_accuracy"])
+    assert score_rule(np.ones(6, bool), fires)["balanced_accuracy"] == score_rule(np.zeros(6, bool), fires)["balanced_accuracy"] == 0.5
+    assert set(score_rule(says, np.zeros(6, bool)).values()) == {None}
+
+
+def test_a_rule_is_the_union_of_its_patterns():
+    texts = ["the cat sat on the mat ."]
+    patterns = find_patterns(texts, word_rows(texts))
+    assert predict(patterns, [("word", "cat"), ("after", "on"), ("word", "never")]).nonzero()[0].tolist() == [1, 4]
+
+
+def test_names_by_people_survive(tmp_path):
+    path = tmp_path / "concepts.json"
+    entry = {"name": "old", "source": "offline", "score": 0.7}
+    write_concepts(path, HEADER, {1: entry, 2: entry})
+    content = json.loads(path.read_text())
+    content["concepts"]["2"] = {"name": "mine", "source": "human"}
+    path.write_text(json.dumps(content))
+    now = write_concepts(path, HEADER, {1: entry | {"name": "new"}, 2: entry, 3: entry})
+    assert [now[i]["name"] for i in (1, 2, 3)] == ["new", "mine", "old"]
+    assert read_concepts(path, "aa")["concepts"] == now
+    write_concepts(path, HEADER | {"sae_hash": "bb"}, {1: entry})
+    assert read_concepts(path)["concepts"].keys() == {1}
+    assert read_concepts(tmp_path / "concepts_aa.json")["concepts"][2]["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 9}, "schema"),
+        ({"concepts": {"8": {"name": "x", "source": "human"}}}, "latent 8"),
+        ({"concepts": {"dog": {"name": "x", "source": "human"}}}, "latent dog"),
+        ({"concepts": {"1": {"name": "x", "source": "guess"}}}, "source"),
+        ({"concepts": {"1": {"source": "human"}}}, "name"),
+        ({"concepts": {"5": {"name": "x", "source": "human"}}}, "never fires"),
+        ({"sae_hash": "cc"}, "another SAE"),
+    ],
+)
+def test_wrong_concept_files_are_refused(tmp_path, change, message):
+    path = tmp_path / "concepts.json"
+    path.write_text(json.dumps({"schema_version": 1, **HEADER, "concepts": {}} | change))
+    with pytest.raises(InputError, match=message):
+        read_concepts(path, "aa", dead=[5])
+
+
+def test_the_table_for_people(tmp_path):
+    entry = {"name": 'a, "b"', "description": "d", "source": "offline", "score": 0.5, "notes": ""}
+    concepts = {1: entry, 4: entry}
+    concepts_to_csv(concepts, tmp_path / "t.csv")
+    assert concepts_from_csv(tmp_path / "t.csv", concepts) == concepts
+    table = (tmp_path / "t.csv").read_text().replace('4,"a, ""b"""', "4,Öl")
+    (tmp_path / "t.csv").write_text(table)
+    changed = concepts_from_csv(tmp_path / "t.csv", concepts)
+    assert changed[1] == entry and (changed[4]["name"], changed[4]["source"]) == ("Öl", "human")
+
+
+@pytest.mark.skipif(not ASSETS.exists(), reason="needs the shared assets")
+@pytest.mark.parametrize("name", ["stories260K", "babyllama105"])
+def test_patterns_of_real_tokenizers(name):
+    tokenizer = load_tokenizer(str(ASSETS / "models" / name))
+    texts = ["Lily said, “I like the zoo!”\nThen she ran home.", "Ünï"]
+    columns = []
+    for item in tokenise(tokenizer, texts, 0, 128):
+        columns += [(item.text_id, *item.offsets[p]) for p in range(len(item.ids)) if item.keep[p]]
+    rows = dict(zip(("text_id", "char_start", "char_end"), torch.tensor(columns, dtype=torch.int32).T))
+    patterns = find_patterns(texts, rows)
+    said = patterns.find("word", "said")
+    assert len(said) == 1 and texts[0][: int(rows["char_end"][said[0]])] == "Lily said"
+    spoken = patterns.find("place", "in speech")
+    assert "I like the zoo" in texts[0][int(rows["char_start"][spoken[0]]) : int(rows["char_end"][spoken[-1]])]
