@@ -23,7 +23,8 @@ try:
 except ImportError:  # numba is not installed, or has no build for this machine
     kernels = None
 
-TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once: a tile stays in cache
+TILE_ROWS = 512  # at least so many rows to a tile: thinner products run at half the rate
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 WORTH = 1.3  # bfloat16 is chosen if its product is this many times faster
 
@@ -40,7 +41,7 @@ class Workspace:
         device = state["dec"].device
         self.compiled = kernels is not None and device.type == "cpu" if compiled is None else compiled
         self.precision, self.choice = choose_precision(*state["dec"].shape, device) if precision == "auto" else (precision, precision)
-        self.tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
+        self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
         self._buffers: dict[str, Tensor] = {}
         self.low = low_precision(state["enc"], state["bias"]) if self.precision == "bfloat16" else None
 
@@ -105,7 +106,7 @@ def scores(state: dict[str, Tensor], x: Tensor, work: Workspace):
     """Yield (first row, pre-activations [<= tile, F]) in the chosen precision; the next tile overwrites them."""
     n_latents, width = state["enc"].shape
     size = 2 if work.low is not None else 4
-    tile = max(32, min(len(x), work.tile_bytes // (n_latents * size)))
+    tile = max(work.tile_rows, work.tile_bytes // (n_latents * size))
     dtype = torch.float32 if work.low is None else torch.bfloat16
     for start in range(0, len(x), tile):
         part = x[start : start + tile]
