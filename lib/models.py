@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -12,6 +13,7 @@ from lib.store import fingerprint
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is one line of ours, not ten of retries
 
 
 def local_path(name: str) -> Path | None:
@@ -43,6 +45,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     name: hub name or directory. Raises InputError if it can't be reached or is no transformers model.
     """
     source = str(local_path(name) or name)
+    if source == name:
+        log.info("asking the hub for %s", name)
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)

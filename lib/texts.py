@@ -43,8 +43,8 @@ def _from_file(path, text_field: str, limit: int | None) -> Documents:
         paragraphs = (part.strip() for part in path.read_text(encoding="utf-8").split("\n\n"))
         return [{text_field: part} for part in paragraphs if part][:limit]
     readers = {
-        ".jsonl": lambda: pandas.read_json(path, lines=True, nrows=limit, dtype=False, convert_dates=False),
-        ".json": lambda: pandas.read_json(path, dtype=False, convert_dates=False),
+        ".jsonl": lambda: pandas.read_json(path, lines=True, nrows=limit, dtype=False),
+        ".json": lambda: pandas.read_json(path, dtype=False),
         ".csv": lambda: pandas.read_csv(path, nrows=limit, keep_default_na=False),
         ".tsv": lambda: pandas.read_csv(path, sep="\t", nrows=limit, quoting=3, keep_default_na=False),
         ".parquet": lambda: pandas.read_parquet(path),

@@ -1,0 +1,222 @@
+"""The scripts of experiments/verify_sae_training as a user runs them: order, reruns, kills, wrong input."""
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ASSETS, PROJECT, tiny_model
+from lib.environment import run
+from lib.sae import load_sae
+from lib.store import open_run
+
+FOLDER = PROJECT / "experiments" / "verify_sae_training"
+SMALL = ["LAYER_SIGNATURE=resid_post:1", "SHARD_ROWS=100"]
+TRAIN = ["EPOCHS=2", "BATCH_SIZE_TRAIN=64", "TOP_K=3", "PRECISION=float32"]
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Run a script in this process as __main__; returns (exit code, stdout, stderr)."""
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.chdir(tmp_path)
+        code = 0
+        try:
+            runpy.run_path(str(FOLDER / name), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def source(saved_model):
+    model, texts = saved_model
+    return [f"MODEL={model}", f"DATASET={texts}"]
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".log"}
+
+
+def test_both_steps_and_their_promised_files(script, source, own_store):
+    assert script("01_save_activations.py", *source, *SMALL)[0] == 0
+    code, out, _ = script("02_train_sae.py", *TRAIN)
+    assert code == 0 and "held out: EV" in out
+    folder = own_store / "verify_sae_training"
+    run_id = (folder / "run_id.txt").read_text().strip()
+    assert (folder / "runs" / run_id / "manifest.json").exists()
+    history = json.loads((folder / "training_history.json").read_text())
+    assert history["run_id"] == run_id and history["final"]["ev"] > 0
+    sae = load_sae(folder / "sae_model" / "topk_sae.pt")
+    assert (sae.n_latents, sae.top_k) == (64, 3)
+    values, _ = sae.encode(torch.cat(open_run("verify_sae_training").shards(sae.config["hook"])))
+    assert ((values > 0).sum(1) <= 3).all()
+
+
+def test_a_second_run_changes_nothing(script, source, own_store):
+    for _ in range(2):
+        script("01_save_activations.py", *source, *SMALL)
+        script("02_train_sae.py", *TRAIN)
+        now = files(own_store)
+        if _ == 0:
+            before = now
+    assert now == before
+
+
+def test_other_constants_make_another_run_and_the_old_one_stays(script, source, own_store):
+    script("01_save_activations.py", *source, *SMALL)
+    before = files(own_store / "verify_sae_training" / "runs")
+    code, _, _ = script("01_save_activations.py", *source, *SMALL, "MAX_LENGTH=9")
+    assert code == 0
+    after = files(own_store / "verify_sae_training" / "runs")
+    assert {name: after[name] for name in before} == before and len(after) > len(before)
+
+
+def test_the_layers_are_listed(script, source):
+    code, out, _ = script("01_save_activations.py", *source, "LAYER_SIGNATURE=?")
+    assert code == 0 and "llamaforcausallm_model_layers_1_post_attention_layernorm" in out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "bert"])
+def test_other_architectures(script, source, own_store, tmp_path, kind):
+    for path in (tmp_path / "model").glob("model*"):
+        path.unlink()
+    tiny_model(kind).save_pretrained(tmp_path / "model")
+    assert script("01_save_activations.py", *source, *SMALL)[0] == 0
+    assert script("02_train_sae.py", *TRAIN)[0] == 0
+
+
+WRONG_FIRST = [
+    (["TOPK=3"], "there is no constant TOPK"),
+    (["MAX_LENGHT=3"], "did you mean MAX_LENGTH?"),
+    (["MAX_LENGTH=long"], "MAX_LENGTH=long is not of type int"),
+    (["MAX_LENGTH=0"], "MAX_LENGTH=0 must be at least 1"),
+    (["BATCH_SIZE_SAVE=-1"], "BATCH_SIZE_SAVE=-1 must be at least 1"),
+    (["SHARD_ROWS=0"], "SHARD_ROWS=0 must be at least 1"),
+    (["DATA_LIMIT=1"], "DATA_LIMIT=1 must be at least 2"),
+    (["VAL_FRAC=1.5"], "VAL_FRAC=1.5 must be between 0 and 1"),
+    (["PRESET=large"], "PRESET='large' is none of tiny, bielik"),
+    (["STORE_DTYPE=int8"], "STORE_DTYPE=int8 is none of float32, bfloat16, float16"),
+    (["MODEL_DTYPE=half"], "'half' is no precision"),
+    (["PADDING_SIDE=top"], "PADDING_SIDE=top must be left or right"),
+    (["DEVICE=tpu9"], "DEVICE='tpu9' is"),
+    (["MODEL=./missing"], "there is no file or directory ./missing"),
+    (["MODEL=nobody/nothing"], "set a local directory, or a hub name that this machine can reach"),
+    (["MODEL={tmp}/empty"], "can't be loaded"),
+    (["DATASET=./missing.jsonl"], "there is no file or directory ./missing.jsonl"),
+    (["DATASET=nobody/nothing"], "set a local file, or a hub name that this machine can reach"),
+    (["DATASET={tmp}/empty.jsonl"], "is empty"),
+    (["DATASET={tmp}/broken.jsonl"], "can't be read"),
+    (["DATASET={tmp}/data.xyz"], "has no known ending"),
+    (["TEXT_FIELD=body"], "has no field 'body'; it has text: set TEXT_FIELD"),
+    (["DATASET={tmp}/blank.jsonl"], "no text yields a token"),
+    (["SKIP_FIRST=500"], "no text yields a token"),
+    (["LAYER_SIGNATURE=model.layers.9"], "there is no layer model.layers.9"),
+    (["LAYER_SIGNATURE=resid_post:9"], "has blocks 0 to 2"),
+    (["HOOK_POINT=middle"], "must be 'input' or 'output'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_FIRST, ids=[a[0] for a, _ in WRONG_FIRST])
+def test_wrong_input_to_step_1_is_one_line_and_writes_nothing(script, source, own_store, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a cat"\n{')
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n' * 5)
+    (tmp_path / "data.xyz").write_text("x")
+    code, _, err = script("01_save_activations.py", *source, *SMALL, *(a.format(tmp=tmp_path) for a in arguments))
+    assert code == 2 and message in err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    assert not (own_store / "verify_sae_training" / "run_id.txt").exists()
+    assert not (own_store / "verify_sae_training" / "runs").exists()
+
+
+WRONG_SECOND = [
+    (["TOP_K=65"], "TOP_K=65 must be between 1 and the number of latents, 64"),
+    (["TOP_K=0"], "TOP_K=0 must be between 1"),
+    (["N_LATENTS_MULTIPLIER=0"], "N_LATENTS_MULTIPLIER=0 must be at least 1"),
+    (["EPOCHS=0"], "epochs=0 must be at least 1"),
+    (["BATCH_SIZE_TRAIN=0"], "batch_size=0 must be at least 1"),
+    (["LR=fast"], "LR=fast is not of type None or float"),
+    (["RUN_ID=nothing"], "run nothing is missing or unfinished"),
+    (["RUN_ID=../../etc"], "is no file name"),
+    (["LAYER=other"], "holds llamaforcausallm_model_layers_1, not other"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_SECOND, ids=[a[0] for a, _ in WRONG_SECOND])
+def test_wrong_input_to_step_2_is_one_line_and_writes_nothing(script, source, own_store, arguments, message):
+    script("01_save_activations.py", *source, *SMALL, "PREFLIGHT=False")
+    code, _, err = script("02_train_sae.py", *TRAIN, *arguments)
+    assert code == 2 and message in err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    assert not (own_store / "verify_sae_training" / "training_history.json").exists()
+    assert not list((own_store / "verify_sae_training").glob("sae_model/*.pt"))
+
+
+def test_step_2_without_step_1_says_so(script):
+    code, _, err = script("02_train_sae.py")
+    assert code == 2 and "run 01_save_activations.py first" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing"])
+def test_step_2_refuses_a_damaged_run(script, source, own_store, harm):
+    script("01_save_activations.py", *source, *SMALL)
+    run_folder = next((own_store / "verify_sae_training" / "runs").iterdir())
+    shard = next(path for path in run_folder.rglob("shard_00001.safetensors") if path.parent.name != "rows")
+    shard.unlink() if harm == "missing" else shard.write_bytes(shard.read_bytes()[:-4])
+    code, _, err = script("02_train_sae.py", *TRAIN)
+    assert code == 2 and "shard_00001.safetensors" in err
+
+
+def test_ctrl_c_ends_with_130_and_a_word(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run(interrupted)
+    assert ended.value.code == 130 and "continues where it was" in capsys.readouterr().err
+
+
+def test_killed_scripts_end_with_the_same_bytes(source, own_store, tmp_path):
+    """SIGKILL late in each script, then the same command to its end, against a store that was never disturbed."""
+    commands = [["01_save_activations.py", *source, *SMALL, "SHARD_ROWS=20", "PREFLIGHT=False"], ["02_train_sae.py", *TRAIN, "EPOCHS=30"]]
+    stores = {name: tmp_path / name for name in ("whole", "killed")}
+    usual = {}
+    for name, store in stores.items():
+        environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1"}
+        for script_name, *arguments in commands:
+            command = [sys.executable, str(FOLDER / script_name), *arguments]
+            started = time.monotonic()
+            if name == "killed":
+                victim = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                time.sleep(0.8 * usual[script_name])
+                victim.send_signal(signal.SIGKILL)
+                victim.wait()
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+            if name == "whole":
+                usual[script_name] = time.monotonic() - started
+    first, second = (files(stores[name]) for name in ("whole", "killed"))
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.mark.skipif(not ASSETS.exists(), reason="the shared models are not here")
+@pytest.mark.parametrize("name", ["stories260K", "babyllama105"])
+def test_a_real_model_gives_a_good_sae(script, own_store, name):
+    source = [f"MODEL={ASSETS}/models/{name}", f"DATASET={ASSETS}/data/tinystories/train.jsonl", "DATA_LIMIT=300", "LAYER_SIGNATURE=resid_post:2"]
+    assert script("01_save_activations.py", *source, "PREFLIGHT=False")[0] == 0
+    assert script("02_train_sae.py", "EPOCHS=4")[0] == 0
+    shutil.copy(own_store / "verify_sae_training" / "training_history.json", own_store)
+    final = json.loads((own_store / "training_history.json").read_text())["final"]
+    assert final["ev"] > 0.8 and final["dead_pct"] < 10
