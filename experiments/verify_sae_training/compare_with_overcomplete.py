@@ -1,0 +1,65 @@
+"""Train overcomplete's TopKSAE by its own loop and defaults on the tokens of step 2, and print both side by side.
+
+    python compare_with_overcomplete.py          # after 02_train_sae.py, whose sizes, epochs and batches it takes
+
+Raw activations, overcomplete's default encoder, its train_sae with plain MSE and Adam: nothing centred, tied or revived.
+
+Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training_history.json
+"""
+import time
+
+import torch
+from overcomplete.sae import TopKSAE, train_sae
+from torch.utils.data import DataLoader, TensorDataset
+
+from lib.constants import override
+from lib.environment import run
+from lib.metrics.reconstruction import Reconstruction
+from lib.sae import load_sae
+from lib.store import experiment_dir, open_run, read_json
+from lib.training import rows_of_run, sample_rows, score
+
+LR = 1e-3                          # of the reference experiment
+EPOCHS: int | None = None          # None: as many as step 2 made
+SEED = 0                           # start of the weights and order of the tokens
+CONSTANTS = override(globals())
+FOLDER = experiment_dir("verify_sae_training")
+
+
+def train_theirs(x, settings):
+    """overcomplete's model after its own training loop on rows x [N, D]."""
+    torch.manual_seed(SEED)  # it draws from the global stream
+    model = TopKSAE(x.shape[1], nb_concepts=settings["n_latents"], top_k=settings["top_k"])
+    loader = DataLoader(TensorDataset(x), batch_size=settings["batch_size"], shuffle=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    train_sae(model, loader, lambda x, xhat, *_: (x - xhat).square().mean(), optimizer, nb_epochs=EPOCHS or settings["epochs"])
+    return model.eval()
+
+
+def score_theirs(model, x, k):
+    """The same numbers by the same code as for ours."""
+    sums = Reconstruction(model.nb_concepts)
+    with torch.no_grad():
+        for rows in x.split(4096):
+            _, codes, xhat = model(rows)
+            values, indices = codes.topk(k, dim=1)
+            sums.add(rows, xhat, values, indices)
+    return sums.result()
+
+
+def main():
+    history = read_json(FOLDER / "training_history.json")
+    saved, sae = open_run("verify_sae_training", history["run_id"]), load_sae(FOLDER / "sae_model" / "topk_sae.pt")
+    rows, settings = rows_of_run(saved, sae.config["hook"]), history["settings"]
+    train, val = saved.select(sae.config["hook"], ~saved.is_val), saved.select(sae.config["hook"], saved.is_val)
+    start = time.perf_counter()
+    theirs = train_theirs(train, settings)
+    print(f"overcomplete's loop took {time.perf_counter() - start:.0f} s")
+    table = {"this project": score(sae, sample_rows(rows, validation=True, limit=None)), "overcomplete": score_theirs(theirs, val, sae.top_k)}
+    print(f"{saved.meta['model']['name']}, {sae.config['hook']}: {sae.n_latents} latents, k={sae.top_k}, {len(train):,} tokens x {EPOCHS or settings['epochs']}")
+    for name, result in table.items():
+        print(f"{name:<14} EV {result['ev']:.4f}  dead {result['dead_pct']:5.1f} %  L0 {result['l0_mean']:.2f}  on {result['n_rows']:,} held-out tokens")
+
+
+if __name__ == "__main__":
+    run(main)
