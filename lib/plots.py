@@ -32,6 +32,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     train, val, sample = history["train"], history["val"], history["train_sample"]
     tokens = np.array(train["tokens"]) / 1e6
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 6.6), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.08)
     axis = axes[0, 0]
     axis.plot(tokens, train["loss"], color=BLUE)
     axis.set_yscale("log")
@@ -45,7 +46,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     axis = axes[1, 0]
     axis.plot(tokens, train["dead_pct"], color=RED, label="silent for long, in training")
     axis.plot(np.array(val["tokens"]) / 1e6, val["dead_pct"], color=ORANGE, label="never fired on the held-out sample")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, max(5.0, 1.1 * max(train["dead_pct"] + val["dead_pct"])))
     axis.legend()
     _label(axis, "Dead latents", "training tokens (millions)", "latents (%)")
     axis = axes[1, 1]
