@@ -189,7 +189,7 @@ def train_sae(
     _check(rows, settings)
     per_epoch = steps_per_epoch(rows.n_train, settings.batch_size)
     n_steps, n_tokens = settings.epochs * per_epoch, settings.epochs * rows.n_train
-    rate = settings.lr or learning_rate(settings.n_latents, len(rows.mean), settings.top_k, n_tokens)
+    rate = settings.lr or learning_rate(settings.n_latents, n_tokens)
     dead_after = settings.dead_after or dead_after_tokens(rows.n_train, settings.n_latents, settings.top_k)
     transform = whitening(rows.covariance, settings.whiten).to(device)
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])

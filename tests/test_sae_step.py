@@ -71,7 +71,8 @@ def test_schedule_warms_up_holds_and_falls_to_zero():
 
 
 def test_rates_fall_with_latents_and_bias_rate_rises_with_expansion():
-    assert learning_rate(1024, 256, 16, 800_000) > learning_rate(4096, 256, 16, 800_000)
+    assert learning_rate(1024, 600_000) == pytest.approx(1e-2) and learning_rate(8192, 600_000) == pytest.approx(2.5e-3)
+    assert learning_rate(1024, 60_000_000) == pytest.approx(1e-2 * 10**-0.8) and learning_rate(16, 1000) == 3e-2
     assert 0 < bias_rate(1024, 256) < bias_rate(4096, 256) <= 1
 
 
