@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,9 +24,9 @@ from lib.store import experiment_dir, fingerprint, provenance, read_json, read_t
 
 # Constants that choose what is run or where, not what any one result is.
 RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "TRACKER", "N_SAE_SEEDS"}
-SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_POSITIONS"}
+SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_LR", "SAE_POSITIONS"}
 AUX_ONLY = {"AUX_WEIGHT", "AUX_CENTRED", "KEEP_PCT", "KEEP_PER_EXAMPLE", "SHARPEN_SEED", "INIT", "ARM_CONSTANTS"}
-EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS", "FULL_EVALUATION"}
+EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS", "METRICS"}
 ENTRY_SHARD_TEXTS = 2048
 Constants = dict[str, Any]
 
@@ -114,6 +113,8 @@ def load_base(c: Constants, device: torch.device) -> nn.Module:
         return load_model(c["MODEL"], device, dtype)
     if c["LOAD_BITS"] not in (None, 4, 8):
         raise InputError(f"LOAD_BITS={c['LOAD_BITS']} must be None, 4 or 8")
+    import transformers
+
     source = str(local_path(c["MODEL"]) or c["MODEL"])
     options: dict[str, Any] = {"device_map": c["DEVICE_MAP"] or {"": device}, "dtype": dtype}
     try:

@@ -109,6 +109,7 @@ def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Ta
 
 def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> None:
     """Train an SAE on the frozen model's target layer: all kept tokens, or the position the head reads."""
+    arm = "baseline" if cycle == 0 else arm
     folder = bench.folder(arm, cycle)
     path, key = sae_path(folder, cycle, sae_seed), bench.key("sae", arm, cycle, sae_seed)
     if finished(path, key, bench.c):
@@ -129,7 +130,7 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
         h, _ = outputs(bench.model, task, ids, c["BATCH_SIZE"], bench.entries)
         rows = rows_of_tensor(h, is_val)
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
-    settings = TrainSettings(n_latents, c["TOP_K"], c["SAE_EPOCHS"], c["SAE_BATCH_SIZE"], seed=10 * bench.seed + sae_seed)
+    settings = TrainSettings(n_latents, c["TOP_K"], c["SAE_EPOCHS"], c["SAE_BATCH_SIZE"], c["SAE_LR"], seed=10 * bench.seed + sae_seed)
     sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
     sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": settings.seed, "hook": bench.model.target.signature, "key": key}
     sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
@@ -154,8 +155,8 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
     for sae_seed in range(c["N_SAE_SEEDS"]):
         sae = bench.sae(arm, cycle, sae_seed)
         found = {
-            split: evaluate(bench.model, sae, bench.task, split, c, bench.seed, bench.entries, split == "test" and not sae_seed and c["FULL_EVALUATION"])
-            for split in ("val", "test")
+            split: evaluate(bench.model, sae, bench.task, split, c, bench.seed, bench.entries, groups)
+            for split, groups in (("val", ()), ("test", () if sae_seed else c["METRICS"]))
         }
         if not sae_seed:
             found["val"] |= {f"aux_{name}": value for name, value in aux.items()}

@@ -20,6 +20,7 @@ from lib.metrics.robustness import active_jaccard, fgsm, pgd
 from lib.sae import SAE
 
 Scores = dict[str, float]
+GROUPS = ("probes", "clustering", "robustness", "language")
 HEADLINE = {"csi": "csi", "csi_std": "csi_std", "csi_all": "csi_all", "u": "u", "u_std": "u_std", "u_label": "u_label",
             "u_adj": "u_adj", "u_all": "u_all", "u_label_all": "u_label_all", "n_supported": "u_n_supported"}
 
@@ -31,10 +32,11 @@ def dense_codes(sae: SAE, h: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, sae: SAE, task: Task, split: str, c: dict[str, Any], seed: int,
-             entries: Entries | None = None, full: bool = True) -> Scores:
+             entries: Entries | None = None, groups: tuple[str, ...] = GROUPS) -> Scores:
     """Metrics of `model` and `sae` on the first c["EVAL_LIMIT"] examples of a split.
 
-    full: everything; otherwise the task, the SAE's reconstruction and the selectivities, which is what choices need.
+    The task, the SAE's reconstruction and the selectivities always, which is what choices need; of the rest the
+    `groups` asked for: probes, clustering, robustness, language (texts only).
     """
     ids = task.splits[split][: c["EVAL_LIMIT"]]
     train_ids = task.splits["train"][: c["PROBE_LIMIT"]]
@@ -48,16 +50,17 @@ def evaluate(model: nn.Module, sae: SAE, task: Task, split: str, c: dict[str, An
     if task.attribute is not None:
         attribute = task.attribute[ids]
         scores |= label_selectivity(h, codes, base_threshold(h_train), attribute, int(task.attribute.max()) + 1, "_attribute")
-    if not full:
-        return scores
-    codes_train, y_train = dense_codes(sae, h_train), task.y[train_ids]
-    scores |= _named("probe", linear_probe(codes_train, y_train, codes, y))
-    scores |= {f"k_sparse_probe_k{k}": v for k, v in k_sparse_probe(codes_train, y_train, codes, y).items()}
-    for suffix, x in (("", codes), ("_unit", unit_rows(codes)), ("_base", h)):
-        found = clustering(x, y, task.n_classes, seed, c["SILHOUETTE_ROWS"])
-        scores |= {f"clustering_{name}{suffix}": value for name, value in found.items()}
-    scores |= robustness(model, sae, task, ids[: c["ROBUST_LIMIT"]], c, seed)
-    if task.tokens is not None:
+    if "probes" in groups:
+        codes_train, y_train = dense_codes(sae, h_train), task.y[train_ids]
+        scores |= _named("probe", linear_probe(codes_train, y_train, codes, y))
+        scores |= {f"k_sparse_probe_k{k}": v for k, v in k_sparse_probe(codes_train, y_train, codes, y).items()}
+    if "clustering" in groups:
+        for suffix, x in (("", codes), ("_unit", unit_rows(codes)), ("_base", h)):
+            found = clustering(x, y, task.n_classes, seed, c["SILHOUETTE_ROWS"])
+            scores |= {f"clustering_{name}{suffix}": value for name, value in found.items()}
+    if "robustness" in groups:
+        scores |= robustness(model, sae, task, ids[: c["ROBUST_LIMIT"]], c, seed)
+    if "language" in groups and task.tokens is not None:
         scores |= language_scores(model, sae, task, ids, c, seed, entries)
     return scores
 
@@ -125,7 +128,7 @@ def robustness(model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str,
         found = {"clean": (logits.argmax(1) == y).double()}
         for eps in c["ROBUST_EPS"]:
             for name, attack, extra in (("fgsm", fgsm, {}), ("pgd", pgd, {"generator": generator})):
-                moved = attack(lambda z: run(z)[1], x, y, eps * unit, **settings, **extra)
+                moved = attack(lambda z: run(z)[1], x, y, eps * unit, **extra, **settings)
                 with torch.no_grad():
                     h, logits = run(moved)
                 found[f"{name}_eps{eps:g}"] = (logits.argmax(1) == y).double()

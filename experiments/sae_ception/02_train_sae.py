@@ -24,6 +24,7 @@ N_LATENTS_MULTIPLIER = 4     # latents per activation dimension
 TOP_K = 8                    # latents that may fire on one token; the same for all arms and cycles
 SAE_EPOCHS = 3               # passes over the activations; the best one by validation is kept
 SAE_BATCH_SIZE = 512         # activations of one step
+SAE_LR: float | None = None  # peak learning rate; None: a rule over the SAE's shape (lib/sae_step.py)
 SAE_POSITIONS = "tokens"     # tokens: all real tokens; pooled: only the position that the head reads
 DEVICE = "auto"              # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))

@@ -22,7 +22,7 @@ from lib.store import experiment_dir, write_json, write_text
 
 PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
 SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
-ARMS = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents", "random_unit", "permuted")  # README.md
+ARMS = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents", "random_unit")  # README.md
 SEEDS = (0, 1, 2)                  # each: start, order, validation cut, SAE seed; arms are paired by seed
 CYCLES = 1                         # auxiliary cycles after the baseline
 DATASET = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a hub name
@@ -36,7 +36,7 @@ TEXT_FIELD_HELD_OUT: str | None = None  # its name in the validation and test fi
 LABEL_FIELD = "mood"               # column of the class
 ATTRIBUTE_FIELD: str | None = "topic"  # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups, measure the classes too
-DATA_LIMIT: int | None = 2000      # training examples; None: all
+DATA_LIMIT: int | None = 1500      # training examples; None: all
 VAL_FRAC = 0.1                     # share of the training examples that validates, where there is no validation set
 MAX_LENGTH = 128                   # tokens of a text, special tokens included
 PIXEL_SCALE = 1.0                  # images: pixels are multiplied by this
@@ -61,6 +61,7 @@ N_LATENTS_MULTIPLIER = 4           # latents per activation dimension
 TOP_K = 8                          # latents that may fire on one token; the same for all arms and cycles
 SAE_EPOCHS = 3                     # passes over the activations; the best one by validation is kept
 SAE_BATCH_SIZE = 512               # activations of one step
+SAE_LR: float | None = None        # peak learning rate; None: a rule over the SAE's shape (lib/sae_step.py)
 SAE_POSITIONS = "tokens"           # tokens: all real tokens; pooled: only the position that the head reads
 N_SAE_SEEDS = 1                    # SAEs per model; metrics are averaged over them before arms are compared
 AUX_WEIGHT: float | tuple = 1.0    # lambda; a tuple gives each cycle its own
@@ -73,10 +74,10 @@ ARM_CONSTANTS: dict = {}           # auxiliary constants for single arms, e.g. {
 EVAL_LIMIT: int | None = 1000      # examples of a split that are scored; None: all
 PROBE_LIMIT: int | None = 1000     # training examples of thresholds and probes; None: all
 SILHOUETTE_ROWS = 1000             # examples of the silhouettes, at most 10,000: they need all pairs
-ROBUST_LIMIT = 100                 # examples under attack, and texts of the perplexity; 0: none
+ROBUST_LIMIT = 24                  # examples under attack, and texts of the perplexity; 0: none
 ROBUST_EPS = (0.05, 0.1)           # attack budgets: of the pixel range, or of the median embedding norm per token
 ABSORPTION_TOKENS = 3000           # validation tokens of the absorption score; 0: none
-FULL_EVALUATION = True             # False: only task, reconstruction and selectivity, for choosing constants
+METRICS = ("probes", "clustering", "robustness", "language")  # on the test split, beside task, SAE and selectivity
 TRACKER = "local"                  # local, tensorboard, wandb; the history is always written as JSON
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
@@ -122,13 +123,12 @@ def main():
     unknown = [arm for arm in ARMS if method(arm) not in KNOWN_ARMS]
     if unknown or not SEEDS or CYCLES < 1 or N_SAE_SEEDS < 1:
         raise InputError(f"unknown arm {unknown[0]}; use {', '.join(KNOWN_ARMS)}" if unknown else "SEEDS, CYCLES and N_SAE_SEEDS must not be empty or 0")
-    bar = tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles")
-    for seed in SEEDS:
-        bench = Bench(CONSTANTS, seed)
-        for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
-            train_and_evaluate(bench, arm, cycle)
-            bar.update()
-    bar.close()
+    with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
+        for seed in SEEDS:
+            bench = Bench(CONSTANTS, seed)
+            for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
+                train_and_evaluate(bench, arm, cycle)
+                bar.update()
     table = result_table(root, tuple(ARMS), tuple(SEEDS), CYCLES)
     write_text(root / "results.csv", table.to_csv(index=False))
     found = summary(table, tuple(ARMS), CYCLES)

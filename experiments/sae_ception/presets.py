@@ -1,10 +1,12 @@
 """The settings of the experiment: preset -> the constants that differ from the scripts' defaults ("tiny")."""
 from typing import Any
 
+# SAE_LR: at a width of 16 the rule's 2e-2 leaves 88 % of 256 latents dead (EV .985); 3e-3 leaves 21 % (EV .978).
+
 _MLP = {
     "MODEL": "mlp", "TARGET_LAYER": "layers.1", "LABEL_FIELD": "digit", "ATTRIBUTE_FIELD": None, "INIT": "scratch",
     "EPOCHS_PER_CYCLE": 20, "BATCH_SIZE": 64, "LR": 1e-3, "OPTIMIZER": "adam", "WEIGHT_DECAY": 0.0, "WARMUP_STEPS": 0, "LR_DECAY": False,
-    "CLIP_NORM": None, "N_LATENTS_MULTIPLIER": 16, "TOP_K": 8, "SAE_EPOCHS": 50, "SAE_BATCH_SIZE": 256, "SAE_POSITIONS": "pooled",
+    "CLIP_NORM": None, "N_LATENTS_MULTIPLIER": 16, "TOP_K": 8, "SAE_EPOCHS": 50, "SAE_BATCH_SIZE": 256, "SAE_LR": 3e-3, "SAE_POSITIONS": "pooled",
     "AUX_WEIGHT": 1.0, "KEEP_PCT": 2.0, "CYCLES": 3, "SEEDS": tuple(range(10)), "N_SAE_SEEDS": 2, "EVAL_LIMIT": 10_000, "PROBE_LIMIT": 10_000,
     "SILHOUETTE_ROWS": 2_000, "ROBUST_LIMIT": 2_000, "ABSORPTION_TOKENS": 0, "DATA_LIMIT": None, "VAL_DATASET": None,
     "ARMS": ("new_seed", "lambda0", "per_class", "per_example", "full_recon", "random_unit", "permuted", "random_latents", "shuffled_labels",

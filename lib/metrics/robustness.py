@@ -20,40 +20,39 @@ def fgsm(logits_of: Logits, x: Tensor, y: Tensor, eps: float, norm: str = "linf"
     norm "linf": sign of the gradient; "l2": gradient direction of each last-dimension vector. mask [B, T]:
     the positions that may move (None: all). bounds: the valid range of inputs.
     """
-    return _project(x + _step(logits_of, x, y, eps, norm), x, eps, norm, mask, bounds)
+    _, uphill = _loss_and_direction(logits_of, x, y, norm)
+    return _project(x + eps * uphill, x, eps, norm, mask, bounds)
 
 
-def pgd(logits_of: Logits, x: Tensor, y: Tensor, eps: float, norm: str = "linf", mask: Tensor | None = None,
-        bounds: tuple[float, float] | None = None, generator: torch.Generator | None = None) -> Tensor:
+def pgd(logits_of: Logits, x: Tensor, y: Tensor, eps: float, generator: torch.Generator, norm: str = "linf",
+        mask: Tensor | None = None, bounds: tuple[float, float] | None = None) -> Tensor:
     """20 steps of 2.5 eps / 20 from a random start, projected after each (Madry et al. 2018).
 
-    Of all iterates each example keeps the one with the largest loss. Arguments as in fgsm.
+    Of all iterates each example keeps the one with the largest loss. generator draws the start; other arguments as in fgsm.
     """
     noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
     if norm == "l2":
         noise = noise / noise.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     moved = _project(x + eps * noise, x, eps, norm, mask, bounds)
-    best, best_loss = moved, _losses(logits_of, moved, y)
-    for _ in range(PGD_STEPS):
-        moved = _project(moved + _step(logits_of, moved, y, 2.5 * eps / PGD_STEPS, norm), x, eps, norm, mask, bounds)
-        loss = _losses(logits_of, moved, y)
+    best, best_loss = moved, torch.full((len(x),), -torch.inf).to(x)
+    for step in range(PGD_STEPS + 1):
+        loss, uphill = _loss_and_direction(logits_of, moved, y, norm)
         better = loss > best_loss
         best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), moved, best)
         best_loss = torch.where(better, loss, best_loss)
+        if step < PGD_STEPS:
+            moved = _project(moved + 2.5 * eps / PGD_STEPS * uphill, x, eps, norm, mask, bounds)
     return best
 
 
-def _losses(logits_of: Logits, x: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return cross_entropy(logits_of(x), y, reduction="none")
-
-
-def _step(logits_of: Logits, x: Tensor, y: Tensor, length: float, norm: str) -> Tensor:
+def _loss_and_direction(logits_of: Logits, x: Tensor, y: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each example [B], and the direction of steepest ascent in the norm, unit length, like x."""
     x = x.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(cross_entropy(logits_of(x), y, reduction="sum"), x)
+    losses = cross_entropy(logits_of(x), y, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
     if norm == "linf":
-        return length * gradient.sign()
-    return length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return losses.detach(), gradient.sign()
+    return losses.detach(), gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def _project(moved: Tensor, x: Tensor, eps: float, norm: str, mask: Tensor | None, bounds: tuple[float, float] | None) -> Tensor:

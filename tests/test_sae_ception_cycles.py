@@ -1,0 +1,296 @@
+"""Whole cycles through the scripts: small MLP, tiny transformers of four families, resume, provenance, stale outputs."""
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
+
+from lib.bench import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Bench, stage_constants
+from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
+from lib.environment import InputError
+from lib.labelled import load_task, read_idx
+from lib.store import read_json, read_tensors
+
+SCRIPTS = PROJECT / "experiments" / "sae_ception"
+sys.path.insert(0, str(SCRIPTS))
+from presets import PRESETS  # noqa: E402
+ARMS = ("lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "random_latents",
+        "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def defaults():
+    """All constants of the main script, as they stand in its source."""
+    source = (SCRIPTS / "04_train_cycle.py").read_text()
+    names: dict = {"__name__": "constants"}
+    exec(compile(source.split("CONSTANTS = override")[0], "04_train_cycle.py", "exec"), names)
+    found = {k: v for k, v in names.items() if k.isupper() and k != "KNOWN_ARMS"}
+    return found, PRESETS
+
+
+@pytest.fixture
+def digits(defaults):
+    tiny, presets = defaults
+    small = {"EPOCHS_PER_CYCLE": 2, "SAE_EPOCHS": 2, "PROBE_LIMIT": 200, "EVAL_LIMIT": 200, "ROBUST_LIMIT": 20, "N_SAE_SEEDS": 1, "DEVICE": "cpu"}
+    return tiny | presets["mlp_digits"] | {"PRESET": "mlp_digits"} | small
+
+
+def cycle(bench, arm, n):
+    train_model(bench, arm, n)
+    train_cycle_sae(bench, arm, n)
+    return evaluate_cycle(bench, arm, n)
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """Run a script in this process as the command line would; returns (exit code, output, errors)."""
+
+    def run(name, *arguments, ok=True):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        try:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        out, err = capfd.readouterr()
+        assert code == 0 or not ok, err[-2000:]
+        return code, out, err
+
+    return run
+
+
+def files(folder, but=()):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".log" and p.name not in but}
+
+
+def test_two_cycles_on_digits_with_every_arm(digits):
+    bench = Bench(digits, 0)
+    baseline = cycle(bench, "baseline", 0)
+    bench.c["METRICS"] = ()
+    for arm in ARMS:
+        result = cycle(bench, arm, 1)
+        if arm not in ("lambda0", "new_seed"):
+            aux = {k: v for k, v in result["val"].items() if k.startswith("aux_")}
+            assert aux["aux_grad_ratio"] > 0.01 and aux["aux_loss_end"] < aux["aux_loss_start"], arm
+    again = cycle(bench, "per_class", 2)
+    assert set(again["test"]) < set(baseline["test"]) and again["meta"]["cycle"] == 2
+    promised = """task_accuracy task_loss task_f1_macro task_f1_weighted probe_train_accuracy probe_test_accuracy probe_test_f1_macro
+        k_sparse_probe_k1 k_sparse_probe_k50 sae_reconstruction_loss sae_explained_variance sae_explained_variance_pooled sae_mean_l0
+        sae_dead_features_pct sae_feature_usage_entropy base_csi base_csi_std base_u base_u_std base_u_label base_u_adj base_u_all
+        base_u_n_supported sae_features_csi sae_features_u sae_features_u_label sae_features_u_adj clustering_ari clustering_ari_argmax
+        clustering_silhouette_unsupervised clustering_silhouette_supervised clustering_davies_bouldin clustering_calinski_harabasz_unit
+        clustering_ari_base sparsity_l0_mean sparsity_l0_std sparsity_l1_mean robust_clean robust_fgsm_eps0.05 robust_pgd_eps0.1
+        robust_jaccard_eps0.1""".split()
+    assert not [key for key in promised if key not in baseline["test"]]
+    assert baseline["test"]["sparsity_l0_mean"] <= digits["TOP_K"]
+    assert baseline["test"]["robust_pgd_eps0.1"] <= baseline["test"]["robust_fgsm_eps0.1"] <= baseline["test"]["robust_clean"]
+
+
+def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
+    bench = Bench(digits, 1)
+    for arm, n in (("baseline", 0), ("lambda0", 1), ("new_seed", 1)):
+        train_model(bench, arm, n)
+        if n == 0:
+            train_cycle_sae(bench, arm, n)
+    states = [torch.load(bench.folder(arm, n) / f"checkpoints/model_cycle_{n}_best.pt", weights_only=True) for arm, n in (("baseline", 0), ("lambda0", 1), ("new_seed", 1))]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not torch.equal(states[0]["layers.0.weight"], states[2]["layers.0.weight"])
+
+
+def test_targets_are_stored_by_example_id(digits):
+    bench = Bench(digits, 0)
+    train_model(bench, "baseline", 0)
+    train_cycle_sae(bench, "baseline", 0)
+    train_model(bench, "per_class", 1)
+    stored = read_tensors(bench.root / "per_class/seed_0/targets_cycle_0.safetensors")
+    assert torch.equal(stored["example_id"], bench.task.splits["train"]) and stored["t"].shape == (len(stored["example_id"]), 16)
+
+
+def test_matched_k(digits):
+    """Every arm's and cycle's SAE has the same number of codes and latents."""
+    bench = Bench(digits, 0)
+    for arm, n in (("baseline", 0), ("per_class", 1), ("random_unit", 1)):
+        train_model(bench, arm, n)
+        train_cycle_sae(bench, arm, n)
+        sae = bench.sae(arm, n)
+        assert (sae.top_k, sae.n_latents) == (8, 256)
+        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(256), atol=1e-5)
+
+
+def test_split_disjoint(defaults, digits):
+    for seed in (0, 1):
+        splits = load_task(digits, seed).splits
+        joined = torch.cat(list(splits.values()))
+        assert len(joined) == len(joined.unique()) == 1797
+        sizes = [len(part) for part in splits.values()]
+        assert sizes == [1077, 360, 360]
+    assert torch.equal(load_task(digits, 0).splits["test"], load_task(digits, 1).splits["test"])
+    assert not torch.equal(load_task(digits, 0).splits["val"], load_task(digits, 1).splits["val"])
+
+
+def test_label_groups_keep_the_classes_as_an_attribute(digits):
+    task = load_task(digits | {"LABEL_GROUPS": (0, 1) * 5}, 0)
+    assert task.n_classes == 2 and torch.equal(task.y, task.attribute % 2) and int(task.attribute.max()) == 9
+    with pytest.raises(InputError, match="LABEL_GROUPS"):
+        load_task(digits | {"LABEL_GROUPS": (0, 1)}, 0)
+
+
+def test_provenance(defaults):
+    """Every constant of the main script is part of some stage's hash, or listed as choosing only what is run."""
+    constants, _ = defaults
+    covered = set().union(*(stage_constants(constants | {"LABEL_GROUPS": None}, stage, "per_class") for stage in ("model", "sae", "aux", "eval")))
+    assert covered | RUN_ONLY | {"ARM_CONSTANTS"} >= set(constants) and not covered & RUN_ONLY
+    assert (SAE_ONLY | AUX_ONLY | EVAL_ONLY) - {"ARM_CONSTANTS"} <= covered
+    for arm, expected in (("per_class", 1.0), ("class_mean@weak", 0.3)):
+        aux = stage_constants(constants | {"ARM_CONSTANTS": {"class_mean@weak": {"AUX_WEIGHT": 0.3}}}, "aux", arm)
+        assert aux["AUX_WEIGHT"] == expected
+
+
+@pytest.mark.parametrize("name,value,stage", [("LR", 0.5, "model"), ("TOP_K", 4, "sae"), ("AUX_WEIGHT", 9.0, "aux"), ("EVAL_LIMIT", 50, "eval")])
+def test_outputs_made_with_other_constants_are_refused(digits, name, value, stage):
+    bench = Bench(digits, 0)
+    cycle(bench, "baseline", 0)
+    cycle(bench, "per_class", 1)
+    other = Bench(digits | {name: value}, 0)
+    with pytest.raises(InputError, match=f"{name} was"):
+        cycle(other, "baseline", 0)
+        cycle(other, "per_class", 1)
+    assert other.key("model", "baseline", 0) == bench.key("model", "baseline", 0) or stage == "model"
+
+
+def test_resume_ends_with_the_same_bytes(digits, monkeypatch, tmp_path):
+    def everything(root):
+        monkeypatch.setenv("STORE_DIR", str(root))
+        bench = Bench(digits, 0)
+        for arm, n in (("baseline", 0), ("per_class", 1), ("per_class", 2)):
+            cycle(bench, arm, n)
+        return files(root)
+
+    whole = everything(tmp_path / "whole")
+    monkeypatch.setattr("lib.cycles.save_sae", interrupt_second_call(__import__("lib.cycles").cycles.save_sae))
+    with pytest.raises(KeyboardInterrupt):
+        everything(tmp_path / "cut")
+    monkeypatch.undo()
+    monkeypatch.setattr("lib.fine_tuning.PROBE_EXAMPLES", 256)
+    assert everything(tmp_path / "cut") == whole
+
+
+def interrupt_second_call(function):
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def write_texts(folder, kind):
+    """A tiny model and data sets whose label is told by a word; returns the constants that name them."""
+    tiny_model(kind).save_pretrained(folder / kind)
+    word_tokenizer().save_pretrained(folder / kind)
+    lines = [{"text": f"{TEXTS[i % 6]} {('happy', 'sad')[i % 2]}", "mood": i % 2, "topic": i % 4} for i in range(60)]
+    for name, part in (("train", lines), ("val", lines[:20]), ("test", lines[20:50])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    return {
+        "MODEL": str(folder / kind), "DATASET": str(folder / "train.jsonl"), "VAL_DATASET": str(folder / "val.jsonl"), "TEST_DATASET": str(folder / "test.jsonl"),
+        "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "BATCH_SIZE": 16, "SAE_BATCH_SIZE": 64, "ROBUST_LIMIT": 4, "ABSORPTION_TOKENS": 200, "TOP_K": 4, "KEEP_PCT": 5.0,
+        "DEVICE": "cpu", "DATA_LIMIT": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "bert"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_one_whole_cycle_of_each_architecture(defaults, tmp_path, kind, cached):
+    c = defaults[0] | write_texts(tmp_path, kind) | {"CACHE_ENTRIES": cached, "TARGET_LAYER": "1"}
+    bench = Bench(c, 0)
+    cycle(bench, "baseline", 0)
+    result = cycle(bench, "per_class", 1)
+    test = result["test"]
+    assert ("task_perplexity" in test) == (kind != "bert")
+    assert 0 <= test["task_accuracy"] <= 1 and 0 < test["sparsity_l0_mean"] <= 4 and "base_u_attribute" in test
+    assert test["robust_pgd_eps0.1"] <= test["robust_clean"] and "absorption_score" in test
+    assert result["val"]["aux_cos_end"] > result["val"]["aux_cos_start"] or result["val"]["aux_grad_ratio"] > 0
+    assert bench.model.target.path.endswith(".1") and not list(bench.folder("per_class", 1).glob("activations*"))
+
+
+def test_seed_commands_step_by_step_equal_the_main_script(tmp_path, monkeypatch, script):
+    """01, 02, 03 by hand leave the files that 04 finds finished, and that it makes itself in another store."""
+    common = ["PRESET=mlp_digits", "EPOCHS_PER_CYCLE=2"]
+    sae = ["SAE_EPOCHS=2"]
+    rest = ["SEEDS=0,", "CYCLES=1", "ARMS=('per_class',)", "N_SAE_SEEDS=1", "METRICS=()", "PROBE_LIMIT=200"]
+    monkeypatch.setenv("STORE_DIR", str(tmp_path / "a"))
+    assert "01_train_baseline.py" in script("03_train_auxiliary.py", "PRESET=mlp_digits", ok=False)[2]
+    script("01_train_baseline.py", *common)
+    script("02_train_sae.py", "PRESET=mlp_digits", *sae)
+    script("03_train_auxiliary.py", "PRESET=mlp_digits")
+    script("02_train_sae.py", "PRESET=mlp_digits", *sae, "CYCLE=1")
+    by_hand = files(tmp_path / "a")
+    printed = script("04_train_cycle.py", *common, *sae, *rest)[1]
+    assert "per_class" in printed and "fewer than 3 seeds" in printed
+    changed = {p for p, content in files(tmp_path / "a").items() if by_hand.get(p, content) != content}
+    assert not {p for p in changed if p.suffix in (".pt", ".safetensors")}
+    monkeypatch.setenv("STORE_DIR", str(tmp_path / "b"))
+    script("04_train_cycle.py", *common, *sae, *rest)
+    a, b = files(tmp_path / "a"), files(tmp_path / "b")
+    assert {p for p in a if p.suffix in (".pt", ".safetensors")} <= set(b)
+    differing = {p.name for p in a if a[p] != b.get(p)}
+    assert {name for name in differing if name not in ("constants.json", "meta.json") and not name.endswith("stamp.json")} == set()
+    table = (tmp_path / "b/sae_ception/mlp_digits/results.csv").read_text().splitlines()
+    assert table[0] == "setting,arm,seed,sae_seed,cycle,split,metric,value" and len(table) > 100
+    assert read_json(tmp_path / "b/sae_ception/mlp_digits/summary.json")["chosen_cycle"] == 1
+
+
+@pytest.mark.parametrize("arguments,said", [
+    (["ARMS=('nonsense',)"], "unknown arm nonsense"), (["SEEDS=()"], "must not be empty"), (["PRESET=huge"], "PRESET"),
+    (["DATASET=missing.jsonl"], "missing.jsonl"), (["TRACKER=nothing"], "TRACKER"), (["KEEP_PCT=100", "SAE_EPOCHS=1", "EPOCHS_PER_CYCLE=1"], "keeps every code"),
+])  # fmt: skip
+def test_wrong_input_is_one_line(arguments, said, script):
+    preset = [] if arguments[0].startswith(("PRESET", "DATASET")) else ["PRESET=mlp_digits"]
+    code, _, err = script("04_train_cycle.py", *preset, "METRICS=()", *arguments, ok=False)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(errors) == 1 and said in errors[0], err[-500:]
+
+
+def test_hidden_test_labels_are_refused(defaults, tmp_path):
+    c = defaults[0] | write_texts(tmp_path, "llama")
+    (tmp_path / "test.jsonl").write_text('{"text": "the cat", "mood": -1, "topic": 0}\n')
+    with pytest.raises(InputError, match="hidden test labels"):
+        Bench(c, 0)
+
+
+def test_idx_files(tmp_path):
+    import gzip
+
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2, 3, 4, 5, 6])))
+    assert read_idx(path).tolist() == [[1, 2, 3], [4, 5, 6]]
+    path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="no idx.gz"):
+        read_idx(path)
+    with pytest.raises(InputError, match="missing"):
+        read_idx(Path(tmp_path / "y.gz"))
+
+
+def test_quantised_loading_skips_what_is_trained(defaults, tmp_path, monkeypatch):
+    """LOAD_BITS hands the library the device map and leaves the trained blocks out of the quantisation."""
+    import transformers
+
+    from lib.bench import load_base
+
+    seen = {}
+
+    def load(source, config, **options):
+        seen.update(options)
+        return tiny_model("neox")
+
+    c = defaults[0] | write_texts(tmp_path, "neox") | {"LOAD_BITS": 4, "DEVICE_MAP": "auto"}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    load_base(c, torch.device("cpu"))
+    assert seen["device_map"] == "auto" and seen["quantization_config"].load_in_4bit
+    assert seen["quantization_config"].llm_int8_skip_modules[0] == "gpt_neox.layers.2"
