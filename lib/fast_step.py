@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lib.environment import log
 from lib.sae_step import EPS, GAIN_RATE, apply_gradients, bias_rate, count_step, dead_in_turn
 
 try:
     from lib import kernels
+    from lib.candidates import find_candidates
+    from lib.compiled import is_cached, use_threads
 except ImportError:  # numba is not installed, or has no build for this machine
     kernels = None
 
@@ -43,6 +46,8 @@ class Workspace:
         self.precision, self.choice = choose_precision(*state["dec"].shape, device) if precision == "auto" else (precision, precision)
         self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
         self._buffers: dict[str, Tensor] = {}
+        if self.compiled and not is_cached(kernels.update_latents):
+            log.info("compiling the training step: some seconds, once on this machine")
         self.low = low_precision(state["enc"], state["bias"]) if self.precision == "bfloat16" else None
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -148,14 +153,14 @@ def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio,
     rows, width = x.shape
     n_latents = len(state["dec"])
     arrays = {name: value.numpy() for name, value in state.items()}
-    pieces = kernels.use_threads(torch.get_num_threads())
+    pieces = use_threads(torch.get_num_threads())
     wanted = candidates_wanted(k, n_latents, work)
     proposed, count = np.empty((rows, wanted), np.int32), np.empty(rows, np.int32)
     n_blocks = min(n_latents, 1 << max(3 * wanted, int(1.3 * n_latents**0.5)).bit_length())
     for start, out in scores(state, x, work):
         bits = out.view(torch.int32 if work.low is None else torch.int16).numpy()
         end = start + len(bits)
-        kernels.find_candidates(bits, wanted, n_blocks, pieces, proposed[start:end], count[start:end])
+        find_candidates(bits, wanted, n_blocks, pieces, proposed[start:end], count[start:end])
     index, code = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
     slope, loss = np.empty((rows, k), np.float32), torch.empty(rows)
     error = work.buffer("error", (rows, width), x)

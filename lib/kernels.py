@@ -1,36 +1,17 @@
-"""Compiled loops of the fast training step on CPUs (numba): choose the codes, residual, and update one latent at a time.
+"""Compiled loops of the fast training step on CPUs (numba): codes and residual by row, gradient and update by latent.
 
 Every function writes into arrays that it is given. Rows and latents are split into contiguous pieces, one thread each,
 and nothing is summed across pieces, so the result does not depend on the number of threads.
-Compiled code is cached in the folder that NUMBA_CACHE_DIR names, else beside this file, else in the user's cache
-folder, whichever is writable; the first run compiles for some seconds.
 """
 import numpy as np
-from numba import config, njit, prange, set_num_threads
+from numba import prange
 
-config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # tbb costs 30 %, workqueue 45 % of the speed at F = 1152
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered and fused; NaN and infinity keep their meaning
+from lib.compiled import compiled
+
 TINY = np.float32(1e-30)  # moments below it become 0: subnormal numbers are computed a hundred times slower
 
 
-def _compiled(parallel=False):
-    def decorate(function):
-        try:
-            return njit(cache=True, parallel=parallel, nogil=True, fastmath=FAST, error_model="numpy")(function)
-        except RuntimeError:  # no folder to cache in can be written: compile in every process
-            return njit(parallel=parallel, nogil=True, fastmath=FAST, error_model="numpy")(function)
-
-    return decorate
-
-
-def use_threads(n: int) -> int:
-    """Let the loops run on n threads, at most as many as numba has; returns how many that is."""
-    n = min(n, config.NUMBA_NUM_THREADS)
-    set_num_threads(n)
-    return n
-
-
-@_compiled()
+@compiled()
 def _keep_largest(keys, index, n, keep):
     """Reorder the first n entries so that the `keep` largest keys come first (Hoare's selection)."""
     low, high = 0, n - 1
@@ -55,68 +36,7 @@ def _keep_largest(keys, index, n, keep):
             return
 
 
-@_compiled()
-def _candidates_of_row(scores, n_wanted, maxima, spare, keys, index):
-    """Indices of the n_wanted largest positive scores of a row into `index`; returns how many there are.
-
-    scores are integers with the order of the positive floats. The n_wanted-th largest of the maxima over interleaved blocks
-    bounds the n_wanted-th largest score from below, so few scores have to be looked at twice.
-    """
-    n, n_blocks, room = len(scores), len(maxima), len(keys)
-    for j in range(n_blocks):
-        maxima[j] = scores[j]
-    whole = n // n_blocks
-    for i in range(1, whole):
-        part = scores[i * n_blocks : (i + 1) * n_blocks]
-        for j in range(n_blocks):
-            maxima[j] = max(maxima[j], part[j])
-    for j in range(whole * n_blocks, n):
-        maxima[j - whole * n_blocks] = max(maxima[j - whole * n_blocks], scores[j])
-    for j in range(n_blocks):
-        spare[j] = maxima[j]
-    _keep_largest(spare, index, n_blocks, n_wanted)
-    bound = spare[n_wanted - 1]
-    for j in range(n_wanted - 1):
-        bound = min(bound, spare[j])
-    bound = max(bound, 1)
-    found = 0
-    for j in range(n_blocks):
-        if maxima[j] >= bound:
-            for i in range(j, n, n_blocks):
-                if scores[i] >= bound:
-                    if found == room:
-                        _keep_largest(keys, index, found, n_wanted)
-                        found = n_wanted
-                        bound = keys[0]
-                        for c in range(n_wanted):
-                            bound = min(bound, keys[c])
-                        if scores[i] <= bound:
-                            continue
-                    keys[found] = scores[i]
-                    index[found] = i
-                    found += 1
-    if found > n_wanted:
-        _keep_largest(keys, index, found, n_wanted)
-        found = n_wanted
-    return found
-
-
-@_compiled(parallel=True)
-def find_candidates(scores, n_wanted, n_blocks, n_pieces, index, count):
-    """scores int [R, F] -> index int32 [R, n_wanted], count int32 [R]: the n_wanted largest positive scores of each row."""
-    rows = len(scores)
-    for piece in prange(n_pieces):
-        room = max(4 * n_wanted, n_blocks)
-        maxima, spare = np.empty(n_blocks, scores.dtype), np.empty(n_blocks, scores.dtype)
-        keys, found = np.empty(room, scores.dtype), np.empty(room, np.int32)
-        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
-            n = _candidates_of_row(scores[r], n_wanted, maxima, spare, keys, found)
-            count[r] = n
-            for c in range(n):
-                index[r, c] = found[c]
-
-
-@_compiled()
+@compiled()
 def _dot(a, b):
     total = np.float32(0)
     for d in range(len(a)):
@@ -124,7 +44,7 @@ def _dot(a, b):
     return total
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def code_rows(x, enc, bias, dec, candidates, count, k, n_pieces, index, code, slope, error, loss):
     """Codes of each row from its candidates, the error x - x_hat, and the gradient at each code.
 
@@ -161,7 +81,7 @@ def code_rows(x, enc, bias, dec, candidates, count, k, n_pieces, index, code, sl
             loss[r] = _dot(residual, residual)
 
 
-@_compiled()
+@compiled()
 def sort_by_latent(index, code, slope, start, row, weight, slope_sorted):
     """Group the active (row, latent) pairs by latent: those of latent i stand at start[i] : start[i + 1]."""
     rows, k = index.shape
@@ -183,7 +103,7 @@ def sort_by_latent(index, code, slope, start, row, weight, slope_sorted):
     start[0] = 0
 
 
-@_compiled()
+@compiled()
 def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc):
     """Gradient of latent i into g_dec, g_enc [D]; returns those of gain and bias, and the squared norm of all."""
     start, row, weight, slope = pairs
@@ -223,7 +143,7 @@ def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc):
     return g_gain, g_bias, total
 
 
-@_compiled()
+@compiled()
 def _adam(w, g, m, v, rate, rates):
     """Adam on a row, in place. rates: float32 (1 - beta1, 1 - beta2, 1 / (1 - beta2^t), eps); rate: lr / (1 - beta1^t)."""
     new1, new2, correction, eps = rates
@@ -236,7 +156,7 @@ def _adam(w, g, m, v, rate, rates):
         w[d] -= rate * m_d / (np.sqrt(v_d * correction) + eps)
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def gradient_norms(x, error, pairs, aux, dec, enc, gain, bounds, norms):
     """Squared norm of each latent's gradient into norms [F]; latents bounds[p] : bounds[p + 1] are piece p."""
     for piece in prange(len(bounds) - 1):
@@ -245,7 +165,7 @@ def gradient_norms(x, error, pairs, aux, dec, enc, gain, bounds, norms):
             norms[i] = _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc)[2]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, lr, rates, norms):
     """Gradient, Adam, unit norm and constraint of every latent in one pass over its row.
 
@@ -288,7 +208,7 @@ def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, 
                 _to_bfloat16(e_row, bias[i], low[i])
 
 
-@_compiled()
+@compiled()
 def _to_bfloat16(row, bias, low):
     """Bits of `row` rounded to the nearest bfloat16, ties to even, then the bias as a bfloat16 and what it leaves."""
     width = len(row)

@@ -1,14 +1,24 @@
 """The compiled loops one by one, against torch."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-kernels = pytest.importorskip("lib.kernels", reason="numba is not installed", exc_type=ImportError)
+pytest.importorskip("numba")
+from lib import kernels  # noqa: E402
+from lib.candidates import find_candidates  # noqa: E402
+from lib.compiled import use_threads  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 def candidates(scores, n_wanted, n_blocks):
     index, count = np.zeros((len(scores), n_wanted), np.int32), np.zeros(len(scores), np.int32)
-    kernels.find_candidates(scores, n_wanted, n_blocks, kernels.use_threads(2), index, count)
+    find_candidates(scores, n_wanted, n_blocks, use_threads(2), index, count)
     return index, count
 
 
@@ -58,3 +68,56 @@ def test_pairs_are_grouped_by_latent_in_row_order():
     kernels.sort_by_latent(index, code, -code, start, row, weight, slope)
     assert start.tolist() == [0, 2, 2, 5, 5]
     assert row[:5].tolist() == [0, 2, 0, 1, 2] and weight[:5].tolist() == [2, 4, 1, 3, 5] and slope[:5].tolist() == [-2, -4, -1, -3, -5]
+
+
+def run_python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=PROJECT)
+
+
+def test_without_a_folder_to_cache_in_the_loops_still_compile():
+    code = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+import numpy as np
+from lib import kernels
+from lib.compiled import is_cached
+low = np.empty(3, np.uint16)
+kernels._to_bfloat16(np.ones(1, np.float32), np.float32(0), low)
+print(low[0], is_cached(kernels._to_bfloat16))
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["16256", "False"], done.stderr
+
+
+def test_the_cache_can_be_put_elsewhere(tmp_path):
+    code = """
+import numpy as np
+from lib import kernels
+from lib.compiled import is_cached
+before = is_cached(kernels._to_bfloat16)
+kernels._to_bfloat16(np.ones(1, np.float32), np.float32(0), np.empty(3, np.uint16))
+print(before, is_cached(kernels._to_bfloat16))
+"""
+    done = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.stdout.split() == ["False", "True"], done.stderr
+    assert list(tmp_path.rglob("*.nbi"))
+
+
+def test_without_numba_torch_operations_take_over():
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch
+from lib import fast_step
+from lib.sae_step import dense_step, init_state
+assert fast_step.kernels is None
+x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+fast, dense = init_state(torch.eye(8), 20, 0), init_state(torch.eye(8), 20, 0)
+work = fast_step.Workspace(fast, "float32")
+for _ in range(3):
+    fast_step.fast_step(fast, x, k=3, lr=1e-3, dead_after=100, work=work)
+    dense_step(dense, x, k=3, lr=1e-3, dead_after=100)
+print(float((fast["dec"] - dense["dec"]).abs().max()) < 1e-4, int(fast["step"]))
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["True", "3"], done.stderr
