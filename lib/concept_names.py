@@ -25,6 +25,11 @@ MIN_Z = 3.0  # log-odds in standard deviations below which a pattern is chance
 MAX_PATTERNS = 12  # in one rule
 MIN_GAIN = 0.005  # in F1, for one more pattern
 SHOWN = 4  # patterns in a name; the description has all
+MARKS = {
+    ".": "full stop", ",": "comma", "!": "exclamation mark", "?": "question mark", '"': "quotation mark", "“": "opening quote", "”": "closing quote",
+    "'": "apostrophe", "’": "apostrophe", ":": "colon", ";": "semicolon", "-": "hyphen", "[space]": "white space", "[line break]": "line break",
+    "[tab]": "tab", "[empty]": "piece of a character",
+}  # fmt: skip
 Rule = list[tuple[str, str]]
 
 
@@ -180,16 +185,13 @@ def describe(patterns: Patterns, kind: str, name: str, fires: np.ndarray) -> str
         return PLACES[name]
     if name == EDGE and kind in ("after", "before"):
         return f"{kind} the {'start' if kind == 'after' else 'end'} of a text"
-    if len(name) > 1 and name[0] == "[":
-        shown = {"[space]": "white space", "[empty]": "a piece of a character"}.get(name, name.strip("[]"))
-    else:
-        shown = name if name[:1].isalnum() and kind in ("word", "cased", "token") else f"“{name}{to_come}”"
     if kind in ("after", "before"):
-        return f"{kind} {shown}"
+        return f"{kind} {MARKS.get(name) or f'“{name}”'}"
     if kind == "within":
-        return f"pieces of {shown}"
+        return f"pieces of “{name}”"
     if kind == "ending":
         return f"…{name}"
     if kind == "phrase":
-        return f"{name[len(EDGE) + 1 :]}{to_come} at the start of a text" if name.startswith(EDGE + " ") else shown
-    return shown if shown[0] == "“" else f"{before}{shown}{to_come}"
+        first = name.startswith(EDGE + " ")
+        return f"{name[len(EDGE) + 1 :]}{to_come} at the start of a text" if first else f"“{name}{to_come}”"
+    return MARKS.get(name) or (f"{before}{name}{to_come}" if name[0].isalnum() else f"“{name}”")

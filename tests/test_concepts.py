@@ -16,7 +16,7 @@ from lib.concept_files import (
     write_top_texts,
 )
 from lib.concept_names import candidate_patterns, name_latents, predict, score_rule
-from lib.concepts import Codes, codes_at, collect_firings, encode_run, live_codes
+from lib.concepts import Codes, codes_at, collect_firings, encode_run, live_codes, promoted_tokens
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.models import load_tokenizer
@@ -159,6 +159,18 @@ def test_codes_of_a_large_run_are_made_again(run, sae, monkeypatch):
     codes = encode_run(run, run.hooks[0], sae)
     for _ in range(2):
         assert torch.equal(collect_firings(codes, 3).top_rows, kept.top_rows)
+
+
+def test_a_latent_promotes_the_token_whose_unembedding_it_is(model):
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.rand(16, generator=torch.Generator().manual_seed(2)) + 0.5)
+        direction = (model.lm_head.weight - model.lm_head.weight.mean(0)) * model.model.norm.weight
+    wanted = [word_tokenizer().convert_tokens_to_ids(word) for word in ("dog", "tree")]
+    sae = make_sae(direction[wanted], torch.zeros(2), direction[wanted], torch.zeros(16), 1.0, 1)
+    assert [tokens[0] for tokens in promoted_tokens(sae, model, word_tokenizer(), 3)] == ["dog", "tree"]
+    narrow = make_sae(torch.eye(8), torch.zeros(8), torch.eye(8), torch.zeros(8), 1.0, 1)
+    assert promoted_tokens(narrow, model, word_tokenizer()) == [[]] * 8
+    assert promoted_tokens(sae, tiny_model("bert"), word_tokenizer()) == [[], []]
 
 
 def word_rows(texts):

@@ -1,0 +1,112 @@
+"""Coloured tokens and the page of all concepts: nothing is lost, nothing escapes, nothing is fetched."""
+import html
+import json
+import re
+
+import pytest
+from lib.pages import MARGIN, Piece, coloured, concept_card, example_pieces, page_concept, pieces, write_page
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\"\u2028<!--"
+STATS = {"fires": 3.0, "max": 2.0, "mean_active": 1.0, "p99": 2.0, "frequency": 0.1}
+
+
+def example(text, start, end, score=2.0):
+    spans = [[start, end]]
+    return {"text": text, "score": score, "token_str": text[start:end], "char_start": start, "char_end": end, "spans": spans, "acts": [score]}
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def plain(markup):
+    return html.unescape(re.sub(r"<[^>]*>", "", markup))
+
+
+def test_the_pieces_are_the_text():
+    text = "One day, a dog ran."
+    spans, acts = [(0, 3), (3, 7), (7, 8), (8, 10), (10, 14), (14, 18), (18, 19)], [0, 0, 0, 0, 1.5, 0.5, 0]
+    found = pieces(text, spans, acts, peak=4)
+    assert "".join(piece.text for piece in found) == text
+    assert [piece for piece in found if piece.act] == [Piece(" dog", 1.5, True), Piece(" ran", 0.5, False)]
+
+
+def test_only_the_surroundings_are_cut_and_between_words():
+    text = "word " * 40 + "PEAK" + " word" * 40
+    found = pieces(text, [(200, 204)], [1.0], 0)
+    shown = "".join(piece.text for piece in found)
+    assert shown.startswith("… word") and shown.endswith("word …") and found[1] == Piece("PEAK", 1.0, True)
+    assert len(shown) <= 2 * MARGIN + 8
+
+
+def test_pieces_of_one_character_and_empty_slices():
+    # Two byte pieces share the character's range; a white-space token has an empty one.
+    assert pieces("aé b", [(0, 1), (1, 2), (1, 2), (2, 2), (2, 4)], [0, 0.5, 2.0, 1.0, 0], 2) == [
+        Piece("a", 0.0), Piece("é", 2.0, True), Piece("·", 1.0), Piece(" b", 0.0),
+    ]  # fmt: skip
+    assert pieces("a\nb", [(1, 2)], [1.0], 0, margin=5)[1] == Piece("↵", 1.0, True)
+    assert pieces("no token", [], []) == [Piece("no token", 0.0)]
+
+
+def test_an_old_example_without_a_window_is_shown():
+    found = example_pieces({"text": "a dog", "score": 1.0, "token_str": "dog", "token_idx": 1})
+    assert "".join(piece.text for piece in found) == "a dog"
+    old = {"text": "a dog", "score": 1.0, "char_start": 2, "char_end": 5}
+    assert Piece("dog", 1.0, True) in example_pieces(old)
+
+
+def test_colour_grows_with_the_code_and_text_is_escaped():
+    markup = coloured([Piece(EVIL, 1.0), Piece("<b>", 4.0, True), Piece("<i>", 0.0)], scale=4.0)
+    assert plain(markup) == EVIL + "<b><i>"
+    assert "<script" not in markup and "<img" not in markup and "<b>" not in markup and "<i>" not in markup
+    weak, full = map(float, re.findall(r"rgba\([\d, ]+,([\d.]+)\)", markup))
+    assert weak < full == 0.9 and markup.count("outline") == 1
+    assert "rgba" in coloured([Piece("a", 1.0)], scale=0.0)
+
+
+def test_a_card_shows_name_score_and_texts():
+    entry = {"name": "<dog>", "score": 0.875}
+    card = concept_card(7, entry, [example("a dog", 2, 5)], [example("the dog", 4, 7, 1.0)])
+    assert "<dog>" not in card and "Latent 7: <dog> · held-out balanced accuracy 0.88" in plain(card)
+    assert "a dog" in plain(card) and "the dog" in plain(card)
+    assert "never fires" in concept_card(8, None, [])
+
+
+@pytest.fixture
+def page(tmp_path):
+    entry = {"name": EVIL, "description": EVIL, "notes": EVIL, "score": 0.9, "precision": 0.5, "source": "human"}
+    shown = page_concept(3, entry, STATS, [example("x" + EVIL, 0, 1)], [], promotes=[EVIL], near=[(4, 0.51234)])
+    bare = page_concept(4, None, STATS, [], [])
+    write_page(tmp_path / "concepts.html", EVIL, [EVIL], [shown, bare])
+    return (tmp_path / "concepts.html").read_text()
+
+
+def test_hostile_texts_stay_texts(page):
+    assert page.count("<script") == 2 and page.count("</script>") == 2
+    assert "<img" not in page and "alert(1)</" not in page
+    data = data_of(page)
+    concept = data["concepts"][0]
+    assert concept["name"] == concept["description"] == concept["notes"] == data["facts"][0] == concept["promotes"][0] == EVIL
+    (score, peak, rest), = concept["top"]
+    assert (score, peak) == (2.0, ["x", 2.0, 1]) and rest.endswith(" …") and EVIL.startswith(rest[:-2])
+    assert concept["near"] == [[4, 0.5123]] and concept["precision"] == 0.5
+    assert data["concepts"][1]["top"] == [] and data["concepts"][1]["score"] is None
+
+
+def test_the_page_asks_nothing_of_the_network(page):
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page) and "@import" not in page and "url(" not in page
+    assert "default-src 'none'" in page
+    assert "innerHTML" not in page and "insertAdjacentHTML" not in page and "document.write" not in page
+
+
+def test_placeholders_in_texts_stay(tmp_path):
+    write_page(tmp_path / "c.html", "{{data}}", ["{{title}}"], [])
+    page = (tmp_path / "c.html").read_text()
+    assert "<h1>{{data}}</h1>" in page and data_of(page)["facts"] == ["{{title}}"]
+
+
+def test_the_page_is_the_same_every_time(tmp_path, page):
+    data = data_of(page)
+    for name in ("a.html", "b.html"):
+        write_page(tmp_path / name, "t", data["facts"], data["concepts"])
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
