@@ -43,7 +43,9 @@ class Workspace:
     def __init__(self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None):
         device = state["dec"].device
         self.compiled = kernels is not None and device.type == "cpu" if compiled is None else compiled
-        self.precision, self.choice = choose_precision(*state["dec"].shape, device) if precision == "auto" else (precision, precision)
+        self.precision, self.choice = precision, f"encoder product in {precision}"
+        if precision == "auto":
+            self.precision, self.choice = choose_precision(*state["dec"].shape, device)
         self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
         self._buffers: dict[str, Tensor] = {}
         if self.compiled and not is_cached(kernels.update_latents):
@@ -73,7 +75,7 @@ def choose_precision(n_latents: int, width: int, device: torch.device, n_rows: i
     error = float((result["bfloat16"] - result["float32"]).norm() / result["float32"].norm())
     precision = "bfloat16" if rate["bfloat16"] > WORTH * rate["float32"] else "float32"
     rates = ", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in rate.items())
-    return precision, f"encoder product in {precision} ({rates}; bfloat16 errs by {error:.1e}, candidates are computed again in float32)"
+    return precision, f"encoder product in {precision} ({rates}; bfloat16 errs by {error:.1e}, its candidates are computed again)"
 
 
 def _seconds(work, device: torch.device) -> float:
@@ -93,7 +95,8 @@ def low_precision(weight: Tensor, bias: Tensor) -> Tensor:
 
 def fast_step(
     state: dict[str, Tensor], x: Tensor, *, k: int, lr: float, dead_after: int, bias_lr_ratio: float | None = None,
-    aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None, work: Workspace | None = None,
+    aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None,
+    work: Workspace | None = None,
 ) -> None:
     """One step, in place: the mathematics and the arguments of `dense_step`.
 
@@ -132,7 +135,7 @@ def candidates_wanted(k: int, n_latents: int, work: Workspace) -> int:
 
 
 def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, dead_after: int, aux_weight: float):
-    """AuxK and its gradients: (value, latents [A], of dec [A, D], of enc [A, D], of bias [A]); None on a CPU without dead latents."""
+    """AuxK and its gradients: (value, latents [A], of dec, of enc [A, D], of bias [A]); None on a CPU where none is dead."""
     if x.device.type == "cpu" and not (state["silent"] > dead_after).any():
         return None
     latents, is_dead = dead_in_turn(state, dead_after)
@@ -165,14 +168,14 @@ def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio,
     slope, loss = np.empty((rows, k), np.float32), torch.empty(rows)
     error = work.buffer("error", (rows, width), x)
     rows_in, e = x.numpy(), error.numpy()
-    kernels.code_rows(rows_in, arrays["enc"], arrays["bias"], arrays["dec"], proposed, count, k, pieces, index, code, slope, e, loss.numpy())
+    weights = (arrays["dec"], arrays["enc"], arrays.get("gain", np.empty(0, np.float32)), arrays["bias"])
+    kernels.code_rows(rows_in, weights, proposed, count, k, pieces, index, code, slope, e, loss.numpy())
 
     first = np.empty(n_latents + 1, np.int64)
     pairs = (first, np.empty(rows * k, np.int32), np.empty(rows * k, np.float32), np.empty(rows * k, np.float32))
     kernels.sort_by_latent(index, code, slope, *pairs)
     found = aux_gradients(state, x, error, dead_after, aux_weight)
     auxk, aux = _aux_arrays(found, n_latents, width)
-    weights = (arrays["dec"], arrays["enc"], arrays.get("gain", np.empty(0, np.float32)), arrays["bias"])
     norm = _update(state, arrays, rows_in, e, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces)
     fired = torch.from_numpy(first[1:] > first[:-1])
     return torch.tensor(float(first[-1])), (loss.double().sum() / rows).float(), auxk, fired, norm

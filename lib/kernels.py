@@ -45,13 +45,14 @@ def _dot(a, b):
 
 
 @compiled(parallel=True)
-def code_rows(x, enc, bias, dec, candidates, count, k, n_pieces, index, code, slope, error, loss):
+def code_rows(x, weights, candidates, count, k, n_pieces, index, code, slope, error, loss):
     """Codes of each row from its candidates, the error x - x_hat, and the gradient at each code.
 
-    x [B, D], enc, dec [F, D], bias [F], candidates int32 [B, C], count int32 [B]
+    x [B, D], weights: see `update_latents`, candidates int32 [B, C], count int32 [B]
     -> index int32 [B, k], code, slope [B, k] (slope: dloss/dcode of the mean over rows), error [B, D], loss [B].
     A code is the exact float32 pre-activation; places without a positive one have code 0 and index 0.
     """
+    dec, enc, _, bias = weights
     rows, width = x.shape
     scale = np.float32(-2.0 / rows)
     for piece in prange(n_pieces):

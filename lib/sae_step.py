@@ -54,7 +54,8 @@ def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = Tru
     width, device = len(transform), transform.device
     generator = torch.Generator().manual_seed(seed)
     dec = normalize(torch.randn(n_latents, width, generator=generator), dim=1).to(device)
-    state = {"transform": transform.float().contiguous(), "dec": dec, "enc": dec.clone(), "bias": torch.zeros(n_latents, device=device)}
+    state = {"transform": transform.float().contiguous(), "dec": dec, "enc": dec.clone()}
+    state["bias"] = torch.zeros(n_latents, device=device)
     if aligned:
         state["gain"] = torch.ones(n_latents, device=device)
     for name in _parameters(state):
@@ -161,7 +162,8 @@ def dead_in_turn(state: dict[str, Tensor], dead_after: int) -> tuple[Tensor, Ten
 
 
 def apply_gradients(
-    state: dict[str, Tensor], grads: dict[str, Tensor], *, lr: float, bias_lr_ratio: float | None, betas: tuple[float, float], clip: float | None,
+    state: dict[str, Tensor], grads: dict[str, Tensor], *, lr: float, bias_lr_ratio: float | None,
+    betas: tuple[float, float], clip: float | None,
 ) -> Tensor:
     """Adam on every parameter, in place, with the dictionary kept at unit norm; returns the gradient's norm, 0-dim.
 
@@ -172,7 +174,8 @@ def apply_gradients(
     grads = grads | {"dec": grads["dec"] - (grads["dec"] * dec).sum(1, keepdim=True) * dec}
     norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
     factor = 1.0 if clip is None else (clip / norm.clamp(min=clip))
-    ratios = {"dec": 1.0, "enc": 1.0, "gain": GAIN_RATE, "bias": bias_rate(*dec.shape) if bias_lr_ratio is None else bias_lr_ratio}
+    bias_lr_ratio = bias_rate(*dec.shape) if bias_lr_ratio is None else bias_lr_ratio
+    ratios = {"dec": 1.0, "enc": 1.0, "gain": GAIN_RATE, "bias": bias_lr_ratio}
     if "gain" in state:
         state["enc"] -= state["gain"][:, None] * dec
     for name, grad in grads.items():
@@ -193,8 +196,8 @@ def count_step(
     auxk = auxk * (n_dead > 0)
     state["silent"] += n_rows
     state["silent"].masked_fill_(fired, 0)
-    one = torch.ones_like(recon)
-    state["sums"] += torch.stack([recon + aux_weight * auxk, recon, auxk, l0, n_dead.float(), grad_norm, one]).to(state["sums"].dtype)
+    values = [recon + aux_weight * auxk, recon, auxk, l0, n_dead.float(), grad_norm, torch.ones_like(recon)]
+    state["sums"] += torch.stack(values).to(state["sums"].dtype)
 
 
 def _adam(state: dict[str, Tensor], name: str, grad: Tensor, lr: float, betas: tuple[float, float]) -> None:

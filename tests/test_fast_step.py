@@ -69,8 +69,9 @@ def test_gradients_equal_autograd_with_and_without_dead_latents(compiled, precis
         for state in (dense, fast):
             state["silent"][::3] = 100
             state["bias"][::3] = -0.1
-        for step, extra in ((dense_step, {}), (fast_step, {"work": Workspace(fast, precision, compiled)})):
-            step(dense if step is dense_step else fast, x[:200] @ dense["transform"], k=4, lr=0.0, dead_after=dead_after, betas=(0.0, 0.0), **extra)
+        rows, work = x[:200] @ dense["transform"], Workspace(fast, precision, compiled)
+        dense_step(dense, rows, k=4, lr=0.0, dead_after=dead_after, betas=(0.0, 0.0))
+        fast_step(fast, rows, k=4, lr=0.0, dead_after=dead_after, betas=(0.0, 0.0), work=work)
         for name in ("dec_m", "enc_m", "gain_m", "bias_m"):
             assert torch.allclose(dense[name], fast[name], atol=1e-6, rtol=1e-4), name
         assert torch.equal(dense["silent"], fast["silent"])

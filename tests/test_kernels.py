@@ -38,7 +38,8 @@ def test_candidates_are_the_largest_scores(dtype, bits, n, n_wanted, n_blocks):
 @pytest.mark.parametrize("order", [1, -1, 0])
 def test_candidates_among_ties_and_rising_or_falling_scores(order):
     """More scores reach the bound than there is room for, so the list has to be cut while it is read."""
-    scores = np.full((2, 4096), 7, np.int16) if order == 0 else np.tile(np.arange(1, 4097, dtype=np.int16)[::order], (2, 1))
+    rising = np.arange(1, 4097, dtype=np.int16)
+    scores = np.tile(np.full_like(rising, 7) if order == 0 else rising[::order], (2, 1))
     index, count = candidates(np.ascontiguousarray(scores), 6, 8)
     assert np.array_equal(count, [6, 6]) and len(set(index[0].tolist())) == 6
     assert sorted(scores[0, index[0]].tolist()) == sorted(np.sort(scores[0])[-6:].tolist())

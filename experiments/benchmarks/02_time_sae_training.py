@@ -1,0 +1,88 @@
+"""Tokens per second of one TopK SAE training step, ours and the peers', taking turns in one run.
+
+    python 02_time_sae_training.py                          # every shape; about half an hour on two cores
+    python 02_time_sae_training.py SHAPES="((288, 1152, 8, 1024),)" THREADS=1
+
+A step is forward, backward and optimiser on synthetic activations, AuxK on with nothing dead. `make peers` installs the peers.
+Writes store/benchmarks/sae_training_speed.json
+"""
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from side_by_side import Trainer, sparse_features
+
+from lib.constants import override
+from lib.environment import run
+from lib.fast_step import choose_precision
+from lib.store import experiment_dir, provenance, write_json
+
+SHAPES: tuple = ((288, 1152, 8, 1024), (288, 1152, 8, 4096), (768, 6144, 32, 1024), (768, 6144, 32, 4096),
+                 (768, 24576, 32, 1024), (768, 24576, 32, 4096))  # (width, latents, k, rows of a step)
+TRAINERS: tuple = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
+ROUNDS = 7     # turns of each trainer; the median counts, the first is left out
+SECONDS = 1.0  # of one turn, at least one step
+THREADS = 2    # processor cores each may use
+CONSTANTS = override(globals())
+
+
+def encoder_floor(n_latents: int, width: int, batch: int) -> float:
+    """Seconds of the encoder product of one step in bfloat16: what no step that forms it can go below."""
+    x, w = torch.randn(batch, width).bfloat16(), torch.randn(n_latents, width).bfloat16()
+    out = torch.empty(batch, n_latents, dtype=torch.bfloat16)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(x, w.T, out=out)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def time_shape(shape: tuple, folder: Path) -> dict:
+    """Median seconds of a step for each trainer, all of them in turn, and of the floor."""
+    width, n_latents, k, batch = shape
+    x, _ = sparse_features(4 * batch, width, 4 * width, k, seed=0)
+    rows = folder / "rows.safetensors"
+    save_file({"x": x}, rows)
+    settings = {"n_latents": n_latents, "k": k, "batch": batch, "lr": 1e-3, "n_steps": 10_000, "seed": 0,
+                "threads": THREADS, "dead_after": 10_000_000}
+    trainers = [Trainer(name, rows, settings) for name in TRAINERS]
+    steps = {t.name: max(1, round(SECONDS / t.ask(steps=2)["seconds"] * 2)) for t in trainers}
+    seconds: dict[str, list[float]] = {t.name: [] for t in trainers}
+    floors = []
+    for _ in range(ROUNDS):
+        floors.append(encoder_floor(n_latents, width, batch))
+        for trainer in trainers:
+            seconds[trainer.name].append(trainer.ask(steps=steps[trainer.name])["seconds"] / steps[trainer.name])
+    for trainer in trainers:
+        trainer.close()
+    result = {name: {"median": statistics.median(times[1:]), "all": times} for name, times in seconds.items()}
+    return {"shape": shape, "floor": statistics.median(floors), "seconds_per_step": result}
+
+
+def print_shape(timed: dict) -> None:
+    batch, ours = timed["shape"][3], timed["seconds_per_step"].get("ours", {}).get("median")
+    print("D {}, F {}, k {}, batch {}:".format(*timed["shape"]), f"floor {batch / timed['floor']:,.0f} tokens/s")
+    for name, times in timed["seconds_per_step"].items():
+        second = times["median"]
+        against = f"{second / ours:6.1f} x ours" if ours else ""
+        print(f"  {name:20s} {batch / second:10,.0f} tokens/s  {second / timed['floor']:6.1f} x floor  {against}", flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    print(choose_precision(6144, 768, torch.device("cpu"))[1])
+    timed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in SHAPES:
+            timed.append(time_shape(shape, Path(folder)))
+            print_shape(timed[-1])
+    write_json(experiment_dir("benchmarks") / "sae_training_speed.json",
+               {"constants": CONSTANTS, "made_with": provenance(), "timed": timed})
+
+
+if __name__ == "__main__":
+    run(main)

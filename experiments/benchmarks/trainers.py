@@ -1,0 +1,164 @@
+"""Ours and the peers' TopK training steps behind one door, each run as a process of its own by 02 and 03.
+
+    python trainers.py NAME ROWS.safetensors '{"n_latents": 1152, "k": 8, "batch": 1024, "lr": 1e-3, "n_steps": 800, ...}'
+
+then, a line of JSON each on standard input: {"steps": 5} trains on the next 5 batches and answers {"seconds": 0.1};
+{"save": "weights.safetensors"} writes W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of
+codes = TopK(ReLU((x - b_dec) W_enc^T + b_enc)), x_hat = codes W_dec + b_dec, for every trainer alike.
+
+The peers run their own code as installed. Rows are centred, with mean squared norm 1, which each of them does or asks for.
+"""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all alike: idle threads of one process must not slow the next
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def ours(x, s):
+    from lib.fast_step import Workspace, fast_step
+    from lib.sae_step import folded_weights, init_state, learning_rate, schedule, whitening
+
+    transform = whitening(x.T @ x / len(x))
+    state = init_state(transform, s["n_latents"], s["seed"])
+    rate = s["lr"] or learning_rate(s["n_latents"], s["n_steps"] * s["batch"])
+    work = Workspace(state, s.get("precision", "auto"))
+    print(work.choice, file=sys.stderr)
+
+    def step(i, rows):
+        lr = rate * schedule(i, s["n_steps"])
+        fast_step(state, rows @ transform, k=s["k"], lr=lr, dead_after=s["dead_after"], work=work)
+
+    def weights():
+        return (*folded_weights(state, 1.0), torch.zeros(x.shape[1]))
+
+    return step, weights
+
+
+def overcomplete(x, s):
+    """Its train_sae with Adam and squared error, its defaults otherwise: no AuxK, gradient clipping at 1."""
+    import lib.environment  # noqa: F401  (keeps its vision half out)
+    from overcomplete.sae import TopKSAE, train_sae
+
+    torch.manual_seed(s["seed"])
+    sae = TopKSAE(x.shape[1], nb_concepts=s["n_latents"], top_k=s["k"], device="cpu")
+    optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"] or 1e-3)
+
+    def error(x, x_hat, pre_codes, codes, dictionary):
+        return (x - x_hat).square().mean()
+
+    def step(i, rows):
+        quiet, sys.stdout = sys.stdout, sys.stderr
+        train_sae(sae, [rows], error, optimizer, nb_epochs=1, monitoring=1, device="cpu")
+        sys.stdout = quiet
+
+    def weights():
+        linear = sae.encoder.final_block[0]
+        return linear.weight, linear.bias, sae.train().get_dictionary(), torch.zeros(x.shape[1])
+
+    return step, weights
+
+
+def dictionary_learning(x, s):
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(
+        steps=s["n_steps"], activation_dim=x.shape[1], dict_size=s["n_latents"], k=s["k"], layer=0, lm_name="none",
+        lr=s["lr"], warmup_steps=max(1, s["n_steps"] // 20), decay_start=int(0.8 * s["n_steps"]), seed=s["seed"], device="cpu")
+    trainer.dead_feature_threshold = s["dead_after"]
+    ae = trainer.ae
+    return trainer.update, lambda: (ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec)
+
+
+def sparsify(x, s):
+    """Its SparseCoder with the steps of its Trainer, which itself needs a language model."""
+    from sparsify import SparseCoder, SparseCoderConfig
+    from transformers import get_linear_schedule_with_warmup
+
+    torch.manual_seed(s["seed"])
+    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=s["n_latents"], k=s["k"]))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"] or 2e-4 / (s["n_latents"] / 2**14) ** 0.5)
+    scheduler = get_linear_schedule_with_warmup(optimizer, s["n_steps"] // 20, s["n_steps"])
+    silent = torch.zeros(s["n_latents"], dtype=torch.long)
+
+    def step(i, rows):
+        if i == 0:
+            sae.b_dec.data = rows.mean(0)
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(rows, dead_mask=silent > s["dead_after"])
+        (out.fvu + out.auxk_loss / 32).backward()
+        silent.add_(len(rows))
+        silent[out.latent_indices.flatten()] = 0
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+    def weights():
+        sae.set_decoder_norm_to_unit_norm()
+        return sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec
+
+    return step, weights
+
+
+def sae_lens(x, s):
+    """Its SAETrainer.step; it expects rows of mean squared norm D."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(s["seed"])
+    grow, rate = x.shape[1] ** 0.5, s["lr"] or 3e-4
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=s["n_latents"], k=s["k"], device="cpu"))
+    config = SAETrainerConfig(
+        total_training_samples=s["n_steps"] * s["batch"], train_batch_size_samples=s["batch"], lr=rate, lr_end=rate / 10,
+        lr_warm_up_steps=s["n_steps"] // 20, lr_decay_steps=s["n_steps"] // 5,
+        dead_feature_window=max(1, s["dead_after"] // s["batch"]))
+    trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
+
+    def step(i, rows):
+        trainer.step(rows * grow)
+        trainer.n_training_steps += 1
+
+    def weights():
+        norm = sae.W_dec.norm(dim=1)
+        return (sae.W_enc * norm).T, sae.b_enc * norm / grow, sae.W_dec / norm[:, None], sae.b_dec / grow
+
+    return step, weights
+
+
+TRAINERS = {f.__name__: f for f in (ours, overcomplete, dictionary_learning, sparsify, sae_lens)}
+
+
+def main():
+    name, path, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    torch.set_num_threads(settings["threads"])
+    x, batch = load_file(path)["x"], settings["batch"]
+    step, weights = TRAINERS[name](x, settings)
+    torch.set_num_threads(settings["threads"])
+    done, answers = 0, sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer = {}
+        if "steps" in order:
+            start = time.perf_counter()
+            for i in range(done, done + order["steps"]):
+                first = i * batch % (len(x) - batch + 1)
+                step(i, x[first : first + batch])
+            done += order["steps"]
+            answer["seconds"] = time.perf_counter() - start
+        if "save" in order:
+            names = ("W_enc", "b_enc", "W_dec", "b_dec")
+            save_file({n: w.detach().float().contiguous() for n, w in zip(names, weights())}, order["save"])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
