@@ -1,0 +1,86 @@
+"""Before step 4: choose sharpening size and lambda of each arm on validation, by one rule and with one budget.
+
+    python choose_constants.py PRESET=mlp_digits
+    python choose_constants.py PRESET=gpt2_sst2 GRID_KEEP_PCT=0.05,0.2,1.0 GRID_AUX_WEIGHT=0.01,0.1,0.3,1.0,3.0
+
+Trains one auxiliary cycle of every point on seeds that the report does not use. Of the points whose validation accuracy
+is within 0.5 points of lambda0's, the one with the largest validation base U. Takes every constant of 04_train_cycle.py.
+Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for 04_train_cycle.py
+"""
+import runpy
+from pathlib import Path
+
+from presets import presets_for
+from tqdm.auto import tqdm
+
+from lib.bench import Bench
+from lib.comparison import MAX_ACCURACY_LOSS
+from lib.constants import override
+from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
+from lib.environment import log, log_to, run
+from lib.store import write_json
+
+globals().update(runpy.run_path(str(Path(__file__).with_name("04_train_cycle.py")), run_name="constants")["CONSTANTS"])
+GRID_ARMS = ("per_class", "class_mean")    # every arm that competes gets the same grid of lambda
+GRID_KEEP_PCT = (1.0, 2.0, 4.0, 10.0)      # latents a class keeps, in percent; arms without sharpening skip it
+GRID_AUX_WEIGHT = (0.1, 0.3, 1.0, 3.0)     # lambda
+SELECT_SEEDS = (100, 101, 102)             # disjoint from the SEEDS of the report
+CONSTANTS = override(globals(), presets_for(globals()))
+SHARPENED = ("per_class", "contrast", "complement", "shuffled_labels", "global_mask", "random_latents", "permuted", "permuted_in_class")
+GRID_ONLY = ("GRID_ARMS", "GRID_KEEP_PCT", "GRID_AUX_WEIGHT", "SELECT_SEEDS")
+
+
+def points() -> dict[str, dict[str, float]]:
+    """Arm with label -> its constants, over the grid."""
+    found = {}
+    for arm in GRID_ARMS:
+        for pct in GRID_KEEP_PCT if arm in SHARPENED else (None,):
+            for weight in GRID_AUX_WEIGHT:
+                keep = {} if pct is None else {"KEEP_PCT": float(pct)}
+                found["_".join([f"{arm}@l{weight:g}", *(f"k{pct:g}" for _ in keep)])] = {"AUX_WEIGHT": float(weight), **keep}
+    return found
+
+
+def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean validation accuracy and base U over the selection seeds, of every point and of lambda0."""
+    arms = ["lambda0", *grid]
+    sums = {arm: {"task_accuracy": 0.0, "base_u": 0.0, "sae_features_u": 0.0} for arm in arms}
+    constants = {k: v for k, v in CONSTANTS.items() if k not in GRID_ONLY}
+    constants |= {"ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": f"{CONSTANTS['SETTING'] or CONSTANTS['PRESET']}_choice"}
+    with tqdm(total=len(SELECT_SEEDS) * len(arms), unit="model", desc="grid") as bar:
+        for seed in SELECT_SEEDS:
+            bench = Bench(constants, seed)
+            log_to(bench.root / "choose_constants.log")
+            for arm, cycle in [("baseline", 0), *((arm, 1) for arm in arms)]:
+                train_model(bench, arm, cycle)
+                train_cycle_sae(bench, arm, cycle)
+                found = evaluate_cycle(bench, arm, cycle)["val"]
+                if cycle:
+                    sums[arm] = {k: v + found[k] / len(SELECT_SEEDS) for k, v in sums[arm].items()}
+                    bar.update()
+    write_json(bench.root / "choice.json", {"validation": sums, "ARM_CONSTANTS": choose(sums, grid)})
+    log.info("%s", bench.root / "choice.json")
+    return sums
+
+
+def choose(found: dict[str, dict[str, float]], grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The constants of each arm's best point; an arm none of whose points keeps the accuracy gets its most accurate one."""
+    chosen = {}
+    for arm in GRID_ARMS:
+        mine = [p for p in grid if p.partition("@")[0] == arm]
+        fit = [p for p in mine if found[p]["task_accuracy"] >= found["lambda0"]["task_accuracy"] - MAX_ACCURACY_LOSS]
+        best = max(fit, key=lambda p: found[p]["base_u"]) if fit else max(mine, key=lambda p: found[p]["task_accuracy"])
+        chosen[arm] = grid[best]
+    return chosen
+
+
+def main():
+    grid = points()
+    found = measure(grid)
+    for arm, scores in found.items():
+        print(f"{arm:<28}" + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    print(f"ARM_CONSTANTS={choose(found, grid)!r}".replace(" ", ""))
+
+
+if __name__ == "__main__":
+    run(main)

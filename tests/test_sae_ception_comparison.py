@@ -1,0 +1,110 @@
+"""Paired differences, Holm's correction, the choice of a cycle, and matched latents, on cases with known answers."""
+import math
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from scipy import stats
+
+from lib.comparison import COLUMNS, by_seed, choose_cycle, compare, holm, interval, match_latents, paired, result_table, summary
+from lib.environment import InputError
+from lib.store import write_json
+from lib.trackers import open_tracker
+
+
+def series(*values):
+    return pandas.Series(values, index=range(len(values)), dtype=float)
+
+
+def test_paired_equals_scipy():
+    rng = np.random.default_rng(0)
+    a, b = series(*rng.normal(1, 1, 9)), series(*rng.normal(0, 1, 9))
+    found, expected = paired(a, b), stats.ttest_rel(a, b)
+    low, high = expected.confidence_interval()
+    assert (found["mean"], found["p"]) == pytest.approx(((a - b).mean(), expected.pvalue))
+    assert (found["low"], found["high"]) == pytest.approx((low, high)) and "boot_low" not in found
+    assert interval(a.to_numpy())[1:] == pytest.approx(stats.t.interval(0.95, 8, a.mean(), stats.sem(a)))
+
+
+def test_paired_uses_common_seeds_only():
+    a, b = pandas.Series({0: 1.0, 1: 3.0, 2: 9.0}), pandas.Series({1: 1.0, 2: 3.0, 5: 0.0})
+    found = paired(a, b)
+    assert found["n"] == 2 and found["mean"] == 4 and found["boot_low"] <= 4 <= found["boot_high"]
+
+
+def test_degenerate_differences():
+    assert paired(series(1, 2, 3), series(1, 2, 3))["p"] == 1
+    assert paired(series(2, 3, 4), series(1, 2, 3))["p"] == pytest.approx(0.25)  # equal signs: 2 / 2^3
+    assert math.isnan(paired(series(1), series(0))["p"]) and paired(series(), series())["n"] == 0
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    adjusted = holm([0.02, float("nan"), 0.03])
+    assert adjusted[0] == pytest.approx(0.04) and adjusted[2] == pytest.approx(0.04) and math.isnan(adjusted[1])
+
+
+def make_results(root, accuracies):
+    """Three seeds; base_u of per_class is 0.1, 0.3, 0.2 at cycles 1 to 3, its accuracy as given; SAE seeds differ by 0.02."""
+    for seed in range(3):
+        for arm, cycle in [("baseline", 0)] + [(arm, n) for arm in ("lambda0", "per_class") for n in (1, 2, 3)]:
+            u = 0.05 if arm != "per_class" else (0.1, 0.3, 0.2)[cycle - 1]
+            accuracy = 0.9 if arm != "per_class" else accuracies[cycle - 1]
+            val = {"base_u": u + 0.001 * seed, "sae_features_u": u, "task_accuracy": accuracy}
+            other = {"sae_seed": 1, "val": val, "test": {"sae_features_u": u + 0.02}}
+            folder = root / arm / f"seed_{seed}"
+            write_json(folder / f"results_cycle_{cycle}.json", {"meta": {}, "val": val, "test": dict(val), "other_sae_seeds": [other]})
+    return result_table(root, ("lambda0", "per_class"), (0, 1, 2), 3)
+
+
+def test_table_and_averages_over_sae_seeds(tmp_path):
+    table = make_results(tmp_path, (0.9, 0.9, 0.9))
+    assert list(table.columns) == list(COLUMNS) and set(table.sae_seed) == {0, 1}
+    assert by_seed(table, "per_class", 2, "sae_features_u", "test").tolist() == pytest.approx([0.31] * 3)
+    assert by_seed(table, "anything", 0, "base_u", "test").tolist() == pytest.approx([0.05, 0.051, 0.052])
+    (tmp_path / "lambda0/seed_1/results_cycle_2.json").unlink()
+    with pytest.raises(InputError, match="missing"):
+        result_table(tmp_path, ("lambda0", "per_class"), (0, 1, 2), 3)
+
+
+def test_the_cycle_is_chosen_on_validation_within_the_accuracy_limit(tmp_path):
+    assert choose_cycle(make_results(tmp_path, (0.9, 0.9, 0.9)), "per_class", 3) == 2
+    assert choose_cycle(make_results(tmp_path, (0.9, 0.8, 0.896)), "per_class", 3) == 3
+    assert choose_cycle(make_results(tmp_path, (0.7, 0.6, 0.8)), "per_class", 3) == 3  # none keeps it: the most accurate
+
+
+def test_comparison_and_summary(tmp_path):
+    table = make_results(tmp_path, (0.9, 0.9, 0.9))
+    frame = compare(table, "per_class", ["lambda0", "baseline"], ("base_u",), 2)
+    assert frame["mean"].tolist() == pytest.approx([0.25, 0.25]) and (frame["p_holm"] >= frame["p"]).all()
+    found = summary(table, ("lambda0", "per_class"), 3)
+    assert found["chosen_cycle"] == 2 and found["n_seeds"] == 3
+    assert [row["control"] for row in found["primary"]] == ["lambda0", "lambda0"]
+    cell = next(c for c in found["cells"] if (c["arm"], c["cycle"], c["metric"]) == ("per_class", 3, "base_u"))
+    assert cell["mean"] == pytest.approx(0.201) and cell["low"] < 0.201 < cell["high"]
+
+
+def test_matched_latents():
+    a = torch.eye(6)[:5]
+    turned = torch.nn.functional.normalize(torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0, 1.2]]))  # cosine 0.64 to latent 2
+    b = torch.cat([a[[3]], turned, a[[0]], a[[0]], torch.eye(6)[[4]]])
+    alive_a, alive_b = torch.tensor([1, 1, 1, 1, 0]).bool(), torch.tensor([1, 1, 1, 1, 1]).bool()
+    found = match_latents(a, b, alive_a, alive_b)
+    assert {(x, y) for x, y, _ in found["pairs"]} - {(0, 2), (0, 3)} == {(3, 0), (2, 1)}
+    assert (found["kept"], found["moved"], found["died"], found["born"]) == (2, 1, 1, 2)
+    assert (found["split"], found["merged"]) == (1, 0)  # latent 0 lives on in two
+    with pytest.raises(InputError):
+        match_latents(a, b, torch.zeros(5).bool(), alive_b)
+
+
+def test_a_failing_tracker_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
+    def fail(record):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("lib.trackers._adapter", lambda *_: (fail, lambda: fail(None)))
+    with open_tracker("wandb", tmp_path, {}) as track:
+        track({"epoch": 1})
+        track({"epoch": 2})
+    assert caplog.text.count("stopped: no network") == 1 and "did not close" in caplog.text
