@@ -19,10 +19,14 @@ from lib.constants import override
 from lib.environment import run
 from lib.store import experiment_dir, provenance, write_json
 
-WIDTH, N_FEATURES, L0 = 288, 1000, 8.0  # of the activations: dimensions, true features, features on a row
-N_LATENTS, TOP_K = 1152, 8
-N_ROWS, N_HELD_OUT = 819_200, 50_000    # one pass over the rows
-BATCH_SIZE = 1024
+WIDTH = 288          # dimensions of the activations
+N_FEATURES = 1000    # that they are made of
+L0 = 8.0             # features on a row, on average
+N_LATENTS = 1152
+TOP_K = 8
+N_ROWS = 819_200     # training rows, one pass
+N_HELD_OUT = 50_000  # rows that score
+BATCH_SIZE = 1024    # rows of a step
 DEAD_AFTER = 10_000  # tokens of silence before AuxK acts, for every trainer that has AuxK
 TRAINERS: tuple = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
 LEARNING_RATES: tuple = (5e-4, 1e-3, 2e-3, 4e-3)
