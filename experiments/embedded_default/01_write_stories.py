@@ -23,7 +23,7 @@ from lib.constants import override
 from lib.environment import run
 from lib.store import experiment_dir, check_files, list_files, read_json, sha256, write_json, write_text
 
-N_STORIES = 6800            # stories in all three splits together
+N_STORIES = 6400            # stories in all three splits together
 VAL_FRAC = 0.08             # share of the stories in val.jsonl
 TEST_FRAC = 0.08            # share of the stories in test.jsonl
 MIN_WORDS = 40              # a story with fewer words is written again
@@ -38,7 +38,7 @@ def write_story(number: int, seed: int, taken: set[str]) -> dict:
     rng = random.Random(f"{seed}/{number}")
     mood, topic = number % 2, number // 2 % len(grammar.TOPICS)
     while True:
-        text, numbers = stories.join(stories.sentences(stories.new_story(rng, topic), mood, SAME_MOOD_FRAC, OTHER_TOPIC_FRAC))
+        text, numbers = stories.join(stories.sentences(stories.new_story(rng, topic), mood == 1, SAME_MOOD_FRAC, OTHER_TOPIC_FRAC))
         if MIN_WORDS <= len(numbers) <= MAX_WORDS and text not in taken:
             taken.add(text)
             return {"text": text, "mood": mood, "topic": topic, "concepts": numbers}

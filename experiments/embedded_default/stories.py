@@ -14,7 +14,10 @@ for _leaf, _words in FORMS.items():
 AMBIGUOUS = {word for word, leaves in SENSES.items() if len(leaves) > 1} | set(grammar.PLAIN_SENSES)
 PIECE = re.compile(r"<(\w+)>|\[(\w+)(?:\.(\w+))?\]|\{(\w+)\}|([A-Za-z]+)(?:@(\w+))?|([^A-Za-z<\[{]+)")
 FORM_NUMBER = {"": 0, "s": 1, "v": 1, "ing": 2}
-PRONOUNS = {"girl": {"he": "she", "him": "her", "his": "her"}, "boy": {"he": "he", "him": "him", "his": "his"}}
+PRONOUNS = {gender: dict(zip(("he", "him", "his"), zip(words, ("pronoun/subject", "pronoun/object", "pronoun/owner"))))
+            for gender, words in (("girl", ("she", "her", "her")), ("boy", ("he", "him", "his")))}
+BAD_FEELINGS = ("sad", "afraid", "angry")
+SHOWN_BY = {"good": "smile", "sad": "cry", "afraid": "tremble", "angry": "stamp"}
 ONCE = ("middle", "feel")  # rules that don't give one story the same sentence twice
 Piece = tuple[str, str | None]  # text, leaf
 
@@ -32,97 +35,98 @@ def draw(rng: random.Random, node: str, form: str = "") -> Piece:
 
 
 def literal(word: str, tag: str | None) -> Piece:
-    """A word written out in a sentence, with its leaf; ValueError if it has two senses and no tag."""
-    if tag == "none":
-        return word, None
-    senses = SENSES.get(word.lower(), [])
-    if tag:
-        senses = [leaf for leaf in senses if leaf.split("/")[-1] == tag]
-    elif word.lower() in AMBIGUOUS:
-        raise ValueError(f"grammar: {word!r} needs a sense, one of {senses} or none")
-    if tag and not senses:
+    """A word written out in a sentence, with its leaf. ValueError if it could be two things and has no tag, or the reverse."""
+    senses = [leaf for leaf in SENSES.get(word.lower(), []) if tag in (None, leaf.split("/")[-1])]
+    if (tag is not None) != (word.lower() in AMBIGUOUS):
+        raise ValueError(f"grammar: {word!r} " + ("has one sense and needs no tag" if tag else f"needs a sense, one of {senses} or none"))
+    if tag not in (None, "none") and not senses:
         raise ValueError(f"grammar: {word!r} has no sense {tag}")
-    return word, senses[0] if senses else None
+    return word, senses[0] if senses and tag != "none" else None
 
 
 def new_story(rng: random.Random, topic: int) -> dict:
-    """The people and things of one story."""
+    """The people and things of one story: (word forms, leaf) under each name, and which bad feelings may come."""
     gender = rng.choice(["girl", "boy"])
-    pet = rng.choice(["dog", "cat", "rabbit"] * 2 + ["farm", "bird", "wild"])
+    def one(*nodes: str) -> tuple[list[str], str]:
+        leaf = rng.choice([leaf for node in nodes for leaf in below(node)])
+        return rng.choice(DRAWN[leaf]), leaf
     return {
-        "rng": rng, "told": set(), "topic": topic, "gender": gender, "met": False, "pet": pet,
-        "pet_word": None if pet in below_pet() else rng.choice(FORMS["animal/" + pet]),
-        "hero": draw(rng, gender), "friend": draw(rng, "boy" if gender == "girl" else "girl"),
-        "item": draw(rng, rng.choice(["toy", "tool", "clothes", "jewel", "lamp", "container"])),
-        "food": draw(rng, rng.choice(["fruit", "vegetable", "pastry", "dish"]), "s"),
-        "place": draw(rng, rng.choice(["outdoor", "water", "town"])),
+        "rng": rng, "topic": topic, "gender": gender, "told": set(), "met": False, "minus": rng.choice(BAD_FEELINGS),
+        "hero": one(gender), "friend": one("boy" if gender == "girl" else "girl"),
+        "pet": one("pet", "pet", "farm", "bird", "wild"), "food": one("fruit", "vegetable", "pastry", "dish"),
+        "item": one("toy", "tool", "clothes", "jewel", "lamp", "container"), "place": one("outdoor", "water", "town"),
     }
 
 
-def below_pet() -> list[str]:
-    """The animals whose words mean the same: any of them may stand for the story's animal at each mention."""
-    return [leaf.split("/")[-1] for leaf in below("pet")]
-
-
-def person_or_thing(name: str, story: dict) -> list[Piece]:
+def someone(name: str, story: dict) -> list[Piece]:
     """What {hero}, {S}, {him}, {pet} ... stand for in this story."""
-    rng, pronoun = story["rng"], "pronoun/female" if story["gender"] == "girl" else "pronoun/male"
+    rng, pronouns = story["rng"], PRONOUNS[story["gender"]]
     if name == "S":
         name = rng.choice(["hero", "hero", "he", "he", "he"])
-    if name in ("he", "him", "his"):
-        return [(PRONOUNS[story["gender"]][name], pronoun)]
-    if name in ("pet", "pets"):
-        forms = story["pet_word"] or rng.choice(FORMS["animal/pet/" + story["pet"]])
-        leaf = ("animal/" if story["pet_word"] else "animal/pet/") + story["pet"]
-        return [(forms[name == "pets"], leaf)]
+    if name in pronouns:
+        return [pronouns[name]]
     if name == "friend" and not story["met"]:
         story["met"] = True
         if rng.random() < 0.5:
-            return [(PRONOUNS[story["gender"]]["his"], pronoun), (" ", None), ("friend", None), (" ", None), story["friend"]]
-    return [story[name]]
+            return [pronouns["his"], (" ", None), ("friend", None), (" ", None), (story["friend"][0][0], story["friend"][1])]
+    forms, leaf = story["pet" if name == "pets" else name]
+    if leaf.startswith("animal/pet/"):  # its words mean the same, so each mention may take another
+        forms = rng.choice(DRAWN[leaf])
+    return [(forms[min(int(name in ("pets", "food")), len(forms) - 1)], leaf)]
 
 
-def expand(template: str, story: dict, mood: int) -> list[Piece]:
-    """Replace rules, slots and people in a sentence until only words are left."""
+def feeling(rule: str, story: dict, mood: str) -> Piece:
+    """A feeling, or what shows it, for <plus>, <minus>, <plus_show>, <minus_show> and <feeling>."""
+    rng = story["rng"]
+    if rule == "feeling":
+        return draw(rng, rng.choice(["good", rng.choice(BAD_FEELINGS)]))
+    other = story["minus"] if mood == "good" else "good"
+    kind = mood if rule.startswith("plus") else other
+    return draw(rng, SHOWN_BY[kind], "" if rule == "plus_show" else "v") if rule.endswith("_show") else draw(rng, kind)
+
+
+def expand(template: str, story: dict, mood: str) -> list[Piece]:
+    """Replace rules, slots and people in a sentence until only words are left. mood: good, sad, afraid or angry."""
     rng, pieces = story["rng"], []
     for rule, node, form, name, word, tag, other in PIECE.findall(template):
-        if rule in ("plus", "minus", "feeling"):
-            good = rng.randrange(2) if rule == "feeling" else mood == (rule == "plus")
-            pieces.append(draw(rng, "good" if good else rng.choice(["sad", "sad", "afraid", "angry"])))
-        elif rule in ("plus_show", "minus_show"):
-            pieces.append(draw(rng, "smile" if mood == (rule == "plus_show") else "cry", "" if rule == "plus_show" else "v"))
+        if rule in ("plus", "minus", "feeling", "plus_show", "minus_show"):
+            pieces.append(feeling(rule, story, mood))
         elif rule:
-            fresh = [choice for choice in grammar.RULES[rule] if choice not in story["told"]] or grammar.RULES[rule]
-            choice = rng.choice(fresh)
+            if rule in ("act_pet", "act_food", "act_item", "act_place"):
+                rule = "act_" + story[rule[4:]][1].split("/")[-1]
+            choice = rng.choice([one for one in grammar.RULES[rule] if one not in story["told"]] or grammar.RULES[rule])
             if rule in ONCE:
                 story["told"].add(choice)
             pieces += expand(choice, story, mood)
         elif node:
             pieces.append(draw(rng, node, form))
         elif name:
-            pieces += person_or_thing(name, story)
+            pieces += someone(name, story)
         elif word:
-            pieces.append(literal(word, tag))
+            pieces.append(literal(word, tag or None))
         else:
             pieces.append((other, None))
     return pieces
 
 
-def sentences(story: dict, mood: int, same_mood_frac: float, other_topic_frac: float) -> list[list[Piece]]:
-    """The sentences of one story that ends in `mood`.
+def sentences(story: dict, good: bool, same_mood_frac: float, other_topic_frac: float) -> list[list[Piece]]:
+    """The sentences of one story with a good or a bad end.
 
     same_mood_frac: chance that it began in that mood; other_topic_frac: chance of one sentence of another topic.
     """
     rng, topic = story["rng"], story["topic"]
-    first = mood if rng.random() < same_mood_frac else 1 - mood
+    act = ("<act_pet>", "<act_food>", "<act_item>", "<act_place>")
+    began_good = good if rng.random() < same_mood_frac else not good
+    first, last = ("good" if ends_good else rng.choice(BAD_FEELINGS) for ends_good in (began_good, good))
+    story["minus"] = next((mood for mood in (first, last) if mood != "good"), story["minus"])
     stranger = rng.choice([t for t in range(len(grammar.TOPICS)) if t != topic])
-    middle = rng.randint(1, 2)
-    plan = [("<open>", first), (f"<intro{topic}>", first)]
-    plan += [("<middle>", first)] * rng.randint(0, 1)
-    plan += [(f"<event{topic}_{first}>", first), ("<feel>", first)] + [("<middle>", first)] * middle
-    plan += [(f"<intro{stranger}>", mood)] * (rng.random() < other_topic_frac)
-    plan += [(f"<then><event{topic}_{mood}>", mood), ("<feel>", mood)] + [("<close>", mood)] * rng.randint(0, 1)
-    return [expand(template, story, polarity) for template, polarity in plan]
+    plan = [("<open>", first), (f"<intro{topic}>", first)] + [(act[topic], first)] * (rng.random() < 0.7)
+    plan += [(f"<event{topic}_{first}>", first), ("<feel>", first)] + [(f"<react_{first}>", first)] * (rng.random() < 0.3)
+    plan += [("<middle>", first)] * rng.randint(1, 2)
+    plan += [(rng.choice([f"<intro{stranger}>", act[stranger]]), first)] * (rng.random() < other_topic_frac)
+    plan += [(f"<then><event{topic}_{last}>", last), ("<feel>", last)]
+    plan += [(rng.choice([f"<react_{last}>", "<close>"]), last)] * (rng.random() < 0.6)
+    return [expand(template, story, mood) for template, mood in plan]
 
 
 def join(parts: list[list[Piece]]) -> tuple[str, list[int]]:
@@ -135,7 +139,7 @@ def join(parts: list[list[Piece]]) -> tuple[str, list[int]]:
                 opens, ends = '"' in piece and not quoted, piece[0] in ".!?" and '"' not in piece
                 capital = opens or ends or (capital and i == 0)
                 quoted ^= piece.count('"') % 2 == 1
-                text += piece
+                text = (text.rstrip() if piece[0] in ".,!?" else text) + piece  # an empty <tail> leaves a space
                 continue
             if piece == "a" and i + 2 < len(part) and re.match("[aeiou]|hour", part[i + 2][0]):
                 piece = "an"
