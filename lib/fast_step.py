@@ -104,7 +104,7 @@ def fast_step(
     the number of threads beyond what torch's products do.
     """
     work = work or Workspace(state)
-    x = x.contiguous()
+    x = x.float().contiguous()
     step = _compiled_step if work.compiled else _torch_step
     n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip)
     count_step(state, len(x), fired, recon, aux_weight, auxk, n_active / len(x), dead_after, grad_norm)

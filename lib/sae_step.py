@@ -3,9 +3,10 @@
     transform = whitening(covariance)
     state = init_state(transform, n_latents, seed)
     rate = learning_rate(n_latents, n_tokens)
-    work = Workspace(state)                                  # lib.fast_step; dense_step takes the same, without work
+    work, silence = Workspace(state), aux_after(n_latents, k)
     for i, rows in enumerate(batches):                       # rows: float32 [B, D], x_raw - mean
-        fast_step(state, rows @ state["transform"], k=k, lr=rate * schedule(i, n_steps), dead_after=10_000, work=work)
+        x, lr = rows @ state["transform"], rate * schedule(i, n_steps)
+        fast_step(state, x, k=k, lr=lr, dead_after=silence, work=work)  # lib.fast_step; dense_step: without work
     W_enc, b_enc, W_dec = folded_weights(state, scale)       # an ordinary TopK SAE on (x_raw - mean) / scale
 
 The state is a dict of tensors and nothing else: what safetensors wrote of it resumes to the same bytes.
@@ -84,6 +85,14 @@ def bias_rate(n_latents: int, width: int) -> float:
     return min(1.0, max(0.03, 0.06 * (n_latents / width / 4) ** 1.16))
 
 
+def aux_after(n_latents: int, k: int) -> int:
+    """Tokens of silence after which AuxK works on a latent: 10 F / k, where an average one fires ten times; at least 3,000.
+
+    Earlier than one would call a latent dead: waiting longer leaves more dead latents at the end, and a higher FVU.
+    """
+    return max(3000, 10 * n_latents // k)
+
+
 def schedule(step: int, n_steps: int) -> float:
     """Multiplier of the learning rate at `step` (from 0): linear warm-up over 5 %, constant, linear to 0 over the last half."""
     return min(1.0, (step + 1) / max(1.0, 0.05 * n_steps), (n_steps - step) / max(1.0, 0.5 * n_steps))
@@ -120,7 +129,8 @@ def dense_step(
 ) -> None:
     """One step by autograd on dense arrays, in place: the reference that the fast step is tested against.
 
-    x: float32 [B, D], centred rows times state["transform"]. lr: of this step. dead_after: tokens.
+    x: float32 [B, D], centred rows times state["transform"]. lr: of this step. dead_after: tokens
+    of silence after which AuxK works on a latent.
     bias_lr_ratio: None is `bias_rate`'s rule. clip: bound on the norm of the gradient over all parameters, or None.
     """
     leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state)}

@@ -1,4 +1,6 @@
 """The fast step against the dense reference, in both precisions, compiled and in torch operations."""
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -129,6 +131,15 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, precision):
     for part in parts[7:]:
         fast_step(resumed, part, k=3, lr=1e-2, dead_after=300, work=work)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+def test_a_row_that_is_not_finite_shows_in_the_loss(compiled):
+    x = activations(50)
+    state, _ = pair_of_states(x)
+    x[7, 3] = float("nan")
+    fast_step(state, x, k=3, lr=1e-3, dead_after=10**9, work=Workspace(state, "bfloat16", compiled))
+    assert math.isnan(read_stats(state)["loss"])
 
 
 def test_moments_of_latents_that_never_fire_end_at_zero_not_at_subnormal_numbers():

@@ -5,8 +5,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from lib.environment import InputError
-from lib.sae_step import (bias_rate, dead_in_turn, dense_step, folded_weights, init_state, learning_rate, read_stats, schedule,
-                          whitening)
+from lib.sae_step import (aux_after, bias_rate, dead_in_turn, dense_step, folded_weights, init_state, learning_rate,
+                          read_stats, schedule, whitening)
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,7 @@ def test_schedule_warms_up_holds_and_falls_to_zero():
 def test_rates_fall_with_latents_and_bias_rate_rises_with_expansion():
     assert learning_rate(1024, 600_000) == pytest.approx(1e-2) and learning_rate(8192, 600_000) == pytest.approx(2.5e-3)
     assert learning_rate(1024, 60_000_000) == pytest.approx(1e-2 * 10**-0.8) and learning_rate(16, 1000) == 3e-2
+    assert aux_after(24576, 32) == 7680 and aux_after(512, 8) == 3000
     assert 0 < bias_rate(1024, 256) < bias_rate(4096, 256) <= 1
 
 
