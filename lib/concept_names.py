@@ -26,10 +26,11 @@ MAX_PATTERNS = 12  # in one rule
 MIN_GAIN = 0.005  # in F1, for one more pattern
 SHOWN = 4  # patterns in a name; the description has all
 MARKS = {
-    ".": "full stop", ",": "comma", "!": "exclamation mark", "?": "question mark", '"': "quotation mark", "“": "opening quote", "”": "closing quote",
-    "'": "apostrophe", "’": "apostrophe", ":": "colon", ";": "semicolon", "-": "hyphen", "[space]": "white space", "[line break]": "line break",
-    "[tab]": "tab", "[empty]": "piece of a character",
+    ".": "full stop", ",": "comma", "!": "exclamation mark", "?": "question mark", ":": "colon", ";": "semicolon",
+    '"': "quotation mark", "“": "opening quote", "”": "closing quote", "'": "apostrophe", "’": "apostrophe", "-": "hyphen",
+    "[space]": "white space", "[line break]": "line break", "[tab]": "tab", "[empty]": "piece of a character",
 }  # fmt: skip
+PREFIXES = {"after": "after ", "before": "before ", "within": "pieces of "}
 Rule = list[tuple[str, str]]
 
 
@@ -162,9 +163,8 @@ def _entry(
     rule = [pattern for _, pattern in sorted(zip(mass, chosen), key=lambda item: -item[0])] or common
     words = [describe(patterns, kind, name, fires) for kind, name in rule]
     scores = score_rule(predict(patterns, rule)[held_out], fires[held_out])
-    more = f" (+{len(words) - SHOWN})" if len(words) > SHOWN else ""
     return {
-        "name": ", ".join(words[:SHOWN]) + more,
+        "name": _name([kind for kind, _ in rule], words),
         "description": "Fires on " + "; ".join(words) + ".",
         "score": scores.pop("balanced_accuracy"), "score_kind": SCORE_KIND, **scores,
         "baseline": score_rule(predict(patterns, common)[held_out], fires[held_out])["balanced_accuracy"],
@@ -172,6 +172,16 @@ def _entry(
         "backend": "offline", "model": None, "prompt_hash": None, "n_examples": int((fires & ~held_out).sum()),
         "source": "offline", "edited_by": None, "notes": "",
     }  # fmt: skip
+
+
+def _name(kinds: list[str], words: list[str]) -> str:
+    """The first patterns, grouped by kind: dog, cat; after “said”, “asked” (+3)."""
+    groups: dict[str, list[str]] = {}
+    for kind, text in list(zip(kinds, words))[:SHOWN]:
+        group = kind if kind in PREFIXES or kind in ("phrase", "place") else "word"
+        groups.setdefault(group, []).append(text.removeprefix(PREFIXES.get(group, "")))
+    more = f" (+{len(words) - SHOWN})" if len(words) > SHOWN else ""
+    return "; ".join(PREFIXES.get(group, "") + ", ".join(texts) for group, texts in groups.items()) + more
 
 
 def describe(patterns: Patterns, kind: str, name: str, fires: np.ndarray) -> str:

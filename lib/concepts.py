@@ -222,7 +222,8 @@ def promoted_tokens(sae: SAE, model: nn.Module, tokenizer, n: int = 8) -> list[l
     if head is None or head.weight.shape[1] != len(sae.mean):
         return [[] for _ in range(sae.n_latents)]
     inner = getattr(model, model.base_model_prefix, model)
-    norm = next((m for m in (getattr(inner, name, None) for name in ("norm", "ln_f", "final_layer_norm")) if m is not None), None)
+    norms = (getattr(inner, name, None) for name in ("norm", "ln_f", "final_layer_norm"))
+    norm = next((found for found in norms if found is not None), None)
     unembedding = head.weight.detach().float()
     if norm is not None and getattr(norm, "weight", None) is not None:
         unembedding = unembedding * norm.weight.detach().float()

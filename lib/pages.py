@@ -98,8 +98,10 @@ def concept_card(latent: int, entry: Concept | None, examples: Sequence[Example]
         cell = 'style="text-align:right;opacity:.7;vertical-align:top;padding-top:.55em"'
         for example in part:
             shown = coloured(example_pieces(example), scale)
-            rows.append(f'<tr><td {cell}>{example["score"]:.2f}</td><td style="text-align:left">{shown}</td></tr>')
-    return f'<h4 style="margin-bottom:.3em">Latent {latent}: {title}<small>{score}</small></h4><table>{"".join(rows)}</table>'
+            number = f"{example['score']:.2f}"
+            rows.append(f'<tr><td {cell}>{number}</td><td style="text-align:left">{shown}</td></tr>')
+    heading = f'<h4 style="margin-bottom:.3em">Latent {latent}: {title}<small>{score}</small></h4>'
+    return f"{heading}<table>{''.join(rows)}</table>"
 
 
 def page_concept(

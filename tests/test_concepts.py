@@ -241,6 +241,14 @@ def test_planted_rules_are_named_and_scored():
     assert named == name_latents(codes, is_val, range(3), progress=False)
 
 
+def test_a_name_groups_its_patterns_by_kind():
+    rules = [lambda s, i: s[i] in ("dog", "red") or (i > 0 and s[i - 1] in ("under", "on"))]
+    codes, is_val = planted(rules, TEXTS * 12)
+    entry = name_latents(codes, is_val, [0], progress=False)[0]
+    assert entry["score"] == 1 and "; " in entry["name"]
+    assert sorted(entry["name"].split("; ")) in (["after “on”, “under”", "dog, red"], ["after “under”, “on”", "dog, red"])
+
+
 def test_the_score_is_of_held_out_texts():
     # The latent fires on "cat" in the training texts only; in the held-out ones on "dog".
     codes, is_val = planted([lambda s, i: s[i] == "cat"], TEXTS * 12)
