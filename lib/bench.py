@@ -68,6 +68,7 @@ class Bench:
             self.model = MLP(self.task.images.shape[1], self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
         self.initial = trained_state(self.model)
         self.task_key = self.task.identity()
+        self.model_key = fingerprint([fingerprint(p.detach().float().flatten()[:64]) for p in self.model.parameters()])
         if self.is_text and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
             self.entries = cached_entries(self)
 
@@ -80,7 +81,7 @@ class Bench:
         arm = "baseline" if cycle == 0 else arm
         if kind == "sae":
             return fingerprint([stage_constants(self.c, "sae", arm), self.key("model", arm, cycle), sae_seed])
-        base = [stage_constants(self.c, "model", arm), self.seed, self.task_key, fingerprint(list(map(fingerprint, self.initial.values())))]
+        base = [stage_constants(self.c, "model", arm), self.seed, self.task_key, self.model_key]
         if cycle == 0:
             return fingerprint(base)
         made_from = [self.key("model", arm, cycle - 1), self.key("sae", arm, cycle - 1)]
@@ -121,7 +122,8 @@ def load_base(c: Constants, device: torch.device) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(source)
         if c["LOAD_BITS"]:
             with torch.device("meta"):
-                skeleton = TextClassifier(transformers.AutoModelForCausalLM.from_config(config), 2, c["TARGET_LAYER"], 0, c["TRAIN_BELOW"])
+                empty = transformers.AutoModelForCausalLM.from_config(config)
+                skeleton = TextClassifier(empty, 2, c["TARGET_LAYER"], 0, c["TRAIN_BELOW"])
             path = skeleton.entry.path.rpartition(".")[0]
             trained = [f"{path}.{i}" for i in range(skeleton.first_trained, config.num_hidden_layers)]
             options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -130,7 +132,8 @@ def load_base(c: Constants, device: torch.device) -> nn.Module:
             )  # fmt: skip
         return transformers.AutoModelForCausalLM.from_pretrained(source, config=config, **options).eval()
     except ImportError as error:
-        raise InputError(f"LOAD_BITS and DEVICE_MAP need more packages ({str(error).splitlines()[0][:120]}); pip install bitsandbytes accelerate") from None
+        first = str(error).splitlines()[0][:120]
+        raise InputError(f"LOAD_BITS and DEVICE_MAP need more ({first}); pip install bitsandbytes accelerate") from None
     except (OSError, ValueError) as error:
         raise InputError(f"MODEL={c['MODEL']} can't be loaded ({str(error).splitlines()[0][:160]})") from None
 
@@ -143,7 +146,8 @@ def inherited(c: Constants, seed: int, arm: str) -> Constants:
     root = experiment_dir("sae_ception") / (c["SETTING"] or c["PRESET"])
     baseline = root / "baseline" / f"seed_{seed}" / "constants.json"
     if not baseline.exists():
-        raise InputError(f"{baseline.parent} holds no baseline; run 01_train_baseline.py PRESET={c['PRESET']} SEED={seed} first")
+        command = f"01_train_baseline.py PRESET={c['PRESET']} SEED={seed}"
+        raise InputError(f"{baseline.parent} holds no baseline; run {command} first")
     own = root / arm / f"seed_{seed}" / "constants.json"
     return read_json(baseline) | (read_json(own) if own.exists() else {})
 
@@ -154,6 +158,7 @@ def sae_path(folder: Path, cycle: int, sae_seed: int = 0) -> Path:
 
 
 def stamp_path(path: Path) -> Path:
+    """Where the stamp of an output lies."""
     return path.with_name(f"{path.stem}.stamp.json")
 
 
@@ -165,10 +170,16 @@ def finished(path: Path, key: str, c: Constants) -> bool:
     found = read_json(stamp)
     if found["key"] == key:
         return True
-    present = fingerprintable(c)
-    changed = [f"{k} was {v!r}, is {present[k]!r}" for k, v in found["constants"].items() if k in present and present[k] != v and k not in RUN_ONLY]
+    present = {k: v for k, v in fingerprintable(c).items() if k not in RUN_ONLY}
+    stored = found["constants"]
+    changed = [f"{k} was {stored[k]!r}, is {v!r}" for k, v in present.items() if k in stored and stored[k] != v]
     why = "; ".join(changed) or "its data, model or an earlier step"
-    raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete the folder {path.parent.parent}")
+    raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete {bench_root(path)}")
+
+
+def bench_root(path: Path) -> Path:
+    """The arm's folder of an output."""
+    return next(parent for parent in path.parents if parent.name.startswith("seed_")).parent
 
 
 def fingerprintable(c: Constants) -> Constants:
@@ -181,19 +192,22 @@ def write_stamp(bench: Bench, path: Path, key: str) -> None:
     folder = path.parent if path.parent.name != "checkpoints" else path.parent.parent
     constants = fingerprintable(bench.c)
     write_json(folder / "constants.json", constants)
-    write_json(folder / "meta.json", {"constants_hash": fingerprint(constants), "data": bench.task_key, "seed": bench.seed, **provenance()})
+    meta = {"constants_hash": fingerprint(constants), "data": bench.task_key, "model": bench.model_key, "seed": bench.seed}
+    write_json(folder / "meta.json", meta | provenance())
     write_json(stamp_path(path), {"key": key, "constants": constants})
 
 
 def cached_entries(bench: Bench) -> Entries:
-    """What enters the first trained block for every example, computed once per data set and base model, shard by shard."""
+    """What enters the first trained block for every example, computed once per data set and base model."""
     task, model = bench.task, bench.model
-    key = fingerprint([bench.c["MODEL"], fingerprint([t.ids for t in task.tokens]), model.first_trained, str(next(model.lm.parameters()).dtype)])
+    frozen = [fingerprint(p.detach().float().flatten()[:64]) for p in model.lm.parameters() if not p.requires_grad]
+    key = fingerprint([bench.c["MODEL"], frozen, [t.ids for t in task.tokens], model.first_trained, bench.c["MODEL_DTYPE"]])
     folder = bench.root / "cache" / key
     lengths = [len(item.ids) for item in task.tokens]
     shards = [range(i, min(i + ENTRY_SHARD_TEXTS, len(lengths))) for i in range(0, len(lengths), ENTRY_SHARD_TEXTS)]
     model.eval()
-    for number, ids in enumerate(tqdm(shards, desc="states below the trained layers", leave=False, disable=(folder / f"{len(shards) - 1}.safetensors").exists())):
+    done = (folder / f"{len(shards) - 1}.safetensors").exists()
+    for number, ids in enumerate(tqdm(shards, desc="states below the trained layers", leave=False, disable=done)):
         path = folder / f"{number}.safetensors"
         if not path.exists():
             by_length = torch.tensor(sorted(ids, key=lambda i: (lengths[i], i)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity
 
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
@@ -68,7 +68,7 @@ class TextClassifier(nn.Module):
     def _choose_trained(self, stack: nn.ModuleList, train_below: bool) -> None:
         self.lm.requires_grad_(False)
         embeddings = {id(p) for p in self.lm.get_input_embeddings().parameters()}
-        trained = list(stack[self.first_trained :]) + [final_norm(self.lm, stack)] if not train_below else [self.lm.base_model]
+        trained = [self.lm.base_model] if train_below else [*stack[self.first_trained :], final_norm(self.lm, stack)]
         self.trained_modules = [module for module in trained if module is not None]
         for module in self.trained_modules:
             # Trained weights are kept in float32: updates of 1e-4 vanish in bfloat16.
@@ -216,7 +216,9 @@ def make_batch(task: Task, ids: Tensor, device: torch.device, entries: Entries |
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, task: Task, ids: Tensor, batch_size: int, entries: Entries | None = None) -> tuple[Tensor, Tensor]:
+def outputs(
+    model: nn.Module, task: Task, ids: Tensor, batch_size: int, entries: Entries | None = None
+) -> tuple[Tensor, Tensor]:
     """h [N, D] and logits [N, C] of the examples, in the order of ids, on the CPU; the model in eval mode."""
     model.eval()
     device = next(model.parameters()).device

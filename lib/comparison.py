@@ -30,7 +30,8 @@ def result_table(root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycl
                 found = read_json(root / arm / f"seed_{seed}" / f"results_cycle_{cycle}.json")
                 for result in ({"sae_seed": 0, **found}, *found.get("other_sae_seeds", [])):
                     for split in ("val", "test"):
-                        rows += [(root.name, arm, seed, result["sae_seed"], cycle, split, k, v) for k, v in result[split].items()]
+                        place = (root.name, arm, seed, result["sae_seed"], cycle, split)
+                        rows += [(*place, metric, value) for metric, value in result[split].items()]
     return pandas.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -42,7 +43,7 @@ def by_seed(table: pandas.DataFrame, arm: str, cycle: int, metric: str, split: s
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the bounds of its t interval; without spread or with fewer than two values the bounds are the mean or nan."""
+    """Mean and the bounds of its t interval; nan bounds for fewer than two values."""
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return mean, float("nan"), float("nan")
@@ -84,7 +85,9 @@ def holm(p: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def compare(table: pandas.DataFrame, arm: str, controls: list[str], metrics: tuple[str, ...], cycle: int, split: str = "test") -> pandas.DataFrame:
+def compare(
+    table: pandas.DataFrame, arm: str, controls: list[str], metrics: tuple[str, ...], cycle: int, split: str = "test"
+) -> pandas.DataFrame:
     """arm minus each control at one cycle, for each metric, with Holm's correction over all of these tests."""
     rows = []
     for metric in metrics:
@@ -104,8 +107,8 @@ def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
     """
     reference = "lambda0" if (table.arm == "lambda0").any() else "baseline"
     accuracy = {n: by_seed(table, arm, n, "task_accuracy", "val").mean() for n in range(1, cycles + 1)}
-    least = {n: by_seed(table, reference, n if reference == "lambda0" else 0, "task_accuracy", "val").mean() - MAX_ACCURACY_LOSS for n in accuracy}
-    fit = [n for n in accuracy if accuracy[n] >= least[n]]
+    needed = {n: by_seed(table, reference, n if reference == "lambda0" else 0, "task_accuracy", "val").mean() for n in accuracy}
+    fit = [n for n in accuracy if accuracy[n] >= needed[n] - MAX_ACCURACY_LOSS]
     if not fit:
         return max(accuracy, key=accuracy.get)
     return max(fit, key=lambda n: by_seed(table, arm, n, "base_u", "val").mean())
@@ -120,15 +123,17 @@ def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, arm: st
     result: dict[str, Any] = {"n_seeds": int(table.seed.nunique()), "cells": cells}
     if arm in arms:
         cycle = choose_cycle(table, arm, cycles)
-        controls = [other for other in arms if other != arm]
+        controls = [other for other in arms if other != arm] or ["baseline"]
         result |= {"arm": arm, "chosen_cycle": cycle}
-        result["primary"] = compare(table, arm, controls, PRIMARY, cycle).to_dict("records") if controls else []
-        result["accuracy"] = compare(table, arm, controls, ("task_accuracy",), cycle).to_dict("records") if controls else []
+        for name, metrics in (("primary", PRIMARY), ("accuracy", ("task_accuracy",))):
+            result[name] = compare(table, arm, controls, metrics, cycle).to_dict("records")
     return result
 
 
-def match_latents(a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, kept_above: float = 0.9, moved_above: float = 0.5,
-                  family_above: float = 0.7) -> dict[str, Any]:
+def match_latents(
+    a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, kept_above: float = 0.9, moved_above: float = 0.5,
+    family_above: float = 0.7,
+) -> dict[str, Any]:  # fmt: skip
     """Which latents of dictionary b [F_b, D] are those of dictionary a [F_a, D] (unit rows), one to one.
 
     Hungarian matching of alive latents by the cosine of their dictionary rows. kept: cosine >= kept_above;

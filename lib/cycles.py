@@ -11,6 +11,7 @@ history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "bas
 finds its output finished does nothing; one that finds an output or an input made with other constants stops and says which.
 """
 import io
+import math
 import shutil
 from typing import Any
 
@@ -63,7 +64,10 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     settings = tune_settings(bench, arm, cycle, aux)
     unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
     with open_tracker(bench.c["TRACKER"], folder / f"tracker_cycle_{cycle}", bench.c) as track:
-        history = fine_tune(bench.model, bench.task, settings, made, bench.entries, unfinished if bench.is_text else None, key, track, f"{arm} cycle {cycle}")
+        history = fine_tune(
+            bench.model, bench.task, settings, made, bench.entries, unfinished if bench.is_text else None, key, track,
+            label=f"{arm} cycle {cycle}",
+        )  # fmt: skip
     if made is not None:
         history["aux"] |= share
     buffer = io.BytesIO()
@@ -79,7 +83,8 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
 def start_from(bench: Bench, arm: str, cycle: int, aux: Constants) -> None:
     """Put the starting weights of a cycle into bench.model."""
     if cycle and method(arm) == "new_seed" and not bench.is_text:
-        fresh = MLP(bench.task.images.shape[1], bench.task.n_classes, bench.c["TARGET_LAYER"], bench.seed + 500_000 + cycle)
+        start = bench.seed + 500_000 + cycle
+        fresh = MLP(bench.task.images.shape[1], bench.task.n_classes, bench.c["TARGET_LAYER"], start)
         load_trained(bench.model, trained_state(fresh))
     elif cycle and aux["INIT"] == "continue":
         bench.load(arm, cycle - 1)
@@ -130,9 +135,10 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
         h, _ = outputs(bench.model, task, ids, c["BATCH_SIZE"], bench.entries)
         rows = rows_of_tensor(h, is_val)
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
-    settings = TrainSettings(n_latents, c["TOP_K"], c["SAE_EPOCHS"], c["SAE_BATCH_SIZE"], c["SAE_LR"], seed=10 * bench.seed + sae_seed)
+    start = 10 * bench.seed + sae_seed
+    settings = TrainSettings(n_latents, c["TOP_K"], c["SAE_EPOCHS"], c["SAE_BATCH_SIZE"], c["SAE_LR"], seed=start)
     sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
-    sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": settings.seed, "hook": bench.model.target.signature, "key": key}
+    sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": start, "hook": bench.model.target.signature}
     sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
     save_sae(sae, path, rows.shards[0][:64].float())
     write_stamp(bench, path, key)
@@ -171,5 +177,5 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
 def drop_undefined(value: Any) -> Any:
     """Leave out scores that are not finite, which JSON can't hold."""
     if isinstance(value, dict):
-        return {k: drop_undefined(v) for k, v in value.items() if not (isinstance(v, float) and not torch.isfinite(torch.tensor(v)))}
+        return {k: drop_undefined(v) for k, v in value.items() if not isinstance(v, float) or math.isfinite(v)}
     return [drop_undefined(v) for v in value] if isinstance(value, list) else value

@@ -120,7 +120,8 @@ def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Tar
         means = _one_epoch(model, task, settings, targets, entries, optimizer, epoch, per_epoch * settings.epochs, device)
         _, logits = outputs(model, task, task.splits["val"], settings.batch_size, entries)
         y = task.y[task.splits["val"]]
-        record = means | {"val_accuracy": float((logits.argmax(1) == y).double().mean()), "val_loss": float(cross_entropy(logits, y))}
+        accuracy = float((logits.argmax(1) == y).double().mean())
+        record = means | {"val_accuracy": accuracy, "val_loss": float(cross_entropy(logits, y))}
         best = max((e["val_accuracy"] for e in progress["epochs"]), default=-1.0)
         progress["epochs"].append(record)
         progress["sums"] = [a + b for a, b in zip(progress["sums"], (means["loss"], means["aux_loss"]))]
@@ -169,7 +170,9 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
     return {"loss": loss, "aux_loss": aux}
 
 
-def probe(model: nn.Module, task: Task, targets: Targets, settings: TuneSettings, entries: Entries | None = None) -> dict[str, float]:
+def probe(
+    model: nn.Module, task: Task, targets: Targets, settings: TuneSettings, entries: Entries | None = None
+) -> dict[str, float]:
     """The state of the auxiliary loss on the first training examples, in eval mode.
 
     loss (mean 1 - cos as trained), cos (about the origin), zero_norm_frac (rows of h without direction), and
@@ -179,7 +182,7 @@ def probe(model: nn.Module, task: Task, targets: Targets, settings: TuneSettings
     device = next(model.parameters()).device
     ids = task.splits["train"][:PROBE_EXAMPLES]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    squares, sums = [0.0, 0.0], torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     gradients: list[list[Tensor | None]] = [[None] * len(parameters), [None] * len(parameters)]
     for part in ids.split(settings.batch_size):
         batch = make_batch(task, part, device, entries)
@@ -190,10 +193,10 @@ def probe(model: nn.Module, task: Task, targets: Targets, settings: TuneSettings
             gradients[i] = [a if b is None else b if a is None else a + b for a, b in zip(gradients[i], found)]
         cosines = cosine_similarity(h, targets.at(part, device), dim=1)
         sums += torch.stack([aux.detach(), cosines.detach().sum(), (h.norm(dim=1) == 0).sum()]).double().cpu()
-    for i in (0, 1):
-        squares[i] = sum(float(g.double().square().sum()) for g, a in zip(gradients[i], gradients[1]) if g is not None and a is not None)
+    reached = [(task_g, aux_g) for task_g, aux_g in zip(*gradients) if task_g is not None and aux_g is not None]
+    task_norm, aux_norm = (sum(float(pair[i].double().square().sum()) for pair in reached) ** 0.5 for i in (0, 1))
     loss, cos, zero = (sums / len(ids)).tolist()
-    return {"loss": loss, "cos": cos, "zero_norm_frac": zero, "grad_ratio": (squares[1] / squares[0]) ** 0.5 if squares[0] else 0.0}
+    return {"loss": loss, "cos": cos, "zero_norm_frac": zero, "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
 
 
 def _aux_summary(progress: dict[str, Any], end: dict[str, float], settings: TuneSettings) -> dict[str, float]:

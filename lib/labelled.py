@@ -79,9 +79,10 @@ def _split(y: Tensor, where: list[str], val_frac: float, seed: int) -> dict[str,
     ids = {name: torch.tensor([i for i, w in enumerate(where) if w == name]) for name in ("train", "val", "test")}
     if not len(ids["val"]):
         try:
-            train, val = train_test_split(ids["train"].numpy(), test_size=val_frac, random_state=seed, stratify=y[ids["train"]].numpy())
+            labels = y[ids["train"]].numpy()
+            train, val = train_test_split(ids["train"].numpy(), test_size=val_frac, random_state=seed, stratify=labels)
         except ValueError as error:
-            raise InputError(f"validation can't be cut from the training examples ({error}); raise DATA_LIMIT or VAL_FRAC") from None
+            raise InputError(f"validation can't be cut from training ({error}); raise DATA_LIMIT or VAL_FRAC") from None
         ids |= {"train": torch.from_numpy(np.sort(train)), "val": torch.from_numpy(np.sort(val))}
     empty = [name for name, part in ids.items() if not len(part)]
     if empty:
@@ -94,7 +95,7 @@ def _group(task: Task, groups: tuple[int, ...] | None) -> None:
     n_classes = int(task.y.max()) + 1
     if groups is not None:
         if len(groups) != n_classes or set(groups) != set(range(max(groups) + 1)):
-            raise InputError(f"LABEL_GROUPS={groups} must give one group, counted from 0, for each of the {n_classes} classes")
+            raise InputError(f"LABEL_GROUPS={groups} must give a group, counted from 0, to each of the {n_classes} classes")
         task.attribute, task.y = task.y, torch.tensor(groups)[task.y]
         n_classes = max(groups) + 1
     if n_classes < 2:
@@ -108,9 +109,9 @@ def _images(dataset: str, limit: int | None, scale: float) -> tuple[Tensor, Tens
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
-        where = np.full(len(labels), "train", dtype=object)
-        where[train_test_split(np.arange(len(labels)), test_size=0.2, random_state=DIGITS_TEST_SEED, stratify=labels)[1]] = "test"
-        parts = [(pixels[where == w][: limit if w == "train" else None], labels[where == w][: limit if w == "train" else None], w) for w in ("train", "test")]
+        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=DIGITS_TEST_SEED, stratify=labels)
+        train, test = np.sort(train)[:limit], np.sort(test)
+        parts = [(pixels[train], labels[train], "train"), (pixels[test], labels[test], "test")]
     else:
         parts = [(*_image_split(dataset, w, limit if w == "train" else None), w) for w in ("train", "test")]
     pixels = torch.from_numpy(np.concatenate([p.reshape(len(p), -1) for p, _, _ in parts]).astype(np.float32))
@@ -123,14 +124,16 @@ def _image_split(dataset: str, split: str, limit: int | None) -> tuple[np.ndarra
     folder = local_path(dataset)
     if folder is not None:
         prefix = "t10k" if split == "test" else "train"
-        return read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")[:limit], read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")[:limit]
+        files = (folder / f"{prefix}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1"))
+        images, labels = (read_idx(path)[:limit] for path in files)
+        return images, labels
     import datasets
 
     try:
         rows = datasets.load_dataset(dataset, split=split if limit is None else f"{split}[:{limit}]")
     except Exception as error:  # datasets raises many kinds for what it can't reach
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise InputError(f"DATASET={dataset} can't be read ({first}); set a folder with the four idx.gz files of MNIST") from None
+        raise InputError(f"DATASET={dataset} can't be read ({first}); set a folder with MNIST's four idx.gz files") from None
     return np.stack([np.asarray(row["image"]) for row in rows]), np.array([row["label"] for row in rows])
 
 
@@ -142,17 +145,17 @@ def read_idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(data, ">i4", n_dims, 4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; set DATASET to a folder with the four idx.gz files, or a hub name") from None
+        raise InputError(f"{path} is missing; set DATASET to a folder with all four idx.gz files, or a hub name") from None
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise InputError(f"{path} is no idx.gz file ({error})") from None
 
 
 def _texts(constants: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
     c = constants
+    held_out = c["TEXT_FIELD_HELD_OUT"] or c["TEXT_FIELD"]
     sources = [("train", c["DATASET"], c["TRAIN_SPLIT"], c["TEXT_FIELD"], c["DATA_LIMIT"])]
     if c["VAL_DATASET"] or c["VAL_SPLIT"]:
-        sources.append(("val", c["VAL_DATASET"] or c["DATASET"], c["VAL_SPLIT"] or "validation", c["TEXT_FIELD_HELD_OUT"] or c["TEXT_FIELD"], None))
-    held_out = c["TEXT_FIELD_HELD_OUT"] or c["TEXT_FIELD"]
+        sources.append(("val", c["VAL_DATASET"] or c["DATASET"], c["VAL_SPLIT"] or "validation", held_out, None))
     sources.append(("test", c["TEST_DATASET"] or c["DATASET"], c["TEST_SPLIT"], held_out, None))
     texts, rows, where = [], [], []
     for name, dataset, split, field, limit in sources:
@@ -165,7 +168,8 @@ def _texts(constants: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
     tokens = [tokens[i]._replace(text_id=new) for new, i in enumerate(filled)]
     texts, rows, where = ([part[i] for i in filled] for part in (texts, rows, where))
     attribute = _labels(rows, c["ATTRIBUTE_FIELD"], where) if c["ATTRIBUTE_FIELD"] else None
-    task = Task(_labels(rows, c["LABEL_FIELD"], where), 0, {}, attribute, texts=texts, tokens=tokens, pad_id=tokenizer.pad_token_id)
+    y = _labels(rows, c["LABEL_FIELD"], where)
+    task = Task(y, 0, {}, attribute, texts=texts, tokens=tokens, pad_id=tokenizer.pad_token_id)
     return task, where
 
 
@@ -178,5 +182,6 @@ def _labels(rows: list[dict[str, Any]], field: str, where: list[str]) -> Tensor:
     number = {value: i for i, value in enumerate(classes)}
     unknown = next((value for value in values if value not in number), None)
     if unknown is not None:
-        raise InputError(f"label {unknown!r} of a held-out example is no training label; hidden test labels can't be used: set TEST_SPLIT or TEST_DATASET")
+        why = "hidden test labels can't be used: set TEST_SPLIT or TEST_DATASET"
+        raise InputError(f"label {unknown!r} of a held-out example is no training label; {why}")
     return torch.tensor([number[value] for value in values])

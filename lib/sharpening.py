@@ -57,7 +57,8 @@ def per_example(values: Tensor, indices: Tensor, n_keep: int) -> Tensor:
     Raises InputError if n_keep reaches the number of codes, which would leave the codes as they are.
     """
     if n_keep >= values.shape[1]:
-        raise InputError(f"per_example would keep {n_keep} of {values.shape[1]} codes, which sharpens nothing; lower KEEP_PER_EXAMPLE")
+        k = values.shape[1]
+        raise InputError(f"per_example would keep {n_keep} of {k} codes, which sharpens nothing; lower KEEP_PER_EXAMPLE")
     by_latent = indices.argsort(dim=1, stable=True)
     order = by_latent.gather(1, values.gather(1, by_latent).argsort(dim=1, descending=True, stable=True))
     keep = torch.zeros(values.shape, dtype=torch.bool).scatter_(1, order[:, :n_keep], True)

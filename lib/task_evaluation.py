@@ -48,8 +48,8 @@ def evaluate(model: nn.Module, sae: SAE, task: Task, split: str, c: dict[str, An
     scores |= reconstruction(model, sae, task, ids, h, c, entries)
     scores |= label_selectivity(h, codes, base_threshold(h_train), y, task.n_classes, "")
     if task.attribute is not None:
-        attribute = task.attribute[ids]
-        scores |= label_selectivity(h, codes, base_threshold(h_train), attribute, int(task.attribute.max()) + 1, "_attribute")
+        n_values = int(task.attribute.max()) + 1
+        scores |= label_selectivity(h, codes, base_threshold(h_train), task.attribute[ids], n_values, "_attribute")
     if "probes" in groups:
         codes_train, y_train = dense_codes(sae, h_train), task.y[train_ids]
         scores |= _named("probe", linear_probe(codes_train, y_train, codes, y))
@@ -71,11 +71,14 @@ def _named(prefix: str, scores: Scores) -> Scores:
 
 def label_selectivity(h: Tensor, codes: Tensor, threshold: Tensor, y: Tensor, n_classes: int, suffix: str) -> Scores:
     """CSI and U of the base units [N, D] and of the codes [N, F] for labels y [N], under base_* and sae_features_*."""
-    parts = {"base": selectivity(h, h > threshold, y, n_classes), "sae_features": selectivity(codes, codes > 0, y, n_classes)}
+    base, latents = selectivity(h, h > threshold, y, n_classes), selectivity(codes, codes > 0, y, n_classes)
+    parts = {"base": base, "sae_features": latents}
     return {f"{part}_{HEADLINE[name]}{suffix}": value for part, found in parts.items() for name, value in found.items()}
 
 
-def token_rows(model: nn.Module, task: Task, ids: Tensor, batch_size: int, entries: Entries | None) -> Iterator[tuple[int, Tensor]]:
+def token_rows(
+    model: nn.Module, task: Task, ids: Tensor, batch_size: int, entries: Entries | None
+) -> Iterator[tuple[int, Tensor]]:
     """(example id, activations [T, D] of its kept tokens at the target layer), batch by batch."""
     device = next(model.parameters()).device
     model.eval()
@@ -84,7 +87,9 @@ def token_rows(model: nn.Module, task: Task, ids: Tensor, batch_size: int, entri
             yield i, states[torch.tensor(task.tokens[i].keep)].float()
 
 
-def reconstruction(model: nn.Module, sae: SAE, task: Task, ids: Tensor, h: Tensor, c: dict[str, Any], entries: Entries | None) -> Scores:
+def reconstruction(
+    model: nn.Module, sae: SAE, task: Task, ids: Tensor, h: Tensor, c: dict[str, Any], entries: Entries | None
+) -> Scores:
     """SAE quality over the positions it was trained on (all kept tokens, or pooled), and the pooled EV beside it."""
     device = sae.mean.device
     values, indices = sae.encode(h.to(device))
@@ -99,13 +104,18 @@ def reconstruction(model: nn.Module, sae: SAE, task: Task, ids: Tensor, h: Tenso
         for start in range(0, len(h), 4096):
             part = slice(start, start + 4096)
             sums.add(h[part], sae.decode(values[part], indices[part]), values[part], indices[part])
-    r = sums.result()
+    r, l0 = sums.result(), (values > 0).sum(1).double()
     return {
-        "sae_reconstruction_loss": r["mse"], "sae_explained_variance": r["ev"], "sae_explained_variance_pooled": pooled_ev,
-        "sae_mean_l0": r["l0_mean"], "sae_dead_features_pct": r["dead_pct"], "sae_feature_usage_entropy": r["usage_entropy"],
-        "sparsity_l0_mean": float((values > 0).sum(1).double().mean()),
-        "sparsity_l0_std": float((values > 0).sum(1).double().std(correction=0)), "sparsity_l1_mean": float(values.sum(1).double().mean()),
-    }  # fmt: skip
+        "sae_reconstruction_loss": r["mse"],
+        "sae_explained_variance": r["ev"],
+        "sae_explained_variance_pooled": pooled_ev,
+        "sae_mean_l0": r["l0_mean"],
+        "sae_dead_features_pct": r["dead_pct"],
+        "sae_feature_usage_entropy": r["usage_entropy"],
+        "sparsity_l0_mean": float(l0.mean()),
+        "sparsity_l0_std": float(l0.std(correction=0)),
+        "sparsity_l1_mean": float(values.sum(1).double().mean()),
+    }
 
 
 def robustness(model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any], seed: int) -> Scores:
@@ -158,7 +168,9 @@ def _attackable(model: nn.Module, task: Task, batch: dict[str, Tensor], ids: Ten
     return run, clean, {"norm": "l2", "mask": mask}, float(embedding.weight.detach().float().norm(dim=1).median())
 
 
-def language_scores(model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any], seed: int, entries: Entries | None) -> Scores:
+def language_scores(
+    model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any], seed: int, entries: Entries | None
+) -> Scores:
     """Perplexity of the fine-tuned language model (where it has a head) and first-letter absorption of the SAE."""
     scores: Scores = {}
     device = next(model.parameters()).device
@@ -179,7 +191,9 @@ def language_scores(model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict
     return scores
 
 
-def letter_tokens(model: nn.Module, task: Task, limit: int, batch_size: int, seed: int, entries: Entries | None) -> tuple[Tensor, Tensor, Tensor]:
+def letter_tokens(
+    model: nn.Module, task: Task, limit: int, batch_size: int, seed: int, entries: Entries | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Up to `limit` validation tokens that begin with a letter: x [N, D], letter 0..25 [N], split 0, 1, 2 [N].
 
     The split (60/20/20) is drawn by token type, so that no probe sees a token id twice.

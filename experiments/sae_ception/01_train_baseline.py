@@ -27,7 +27,7 @@ TEXT_FIELD_HELD_OUT: str | None = None  # its name in the validation and test fi
 LABEL_FIELD = "mood"               # column of the class
 ATTRIBUTE_FIELD: str | None = "topic"  # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups, measure the classes too
-DATA_LIMIT: int | None = 1500      # training examples; None: all
+DATA_LIMIT: int | None = 800       # training examples; None: all
 VAL_FRAC = 0.1                     # share of the training examples that validates, where there is no validation set
 MAX_LENGTH = 128                   # tokens of a text, special tokens included
 PIXEL_SCALE = 1.0                  # images: pixels are multiplied by this
@@ -57,7 +57,7 @@ def main():
     bench = Bench(CONSTANTS, SEED)
     log_to(bench.root / "01_train_baseline.log")
     sizes = ", ".join(f"{len(ids):,} {name}" for name, ids in bench.task.splits.items())
-    log.info("%s: %d classes, %s examples; target layer %s", bench.root.name, bench.task.n_classes, sizes, bench.model.target.path)
+    log.info("%s: %d classes, %s; target %s", bench.root.name, bench.task.n_classes, sizes, bench.model.target.path)
     train_model(bench, "baseline", 0)
     log.info("%s", bench.folder("baseline", 0) / "checkpoints" / "model_cycle_0_best.pt")
 

@@ -36,7 +36,7 @@ TEXT_FIELD_HELD_OUT: str | None = None  # its name in the validation and test fi
 LABEL_FIELD = "mood"               # column of the class
 ATTRIBUTE_FIELD: str | None = "topic"  # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups, measure the classes too
-DATA_LIMIT: int | None = 1500      # training examples; None: all
+DATA_LIMIT: int | None = 800       # training examples; None: all
 VAL_FRAC = 0.1                     # share of the training examples that validates, where there is no validation set
 MAX_LENGTH = 128                   # tokens of a text, special tokens included
 PIXEL_SCALE = 1.0                  # images: pixels are multiplied by this
@@ -68,24 +68,24 @@ AUX_WEIGHT: float | tuple = 1.0    # lambda; a tuple gives each cycle its own
 AUX_CENTRED = False                # True: cosine about the mean activation, an ablation
 KEEP_PCT = 2.0                     # latents that a class keeps, in percent of all
 KEEP_PER_EXAMPLE: int | None = None  # per_example: codes that an example keeps; None: half of TOP_K
-INIT = "continue"                  # start of a cycle's model: continue (from the last one) or scratch (as cycle 0 started)
+INIT = "continue"                  # start of a cycle's model: continue (from the last), or scratch (as cycle 0 did)
 SHARPEN_SEED = 42                  # draws random targets and permutations
 ARM_CONSTANTS: dict = {}           # auxiliary constants for single arms, e.g. {"class_mean": {"AUX_WEIGHT": 0.3}}
 EVAL_LIMIT: int | None = 1000      # examples of a split that are scored; None: all
 PROBE_LIMIT: int | None = 1000     # training examples of thresholds and probes; None: all
 SILHOUETTE_ROWS = 1000             # examples of the silhouettes, at most 10,000: they need all pairs
-ROBUST_LIMIT = 24                  # examples under attack, and texts of the perplexity; 0: none
+ROBUST_LIMIT = 16                  # examples under attack, and texts of the perplexity; 0: none
 ROBUST_EPS = (0.05, 0.1)           # attack budgets: of the pixel range, or of the median embedding norm per token
-ABSORPTION_TOKENS = 3000           # validation tokens of the absorption score; 0: none
+ABSORPTION_TOKENS = 2000           # validation tokens of the absorption score; 0: none
 METRICS = ("probes", "clustering", "robustness", "language")  # on the test split, beside task, SAE and selectivity
 TRACKER = "local"                  # local, tensorboard, wandb; the history is always written as JSON
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
 
-COLUMNS = {"task_accuracy": "acc", "probe_test_accuracy": "probe", "clustering_ari": "ARI", "base_u": "base U", "sae_features_u": "SAE U",
-           "sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sparsity_l0_mean": "L0", "sae_explained_variance": "EV",
-           "sae_dead_features_pct": "dead %", "sae_features_u_n_supported": "supp"}  # fmt: skip
+WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u": "SAE U"}
+MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp", "clustering_ari": "ARI",
+         "probe_test_accuracy": "probe", "sparsity_l0_mean": "L0", "sae_explained_variance": "EV", "sae_dead_features_pct": "dead %"}  # fmt: skip
 
 
 def train_and_evaluate(bench: Bench, arm: str, cycle: int) -> None:
@@ -96,23 +96,24 @@ def train_and_evaluate(bench: Bench, arm: str, cycle: int) -> None:
 
 
 def print_table(table) -> None:
-    """Test means over seeds, +- half of the 95 % t interval for the accuracy and the primary metrics."""
-    print(f"\n{'arm':<18}{'cycle':>6}" + "".join(f"{name:>17}" if key in ("task_accuracy", "base_u", "sae_features_u") else f"{name:>9}" for key, name in COLUMNS.items()))
+    """Test means over seeds, with half of the 95 % t interval for the accuracy and the primary metrics."""
+    names = [f"{name:>17}" for name in WITH_INTERVAL.values()] + [f"{name:>9}" for name in MEANS.values()]
+    print(f"\n{'arm':<18}{'cycle':>6}" + "".join(names))
     for arm in ("baseline", *ARMS):
         for cycle in [0] if arm == "baseline" else range(1, CYCLES + 1):
             cells = []
-            for key in COLUMNS:
+            for key in (*WITH_INTERVAL, *MEANS):
                 values = by_seed(table, arm, cycle, key, "test").to_numpy()
                 mean, low, _ = interval(values) if len(values) else (float("nan"),) * 3
-                wide = key in ("task_accuracy", "base_u", "sae_features_u")
-                cells.append(f"{f'{mean:.4f} +- {mean - low:.4f}':>17}" if wide else f"{mean:>9.3f}")
+                cells.append(f"{f'{mean:.4f} +- {mean - low:.4f}':>17}" if key in WITH_INTERVAL else f"{mean:>9.3f}")
             print(f"{arm:<18}{cycle:>6}" + "".join(cells))
 
 
 def print_comparison(found) -> None:
-    print(f"\n{found['arm']} at cycle {found['chosen_cycle']} (chosen on validation) minus each control, test, {found['n_seeds']} seeds:")
+    print(f"\n{found['arm']} at cycle {found['chosen_cycle']} (chosen on validation) minus each control, test, {found['n_seeds']} seeds")
     for row in (*found["primary"], *found["accuracy"]):
-        print(f"  {row['metric']:<16}{row['control']:<18}{row['mean']:+.4f}  [{row['low']:+.4f}, {row['high']:+.4f}]  Holm p = {row['p_holm']:.3f}")
+        bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        print(f"  {row['metric']:<16}{row['control']:<18}{row['mean']:+.4f}  {bounds}  Holm p = {row['p_holm']:.3f}")
     if found["n_seeds"] < 3:
         print("  fewer than 3 seeds: no claim can be made")
 
@@ -121,8 +122,10 @@ def main():
     root = experiment_dir("sae_ception") / (SETTING or PRESET)
     log_to(root / "04_train_cycle.log")
     unknown = [arm for arm in ARMS if method(arm) not in KNOWN_ARMS]
-    if unknown or not SEEDS or CYCLES < 1 or N_SAE_SEEDS < 1:
-        raise InputError(f"unknown arm {unknown[0]}; use {', '.join(KNOWN_ARMS)}" if unknown else "SEEDS, CYCLES and N_SAE_SEEDS must not be empty or 0")
+    if unknown:
+        raise InputError(f"unknown arm {unknown[0]}; use {', '.join(KNOWN_ARMS)}")
+    if not SEEDS or CYCLES < 1 or N_SAE_SEEDS < 1:
+        raise InputError("SEEDS, CYCLES and N_SAE_SEEDS must not be empty or 0")
     with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
         for seed in SEEDS:
             bench = Bench(CONSTANTS, seed)

@@ -26,7 +26,8 @@ GRID_KEEP_PCT = (1.0, 2.0, 4.0, 10.0)      # latents a class keeps, in percent; 
 GRID_AUX_WEIGHT = (0.1, 0.3, 1.0, 3.0)     # lambda
 SELECT_SEEDS = (100, 101, 102)             # disjoint from the SEEDS of the report
 CONSTANTS = override(globals(), presets_for(globals()))
-SHARPENED = ("per_class", "contrast", "complement", "shuffled_labels", "global_mask", "random_latents", "permuted", "permuted_in_class")
+SHARPENED = ("per_class", "contrast", "complement", "shuffled_labels", "global_mask", "random_latents", "permuted",
+             "permuted_in_class")  # fmt: skip
 GRID_ONLY = ("GRID_ARMS", "GRID_KEEP_PCT", "GRID_AUX_WEIGHT", "SELECT_SEEDS")
 
 
@@ -46,7 +47,8 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     arms = ["lambda0", *grid]
     sums = {arm: {"task_accuracy": 0.0, "base_u": 0.0, "sae_features_u": 0.0} for arm in arms}
     constants = {k: v for k, v in CONSTANTS.items() if k not in GRID_ONLY}
-    constants |= {"ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": f"{CONSTANTS['SETTING'] or CONSTANTS['PRESET']}_choice"}
+    setting = f"{CONSTANTS['SETTING'] or CONSTANTS['PRESET']}_choice"
+    constants |= {"ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": setting}
     with tqdm(total=len(SELECT_SEEDS) * len(arms), unit="model", desc="grid") as bar:
         for seed in SELECT_SEEDS:
             bench = Bench(constants, seed)
@@ -64,7 +66,7 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def choose(found: dict[str, dict[str, float]], grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The constants of each arm's best point; an arm none of whose points keeps the accuracy gets its most accurate one."""
+    """The constants of each arm's best point; if no point of an arm keeps the accuracy, its most accurate one."""
     chosen = {}
     for arm in GRID_ARMS:
         mine = [p for p in grid if p.partition("@")[0] == arm]

@@ -16,7 +16,9 @@ from torch import Tensor
 MAX_SILHOUETTE_ROWS = 10_000  # the silhouette needs all pairs
 
 
-def clustering(x: Tensor, y: Tensor, n_classes: int, seed: int = 0, silhouette_rows: int = MAX_SILHOUETTE_ROWS) -> dict[str, float]:
+def clustering(
+    x: Tensor, y: Tensor, n_classes: int, seed: int = 0, silhouette_rows: int = MAX_SILHOUETTE_ROWS
+) -> dict[str, float]:
     """Clustering scores of x [N, F] against the labels y [N].
 
     ari: adjusted Rand index of y with K-means (n_classes clusters, n_init 10, `seed`), ari_argmax: with the

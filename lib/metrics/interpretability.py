@@ -84,7 +84,9 @@ def csi(values: Tensor, y: Tensor, n_classes: int) -> Tensor:
     return torch.where(top > 0, (top - other) / (top + other).clamp(min=1e-300), torch.zeros_like(top))
 
 
-def selectivity(values: Tensor, fired: Tensor, y: Tensor, n_classes: int, min_support: int = MIN_SUPPORT) -> dict[str, float]:
+def selectivity(
+    values: Tensor, fired: Tensor, y: Tensor, n_classes: int, min_support: int = MIN_SUPPORT
+) -> dict[str, float]:
     """Means of CSI and U over the supported columns of `values` [N, F], which fire where `fired` [N, F] holds.
 
     Keys: csi, csi_std, u, u_std, u_label, u_adj over supported columns (0 where there are none), csi_all,
@@ -111,9 +113,9 @@ def absorption(
 
     x [N, D] raw activations of tokens; values, indices [N, k] codes in raw units (code * scale); dictionary
     [F, D] unit rows; letters [N] in 0..25; splits [N] with 0 train, 1 validation, 2 test, chosen by token type.
-    Per letter: a balanced logistic probe p of unit norm; the main latents, whose firing tells the letter; then over the
-    test tokens that begin with the letter, that the probe calls positive and whose projection q = <x - mu, p> is positive, the
-    share of the projection that other latents carry instead of the main ones (0 where the main ones carry q).
+    Per letter: a balanced logistic probe p of unit norm; the main latents, whose firing tells the letter; then, over
+    the test tokens that begin with the letter, that the probe calls positive and whose projection q = <x - mu, p> is
+    positive, the share of the projection that other latents carry instead of the main ones (0 where these carry q).
 
     Returns score (mean over tokens, then letters; 0 if no letter qualifies), n_letters and n_tokens.
     """

@@ -3,7 +3,6 @@ import math
 import warnings
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -49,8 +48,8 @@ def linear_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor) -
     probe = _logistic(x, y_train.numpy())
     guess = probe.predict(x_test)
     f1 = {f"test_{name}": score for name, score in _f1(y_test.numpy(), guess).items()}
-    accuracy = {"train_accuracy": float(probe.score(x, y_train.numpy())), "test_accuracy": float((guess == y_test.numpy()).mean())}
-    return accuracy | f1
+    train_accuracy, test_accuracy = float(probe.score(x, y_train.numpy())), float((guess == y_test.numpy()).mean())
+    return {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy} | f1
 
 
 def k_sparse_probe(

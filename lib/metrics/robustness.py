@@ -55,7 +55,9 @@ def _loss_and_direction(logits_of: Logits, x: Tensor, y: Tensor, norm: str) -> t
     return losses.detach(), gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
-def _project(moved: Tensor, x: Tensor, eps: float, norm: str, mask: Tensor | None, bounds: tuple[float, float] | None) -> Tensor:
+def _project(
+    moved: Tensor, x: Tensor, eps: float, norm: str, mask: Tensor | None, bounds: tuple[float, float] | None
+) -> Tensor:
     change = moved.detach() - x
     if norm == "linf":
         change = change.clamp(-eps, eps)
