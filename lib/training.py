@@ -22,7 +22,7 @@ from lib.environment import InputError, log
 from lib.fast_step import Workspace, fast_step
 from lib.metrics.reconstruction import Reconstruction
 from lib.sae import SAE, make_sae
-from lib.sae_step import folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from lib.sae_step import aux_after, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
 from lib.store import Run, atomic_write, fingerprint
 
 BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
@@ -53,7 +53,7 @@ class TrainSettings:
     lr: float | None = None
     """Peak learning rate; None: lib.sae_step.learning_rate, a rule over shape and length of the run."""
     dead_after: int | None = None
-    """Tokens of silence after which a latent counts as dead; None: dead_after_tokens()."""
+    """Tokens of silence after which a latent counts as dead and AuxK works on it; None: lib.sae_step.aux_after, a rule."""
     aux_weight: float = 1 / 32
     """Weight of AuxK in the loss; 0 turns it off."""
     whiten: float = 1 / 8
@@ -102,11 +102,6 @@ def rows_of_tensor(x: Tensor, is_val: Tensor) -> Rows:
     mean = train.mean(0)
     centred = train - mean
     return Rows([x], is_val, mean.float(), (centred.T @ centred / len(train)).float())
-
-
-def dead_after_tokens(n_train: int, n_latents: int, top_k: int) -> int:
-    """min(10 million, max(one pass / 4, 20 F / k)): in 20 F / k tokens an average latent fires 20 times."""
-    return min(10_000_000, max(n_train // 4, 20 * n_latents // top_k))
 
 
 def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epoch: int, cache: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -190,7 +185,7 @@ def train_sae(
     per_epoch = steps_per_epoch(rows.n_train, settings.batch_size)
     n_steps, n_tokens = settings.epochs * per_epoch, settings.epochs * rows.n_train
     rate = settings.lr or learning_rate(settings.n_latents, n_tokens)
-    dead_after = settings.dead_after or dead_after_tokens(rows.n_train, settings.n_latents, settings.top_k)
+    dead_after = settings.dead_after or aux_after(settings.n_latents, settings.top_k)
     transform = whitening(rows.covariance, settings.whiten).to(device)
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
