@@ -246,6 +246,19 @@ def test_seed_commands_step_by_step_equal_the_main_script(tmp_path, monkeypatch,
     assert read_json(tmp_path / "b/sae_ception/mlp_digits/summary.json")["chosen_cycle"] == 1
 
 
+def test_constants_are_chosen_on_validation(script, own_store):
+    small = ["PRESET=mlp_digits", "EPOCHS_PER_CYCLE=2", "SAE_EPOCHS=2", "PROBE_LIMIT=200", "SETTING=small"]
+    grid = ["GRID_KEEP_PCT=2.0,", "GRID_AUX_WEIGHT=0.3,3.0", "SELECT_SEEDS=100,"]
+    printed = script("choose_constants.py", *small, *grid)[1]
+    choice = read_json(own_store / "sae_ception/small_choice/choice.json")
+    points, chosen = choice["validation"], choice["ARM_CONSTANTS"]
+    assert set(points) == {"lambda0", "per_class@l0.3_k2", "per_class@l3_k2", "class_mean@l0.3", "class_mean@l3"}
+    fit = {p: v["base_u"] for p, v in points.items() if p.startswith("per_class") and v["task_accuracy"] >= points["lambda0"]["task_accuracy"] - 0.005}
+    if fit:
+        assert chosen["per_class"] == {"AUX_WEIGHT": float(max(fit, key=fit.get)[11:-3]), "KEEP_PCT": 2.0}
+    assert set(chosen["class_mean"]) == {"AUX_WEIGHT"} and "ARM_CONSTANTS={" in printed
+
+
 @pytest.mark.parametrize("arguments,said", [
     (["ARMS=('nonsense',)"], "unknown arm nonsense"), (["SEEDS=()"], "must not be empty"), (["PRESET=huge"], "PRESET"),
     (["DATASET=missing.jsonl"], "missing.jsonl"), (["TRACKER=nothing"], "TRACKER"), (["KEEP_PCT=100", "SAE_EPOCHS=1", "EPOCHS_PER_CYCLE=1"], "keeps every code"),
