@@ -27,7 +27,7 @@ MIN_GAIN = 0.005  # in F1, for one more pattern
 SHOWN = 4  # patterns in a name; the description has all
 MARKS = {
     ".": "full stop", ",": "comma", "!": "exclamation mark", "?": "question mark", ":": "colon", ";": "semicolon",
-    '"': "quotation mark", "“": "opening quote", "”": "closing quote", "'": "apostrophe", "’": "apostrophe", "-": "hyphen",
+    '"': "quotation mark", "“": "opening quote", "”": "closing quote", "'": "apostrophe", "’": "curly apostrophe", "-": "hyphen",
     "[space]": "white space", "[line break]": "line break", "[tab]": "tab", "[empty]": "piece of a character",
 }  # fmt: skip
 PREFIXES = {"after": "after ", "before": "before ", "within": "pieces of "}
@@ -165,7 +165,7 @@ def _entry(
     scores = score_rule(predict(patterns, rule)[held_out], fires[held_out])
     return {
         "name": _name([kind for kind, _ in rule], words),
-        "description": "Fires on " + "; ".join(words) + ".",
+        "description": "Fires on " + "; ".join(words),
         "score": scores.pop("balanced_accuracy"), "score_kind": SCORE_KIND, **scores,
         "baseline": score_rule(predict(patterns, common)[held_out], fires[held_out])["balanced_accuracy"],
         "rule": [list(pattern) for pattern in rule],

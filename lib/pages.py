@@ -50,7 +50,9 @@ def pieces(
             old = found.pop()
             found.append(Piece(old.text, max(old.act, piece.act), old.peak or piece.peak))
         elif piece.text or piece.act:
-            found.append(piece._replace(text=piece.text or "·"))
+            core = piece.text.lstrip(" ") or piece.text  # the space before a word stays uncoloured
+            found.append(Piece(piece.text[: len(piece.text) - len(core)], 0.0))
+            found.append(piece._replace(text=core or "·"))
         at = max(at, end)
     found.append(Piece(_visible(text[at:stop]) + (" …" if stop < len(text) else ""), 0.0))
     return [piece for piece in found if piece.text]
