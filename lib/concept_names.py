@@ -27,7 +27,8 @@ MIN_GAIN = 0.005  # in F1, for one more pattern
 SHOWN = 4  # patterns in a name; the description has all
 MARKS = {
     ".": "full stop", ",": "comma", "!": "exclamation mark", "?": "question mark", ":": "colon", ";": "semicolon",
-    '"': "quotation mark", "“": "opening quote", "”": "closing quote", "'": "apostrophe", "’": "curly apostrophe", "-": "hyphen",
+    '"': "quotation mark", "“": "opening quote", "”": "closing quote", "-": "hyphen",
+    "'": "apostrophe", "’": "curly apostrophe",
     "[space]": "white space", "[line break]": "line break", "[tab]": "tab", "[empty]": "piece of a character",
 }  # fmt: skip
 PREFIXES = {"after": "after ", "before": "before ", "within": "pieces of "}
