@@ -13,6 +13,7 @@ from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import InputError
 from lib.labelled import load_task, read_idx
 from lib.store import read_json, read_tensors
+from lib.task_evaluation import GROUPS
 
 SCRIPTS = PROJECT / "experiments" / "sae_ception"
 sys.path.insert(0, str(SCRIPTS))
@@ -199,7 +200,7 @@ def write_texts(folder, kind):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
     return {
         "MODEL": str(folder / kind), "DATASET": str(folder / "train.jsonl"), "VAL_DATASET": str(folder / "val.jsonl"), "TEST_DATASET": str(folder / "test.jsonl"),
-        "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "BATCH_SIZE": 16, "SAE_BATCH_SIZE": 64, "ROBUST_LIMIT": 4, "ABSORPTION_TOKENS": 200, "TOP_K": 4, "KEEP_PCT": 5.0,
+        "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "BATCH_SIZE": 16, "SAE_BATCH_SIZE": 64, "ROBUST_LIMIT": 4, "METRICS": GROUPS, "ABSORPTION_TOKENS": 200, "TOP_K": 4, "KEEP_PCT": 5.0,
         "DEVICE": "cpu", "DATA_LIMIT": None,
     }  # fmt: skip
 
