@@ -76,6 +76,8 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     write_stamp(bench, path, key)
     unfinished.unlink(missing_ok=True)
+    if made is not None and (history["aux"]["cos_start"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
+        log.warning("%s: the auxiliary loss hardly pulls; keep fewer latents or raise AUX_WEIGHT before reading a null result", arm)
     best = history["epochs"][history["best_epoch"] - 1]
     log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, bench.seed, cycle, best["val_accuracy"])
 
@@ -169,6 +171,9 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
             results |= found
         else:
             results.setdefault("other_sae_seeds", []).append({"sae_seed": sae_seed, **found})
+    if results["val"]["sae_explained_variance_pooled"] < 0.7:
+        log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; "
+                    "set SAE_POSITIONS=pooled or train it longer", arm, cycle, results["val"]["sae_explained_variance_pooled"])  # fmt: skip
     write_json(path, drop_undefined(results))
     write_stamp(bench, path, key)
     return read_json(path)

@@ -144,7 +144,7 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
     batches = epoch_batches(task, task.splits["train"], settings.batch_size, settings.seed, epoch)
     groups = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums: list[Tensor] = []  # stays on the device until the epoch ends: no wait at every step
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed * 1_000_003 + epoch)  # dropout has no generator of its own
@@ -159,14 +159,14 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
                     aux = targets.loss(h, ids).mean()
                     total = loss + settings.aux_weight * aux
                 (total * (len(ids) / n_group)).backward()
-                sums += len(ids) * torch.stack([loss.detach(), aux.detach().to(loss)]).double().cpu()
+                sums.append(len(ids) * torch.stack([loss.detach(), aux.detach().to(loss)]))
             if settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = learning_rate(epoch * len(groups) + number, n_steps, settings)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    loss, aux = (sums / len(task.splits["train"])).tolist()
+    loss, aux = (torch.stack(sums).cpu().double().sum(0) / len(task.splits["train"])).tolist()
     return {"loss": loss, "aux_loss": aux}
 
 
