@@ -53,16 +53,17 @@ class Trainer:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """Send one order and wait for the answer; InputError with the last line of its output if it failed."""
+        """Send one order and wait for the answer; InputError with the exit code and the last line of output if it failed."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
+            self.process.kill()
             self.log.seek(0)
             lines = self.log.read().strip().splitlines() or ["no output"]
-            raise InputError(f"{self.name} ended: {lines[-1]}") from None
+            raise InputError(f"{self.name} ended with code {self.process.wait()}: {lines[-1]}") from None
 
     def close(self) -> None:
         self.process.communicate()

@@ -54,9 +54,7 @@ def overcomplete(x, s):
         return (x - x_hat).square().mean()
 
     def step(i, rows):
-        quiet, sys.stdout = sys.stdout, sys.stderr
         train_sae(sae, [rows], error, optimizer, nb_epochs=1, monitoring=1, device="cpu")
-        sys.stdout = quiet
 
     def weights():
         linear = sae.encoder.final_block[0]
@@ -138,12 +136,13 @@ TRAINERS = {f.__name__: f for f in (ours, overcomplete, dictionary_learning, spa
 
 def main():
     name, path, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the libraries print goes to the log
     torch.set_num_threads(settings["threads"])
     x, batch = load_file(path)["x"], settings["batch"]
     step, weights = TRAINERS[name](x, settings)
     torch.set_num_threads(settings["threads"])
-    done, answers = 0, sys.stdout
-    sys.stdout = sys.stderr
+    done = 0
     for line in sys.stdin:
         order = json.loads(line)
         answer = {}
