@@ -16,6 +16,7 @@ from lib.texts import length_batches, pad, tokenise
 from lib.training import Rows, TrainSettings
 
 THRESHOLDS = 14  # quantiles tried for each neuron and each principal direction
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # of a latent's largest code, tried as its threshold
 
 
 class RowScores(NamedTuple):
@@ -146,26 +147,40 @@ def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoi
 def concept_recovery(sae: SAE, x: Tensor, labels: Tensor, is_val: Tensor, principal: Tensor) -> list[dict[str, dict[str, float]]]:
     """How well single units tell each ground-truth concept's tokens from all others.
 
-    x: rows [N, D]; labels: bool [N, C]; is_val: bool [N]; principal: directions [D, P]. For each concept the latent
-    (firing > 0), the neuron and the principal direction (either sign, best of 14 quantiles as threshold) with the
-    highest F1 on training rows are chosen; their precision, recall and F1 on validation rows are returned.
+    x: rows [N, D]; labels: bool [N, C]; is_val: bool [N]; principal: directions [D, P]. For each concept the unit with
+    the highest F1 on training rows is chosen; its precision, recall and F1 on validation rows are returned. Units:
+    "firing", a latent firing at all; "latent", a latent over one of SHARES of its largest training code; "neuron" and
+    "pca", a dimension or a principal direction, either sign, over one of 14 quantiles.
     """
     values, indices = sae.encode(x)
-    found = _best_units(_latent_counts(values > 0, indices, labels, is_val, sae.n_latents), labels, is_val)
-    result = [{"latent": {"unit": unit, **scores}} for unit, scores in found]
-    for name, directions in (("neuron", x), ("pca", (x - x.mean(0)) @ principal)):
-        for row, (unit, scores) in zip(result, _best_units(_threshold_counts(directions, labels, is_val), labels, is_val)):
-            row[name] = {"unit": unit // (2 * THRESHOLDS), **scores}
+    kinds = {
+        "firing": (_latent_counts(values, indices, labels, is_val, sae.n_latents, (0.0,)), 1),
+        "latent": (_latent_counts(values, indices, labels, is_val, sae.n_latents, SHARES), len(SHARES)),
+        "neuron": (_threshold_counts(x, labels, is_val), 2 * THRESHOLDS),
+        "pca": (_threshold_counts((x - x.mean(0)) @ principal, labels, is_val), 2 * THRESHOLDS),
+    }
+    result: list[dict[str, dict[str, float]]] = [{} for _ in range(labels.shape[1])]
+    for kind, (counts, n_thresholds) in kinds.items():
+        for row, (unit, scores) in zip(result, _best_units(counts, labels, is_val)):
+            row[kind] = {"unit": unit // n_thresholds, **scores}
     return result
 
 
-def _latent_counts(fired: Tensor, indices: Tensor, labels: Tensor, is_val: Tensor, n_latents: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """For training and validation rows: firings [F] and firings on each concept's rows [C, F]."""
+def _latent_counts(
+    values: Tensor, indices: Tensor, labels: Tensor, is_val: Tensor, n_latents: int, shares: tuple[float, ...]
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """For training and validation rows: firings [U] and firings on each concept's rows [C, U] of the units
+    "latent over a share of its largest training code", numbered latent * len(shares) + share."""
+    train = values * ~is_val[:, None]
+    largest = torch.zeros(n_latents).scatter_reduce_(0, indices.flatten(), train.flatten(), "amax")
     for rows in (~is_val, is_val):
-        row, slot = (fired & rows[:, None]).nonzero(as_tuple=True)
-        latent = indices[row, slot]
-        hits = [torch.bincount(latent[labels[row, c]], minlength=n_latents) for c in range(labels.shape[1])]
-        yield torch.bincount(latent, minlength=n_latents), torch.stack(hits)
+        fires, hits = [], []
+        for share in shares:
+            row, slot = ((values > share * largest[indices]) & (values > 0) & rows[:, None]).nonzero(as_tuple=True)
+            latent = indices[row, slot]
+            fires.append(torch.bincount(latent, minlength=n_latents))
+            hits.append(torch.zeros(n_latents, labels.shape[1]).index_add_(0, latent, labels[row].float()))
+        yield torch.stack(fires, 1).flatten(), torch.stack(hits, 1).flatten(0, 1).T
 
 
 def _threshold_counts(x: Tensor, labels: Tensor, is_val: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

@@ -96,3 +96,10 @@ def model_identity(model: nn.Module, name: str) -> dict[str, Any]:
         "fingerprint": fingerprint(sample),
         "config": fingerprint(json.loads(model.config.to_json_string(use_diff=False)) | {"_name_or_path": None}),
     }
+
+
+def require_same_model(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Raise InputError if the model's weights are others than those of `saved`, a run's meta["model"]."""
+    present = model_identity(model, saved["name"])
+    if present["dtype"] == saved["dtype"] and present["fingerprint"] != saved["fingerprint"]:
+        raise InputError(f"the weights of {saved['name']} have changed since its activations were saved; run step 1 again")

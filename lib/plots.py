@@ -110,13 +110,15 @@ def bars(values: dict[str, float], title: str, unit: str, highlight: str) -> Fig
 
 
 def recovery_dots(table: Sequence[dict[str, Any]]) -> Figure:
-    """F1 of the best latent, neuron and principal direction for each concept. table: {"concept", "latent", "neuron", "pca"}."""
+    """F1 of the best unit of each kind for each concept. table: {"concept", "latent", "firing", "neuron", "pca"}."""
     table = sorted(table, key=lambda row: row["latent"])
-    figure, (axis,) = _panels(1, 7.5, 0.2 * len(table) + 1.2)
+    figure, (axis,) = _panels(1, 7.5, 0.16 * len(table) + 1.2)
     places = np.arange(len(table))
-    for key, colour, marker in (("pca", GREY, "s"), ("neuron", ORANGE, "D"), ("latent", BLUE, "o")):
-        axis.plot([row[key] for row in table], places, marker, color=colour, label=f"best {key}", markersize=5)
-    axis.set_yticks(places, [row["concept"] for row in table], fontsize=8)
+    kinds = (("pca", GREY, "s", "principal direction, best threshold"), ("neuron", ORANGE, "D", "neuron, best threshold"))
+    kinds += (("firing", "#a9c4e0", "o", "latent, firing at all"), ("latent", BLUE, "o", "latent, best threshold"))
+    for key, colour, marker, name in kinds:
+        axis.plot([row[key] for row in table], places, marker, color=colour, label=name, markersize=4)
+    axis.set_yticks(places, [row["concept"] for row in table], fontsize=7)
     axis.set_xlim(0, 1.02)
     axis.set_ylim(-0.7, len(table) - 0.3)
     axis.axvline(0.8, color=GREY, linestyle=":")

@@ -154,11 +154,25 @@ def test_concept_recovery_finds_the_unit_that_is_the_concept():
     eye = torch.eye(6)
     sae = make_sae(torch.cat([eye, -eye]), torch.full((12,), -0.5), torch.cat([eye, -eye]), torch.zeros(6), 1.0, 4)
     first, second = concept_recovery(sae, x, labels, torch.arange(4000) % 4 == 0, eye)
-    assert first["latent"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
-    assert second["latent"]["unit"] == 6 + 3 and second["latent"]["f1"] == 1.0
+    assert first["firing"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert second["firing"]["unit"] == 6 + 3 and second["firing"]["f1"] == 1.0
     assert first["neuron"]["unit"] == 0 and first["neuron"]["f1"] > 0.95
     assert second["neuron"]["unit"] == 3 and second["pca"]["unit"] == 3
     assert THRESHOLDS == 14
+
+
+def test_a_threshold_finds_a_concept_that_weak_firing_hides():
+    """The latent fires strongly on the concept and weakly on half of everything else."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.rand(2000, 1, generator=generator) < 0.2
+    x = torch.zeros(2000, 2)
+    x[:, 0] = torch.where(labels[:, 0], 1.0, 0.15 * (torch.rand(2000, generator=generator) < 0.5))
+    sae = make_sae(torch.eye(2), torch.zeros(2), torch.eye(2), torch.zeros(2), 1.0, 1)
+    is_val = torch.arange(2000) % 4 == 0
+    (found,) = concept_recovery(sae, x, labels, is_val, torch.eye(2))
+    assert found["latent"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
+    fires, hits = (x[is_val, 0] > 0).sum(), labels[is_val].sum()
+    assert found["firing"]["f1"] == pytest.approx(float(2 * hits / (fires + hits)))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ DATA_SPLIT = "train"               # split of a hub data set; a file has none
 TEXT_FIELD = "text"                # the column that holds the text
 DATA_LIMIT: int | None = 5000      # texts; None: all
 MAX_LENGTH = 128                   # tokens of a text, special tokens included; the rest is cut
-LAYER_SIGNATURE = "resid_post:2"   # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N, mlp_out:N,
+LAYER_SIGNATURE = "resid_post:0"   # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N, mlp_out:N,
                                    # a dotted module path, or class_path_with_underscores; ?: list them
 HOOK_POINT = "output"              # input or output of the module, where the signature does not say
 BATCH_SIZE_SAVE = 16               # texts of MAX_LENGTH in one forward pass; shorter texts: more of them

@@ -1,6 +1,7 @@
 """Step 2: train a TopK sparse autoencoder on saved activations. Needs no language model.
 
     python 02_train_sae.py                       # on the run that step 1 finished last
+    python 02_train_sae.py PRESET=bielik         # the sizes of the original experiment
     python 02_train_sae.py TOP_K=16 EPOCHS=20    # any constant below, by its name
 
 Started again after an interruption, it continues from its last checkpoint.
@@ -14,11 +15,12 @@ from lib.sae import load_sae, save_sae
 from lib.store import experiment_dir, open_run, provenance, read_json, write_json
 from lib.training import TrainSettings, rows_of_run, sample_rows, score, train_sae
 
+PRESET = "tiny"                    # tiny: sizes for the embedded model; bielik: those of the original experiment
 RUN_ID: str | None = None          # None: the run that 01_save_activations.py finished last
 LAYER: str | None = None           # which of the run's hook points, by its folder's name; None: the first
-N_LATENTS_MULTIPLIER = 4           # latents per activation dimension
-TOP_K = 8                          # latents that may fire on one token
-EPOCHS = 100                       # passes over the training tokens; the best one by validation is kept
+N_LATENTS_MULTIPLIER = 8           # latents per activation dimension
+TOP_K = 4                          # latents that may fire on one token
+EPOCHS = 10                        # passes over the training tokens; the best one by validation is kept
 BATCH_SIZE_TRAIN = 1024            # tokens per step; larger is faster but learns less per token
 LR: float | None = None            # peak learning rate; None: a rule over shape and length of the run
 DEAD_AFTER_TOKENS: int | None = None  # silence after which a latent is revived; None: max(3000, 10 F / k)
@@ -29,7 +31,9 @@ PRECISION = "auto"                 # of the product that proposes candidates: au
 LOG_EVERY = 50                     # steps between two points of the training curve
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 SEED = 0                           # start of the weights and order of the tokens
-CONSTANTS = override(globals())
+
+PRESETS = {"tiny": {}, "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS": 100}}
+CONSTANTS = override(globals(), PRESETS)
 FOLDER = experiment_dir("verify_sae_training")
 
 
