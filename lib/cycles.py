@@ -139,7 +139,10 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
     start = 10 * bench.seed + sae_seed
     settings = TrainSettings(n_latents, c["TOP_K"], c["SAE_EPOCHS"], c["SAE_BATCH_SIZE"], c["SAE_LR"], seed=start)
+    threads = torch.get_num_threads()
     sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
+    # The compiled SAE step may leave torch with another number of threads, which changes the last bits of later models.
+    torch.set_num_threads(threads)
     sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": start, "hook": bench.model.target.signature}
     sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
     save_sae(sae, path, rows.shards[0][:64].float())

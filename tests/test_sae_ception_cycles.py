@@ -101,6 +101,23 @@ def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
     assert not torch.equal(states[0]["layers.0.weight"], states[2]["layers.0.weight"])
 
 
+def test_an_sae_leaves_the_number_of_threads(digits, monkeypatch):
+    """Otherwise what is trained after the first SAE of a process differs in its last bits from a resumed run."""
+    import lib.cycles
+
+    def train(*args, **options):
+        made = real(*args, **options)
+        torch.set_num_threads(before + 1)
+        return made
+
+    real, before = lib.cycles.train_sae, torch.get_num_threads()
+    monkeypatch.setattr(lib.cycles, "train_sae", train)
+    bench = Bench(digits, 0)
+    train_model(bench, "baseline", 0)
+    train_cycle_sae(bench, "baseline", 0)
+    assert torch.get_num_threads() == before
+
+
 def test_targets_are_stored_by_example_id(digits):
     bench = Bench(digits, 0)
     train_model(bench, "baseline", 0)

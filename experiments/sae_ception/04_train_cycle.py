@@ -22,7 +22,7 @@ from lib.store import experiment_dir, write_json, write_text
 
 PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
 SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
-ARMS = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents", "random_unit")  # README.md
+ARMS = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # README.md lists all
 SEEDS = (0, 1, 2)                  # each: start, order, validation cut, SAE seed; arms are paired by seed
 CYCLES = 1                         # auxiliary cycles after the baseline
 DATASET = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a hub name
@@ -36,7 +36,7 @@ TEXT_FIELD_HELD_OUT: str | None = None  # its name in the validation and test fi
 LABEL_FIELD = "mood"               # column of the class
 ATTRIBUTE_FIELD: str | None = "topic"  # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups, measure the classes too
-DATA_LIMIT: int | None = 800       # training examples; None: all
+DATA_LIMIT: int | None = 600       # training examples; None: all
 VAL_FRAC = 0.1                     # share of the training examples that validates, where there is no validation set
 MAX_LENGTH = 128                   # tokens of a text, special tokens included
 PIXEL_SCALE = 1.0                  # images: pixels are multiplied by this
