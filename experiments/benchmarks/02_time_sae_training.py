@@ -3,7 +3,8 @@
     python 02_time_sae_training.py                          # every shape; about half an hour on two cores
     python 02_time_sae_training.py SHAPES="((288, 1152, 8, 1024),)" THREADS=1
 
-A step is forward, backward and optimiser on synthetic activations, AuxK on with nothing dead. `make peers` installs the peers.
+A step is forward, backward and optimiser on synthetic activations, AuxK on with nothing dead. Time of the wall is what
+a user feels, on an idle machine; processor time also compares where other work runs. `make peers` installs the peers.
 Writes store/benchmarks/sae_training_speed.json
 """
 import statistics
@@ -42,7 +43,7 @@ def encoder_floor(n_latents: int, width: int, batch: int) -> float:
 
 
 def time_shape(shape: tuple, folder: Path) -> dict:
-    """Median seconds of a step for each trainer, all of them in turn, and of the floor."""
+    """Median seconds and processor seconds of a step for each trainer, all of them in turn, and of the floor."""
     width, n_latents, k, batch = shape
     x, _ = sparse_features(4 * batch, width, 4 * width, k, seed=0)
     rows = folder / "rows.safetensors"
@@ -51,25 +52,28 @@ def time_shape(shape: tuple, folder: Path) -> dict:
                 "threads": THREADS, "dead_after": 10_000_000}
     trainers = [Trainer(name, rows, settings) for name in TRAINERS]
     steps = {t.name: max(1, round(SECONDS / t.ask(steps=2)["seconds"] * 2)) for t in trainers}
-    seconds: dict[str, list[float]] = {t.name: [] for t in trainers}
+    turns: dict[str, list[dict[str, float]]] = {t.name: [] for t in trainers}
     floors = []
     for _ in range(ROUNDS):
         floors.append(encoder_floor(n_latents, width, batch))
         for trainer in trainers:
-            seconds[trainer.name].append(trainer.ask(steps=steps[trainer.name])["seconds"] / steps[trainer.name])
+            n = steps[trainer.name]
+            turns[trainer.name].append({unit: value / n for unit, value in trainer.ask(steps=n).items()})
     for trainer in trainers:
         trainer.close()
-    result = {name: {"median": statistics.median(times[1:]), "all": times} for name, times in seconds.items()}
-    return {"shape": shape, "floor": statistics.median(floors), "seconds_per_step": result}
+    medians = {name: {unit: statistics.median(t[unit] for t in ts[1:]) for unit in ts[0]} for name, ts in turns.items()}
+    return {"shape": shape, "floor": statistics.median(floors), "per_step": medians, "turns": turns}
 
 
 def print_shape(timed: dict) -> None:
-    batch, ours = timed["shape"][3], timed["seconds_per_step"].get("ours", {}).get("median")
+    batch, ours = timed["shape"][3], timed["per_step"].get("ours")
     print("D {}, F {}, k {}, batch {}:".format(*timed["shape"]), f"floor {batch / timed['floor']:,.0f} tokens/s")
-    for name, times in timed["seconds_per_step"].items():
-        second = times["median"]
-        against = f"{second / ours:6.1f} x ours" if ours else ""
-        print(f"  {name:20s} {batch / second:10,.0f} tokens/s  {second / timed['floor']:6.1f} x floor  {against}", flush=True)
+    for name, step in timed["per_step"].items():
+        line = f"  {name:20s} {batch / step['seconds']:10,.0f} tokens/s, {step['seconds'] / timed['floor']:6.1f} x floor"
+        line += f", {batch / step['cpu_seconds']:10,.0f} per processor second"
+        if ours:
+            line += "; ours in {:.1f} x less time, {:.1f} x less processor time".format(*(step[k] / ours[k] for k in ours))
+        print(line, flush=True)
 
 
 def main() -> None:
