@@ -5,6 +5,8 @@ Everything is read from a run in the store; only loss_recovered() needs the lang
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 
@@ -173,14 +175,16 @@ def _latent_counts(
     "latent over a share of its largest training code", numbered latent * len(shares) + share."""
     train = values * ~is_val[:, None]
     largest = torch.zeros(n_latents).scatter_reduce_(0, indices.flatten(), train.flatten(), "amax")
+    concepts = scipy.sparse.csr_matrix(labels.numpy().T, dtype=np.int32)
     for rows in (~is_val, is_val):
         fires, hits = [], []
         for share in shares:
             row, slot = ((values > share * largest[indices]) & (values > 0) & rows[:, None]).nonzero(as_tuple=True)
-            latent = indices[row, slot]
-            fires.append(torch.bincount(latent, minlength=n_latents))
-            hits.append(torch.zeros(n_latents, labels.shape[1]).index_add_(0, latent, labels[row].float()))
-        yield torch.stack(fires, 1).flatten(), torch.stack(hits, 1).flatten(0, 1).T
+            place = row.numpy(), indices[row, slot].numpy()
+            fired = scipy.sparse.csr_matrix((np.ones(len(row), np.int32), place), (len(rows), n_latents))
+            fires.append(torch.from_numpy(fired.sum(0).A1))
+            hits.append(torch.from_numpy((concepts @ fired).toarray()))
+        yield torch.stack(fires, 1).flatten(), torch.stack(hits, 2).flatten(1)
 
 
 def _threshold_counts(x: Tensor, labels: Tensor, is_val: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
@@ -213,18 +217,17 @@ def _best_units(counts: Iterable[tuple[Tensor, Tensor]], labels: Tensor, is_val:
     return found
 
 
-def label_rows(run: Run, spans: list[list[tuple[int, int, int]]], n_concepts: int) -> Tensor:
+def label_rows(run: Run, spans: Tensor, n_concepts: int) -> Tensor:
     """Which concepts each row's token belongs to, bool [n_rows, n_concepts].
 
-    spans: for each text, (char_start, char_end, concept number); a token belongs to every concept it overlaps.
+    spans: int64 [n, 4], (text_id, char_start, char_end, concept); a token belongs to every concept it overlaps.
     """
+    width = 1 << 32  # of a text in the common order of all characters
+    text_id, start, end = (run.rows[name].long() for name in ("text_id", "char_start", "char_end"))
+    first = torch.searchsorted(text_id * width + end, spans[:, 0] * width + spans[:, 1], right=True)
+    last = torch.searchsorted(text_id * width + start, spans[:, 0] * width + spans[:, 2])
     labels = torch.zeros(run.n_rows, n_concepts, dtype=torch.bool)
-    text_ids, starts, ends = (run.rows[name].long().contiguous() for name in ("text_id", "char_start", "char_end"))
-    first = torch.searchsorted(text_ids, torch.arange(len(spans) + 1)).tolist()
-    for text_id, own in enumerate(spans):
-        low, high = first[text_id], first[text_id + 1]
-        for start, end, concept in own:
-            a = int(torch.searchsorted(ends[low:high], start, right=True))
-            b = int(torch.searchsorted(starts[low:high], end))
-            labels[low + a : low + b, concept] = True
+    for offset in range(int((last - first).max()) if len(spans) else 0):
+        inside = first + offset < last
+        labels[first[inside] + offset, spans[inside, 3]] = True
     return labels

@@ -136,9 +136,9 @@ def test_clean_loss_is_the_models_own_and_independent_of_batches(model):
 
 
 def test_labels_mark_the_tokens_that_overlap_a_span(run):
-    spans = [[] for _ in run.texts]
     text = run.texts[1]["text"]
-    spans[1] = [(text.index("dog"), text.index("dog") + 3, 0), (text.index("red bird"), text.index("red bird") + 8, 1)]
+    dog, bird = text.index("dog"), text.index("red bird")
+    spans = torch.tensor([[1, dog, dog + 3, 0], [1, bird, bird + 8, 1], [2, 0, 0, 1], [5, 900, 950, 0]])
     labels = label_rows(run, spans, 2)
     assert [run.token(int(row)) for row in labels[:, 0].nonzero()] == ["dog"]
     assert [run.token(int(row)) for row in labels[:, 1].nonzero()] == ["red", "bird"]
