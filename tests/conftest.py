@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import lib.environment  # noqa: E402, F401  (the import guards come before transformers)
+import matplotlib  # noqa: E402
+import nbformat  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -88,3 +90,17 @@ def run_script(path: str, *arguments: str, store: Path, check: bool = True) -> s
     if check and done.returncode:
         raise AssertionError(done.stdout + done.stderr)
     return done
+
+
+def run_notebook(path: Path) -> dict:
+    """Execute a notebook's code cells in order in one namespace and return it; outputs must not be committed."""
+    matplotlib.use("Agg")
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    namespace: dict = {}
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, "notebooks are committed without outputs"
+            exec(compile(cell.source, f"{path.name} cell {number}", "exec"), namespace)
+    matplotlib.pyplot.close("all")
+    return namespace

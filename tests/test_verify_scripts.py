@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
-from conftest import ASSETS, PROJECT, tiny_model
-from lib.environment import run
+from conftest import ASSETS, PROJECT, run_notebook, tiny_model
+from lib.environment import InputError, run
 from lib.sae import load_sae
 from lib.store import open_run
+from lib.verification import RULES
 
 FOLDER = PROJECT / "experiments" / "verify_sae_training"
 SMALL = ["LAYER_SIGNATURE=resid_post:1", "SHARD_ROWS=100"]
@@ -177,6 +178,49 @@ def test_step_2_refuses_a_damaged_run(script, source, own_store, harm):
     shard.unlink() if harm == "missing" else shard.write_bytes(shard.read_bytes()[:-4])
     code, _, err = script("02_train_sae.py", *TRAIN)
     assert code == 2 and "shard_00001.safetensors" in err
+
+
+def test_all_five_steps_on_the_embedded_default(script, own_store):
+    assert script("01_save_activations.py", "DATA_LIMIT=150", "VAL_FRAC=0.3", "PREFLIGHT=False")[0] == 0
+    assert script("02_train_sae.py", "EPOCHS=6", "BATCH_SIZE_TRAIN=256")[0] == 0
+    names = run_notebook(FOLDER / "03_analyze_training.ipynb")
+    verdicts = {row["check"]: row["verdict"] for row in names["checks"]}
+    assert set(verdicts) == set(RULES)
+    assert all(verdicts[name] == "PASS" for name in ("loss_fell", "weights_moved", "l0_cap", "ev", "ev_pca", "ev_random", "reload"))
+    leaf = {row["concept"]: row["latent"]["f1"] for row in names["recovery"]}
+    assert leaf["negation"] > 0.5
+    run_notebook(FOLDER / "04_name_sae_concepts.ipynb")
+    run_notebook(FOLDER / "05_show_concepts.ipynb")
+    folder = own_store / "verify_sae_training"
+    top = json.loads((folder / "top_texts.json").read_text())
+    examples = [e for latent, found in top.items() if latent.isdigit() for e in found]
+    assert examples and all(e["token_str"] == e["text"][e["char_start"] : e["char_end"]] for e in examples)
+    concepts = json.loads((folder / "concepts.json").read_text())["concepts"]
+    assert concepts and all(0 <= c["score"] <= 1 for c in concepts.values() if c["score"] is not None)
+    page = (folder / "concepts.html").read_text()
+    assert "http://" not in page and "https://" not in page
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_notebooks_on_a_foreign_model(script, source, own_store, tmp_path, kind):
+    if kind == "bert":
+        for path in (tmp_path / "model").glob("model*"):
+            path.unlink()
+        tiny_model(kind).save_pretrained(tmp_path / "model")
+    assert script("01_save_activations.py", *source, *SMALL)[0] == 0
+    assert script("02_train_sae.py", *TRAIN)[0] == 0
+    names = run_notebook(FOLDER / "03_analyze_training.ipynb")
+    assert names["recovery"] == [] and ("ce_recovered" in {row["check"] for row in names["checks"]}) == (kind == "llama")
+    for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
+        run_notebook(FOLDER / name)
+
+
+def test_a_changed_model_is_refused(script, source, saved_model):
+    script("01_save_activations.py", *source, *SMALL)
+    script("02_train_sae.py", *TRAIN)
+    tiny_model("llama", seed=1).save_pretrained(saved_model[0])
+    with pytest.raises(InputError, match="have changed since its activations were saved"):
+        run_notebook(FOLDER / "03_analyze_training.ipynb")
 
 
 def test_ctrl_c_ends_with_130_and_a_word(capsys):
