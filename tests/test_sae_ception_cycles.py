@@ -167,6 +167,13 @@ def test_provenance(defaults):
         assert aux["AUX_WEIGHT"] == expected
 
 
+def test_readme_lists_every_constant_with_its_default(defaults):
+    source, readme = (SCRIPTS / "04_train_cycle.py").read_text(), (SCRIPTS / "README.md").read_text()
+    for name in defaults[0]:
+        default = next(line for line in source.splitlines() if line.startswith((f"{name} =", f"{name}:"))).split(" = ", 1)[1].split("  #")[0].strip()
+        assert f"| `{name}` | `{default.replace('|', chr(92) + '|')}` |" in readme, name
+
+
 @pytest.mark.parametrize("name,value,stage", [("LR", 0.5, "model"), ("TOP_K", 4, "sae"), ("AUX_WEIGHT", 9.0, "aux"), ("EVAL_LIMIT", 50, "eval")])
 def test_outputs_made_with_other_constants_are_refused(digits, name, value, stage):
     bench = Bench(digits, 0)
