@@ -5,9 +5,10 @@ PY = $(VENV)/bin/python
 # Absolute, because a notebook runs in its own folder.
 export STORE_DIR := $(abspath $(or $(STORE_DIR),store))
 VERIFY = experiments/verify_sae_training
+CEPTION = experiments/sae_ception
 NOTEBOOKS = 03_analyze_training 04_name_sae_concepts 05_show_concepts
 
-.PHONY: run test clean
+.PHONY: run test ception pictures peers bench clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +25,35 @@ run: $(VENV)/installed
 	@$(PY) -m lib.verification
 	@echo "pages: $(STORE_DIR)/verify_sae_training/pages/*.html and $(STORE_DIR)/verify_sae_training/concepts.html"
 
+# The second experiment on the embedded default, with its notebooks.
+ception: $(VENV)/installed
+	$(PY) $(CEPTION)/04_train_cycle.py
+	for name in 05_compare_cycles 06_interpret_features; do \
+	  $(VENV)/bin/jupyter nbconvert --log-level=ERROR --to html --execute --output-dir $(STORE_DIR)/sae_ception/pages $(CEPTION)/$$name.ipynb || exit 1; \
+	done
+	@echo "pages: $(STORE_DIR)/sae_ception/pages/*.html"
+
+# The pictures of the README, from the figures that `make run` leaves.
+pictures:
+	mkdir -p $(VERIFY)/pictures
+	for name in verification training_curves concept_recovery baselines; do cp $(STORE_DIR)/verify_sae_training/figures/$$name.png $(VERIFY)/pictures/; done
+
+# The other libraries, in an environment of their own, for the benchmarks only.
+.venv-peers/installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q torch==2.13.0 transformers==5.23.0 "numpy<2.5" datasets==5.2.0 safetensors
+	.venv-peers/bin/python -m pip install -q sae-lens==6.54.12 eai-sparsify==1.3.3 scikit-learn==1.9.1 matplotlib==3.10.9 nnsight==0.8.1 torch==2.13.0
+	.venv-peers/bin/python -m pip install -q --no-deps overcomplete==0.3.0 dictionary-learning==0.1.0
+	touch $@
+peers: .venv-peers/installed
+
+# An hour or two on two cores.
+bench: $(VENV)/installed .venv-peers/installed
+	$(PY) experiments/benchmarks/02_time_sae_training.py
+	$(PY) experiments/benchmarks/03_recover_known_features.py
+
 test: $(VENV)/installed
 	$(PY) -m pytest -q tests
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-peers

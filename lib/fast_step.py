@@ -30,6 +30,7 @@ TILE_ROWS = 512  # at least so many rows to a tile: thinner products run at half
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 WORTH = 1.3  # bfloat16 is chosen if its product is this many times faster
+SMALL = 1 << 18  # weights of an encoder whose product costs so little that nothing is measured: one seed, one result
 
 
 class Workspace:
@@ -62,6 +63,8 @@ class Workspace:
 
 def choose_precision(n_latents: int, width: int, device: torch.device, n_rows: int = 256) -> tuple[str, str]:
     """(precision, a line that says why): times the encoder product in float32 and bfloat16, and compares the results."""
+    if n_latents * width < SMALL:
+        return "float32", "encoder product in float32 (too small for the precision to matter)"
     generator = torch.Generator().manual_seed(0)
     n_latents = min(n_latents, 8192)
     x, enc = (torch.randn(n, width, generator=generator).to(device) for n in (n_rows, n_latents))

@@ -193,13 +193,15 @@ def train_sae(
     if progress_made is None:
         state = init_state(transform, settings.n_latents, settings.seed, settings.aligned)
         history = _empty_history(rate, dead_after, n_steps)
-        progress_made = {"key": key, "state": state, "history": history, "best": {}, "precision": Workspace(state, settings.precision).precision}
+        work = Workspace(state, settings.precision)
+        log.info(work.choice)
+        progress_made = {"key": key, "state": state, "history": history, "best": {}, "precision": work.precision}
         if checkpoint:  # keeps the precision, which "auto" chooses by measuring
             _save_checkpoint(checkpoint, progress_made)
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
     state |= {name: tensor.to(device) for name, tensor in state.items() if name != "step"}
     work = Workspace(state, progress_made["precision"])
-    log.info("learning rate %.1e, encoder product in %s", rate, work.precision)
+    log.info("peak learning rate %.1e, %s steps", rate, f"{n_steps:,}")
     cache: dict[str, Tensor] = {}
     saved_at = time.monotonic()
     bar = tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress)
