@@ -45,7 +45,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     name: hub name or directory. Raises InputError if it can't be reached or is no transformers model.
     """
     source = str(local_path(name) or name)
-    if source == name:
+    if local_path(name) is None:
         log.info("asking the hub for %s", name)
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -157,7 +157,7 @@ def test_moments_of_latents_that_never_fire_end_at_zero_not_at_subnormal_numbers
 
 
 def test_the_choice_of_precision_names_both_rates_and_the_error():
-    precision, line = choose_precision(64, 16, torch.device("cpu"))
+    precision, line = choose_precision(2048, 128, torch.device("cpu"))
     assert precision in ("float32", "bfloat16") and precision in line
     assert line.count("GFLOP/s") == 2 and "errs by" in line
 
@@ -168,3 +168,7 @@ def test_low_precision_product_includes_the_bias():
     low = low_precision(weight, bias)
     ones = torch.cat([x, torch.ones(4, 2)], dim=1)
     assert torch.allclose(ones @ low.float().T, x @ weight.bfloat16().float().T + bias, atol=1e-4)
+
+
+def test_a_small_sae_never_depends_on_a_measurement():
+    assert choose_precision(64, 16, torch.device("cpu"))[0] == "float32"

@@ -8,6 +8,7 @@ Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training
 """
 import time
 
+import lib.environment  # noqa: F401  (its import guard comes before overcomplete)
 import torch
 from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
