@@ -18,7 +18,7 @@ from lib.verification import RULES
 
 FOLDER = PROJECT / "experiments" / "verify_sae_training"
 SMALL = ["LAYER_SIGNATURE=resid_post:1", "SHARD_ROWS=100"]
-TRAIN = ["EPOCHS=2", "BATCH_SIZE_TRAIN=64", "TOP_K=3", "PRECISION=float32"]
+TRAIN = ["N_LATENTS_MULTIPLIER=4", "EPOCHS=2", "BATCH_SIZE_TRAIN=64", "TOP_K=3", "PRECISION=float32"]
 
 
 @pytest.fixture
