@@ -217,7 +217,7 @@ def _update(state, arrays, x, error, pairs, aux, weights, work, lr, bias_lr_rati
 
 
 def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip):
-    rows, (n_latents, width) = len(x), state["dec"].shape
+    rows, n_latents = len(x), len(state["dec"])
     wanted = candidates_wanted(k, n_latents, work)
     proposed = torch.cat([out.topk(wanted, dim=1, sorted=False).indices for _, out in scores(state, x, work)])
     pre = state["bias"][proposed] + _dots(x, state["enc"], proposed)

@@ -1,24 +1,7 @@
 """Notebooks 05 and 06, cell by cell, on small finished runs of step 4: images and texts."""
-import nbformat
 import pytest
+from conftest import run_notebook
 from test_sae_ception_cycles import SCRIPTS, defaults, digits, script, write_texts  # noqa: F401  (fixtures)
-
-
-def run_notebook(name, monkeypatch, setting):
-    """Execute the code cells in order in one namespace; returns it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    monkeypatch.setenv("SETTING", setting)
-    notebook = nbformat.read(SCRIPTS / name, as_version=4)
-    nbformat.validate(notebook)
-    namespace: dict = {}
-    for number, cell in enumerate(notebook.cells):
-        if cell.cell_type == "code":
-            assert not cell.outputs and cell.execution_count is None, "notebooks are committed without outputs"
-            exec(compile(cell.source, f"{name} cell {number}", "exec"), namespace)
-    matplotlib.pyplot.close("all")
-    return namespace
 
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
@@ -31,10 +14,11 @@ def test_notebooks_on_a_small_run(kind, tmp_path, monkeypatch, script, capfd):  
         files = [f"{name}={c[name]}" for name in ("MODEL", "DATASET", "VAL_DATASET", "TEST_DATASET")]
         script("04_train_cycle.py", *files, "TOP_K=4", "KEEP_PCT=5.0", "DATA_LIMIT=None", "BATCH_SIZE=16", "SAE_BATCH_SIZE=64", "ROBUST_LIMIT=4",
                "ABSORPTION_TOKENS=100", "METRICS=('robustness','language')", *common)  # fmt: skip
-    names = run_notebook("05_compare_cycles.ipynb", monkeypatch, "small")
+    monkeypatch.setenv("SETTING", "small")
+    names = run_notebook(SCRIPTS / "05_compare_cycles.ipynb")
     assert set(names["frame"].control) == {"lambda0", "class_mean"} and set(names["won"]) == {"base_u", "sae_features_u"}
     assert sum(names["result"][k] for k in ("kept", "moved", "died")) > 0
-    names = run_notebook("06_interpret_features.ipynb", monkeypatch, "small")
+    names = run_notebook(SCRIPTS / "06_interpret_features.ipynb")
     assert names["masks"].sum(1).tolist() == [names["keep"]] * names["task"].n_classes
     if kind == "texts":
         text = names["coloured"](0, int(names["order"][0]), 1.0)
