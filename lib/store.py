@@ -133,18 +133,6 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def require_same_constants(path: Path, constants: dict[str, Any], remedy: str) -> None:
-    """Raise InputError if the constants stored in `path` differ from the present ones; says which and how.
-
-    path: a JSON file with a key "constants". remedy: what to do about it, ends the message.
-    """
-    stored = read_json(path)["constants"]
-    present = json.loads(json.dumps(constants))
-    differing = [f"{k} was {stored.get(k)!r}, is {present.get(k)!r}" for k in sorted(stored.keys() | present.keys()) if stored.get(k) != present.get(k)]
-    if differing:
-        raise InputError(f"{path.parent.name} was made with other constants ({'; '.join(differing)}); {remedy}")
-
-
 def safe_name(name: str) -> str:
     """`name` if it is a plain file name; anything that could leave its folder is an InputError."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
