@@ -22,12 +22,13 @@ from lib.bench import Bench, Constants, finished, sae_path, stage_constants, wri
 from lib.classifier import MLP, load_trained, outputs, trained_state
 from lib.environment import InputError, log
 from lib.fine_tuning import Targets, TuneSettings, fine_tune
+from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import save_sae
 from lib.sharpening import NO_TARGET, method, n_kept, targets
 from lib.store import atomic_write, fingerprint, read_json, write_json, write_tensors
 from lib.task_evaluation import evaluate
 from lib.trackers import open_tracker
-from lib.training import TrainSettings, rows_of_run, rows_of_tensor, train_sae
+from lib.training import TrainSettings, train_sae
 
 
 def tune_settings(bench: Bench, arm: str, cycle: int, aux: Constants) -> TuneSettings:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lib.hooks import HookPoint, edit
+from lib.rows import Rows
 from lib.sae import SAE, make_sae
 from lib.sae_step import folded_weights, init_state, whitening
 from lib.store import Run
 from lib.texts import length_batches, pad, tokenise
-from lib.training import Rows, TrainSettings
+from lib.training import TrainSettings
 
 THRESHOLDS = 14  # quantiles tried for each neuron and each principal direction
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # of a latent's largest code, tried as its threshold

@@ -21,12 +21,11 @@ from tqdm.auto import tqdm
 from lib.environment import InputError, log
 from lib.fast_step import Workspace, fast_step
 from lib.metrics.reconstruction import Reconstruction
+from lib.rows import Rows, epoch_batches, sample_rows, steps_per_epoch
 from lib.sae import SAE, make_sae
 from lib.sae_step import aux_after, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
-from lib.store import Run, atomic_write, fingerprint
+from lib.store import atomic_write, fingerprint
 
-BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
-EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after each epoch
 CHECKPOINT_SECONDS = 30.0
 UNITS = {
     "loss, recon, auxk": "training space, where rows have mean squared norm 1; recon is the FVU there",
@@ -68,86 +67,6 @@ class TrainSettings:
     """Draws the start and the order of the rows."""
 
 
-@dataclass
-class Rows:
-    """Activations to train on: shards [R_i, D] in any precision, which rows are validation, and their statistics."""
-
-    shards: list[Tensor]
-    is_val: Tensor
-    """bool [sum R_i]."""
-    mean: Tensor
-    """[D], of the training rows."""
-    covariance: Tensor
-    """[D, D], of the training rows."""
-
-    @property
-    def scale(self) -> float:
-        """sqrt(mean squared norm of x - mean), the divisor of x'."""
-        return float(self.covariance.double().trace().sqrt())
-
-    @property
-    def n_train(self) -> int:
-        return int((~self.is_val).sum())
-
-
-def rows_of_run(run: Run, hook: str) -> Rows:
-    """The rows of one hook point of a run, memory-mapped."""
-    stats = run.stats(hook)
-    return Rows(run.shards(hook), run.is_val, stats["mean"], stats["covariance"])
-
-
-def rows_of_tensor(x: Tensor, is_val: Tensor) -> Rows:
-    """Rows from memory: x [N, D] raw activations, is_val bool [N]."""
-    train = x[~is_val].double()
-    mean = train.mean(0)
-    centred = train - mean
-    return Rows([x], is_val, mean.float(), (centred.T @ centred / len(train)).float())
-
-
-def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epoch: int, cache: dict[str, Tensor]) -> Iterator[Tensor]:
-    """One pass over the training rows: float32 [batch_size, D] on the transform's device, (x - mean) @ transform.
-
-    Shuffled in two levels: the order of the shards, then the rows of a buffer of at least two shards. Rows that do not
-    fill a batch go into the next buffer; those left at the end sit out this epoch. `cache` keeps the buffer of a run
-    that fits into one, so that later epochs only permute it. The same (seed, epoch) gives the same batches.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    train_parts = (~rows.is_val).split([len(shard) for shard in rows.shards])
-    mean = rows.mean.to(transform.device)
-    per_buffer = max(2 * max(map(len, rows.shards)), BUFFER_BYTES // (4 * len(mean)))
-    groups: list[list[int]] = [[]]
-    size = 0
-    for i in torch.randperm(len(rows.shards), generator=generator).tolist():
-        if groups[-1] and size + len(rows.shards[i]) > per_buffer:
-            groups.append([])
-            size = 0
-        groups[-1].append(i)
-        size += len(rows.shards[i])
-
-    def load(shards: list[int]) -> Tensor:
-        parts = [rows.shards[i][train_parts[i]].to(transform.device).float() for i in shards]
-        return (torch.cat(parts) - mean) @ transform
-
-    left_over = transform.new_empty(0, len(mean))
-    for group in groups:
-        if len(groups) == 1:
-            buffer = cache["rows"] if "rows" in cache else cache.setdefault("rows", load(sorted(group)))
-        else:
-            buffer = torch.cat([left_over, load(group)])
-        order = torch.randperm(len(buffer), generator=generator).to(buffer.device)
-        n_full = len(buffer) // batch_size * batch_size
-        if rows.n_train < batch_size:
-            n_full = len(buffer)  # too few rows for one full batch: a short one
-        for start in range(0, n_full, batch_size):
-            yield buffer[order[start : start + batch_size]]
-        left_over = buffer[order[n_full:]]
-
-
-def steps_per_epoch(n_train: int, batch_size: int) -> int:
-    """Full batches in one pass; one short batch if the rows do not fill any."""
-    return max(1, n_train // batch_size)
-
-
 def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
     """Reconstruction metrics of an SAE over raw activation batches; see lib/metrics/reconstruction.py."""
     sums = Reconstruction(sae.n_latents)
@@ -156,19 +75,6 @@ def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
         values, indices = sae.encode(x)
         sums.add(x, sae.decode(values, indices), values, indices)
     return sums.result()
-
-
-def sample_rows(rows: Rows, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
-    """Validation (or training) rows in order, float32 batches, thinned evenly to about `limit`."""
-    wanted = rows.is_val if validation else ~rows.is_val
-    every = max(1, int(wanted.sum()) // limit) if limit else 1
-    chosen = wanted.nonzero()[::every, 0]
-    keep = torch.zeros_like(wanted)
-    keep[chosen] = True
-    for shard, part in zip(rows.shards, keep.split([len(shard) for shard in rows.shards])):
-        for piece, where in zip(shard.split(8192), part.split(8192)):
-            if where.any():
-                yield piece[where].float()
 
 
 def train_sae(

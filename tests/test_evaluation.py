@@ -18,9 +18,10 @@ from lib.evaluation import (
 )
 from lib.hooks import resolve
 from lib.metrics.reconstruction import explained_variance
+from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import make_sae
 from lib.texts import split_texts
-from lib.training import TrainSettings, rows_of_run, rows_of_tensor, train_sae
+from lib.training import TrainSettings, train_sae
 from lib.verification import RULES, check, format_table
 from torch.nn.functional import normalize
 

@@ -9,9 +9,10 @@ from lib.classifier import MLP, Entries, TextClassifier, auxiliary_loss, load_tr
 from lib.environment import InputError
 from lib.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe
 from lib.labelled import Task
+from lib.rows import rows_of_tensor
 from lib.sharpening import derangement
 from lib.texts import tokenise
-from lib.training import TrainSettings, rows_of_tensor, train_sae
+from lib.training import TrainSettings, train_sae
 
 KINDS = ("llama", "gpt2", "neox", "bert")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from lib.environment import InputError
 from lib.metrics.reconstruction import explained_variance
-from lib.training import Rows, TrainSettings, epoch_batches, rows_of_tensor, sample_rows, score, train_sae
+from lib.rows import Rows, epoch_batches, rows_of_tensor, sample_rows
+from lib.training import TrainSettings, score, train_sae
 from torch.nn.functional import normalize
 
 SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5, "precision": "float32"}
@@ -47,7 +48,7 @@ def test_epochs_differ_and_seeds_repeat():
 
 
 def test_two_level_shuffle_mixes_shards_and_loses_no_row(monkeypatch):
-    monkeypatch.setattr(training, "BUFFER_BYTES", 1)  # a buffer holds just two shards
+    monkeypatch.setattr("lib.rows.BUFFER_BYTES", 1)  # a buffer holds just two shards
     number = torch.arange(3000.0)[:, None]
     rows = split_rows(Rows([number], torch.zeros(3000, dtype=torch.bool), torch.zeros(1), torch.eye(1)), 250)
     batches = [batch[:, 0].long() for batch in epoch_batches(rows, torch.eye(1), 64, 0, 0, {})]

@@ -11,9 +11,10 @@ Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and traini
 """
 from lib.constants import override
 from lib.environment import InputError, choose_device, log, log_to, run
+from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae, save_sae
 from lib.store import experiment_dir, open_run, provenance, read_json, write_json
-from lib.training import TrainSettings, rows_of_run, sample_rows, score, train_sae
+from lib.training import TrainSettings, score, train_sae
 
 PRESET = "tiny"                    # tiny: sizes for the embedded model; bielik: those of the original experiment
 RUN_ID: str | None = None          # None: the run that 01_save_activations.py finished last

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lib.constants import override
 from lib.environment import run
 from lib.metrics.reconstruction import Reconstruction
+from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae
 from lib.store import experiment_dir, open_run, read_json
-from lib.training import rows_of_run, sample_rows, score
+from lib.training import score
 
 LR = 1e-3                          # of the reference experiment
 EPOCHS: int | None = None          # None: as many as step 2 made
