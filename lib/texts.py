@@ -85,14 +85,15 @@ def tokenise(tokenizer, texts: list[str], first_id: int, max_length: int, skip_s
     real text and stays, unless it shares its id with one of them (as in GPT-2).
     """
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
-    dropped = _control_ids(tokenizer) if skip_special else set()
+    dropped = control_ids(tokenizer) if skip_special else set()
     return [
         Tokens(first_id + i, ids, offsets, [pos >= skip_first and token not in dropped for pos, token in enumerate(ids)])
         for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"]))
     ]
 
 
-def _control_ids(tokenizer) -> set[int]:
+def control_ids(tokenizer) -> set[int]:
+    """Ids of BOS, EOS, padding and other control tokens, without an unknown token of its own."""
     unknown = {tokenizer.unk_token_id} - {
         tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
     }
