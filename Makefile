@@ -8,7 +8,7 @@ VERIFY = experiments/verify_sae_training
 CEPTION = experiments/sae_ception
 NOTEBOOKS = 03_analyze_training 04_name_sae_concepts 05_show_concepts
 
-.PHONY: run test ception pictures peers bench clean
+.PHONY: run check test ception pictures peers bench clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,11 @@ peers: .venv-peers/installed
 bench: $(VENV)/installed .venv-peers/installed
 	$(PY) experiments/benchmarks/02_time_sae_training.py
 	$(PY) experiments/benchmarks/03_recover_known_features.py
+
+# Style and types: ruff and mypy, settings in pyproject.toml.
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q tests

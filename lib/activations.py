@@ -47,7 +47,7 @@ def forward(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_
     """Hidden states of each text at each hook point: result[point][text] is [T, D] of its T real tokens."""
     ids, mask = pad(batch, pad_id, side)
     device = next(model.parameters()).device
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     accepted = inspect.signature(model.forward).parameters
     if side == "left" and "position_ids" in accepted:
         # Models with learnt positions would otherwise count the padding.
@@ -168,7 +168,7 @@ def save_activations(
     write_json(folder / "meta.json", meta)
     lines = ({"text_id": i, "text": text, "split": split} for i, (text, split) in enumerate(zip(texts, splits)))
     write_text(folder / "texts.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    limits = [None] * len(points)
+    limits: list[float | None] = [None] * len(points)
     if settings.max_norm_multiple is not None:
         limits = [settings.max_norm_multiple * r["median_norm"] for r in preflight(model, tokenizer, points, texts, settings)]
     writer = _Writer(folder, points, settings)
@@ -234,7 +234,7 @@ def write_stats(run: Run, hook: str) -> None:
     n = int(train.sum())
     if n == 0:
         raise InputError("the training texts yield no token to store; raise DATA_LIMIT or lower VAL_FRAC")
-    mean = sum(x[train[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)) / n
+    mean = sum((x[train[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)), torch.zeros((), dtype=torch.float64)) / n
     covariance, norms, largest = torch.zeros(len(mean), len(mean), dtype=torch.float64), [], 0.0
     for i, x in run.batches(hook):
         x = x[train[i : i + len(x)]]

@@ -53,10 +53,11 @@ class Bench:
         self.root = experiment_dir("sae_ception") / (c["SETTING"] or c["PRESET"])
         self.is_text = c["MODEL"] != "mlp"
         self.entries: Entries | None = None
+        self.model: Any  # MLP or TextClassifier
         if self.is_text:
             self.tokenizer = load_tokenizer(c["MODEL"])
             self.task = load_task(c, seed, self.tokenizer)
-            lm = load_base(c, self.device)
+            lm: Any = load_base(c, self.device)
             if lm.config.pad_token_id is None:
                 lm.config.pad_token_id = self.tokenizer.pad_token_id
             self.model = TextClassifier(lm, self.task.n_classes, c["TARGET_LAYER"], seed, c["TRAIN_BELOW"])
@@ -65,7 +66,7 @@ class Bench:
                 lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.task = load_task(c, seed)
-            self.model = MLP(self.task.images.shape[1], self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
+            self.model = MLP(self.task.n_pixels, self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
         self.initial = trained_state(self.model)
         self.task_key = self.task.identity()
         self.model_key = fingerprint([fingerprint(p.detach().float().flatten()[:64]) for p in self.model.parameters()])

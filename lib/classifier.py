@@ -47,9 +47,9 @@ class TextClassifier(nn.Module):
     Blocks below the target layer and the embeddings are frozen and stay in eval mode, unless train_below.
     """
 
-    def __init__(self, lm: nn.Module, n_classes: int, target_layer: str, seed: int, train_below: bool = False):
+    def __init__(self, lm: Any, n_classes: int, target_layer: str, seed: int, train_below: bool = False):
         super().__init__()
-        self.lm = lm
+        self.lm: Any = lm
         path, stack = blocks(lm)
         if target_layer == "last":
             target_layer = f"resid_post:{len(stack) - 1}"
@@ -129,7 +129,7 @@ def reads_first_token(config: Any) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
-def final_norm(lm: nn.Module, stack: nn.ModuleList) -> nn.Module | None:
+def final_norm(lm: Any, stack: nn.ModuleList) -> nn.Module | None:
     """The norm after the last block: the base model's direct child that follows the list of blocks, if it is a norm."""
     children = list(lm.base_model.children())
     after = [child for child in children if "norm" in type(child).__name__.lower()]
@@ -223,8 +223,9 @@ def outputs(
     model.eval()
     device = next(model.parameters()).device
     order = torch.arange(len(ids))
-    if task.tokens is not None:  # like lengths together: less padding
+    if task.tokens:  # like lengths together: less padding
         order = torch.tensor([len(task.tokens[i].ids) for i in ids.tolist()]).argsort(stable=True)
     parts = [model(make_batch(task, part, device, entries)) for part in ids[order].split(batch_size)]
     back = order.argsort()
-    return tuple(torch.cat([part[i].float().cpu() for part in parts])[back] for i in (0, 1))
+    h, logits = (torch.cat([part[i].float().cpu() for part in parts])[back] for i in (0, 1))
+    return h, logits

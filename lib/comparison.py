@@ -110,7 +110,7 @@ def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
     needed = {n: by_seed(table, reference, n if reference == "lambda0" else 0, "task_accuracy", "val").mean() for n in accuracy}
     fit = [n for n in accuracy if accuracy[n] >= needed[n] - MAX_ACCURACY_LOSS]
     if not fit:
-        return max(accuracy, key=accuracy.get)
+        return max(accuracy, key=lambda n: accuracy[n])
     return max(fit, key=lambda n: by_seed(table, arm, n, "base_u", "val").mean())
 
 

@@ -68,8 +68,8 @@ def _codes_matrix(codes: Codes, use: np.ndarray) -> scipy.sparse.csr_matrix:
         used = torch.from_numpy(use[start : start + len(values)])
         row, slot = (values.gt(0) & used[:, None]).nonzero(as_tuple=True)
         parts.append((values[row, slot].numpy(), indices[row, slot].numpy(), number[start + row.numpy()]))
-    value, latent, row = (np.concatenate(column) for column in zip(*parts))
-    return scipy.sparse.csr_matrix((value, (latent, row)), shape=(codes.n_latents, int(use.sum())))
+    value, latent, place = (np.concatenate(column) for column in zip(*parts))
+    return scipy.sparse.csr_matrix((value, (latent, place)), shape=(codes.n_latents, int(use.sum())))
 
 
 def candidate_patterns(patterns: Patterns, strength: scipy.sparse.csr_matrix, train: np.ndarray) -> list[Rule]:
@@ -112,7 +112,8 @@ def choose_rule(patterns: Patterns, fires: np.ndarray, train: np.ndarray, candid
     fires, train: bool [N].
     """
     members = [rows[train[rows]] for rows in (patterns.find(*candidate) for candidate in candidates)]
-    covered, chosen, best = np.zeros(patterns.n, bool), [], 0.0
+    covered, best = np.zeros(patterns.n, bool), 0.0
+    chosen: Rule = []
     n_fires, hits, n_covered = int((fires & train).sum()), 0, 0
     while len(chosen) < MAX_PATTERNS:
         trials = []

@@ -9,6 +9,7 @@ one text with one latent's highest code in it, so a text comes at most once per 
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,17 +152,18 @@ def collect_firings(codes: Codes, top: int = 10) -> Firings:
 def _whole_texts(codes: Codes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The codes over 0 of whole texts at a time: text_id, latent, value, row, each [n], texts in order."""
     text_id = codes.rows["text_id"].long()
-    held = (text_id[:0], text_id[:0], torch.zeros(0), text_id[:0])
+    held = [text_id[:0], text_id[:0], torch.zeros(0), text_id[:0]]
     for start, values, indices in codes:
         row, slot = values.gt(0).nonzero(as_tuple=True)
-        fired = text_id[start + row], indices[row, slot].long(), values[row, slot], start + row
-        fired = tuple(torch.cat(column) for column in zip(held, fired))
+        new = text_id[start + row], indices[row, slot].long(), values[row, slot], start + row
+        fired = [torch.cat(column) for column in zip(held, new)]
         end = start + len(values)
         # The last text may go on in the next batch: its codes wait for it.
         cut = len(fired[0]) if end == len(text_id) else int((fired[0] != text_id[end - 1]).sum())
-        held = tuple(column[cut:] for column in fired)
+        held = [column[cut:] for column in fired]
         if cut:
-            yield tuple(column[:cut] for column in fired)
+            text, latent, value, place = (column[:cut] for column in fired)
+            yield text, latent, value, place
 
 
 def _scramble(x: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def _at_quantiles(peaks: Tensor, top_rows: Tensor) -> Tensor:
     """Rows of the drawn peaks that lie at QUANTILES, [F, 3]; -1 where the row is already an example or none is left."""
     ordered = peaks.sort(dim=1).values
     n = (peaks > 0).sum(1)
-    picks = []
+    picks: list[Tensor] = []
     for quantile in QUANTILES:
         at = (peaks.shape[1] - n + (quantile * (n - 1).clamp(min=0)).long()).clamp(max=peaks.shape[1] - 1)
         rows = _unpack(ordered.gather(1, at[:, None]))[1][:, 0]
@@ -212,7 +214,7 @@ def codes_at(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
     return found
 
 
-def promoted_tokens(sae: SAE, model: nn.Module, tokenizer, n: int = 8) -> list[list[str]]:
+def promoted_tokens(sae: SAE, model: Any, tokenizer, n: int = 8) -> list[list[str]]:
     """For each latent the n vocabulary tokens whose logit its dictionary row raises most, seen straight from the
     unembedding: through the final norm's gain, without the blocks between, about the mean over the vocabulary.
 

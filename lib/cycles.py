@@ -58,7 +58,8 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     if finished(path, key, bench.c):
         return
     aux = stage_constants(bench.c, "aux", arm) if cycle else {}
-    made, share = None, {}
+    made: Targets | None = None
+    share: dict[str, float] = {}
     if cycle and method(arm) not in NO_TARGET:
         made, share = make_targets(bench, arm, cycle - 1, aux)
     start_from(bench, arm, cycle, aux)
@@ -87,7 +88,7 @@ def start_from(bench: Bench, arm: str, cycle: int, aux: Constants) -> None:
     """Put the starting weights of a cycle into bench.model."""
     if cycle and method(arm) == "new_seed" and not bench.is_text:
         start = bench.seed + 500_000 + cycle
-        fresh = MLP(bench.task.images.shape[1], bench.task.n_classes, bench.c["TARGET_LAYER"], start)
+        fresh = MLP(bench.task.n_pixels, bench.task.n_classes, bench.c["TARGET_LAYER"], start)
         load_trained(bench.model, trained_state(fresh))
     elif cycle and aux["INIT"] == "continue":
         bench.load(arm, cycle - 1)
@@ -129,10 +130,9 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
     work = folder / f"activations_cycle_{cycle}"
     if bench.is_text and c["SAE_POSITIONS"] == "tokens":
         texts = [task.texts[i] for i in ids.tolist()]
-        settings = SaveSettings(max_length=c["MAX_LENGTH"])
         splits = ["val" if v else "train" for v in is_val.tolist()]
         meta = {"model": {"name": c["MODEL"], "key": bench.key("model", arm, cycle)}}
-        run = save_activations(work, bench.model.lm, bench.tokenizer, [bench.model.target], texts, splits, settings, meta)
+        run = save_activations(work, bench.model.lm, bench.tokenizer, [bench.model.target], texts, splits, SaveSettings(max_length=c["MAX_LENGTH"]), meta)
         rows = rows_of_run(run, run.hooks[0])
     else:
         h, _ = outputs(bench.model, task, ids, c["BATCH_SIZE"], bench.entries)

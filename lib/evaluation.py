@@ -39,7 +39,7 @@ class RowScores(NamedTuple):
 
 def row_scores(sae: SAE, run: Run, hook: str, mask: Tensor) -> RowScores:
     """Scores of the rows where `mask` (bool [n_rows]) holds, in order; streams over the shards."""
-    mean = sum(x[mask[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)) / mask.sum()
+    mean = sum((x[mask[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)), torch.zeros((), dtype=torch.float64)) / mask.sum()
     parts, fires = [], torch.zeros(sae.n_latents, dtype=torch.int64)
     for i, x in run.batches(hook):
         x = x[mask[i : i + len(x)]]
@@ -48,7 +48,8 @@ def row_scores(sae: SAE, run: Run, hook: str, mask: Tensor) -> RowScores:
         fired = (values > 0).cpu()
         parts.append((error.square().sum(1), (x.double() - mean).square().sum(1), x.norm(dim=1), fired.sum(1)))
         fires += torch.bincount(indices.cpu()[fired], minlength=sae.n_latents)
-    return RowScores(*(torch.cat(column) for column in zip(*parts)), fires)
+    sse, sst, norm, l0 = (torch.cat(column) for column in zip(*parts))
+    return RowScores(sse, sst, norm, l0, fires)
 
 
 def ev(scores: RowScores, keep: Tensor | None = None) -> float:
@@ -134,6 +135,7 @@ def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoi
     """Sum of cross-entropies over real next tokens, with change(x) [n, D] in place of the kept rows at the point."""
 
     def replace(hidden: Tensor) -> Tensor:
+        assert change is not None
         new = hidden.clone()
         new[keep] = change(hidden[keep].float()).to(hidden)
         return new
@@ -213,7 +215,8 @@ def _best_units(counts: Iterable[tuple[Tensor, Tensor]], labels: Tensor, is_val:
     found = []
     for c, unit in enumerate(best.tolist()):
         hit, fires, total = float(val_hits[c, unit]), float(val_fires[unit]), float(val_total[c])
-        scores = {"precision": hit / fires if fires else 0.0, "recall": hit / total if total else 0.0, "f1": 2 * hit / (fires + total) if fires + total else 0.0}
+        f1_here = 2 * hit / (fires + total) if fires + total else 0.0
+        scores = {"precision": hit / fires if fires else 0.0, "recall": hit / total if total else 0.0, "f1": f1_here}
         found.append((unit, scores))
     return found
 

@@ -24,7 +24,7 @@ try:
     from lib.candidates import find_candidates
     from lib.compiled import is_cached, use_threads
 except ImportError:  # numba is not installed, or has no build for this machine
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 TILE_ROWS = 512  # at least so many rows to a tile: thinner products run at half the rate
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
@@ -46,7 +46,7 @@ class Workspace:
         self.compiled = kernels is not None and device.type == "cpu" if compiled is None else compiled
         self.precision, self.choice = precision, f"encoder product in {precision}"
         if precision == "auto":
-            self.precision, self.choice = choose_precision(*state["dec"].shape, device)
+            self.precision, self.choice = choose_precision(state["dec"].shape[0], state["dec"].shape[1], device)
         self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
         self._buffers: dict[str, Tensor] = {}
         if self.compiled and not is_cached(kernels.update_latents):

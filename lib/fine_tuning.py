@@ -70,7 +70,7 @@ def epoch_batches(task: Task, ids: Tensor, batch_size: int, seed: int, epoch: in
     """The examples of one pass in batches, in an order drawn from (seed, epoch); texts of like length together."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = ids[torch.randperm(len(ids), generator=generator)]
-    if task.tokens is None:
+    if not task.tokens:
         return list(order.split(batch_size))
     batches = []
     for group in order.split(batch_size * GROUPED_BATCHES):

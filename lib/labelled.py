@@ -7,7 +7,7 @@
 The official test set is the test split where there is one; validation is cut from training by the seed.
 """
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,16 @@ class Task:
     """A label that is never trained on, int64 [N]."""
     images: Tensor | None = None
     """Pixels in 0..1 if so scaled, float32 [N, P]."""
-    texts: list[str] | None = None
-    tokens: list[Tokens] | None = None
+    texts: list[str] = field(default_factory=list)
+    """Empty for images."""
+    tokens: list[Tokens] = field(default_factory=list)
     """Of each text, special tokens included."""
     pad_id: int = 0
+
+    @property
+    def n_pixels(self) -> int:
+        """P, the pixels of an image; 0 for texts."""
+        return 0 if self.images is None else self.images.shape[1]
 
     def batch(self, ids: Tensor, side: str = "right") -> dict[str, Tensor]:
         """The examples `ids` as a model takes them: y, ids, and x [B, P] or input_ids, attention_mask [B, T]."""
@@ -158,15 +164,15 @@ def _texts(constants: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
         sources.append(("val", c["VAL_DATASET"] or c["DATASET"], c["VAL_SPLIT"] or "validation", held_out, None))
     sources.append(("test", c["TEST_DATASET"] or c["DATASET"], c["TEST_SPLIT"], held_out, None))
     texts, rows, where = [], [], []
-    for name, dataset, split, field, limit in sources:
-        documents = load_documents(dataset, split, field, limit)
-        texts += [document[field] for document in documents]
+    for name, dataset, split, column, limit in sources:
+        documents = load_documents(dataset, split, column, limit)
+        texts += [document[column] for document in documents]
         rows += documents
         where += [name] * len(documents)
     tokens = tokenise(tokenizer, texts, 0, c["MAX_LENGTH"])
     filled = [i for i, item in enumerate(tokens) if item.ids]  # a text without a token has no activation to read
     tokens = [tokens[i]._replace(text_id=new) for new, i in enumerate(filled)]
-    texts, rows, where = ([part[i] for i in filled] for part in (texts, rows, where))
+    texts, rows, where = [texts[i] for i in filled], [rows[i] for i in filled], [where[i] for i in filled]
     attribute = _labels(rows, c["ATTRIBUTE_FIELD"], where) if c["ATTRIBUTE_FIELD"] else None
     y = _labels(rows, c["LABEL_FIELD"], where)
     task = Task(y, 0, {}, attribute, texts=texts, tokens=tokens, pad_id=tokenizer.pad_token_id)
@@ -177,8 +183,8 @@ def _labels(rows: list[dict[str, Any]], field: str, where: list[str]) -> Tensor:
     """Classes 0..C-1 in the order of the sorted training labels."""
     if field not in rows[0]:
         raise InputError(f"the data set has no field {field!r}; it has {', '.join(map(str, rows[0]))}")
-    values = [row.get(field) for row in rows]
-    classes = sorted({value for value, w in zip(values, where) if w == "train"})
+    values: list[Any] = [row.get(field) for row in rows]
+    classes: list[Any] = sorted({value for value, w in zip(values, where) if w == "train"})
     number = {value: i for i, value in enumerate(classes)}
     unknown = next((value for value in values if value not in number), None)
     if unknown is not None:

@@ -85,7 +85,7 @@ def _reach(what: str, error: Exception) -> str:
     return f"{what} can't be loaded ({first[:160]}); set a local directory, or a hub name that this machine can reach"
 
 
-def model_identity(model: nn.Module, name: str) -> dict[str, Any]:
+def model_identity(model: Any, name: str) -> dict[str, Any]:
     """What tells this model from another one: name, revision, class, precision, fingerprint of its weights."""
     sample = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
     return {

@@ -81,11 +81,11 @@ def find_patterns(texts: list[str], rows: dict[str, Tensor]) -> Patterns:
         for row, kind, name in found:
             known = numbers[kind]
             pairs[kind][0].append(known.setdefault(name, len(known)))
-            pairs[kind][1].append(first + row)
+            pairs[kind][1].append(int(first) + row)
     patterns = Patterns(numbers, {}, {}, len(text_id), np.full(len(text_id), "w"))
-    for kind, (category, row) in pairs.items():
-        category, row = np.array(category), np.array(row)
-        patterns.rows[kind] = row[np.argsort(category, kind="stable")]
+    for kind, (categories, places) in pairs.items():
+        category = np.array(categories)
+        patterns.rows[kind] = np.array(places)[np.argsort(category, kind="stable")]
         patterns.starts[kind] = np.append(0, np.bincount(category, minlength=len(numbers[kind])).cumsum())
     for place in ("word start", "word middle", "word end"):
         patterns.piece[patterns.find("place", place)] = place[5]

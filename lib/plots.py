@@ -32,7 +32,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     train, val, sample = history["train"], history["val"], history["train_sample"]
     tokens = np.array(train["tokens"]) / 1e6
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 6.6), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.08)
+    figure.set_layout_engine("constrained", hspace=0.08)
     axis = axes[0, 0]
     axis.plot(tokens, train["loss"], color=BLUE)
     axis.set_yscale("log")
@@ -74,7 +74,8 @@ def firing_histogram(frequency: np.ndarray, top_k: int) -> Figure:
 def ev_profile(by_position: Sequence[tuple], by_norm: Sequence[tuple], overall: float) -> Figure:
     """EV over token position and over activation norm; each item is (lower edge, upper edge, EV, rows)."""
     figure, axes = _panels(2)
-    for axis, bins, title, name in ((axes[0], by_position, "EV by place in the text", "position (tokens)"), (axes[1], by_norm, "EV by size of the activation", "norm of x (raw units)")):
+    titles = (("EV by place in the text", "position (tokens)"), ("EV by size of the activation", "norm of x (raw units)"))
+    for axis, bins, (title, name) in zip(axes, (by_position, by_norm), titles):
         middle = [(low + high) / 2 for low, high, _, _ in bins]
         axis.plot(middle, [item[2] for item in bins], "o-", color=BLUE)
         axis.axhline(overall, color=GREY, linestyle=":", label="all held-out tokens")
@@ -114,8 +115,10 @@ def recovery_dots(table: Sequence[dict[str, Any]]) -> Figure:
     table = sorted(table, key=lambda row: row["latent"])
     figure, (axis,) = _panels(1, 7.5, 0.16 * len(table) + 1.2)
     places = np.arange(len(table))
-    kinds = (("pca", GREY, "s", "principal direction, best threshold"), ("neuron", ORANGE, "D", "neuron, best threshold"))
-    kinds += (("firing", "#a9c4e0", "o", "latent, firing at all"), ("latent", BLUE, "o", "latent, best threshold"))
+    kinds = (
+        ("pca", GREY, "s", "principal direction, best threshold"), ("neuron", ORANGE, "D", "neuron, best threshold"),
+        ("firing", "#a9c4e0", "o", "latent, firing at all"), ("latent", BLUE, "o", "latent, best threshold"),
+    )  # fmt: skip
     for key, colour, marker, name in kinds:
         axis.plot([row[key] for row in table], places, marker, color=colour, label=name, markersize=4)
     axis.set_yticks(places, [row["concept"] for row in table], fontsize=7)

@@ -89,7 +89,8 @@ class SAE:
 
 
 def make_sae(
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, mean: Tensor, scale: float, top_k: int, config: dict[str, Any] | None = None, device: torch.device | str = "cpu"
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, mean: Tensor, scale: float, top_k: int,
+    config: dict[str, Any] | None = None, device: torch.device | str = "cpu",
 ) -> SAE:
     """An SAE from its tensors; see the module for shapes. Rows of W_dec are normalised.
 

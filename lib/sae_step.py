@@ -150,7 +150,7 @@ def dense_step(
     auxk = rest.square().sum() / residual.square().sum().clamp(min=1e-30)
     (recon + aux_weight * auxk).backward()
 
-    grads = {name: leaf.grad for name, leaf in leaves.items()}
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     grad_norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip)
     with torch.no_grad():
         fired = (codes > 0).any(0)

@@ -4,10 +4,11 @@ Keys are those of the experiment's README; the definitions are in lib/metrics. N
 evaluated split: thresholds, scales and probes come from training examples.
 """
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.classifier import Entries, make_batch, outputs
 from lib.hooks import edit, resolve
@@ -19,6 +20,7 @@ from lib.metrics.reconstruction import Reconstruction, explained_variance
 from lib.metrics.robustness import active_jaccard, fgsm, pgd
 from lib.sae import SAE
 
+Model = Any  # MLP or TextClassifier of lib/classifier.py
 Scores = dict[str, float]
 GROUPS = ("probes", "clustering", "robustness", "language")
 HEADLINE = {"csi": "csi", "csi_std": "csi_std", "csi_all": "csi_all", "u": "u", "u_std": "u_std", "u_label": "u_label",
@@ -31,7 +33,7 @@ def dense_codes(sae: SAE, h: Tensor) -> Tensor:
     return torch.zeros(len(h), sae.n_latents).scatter_(1, indices.cpu(), values.cpu())
 
 
-def evaluate(model: nn.Module, sae: SAE, task: Task, split: str, c: dict[str, Any], seed: int,
+def evaluate(model: Model, sae: SAE, task: Task, split: str, c: dict[str, Any], seed: int,
              entries: Entries | None = None, groups: tuple[str, ...] = GROUPS) -> Scores:
     """Metrics of `model` and `sae` on the first c["EVAL_LIMIT"] examples of a split.
 
@@ -60,7 +62,7 @@ def evaluate(model: nn.Module, sae: SAE, task: Task, split: str, c: dict[str, An
             scores |= {f"clustering_{name}{suffix}": value for name, value in found.items()}
     if "robustness" in groups:
         scores |= robustness(model, sae, task, ids[: c["ROBUST_LIMIT"]], c, seed)
-    if "language" in groups and task.tokens is not None:
+    if "language" in groups and task.tokens:
         scores |= language_scores(model, sae, task, ids, c, seed, entries)
     return scores
 
@@ -77,7 +79,7 @@ def label_selectivity(h: Tensor, codes: Tensor, threshold: Tensor, y: Tensor, n_
 
 
 def token_rows(
-    model: nn.Module, task: Task, ids: Tensor, batch_size: int, entries: Entries | None
+    model: Model, task: Task, ids: Tensor, batch_size: int, entries: Entries | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(example id, activations [T, D] of its kept tokens at the target layer), batch by batch."""
     device = next(model.parameters()).device
@@ -88,14 +90,14 @@ def token_rows(
 
 
 def reconstruction(
-    model: nn.Module, sae: SAE, task: Task, ids: Tensor, h: Tensor, c: dict[str, Any], entries: Entries | None
+    model: Model, sae: SAE, task: Task, ids: Tensor, h: Tensor, c: dict[str, Any], entries: Entries | None
 ) -> Scores:
     """SAE quality over the positions it was trained on (all kept tokens, or pooled), and the pooled EV beside it."""
     device = sae.mean.device
     values, indices = sae.encode(h.to(device))
     pooled_ev = explained_variance(h, sae.decode(values, indices).cpu())
     sums = Reconstruction(sae.n_latents)
-    if task.tokens is not None and c["SAE_POSITIONS"] == "tokens":
+    if task.tokens and c["SAE_POSITIONS"] == "tokens":
         for part in ids.split(c["BATCH_SIZE"]):
             x = torch.cat([states for _, states in token_rows(model, task, part, c["BATCH_SIZE"], entries)])
             token_values, token_indices = sae.encode(x.to(device))
@@ -118,7 +120,7 @@ def reconstruction(
     }
 
 
-def robustness(model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any], seed: int) -> Scores:
+def robustness(model: Model, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any], seed: int) -> Scores:
     """Clean, FGSM and PGD accuracy and the overlap of active latents, per budget in c["ROBUST_EPS"].
 
     Images: L-infinity, in units of the pixel range; texts: L2 per token embedding, in units of the median norm of
@@ -137,8 +139,8 @@ def robustness(model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str,
         clean = dense_codes(sae, h.detach().cpu())
         found = {"clean": (logits.argmax(1) == y).double()}
         for eps in c["ROBUST_EPS"]:
-            for name, attack, extra in (("fgsm", fgsm, {}), ("pgd", pgd, {"generator": generator})):
-                moved = attack(lambda z: run(z)[1], x, y, eps * unit, **extra, **settings)
+            for name, attack in (("fgsm", fgsm), ("pgd", partial(pgd, generator=generator))):
+                moved = attack(lambda z: run(z)[1], x, y, eps * unit, **settings)
                 with torch.no_grad():
                     h, logits = run(moved)
                 found[f"{name}_eps{eps:g}"] = (logits.argmax(1) == y).double()
@@ -148,9 +150,9 @@ def robustness(model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str,
     return {name: total / len(ids) for name, total in sums.items()}
 
 
-def _attackable(model: nn.Module, task: Task, batch: dict[str, Tensor], ids: Tensor):
+def _attackable(model: Model, task: Task, batch: dict[str, Tensor], ids: Tensor):
     """(moved input -> h, logits; the clean input; norm, mask and bounds of the attack; its unit of length)."""
-    if task.tokens is None:
+    if task.images is not None:
         top = float(task.images.max())
         return (lambda x: model({"x": x})), batch["x"], {"norm": "linf", "bounds": (0.0, top)}, top
     embedding = model.lm.get_input_embeddings()
@@ -169,7 +171,7 @@ def _attackable(model: nn.Module, task: Task, batch: dict[str, Tensor], ids: Ten
 
 
 def language_scores(
-    model: nn.Module, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any], seed: int, entries: Entries | None
+    model: Model, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any], seed: int, entries: Entries | None
 ) -> Scores:
     """Perplexity of the fine-tuned language model (where it has a head) and first-letter absorption of the SAE."""
     scores: Scores = {}
@@ -192,7 +194,7 @@ def language_scores(
 
 
 def letter_tokens(
-    model: nn.Module, task: Task, limit: int, batch_size: int, seed: int, entries: Entries | None
+    model: Model, task: Task, limit: int, batch_size: int, seed: int, entries: Entries | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Up to `limit` validation tokens that begin with a letter: x [N, D], letter 0..25 [N], split 0, 1, 2 [N].
 

@@ -1,10 +1,11 @@
 """Saving activations: which tokens are stored, in which order, and that nothing else changes them."""
 import shutil
 
-import lib.activations as activations
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
+
+import lib.activations as activations
 from lib.activations import SaveSettings, preflight, save_activations
 from lib.environment import InputError
 from lib.hooks import resolve

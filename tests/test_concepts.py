@@ -6,6 +6,7 @@ import pytest
 import scipy.sparse
 import torch
 from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
+
 from lib.activations import SaveSettings, save_activations
 from lib.concept_files import (
     concepts_from_csv,

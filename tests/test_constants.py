@@ -1,5 +1,6 @@
 """The block of constants: types, presets, suggestions, help."""
 import pytest
+
 from lib.constants import override
 
 SOURCE = '''"""What the script does.

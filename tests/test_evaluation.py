@@ -2,6 +2,8 @@
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
+from torch.nn.functional import normalize
+
 from lib.activations import SaveSettings, save_activations
 from lib.evaluation import (
     THRESHOLDS,
@@ -23,7 +25,6 @@ from lib.sae import make_sae
 from lib.texts import split_texts
 from lib.training import TrainSettings, train_sae
 from lib.verification import RULES, check, format_table
-from torch.nn.functional import normalize
 
 SETTINGS = {"max_length": 128, "skip_special": True, "skip_first": 0}
 

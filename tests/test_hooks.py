@@ -2,6 +2,7 @@
 import pytest
 import torch
 from conftest import tiny_model
+
 from lib.environment import InputError
 from lib.hooks import capture, edit, layer_signatures, resolve
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from lib.pages import MARGIN, Piece, coloured, concept_card, example_pieces, page_concept, pieces, write_page
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\"\u2028<!--"

@@ -1,9 +1,10 @@
 """The SAE file and its codes: the same as overcomplete's, the same after reloading, refused when altered."""
 import pytest
 import torch
+from torch.nn.functional import normalize
+
 from lib.environment import InputError
 from lib.sae import load_sae, make_sae, require_trained_on, sae_hash, save_sae
-from torch.nn.functional import normalize
 
 
 def random_sae(n_inputs=12, n_latents=40, top_k=5, scale=7.0, offset=20.0, seed=0):

@@ -18,6 +18,7 @@ from lib.task_evaluation import GROUPS
 SCRIPTS = PROJECT / "experiments" / "sae_ception"
 sys.path.insert(0, str(SCRIPTS))
 from presets import PRESETS  # noqa: E402
+
 ARMS = ("lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "random_latents",
         "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast")  # fmt: skip
 

@@ -5,8 +5,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from lib.environment import InputError
-from lib.sae_step import (aux_after, bias_rate, dead_in_turn, dense_step, folded_weights, init_state, learning_rate,
-                          read_stats, schedule, whitening)
+from lib.sae_step import aux_after, bias_rate, dead_in_turn, dense_step, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
 
 
 @pytest.fixture(autouse=True)

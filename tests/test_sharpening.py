@@ -4,8 +4,19 @@ import torch
 
 from lib.environment import InputError
 from lib.sharpening import (
-    ARMS, NO_TARGET, class_masks, class_means, contrast, derangement, derangement_in_class, n_kept, per_class,
-    per_example, random_unit, sharpened_codes, targets,
+    ARMS,
+    NO_TARGET,
+    class_masks,
+    class_means,
+    contrast,
+    derangement,
+    derangement_in_class,
+    n_kept,
+    per_class,
+    per_example,
+    random_unit,
+    sharpened_codes,
+    targets,
 )
 
 # four latents; classes 0, 0, 1, 1. Latent 3 is on everywhere, so it is in every per_class mask, but in no contrast mask

@@ -1,14 +1,15 @@
 """The training loop: order of the rows, resume, history, and what a trained SAE must reach."""
 import json
 
-import lib.training as training
 import pytest
 import torch
+from torch.nn.functional import normalize
+
+import lib.training as training
 from lib.environment import InputError
 from lib.metrics.reconstruction import explained_variance
 from lib.rows import Rows, epoch_batches, rows_of_tensor, sample_rows
 from lib.training import TrainSettings, score, train_sae
-from torch.nn.functional import normalize
 
 SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5, "precision": "float32"}
 
@@ -77,7 +78,8 @@ def test_a_planted_dictionary_is_recovered():
 
 def test_better_than_the_reference_setting_on_data_off_centre():
     """Raw input, independent default encoder, plain MSE, as overcomplete's own loop trains: lower EV, more dead latents."""
-    from overcomplete.sae import TopKSAE, train_sae as overcomplete_train
+    from overcomplete.sae import TopKSAE
+    from overcomplete.sae import train_sae as overcomplete_train
     from torch.utils.data import DataLoader, TensorDataset
 
     rows, _ = make_rows(8000, offset=3.0)

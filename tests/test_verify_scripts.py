@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ASSETS, PROJECT, run_notebook, tiny_model
+
 from lib.environment import InputError, run
 from lib.sae import load_sae
 from lib.store import open_run

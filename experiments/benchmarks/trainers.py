@@ -44,7 +44,7 @@ def ours(x, s):
 
 def overcomplete(x, s):
     """Its train_sae with Adam and squared error, its defaults otherwise: no AuxK, gradient clipping at 1."""
-    import lib.environment  # noqa: F401  (keeps its vision half out)
+    import lib.environment  # noqa: F401, I001  (first: it keeps the vision half of overcomplete out)
     from overcomplete.sae import TopKSAE, train_sae
 
     torch.manual_seed(s["seed"])
@@ -146,7 +146,7 @@ def main():
     done = 0
     for line in sys.stdin:
         order = json.loads(line)
-        answer = {}
+        answer: dict = {}
         if "steps" in order:
             start, used = time.perf_counter(), time.process_time()
             for i in range(done, done + order["steps"]):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lib.constants import override
 from lib.environment import run
-from lib.store import experiment_dir, check_files, list_files, read_json, sha256, write_json, write_text
+from lib.store import check_files, experiment_dir, list_files, read_json, sha256, write_json, write_text
 
 N_STORIES = 6400            # stories in all three splits together
 VAL_FRAC = 0.08             # share of the stories in val.jsonl

@@ -71,7 +71,8 @@ def main():
     )  # fmt: skip
     save_sae(sae, sae_path, probe=next(sample_rows(rows, validation=True, limit=None)))
     write_json(history_path, {"schema_version": 1, "run_id": saved.run_id, "constants": CONSTANTS, **history, "final": final})
-    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"], final["dead_pct"], f"{final['n_rows']:,}")
+    dead, n_rows = final["dead_pct"], f"{final['n_rows']:,}"
+    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"], dead, n_rows)
     log.info("%s and %s", sae_path, history_path)
 
 

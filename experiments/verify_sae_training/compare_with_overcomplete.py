@@ -8,11 +8,11 @@ Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training
 """
 import time
 
-import lib.environment  # noqa: F401  (its import guard comes before overcomplete)
 import torch
 from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
 
+import lib.environment  # noqa: F401  (its import guard comes before overcomplete)
 from lib.constants import override
 from lib.environment import run
 from lib.metrics.reconstruction import Reconstruction
@@ -58,7 +58,8 @@ def main():
     theirs = train_theirs(train, settings)
     print(f"overcomplete's loop took {time.perf_counter() - start:.0f} s")
     table = {"this project": score(sae, sample_rows(rows, validation=True, limit=None)), "overcomplete": score_theirs(theirs, val, sae.top_k)}
-    print(f"{saved.meta['model']['name']}, {sae.config['hook']}: {sae.n_latents} latents, k={sae.top_k}, {len(train):,} tokens x {EPOCHS or settings['epochs']}")
+    print(f"{saved.meta['model']['name']}, {sae.config['hook']}: {sae.n_latents} latents, "
+          f"k={sae.top_k}, {len(train):,} tokens x {EPOCHS or settings['epochs']}")
     for name, result in table.items():
         print(f"{name:<14} EV {result['ev']:.4f}  dead {result['dead_pct']:5.1f} %  L0 {result['l0_mean']:.2f}  on {result['n_rows']:,} held-out tokens")
 
