@@ -8,7 +8,7 @@ VERIFY = experiments/verify_sae_training
 CEPTION = experiments/sae_ception
 NOTEBOOKS = 03_analyze_training 04_name_sae_concepts 05_show_concepts
 
-.PHONY: run check test ception pictures peers bench clean
+.PHONY: run check test ception pictures peers serving bench clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,12 @@ pictures:
 	touch $@
 peers: .venv-peers/installed
 
+# What `transformers serve` needs beside the project: a chat model of your own for naming, and one test.
+.venv-serve/installed: $(VENV)/installed
+	$(PY) -m pip install -q --target .venv-serve fastapi==0.165.0 uvicorn==0.54.0 openai==3.52.0 rich==15.0.0
+	touch $@
+serving: .venv-serve/installed
+
 # An hour or two on two cores.
 bench: $(VENV)/installed .venv-peers/installed
 	$(PY) experiments/benchmarks/02_time_sae_training.py
@@ -61,4 +67,4 @@ test: $(VENV)/installed
 	$(PY) -m pytest -q tests
 
 clean:
-	rm -rf $(VENV) .venv-peers
+	rm -rf $(VENV) .venv-peers .venv-serve

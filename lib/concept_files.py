@@ -86,14 +86,16 @@ def read_top_texts(path: Path) -> tuple[dict[str, Any], Examples, Examples]:
 def write_concepts(path: Path, header: dict[str, Any], named: Concepts) -> Concepts:
     """Write concepts.json and return what it now holds. header: sae_hash, run_id, model_id, hook, n_latents.
 
-    Entries with source "human" in the file that is there are kept. If that file is about another SAE, it is moved
+    Entries with source "human" in the file that is there are kept, unless `named` has a person's own for the same
+    latent. If that file is about another SAE, it is moved
     aside to concepts_<its sae_hash>.json, so that nothing a person wrote is lost.
     """
     kept: Concepts = {}
     if path.exists():
         old = read_concepts(path)
         if old["sae_hash"] == header["sae_hash"]:
-            kept = {latent: entry for latent, entry in old["concepts"].items() if entry["source"] == "human"}
+            newer = {latent for latent, entry in named.items() if entry["source"] == "human"}
+            kept = {i: entry for i, entry in old["concepts"].items() if entry["source"] == "human" and i not in newer}
         else:
             aside = path.with_name(f"{path.stem}_{old['sae_hash']}.json")
             os.replace(path, aside)
@@ -132,7 +134,7 @@ def read_concepts(path: Path, sae_hash: str | None = None, dead: Iterable[int] =
     return content | {"concepts": concepts}
 
 
-CSV_COLUMNS = ("latent", "name", "description", "notes", "edited_by", "source", "score")
+CSV_COLUMNS = ("latent", "name", "description", "notes", "edited_by", "source", "backend", "model", "judge", "score")
 
 
 def concepts_to_csv(concepts: Concepts, path: Path) -> None:

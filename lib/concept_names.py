@@ -5,6 +5,7 @@ found on the tokens of the training texts and scored on those of the held-out te
 
     named = name_latents(codes, is_val, latents)     # latent -> an entry of concepts.json
 """
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from lib.concepts import Codes
 from lib.patterns import EDGE, KINDS, PLACES, Patterns, find_patterns
 
 SCORE_KIND = "balanced accuracy of the rule on held-out tokens; 0.5 is chance"
+WORDS_KIND = "balanced accuracy on held-out tokens of firing on the name's own words; 0.5 is chance"
 MAX_ROWS = 1_000_000  # tokens that names are made from; of a larger corpus, every n-th text
 CANDIDATES = 16  # patterns of each kind that are considered for a latent
 PRIOR = 1.0  # weight of the corpus as a prior, in firings of the latent
@@ -42,26 +44,52 @@ def name_latents(
 
     is_val: bool [N], the row belongs to a held-out text. Returns latent -> an entry of concepts.json. Deterministic.
     """
-    use, step = np.ones(len(codes), bool), -(-len(codes) // MAX_ROWS)
-    if step > 1:
-        use = codes.rows["text_id"].numpy() % step == 0
-    patterns = find_patterns(codes.texts, {name: column[use] for name, column in codes.rows.items()})
-    held_out, strength = is_val.numpy()[use], _codes_matrix(codes, use)
+    patterns, held_out, strength = _used(codes, is_val)
     candidates = candidate_patterns(patterns, strength, ~held_out)
     token_of, tokens = patterns.column("token"), list(patterns.names["token"])
     entries = {}
     for latent in tqdm(latents, desc="naming", unit="latent", disable=not progress):
-        code = np.zeros(patterns.n, np.float32)
-        span = slice(*strength.indptr[latent : latent + 2])
-        code[strength.indices[span]] = strength.data[span]
+        code = _code(strength, latent)
         if (code[~held_out] > 0).any():
             common = tokens[np.bincount(token_of[(code > 0) & ~held_out]).argmax()]
             entries[latent] = _entry(patterns, code, held_out, candidates[latent], [("token", common)])
     return entries
 
 
-def _codes_matrix(codes: Codes, use: np.ndarray) -> scipy.sparse.csr_matrix:
-    """The codes as a sparse matrix latents x used rows."""
+def score_words(codes: Codes, is_val: Tensor, names: dict[int, str]) -> dict[int, dict[str, Any]]:
+    """Scores of names that have no rule, such as a person's: the rule is to fire on the name's own words.
+
+    It is a floor: a name that says more than words ("verbs of eating") can be better than its words show.
+    """
+    patterns, held_out, strength = _used(codes, is_val)
+    scored = {}
+    for latent, name in names.items():
+        words = dict.fromkeys(re.findall(r"[^\W_]+(?:['’][^\W_]+)*", name.lower()))
+        rule = [("word", word) for word in words if word not in ("and", "or") or len(words) == 1]
+        scores = score_rule(predict(patterns, rule)[held_out], _code(strength, latent)[held_out] > 0)
+        scored[latent] = {"score": scores.pop("balanced_accuracy"), "score_kind": WORDS_KIND, "judge": "words", **scores}
+    return scored
+
+
+def _used(codes: Codes, is_val: Tensor) -> tuple[Patterns, np.ndarray, scipy.sparse.csr_matrix]:
+    """Patterns, held out or not, and codes of the rows that names are made from, at most about MAX_ROWS."""
+    use, step = np.ones(len(codes), bool), -(-len(codes) // MAX_ROWS)
+    if step > 1:
+        use = codes.rows["text_id"].numpy() % step == 0
+    patterns = find_patterns(codes.texts, {name: column[use] for name, column in codes.rows.items()})
+    return patterns, is_val.numpy()[use], codes_matrix(codes, use)
+
+
+def _code(strength: scipy.sparse.csr_matrix, latent: int) -> np.ndarray:
+    """One latent's codes over all rows, float32 [N]."""
+    code = np.zeros(strength.shape[1], np.float32)
+    span = slice(*strength.indptr[latent : latent + 2])
+    code[strength.indices[span]] = strength.data[span]
+    return code
+
+
+def codes_matrix(codes: Codes, use: np.ndarray) -> scipy.sparse.csr_matrix:
+    """The codes over 0 as a sparse matrix, latents x used rows. use: bool [N]."""
     number = np.cumsum(use) - 1
     parts = []
     for start, values, indices in codes:
@@ -165,10 +193,11 @@ def _entry(
     rule = [pattern for _, pattern in sorted(zip(mass, chosen), key=lambda item: -item[0])] or common
     words = [describe(patterns, kind, name, fires) for kind, name in rule]
     scores = score_rule(predict(patterns, rule)[held_out], fires[held_out])
+    name = _name([kind for kind, _ in rule], words)
     return {
-        "name": _name([kind for kind, _ in rule], words),
+        "name": name, "scored_name": name,
         "description": "Fires on " + "; ".join(words),
-        "score": scores.pop("balanced_accuracy"), "score_kind": SCORE_KIND, **scores,
+        "score": scores.pop("balanced_accuracy"), "score_kind": SCORE_KIND, "judge": "rule", **scores,
         "baseline": score_rule(predict(patterns, common)[held_out], fires[held_out])["balanced_accuracy"],
         "rule": [list(pattern) for pattern in rule],
         "backend": "offline", "model": None, "prompt_hash": None, "n_examples": int((fires & ~held_out).sum()),

@@ -1,0 +1,203 @@
+"""Names of latents by a chat model, and what those names are worth.
+
+    chat = open_chat("openai")                                # lib/language_models.py
+    contexts = Contexts(codes, is_val)
+    print(cost_estimate(chat, contexts, latents, cache))
+    named = name_with(chat, contexts, latents, cache)         # latent -> an entry of concepts.json
+
+The model sees contexts from training texts, strong and weak ones and some where the latent is silent, and answers with
+a name and a description. Then it is its own judge: shown the name and held-out contexts, half of them silent, it says
+in which the latent fires (the detection score of Bills et al. 2023 and Paulo et al. 2024, one token a context). The
+contexts are drawn evenly from all held-out tokens, so the score estimates what the rule of an offline name is scored
+by on all of them: the two can be compared, though one latent's estimate from 20 contexts is off by about 0.1.
+"""
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib.concept_files import Concepts
+from lib.concept_names import codes_matrix, score_rule, score_words
+from lib.concepts import Codes
+from lib.language_models import ANSWER_TOKENS, CHARS_PER_TOKEN, Chat, ask_json, question_key
+
+N_FIRING, N_SILENT = 10, 6  # contexts from which a name is made
+N_JUDGED = 10  # held-out contexts that fire, and as many silent ones, by which it is scored
+WINDOW = (16, 6)  # tokens before and after the marked one
+STALE = ("rule", "confidence")  # said of the name that was there before a person's
+MAX_NAME, MAX_DESCRIPTION = 80, 400  # characters
+NAME = """A unit inside a language model fires on some tokens of a text and is silent on the others.
+In each line one token is marked <<like this>>. The unit has read the text up to that token only.
+
+It fires on these marked tokens (strength from 1 to 10 in brackets):
+{firing}
+
+It is silent on these:
+{silent}
+
+What do the marked tokens of the first list have in common that those of the second lack? It may be the token, a kind
+of word, or what came before it. Answer with one JSON object and nothing else:
+{{"name": "at most six words", "description": "one sentence", "confidence": 0.0 to 1.0}}"""
+JUDGE = """A unit inside a language model fires on some tokens of a text and is silent on the others.
+It is said to fire on: {name}. {description}
+
+In each line one token is marked <<like this>>. On which of these marked tokens does it fire?
+{contexts}
+
+Answer with one JSON object and nothing else, the numbers of those lines: {{"fires": [...]}}"""
+
+
+class Contexts:
+    """Tokens of each latent in their surroundings, drawn for prompts; the same latent gets the same ones."""
+
+    def __init__(self, codes: Codes, is_val: Tensor):
+        self.codes = codes
+        self.is_val = is_val.numpy()
+        self.strength = codes_matrix(codes, np.ones(len(codes), bool))
+        self.text_id = codes.rows["text_id"].numpy()
+
+    def firing(self, latent: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and codes where the latent fires, on training or on held-out texts, in order of rows."""
+        span = slice(*self.strength.indptr[latent : latent + 2])
+        rows, values = self.strength.indices[span], self.strength.data[span]
+        order = np.argsort(rows)
+        rows, values = rows[order], values[order]
+        chosen = self.is_val[rows] == held_out
+        return rows[chosen], values[chosen]
+
+    def silent(self, latent: int, held_out: bool, n: int) -> np.ndarray:
+        """n rows where the latent does not fire (fewer if there are not so many), drawn evenly."""
+        open_rows = self.is_val == held_out
+        open_rows[self.firing(latent, held_out)[0]] = False
+        pool = np.flatnonzero(open_rows)
+        return np.random.default_rng([latent, held_out]).choice(pool, min(n, len(pool)), replace=False)
+
+    def for_name(self, latent: int) -> str | None:
+        """The question for the latent's name; None if it fires on no training text."""
+        rows, values = self.firing(latent, held_out=False)
+        if not len(rows):
+            return None
+        # Squared steps down the codes: most of the contexts are strong ones, the last is the weakest.
+        ranks = np.unique(np.round((len(rows) - 1) * np.linspace(0, 1, N_FIRING) ** 2).astype(int))
+        chosen = np.argsort(-values, kind="stable")[ranks]
+        strengths = np.ceil(10 * values[chosen] / values.max()).astype(int)
+        firing = [f"[{strength}] {self.context(row)}" for strength, row in zip(strengths, rows[chosen])]
+        silent = [self.context(row) for row in self.silent(latent, False, N_SILENT)]
+        return NAME.format(firing="\n".join(firing), silent="\n".join(silent))
+
+    def for_judge(self, latent: int) -> tuple[list[int], np.ndarray]:
+        """Held-out rows in the order in which they are shown, and which of them fire: bool [n]."""
+        rows, _ = self.firing(latent, held_out=True)
+        draw = np.random.default_rng([latent, 2])
+        fires = draw.permutation(rows)[:N_JUDGED]
+        shown = np.concatenate([fires, self.silent(latent, True, len(fires))])
+        order = draw.permutation(len(shown))
+        return shown[order].tolist(), (order < len(fires))
+
+    def context(self, row: int) -> str:
+        """The token of a row, marked, with its neighbours, on one line."""
+        columns, text = self.codes.rows, self.codes.texts[self.text_id[row]]
+        near = range(max(0, row - WINDOW[0]), min(len(self.codes), row + WINDOW[1] + 1))
+        inside = [r for r in near if self.text_id[r] == self.text_id[row]]
+        start, end = int(columns["char_start"][row]), int(columns["char_end"][row])
+        left = text[int(columns["char_start"][inside[0]]) : start]
+        right = text[end : int(columns["char_end"][inside[-1]])]
+        return " ".join(f"{left}<<{text[start:end]}>>{right}".split())
+
+
+def name_with(
+    chat: Chat, contexts: Contexts, latents: Iterable[int], cache: Path, progress: bool = True
+) -> Concepts:
+    """Ask for the name of each latent and score it; latent -> an entry of concepts.json.
+
+    A latent for which no valid answer came is left out. Started again, it takes from `cache` what was answered before.
+    """
+    named: Concepts = {}
+    for latent in tqdm(list(latents), desc=f"naming by {chat.model}", unit="latent", disable=not progress):
+        question = contexts.for_name(latent)
+        answer = ask_json(chat, question, check_name, cache) if question else None
+        if question is None or answer is None:
+            continue
+        named[latent] = answer | judge(chat, contexts, latent, answer["name"], answer["description"], cache) | {
+            "backend": chat.backend, "model": chat.model, "prompt_hash": question_key(chat, question),
+            "n_examples": len(contexts.firing(latent, held_out=False)[0]), "source": "llm", "edited_by": None, "notes": "",
+        }  # fmt: skip
+    return named
+
+
+def score_people(
+    concepts: Concepts, codes: Codes, is_val: Tensor, chat: Chat | None, contexts: Contexts | None, cache: Path
+) -> Concepts:
+    """The names that people gave and that have no score yet, scored: by the chat model, or without one by their words.
+
+    Returns those entries only; everything that a person wrote in them stays as it is.
+    """
+    new = {i: e for i, e in concepts.items() if e["source"] == "human" and e.get("scored_name") != e["name"]}
+    if chat is None or contexts is None:
+        scores = score_words(codes, is_val, {i: entry["name"] for i, entry in new.items()}) if new else {}
+    else:
+        scores = {i: judge(chat, contexts, i, e["name"], e.get("description") or "", cache) for i, e in new.items()}
+    return {i: {k: v for k, v in e.items() if k not in STALE} | {"scored_name": e["name"]} | scores[i] for i, e in new.items()}
+
+
+def judge(chat: Chat, contexts: Contexts, latent: int, name: str, description: str, cache: Path) -> dict[str, Any]:
+    """Detection score of a name, whoever gave it: score (None without held-out firings or a valid verdict), score_kind,
+    precision, recall and F1 on contexts half of which fire, judge."""
+    rows, fires = contexts.for_judge(latent)
+    kind = f"balanced accuracy of the model's verdicts on {len(rows)} held-out tokens, half of them silent; 0.5 is chance"
+    scores: dict[str, Any] = {"balanced_accuracy": None, "precision": None, "recall": None, "f1": None}
+    if rows:
+        question = _judge_question(contexts, rows, name, description)
+        verdict = ask_json(chat, question, check_verdict(len(rows)), cache)
+        if verdict is not None:
+            says = np.isin(np.arange(1, len(rows) + 1), verdict["fires"])
+            scores = score_rule(says, fires)
+    scored = {"scored_name": name, "score": scores.pop("balanced_accuracy"), "score_kind": kind}
+    return scored | {"judge": chat.model, **scores}
+
+
+def _judge_question(contexts: Contexts, rows: list[int], name: str, description: str) -> str:
+    lines = "\n".join(f"{number}. {contexts.context(row)}" for number, row in enumerate(rows, 1))
+    return JUDGE.format(name=name, description=description, contexts=lines)
+
+
+def check_name(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer's name, description and confidence (None if it gives none); ValueError says what is wrong."""
+    name, description, confidence = (answer.get(key) for key in ("name", "description", "confidence"))
+    for key, value, limit in (("name", name, MAX_NAME), ("description", description, MAX_DESCRIPTION)):
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f'"{key}" must be a text')
+        if len(value) > limit:
+            raise ValueError(f'"{key}" has {len(value)} characters, at most {limit} are allowed')
+    number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
+    if confidence is not None and not (number and 0 <= confidence <= 1):
+        raise ValueError('"confidence" must be a number from 0 to 1')
+    return {"name": " ".join(name.split()), "description": " ".join(description.split()), "confidence": confidence}
+
+
+def check_verdict(n: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A check that "fires" is a list of line numbers from 1 to n."""
+
+    def check(answer: dict[str, Any]) -> dict[str, Any]:
+        fires = answer.get("fires")
+        if not isinstance(fires, list) or not all(type(i) is int and 1 <= i <= n for i in fires):
+            raise ValueError(f'"fires" must be a list of line numbers from 1 to {n}')
+        return {"fires": sorted(set(fires))}
+
+    return check
+
+
+def cost_estimate(chat: Chat, contexts: Contexts, latents: Iterable[int], cache: Path) -> str:
+    """One line for people: what naming these latents will take at most, by the length of the questions."""
+    latents, calls, characters = list(latents), 0, 0
+    for latent in latents:
+        question = contexts.for_name(latent)
+        if question and not (cache / f"{question_key(chat, question)}.json").exists():
+            rows, _ = contexts.for_judge(latent)
+            calls += 1 + bool(rows)
+            characters += len(question) + (len(_judge_question(contexts, rows, "", "")) if rows else 0)
+    tokens = f"{characters // CHARS_PER_TOKEN:,} tokens to read, at most {calls * ANSWER_TOKENS:,} to write"
+    return f"{chat.model}: {len(latents)} names, {calls} questions that are not in the cache: about {tokens} (bad answers cost more)"
