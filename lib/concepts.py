@@ -212,30 +212,3 @@ def codes_at(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
         local = rows[here] - start
         found[here] = (values[local] * (indices[local] == latents[here, None])).sum(1)
     return found
-
-
-def promoted_tokens(sae: SAE, model: Any, tokenizer, n: int = 8) -> list[list[str]]:
-    """For each latent the n vocabulary tokens whose logit its dictionary row raises most, seen straight from the
-    unembedding: through the final norm's gain, without the blocks between, about the mean over the vocabulary.
-
-    Empty lists where the model has no unembedding or its width is not that of the hook point.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or head.weight.shape[1] != len(sae.mean):
-        return [[] for _ in range(sae.n_latents)]
-    inner = getattr(model, model.base_model_prefix, model)
-    norms = (getattr(inner, name, None) for name in ("norm", "ln_f", "final_layer_norm"))
-    norm = next((found for found in norms if found is not None), None)
-    unembedding = head.weight.detach().float()
-    if norm is not None and getattr(norm, "weight", None) is not None:
-        unembedding = unembedding * norm.weight.detach().float()
-    unembedding = unembedding - unembedding.mean(0)
-    ids = [(rows.to(unembedding) @ unembedding.T).topk(n, dim=1).indices for rows in sae.W_dec.split(256)]
-    return [[_token_text(tokenizer, token) for token in row] for row in torch.cat(ids).tolist()]
-
-
-def _token_text(tokenizer, token_id: int) -> str:
-    piece = tokenizer.convert_ids_to_tokens(token_id)
-    if piece is None:
-        return f"[{token_id}]"  # the unembedding may have more rows than the tokenizer has tokens
-    return " " + piece[1:] if piece.startswith("▁") else tokenizer.convert_tokens_to_string([piece])

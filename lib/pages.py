@@ -108,19 +108,19 @@ def concept_card(latent: int, entry: Concept | None, examples: Sequence[Example]
 
 def page_concept(
     latent: int, entry: Concept | None, stats: dict[str, float], examples: Sequence[Example], middle: Sequence[Example],
-    promotes: Sequence[str] = (), near: Sequence[tuple[int, float]] = (),
+    promotes: Sequence[str] = (), near: Sequence[tuple[int, float]] = (), effect: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The data of one concept on the page.
 
     stats: fires, max, mean_active, p99, and frequency (share of tokens). promotes: tokens that the latent's direction
-    makes more likely. near: (latent, cosine) of the dictionary rows closest to its own.
+    makes more likely. near: (latent, cosine) of the dictionary rows closest to its own. effect: of lib.effects.next_token_effects.
     """
     entry = entry or {"name": "", "description": "", "source": "none"}
     keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source")
     return {
         "latent": latent, **{key: entry.get(key) for key in keys}, **{key: _short(value) for key, value in stats.items()},
         "top": [_packed(example) for example in examples], "middle": [_packed(example) for example in middle],
-        "promotes": list(promotes), "near": [[other, _short(cosine)] for other, cosine in near],
+        "promotes": list(promotes), "near": [[other, _short(cosine)] for other, cosine in near], "effect": effect,
     }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from lib.concept_files import (
     write_top_texts,
 )
 from lib.concept_names import candidate_patterns, name_latents, predict, score_rule
-from lib.concepts import Codes, codes_at, collect_firings, encode_run, live_codes, promoted_tokens
+from lib.concepts import Codes, codes_at, collect_firings, encode_run, live_codes
+from lib.effects import promoted_tokens
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.models import load_tokenizer

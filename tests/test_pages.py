@@ -77,7 +77,8 @@ def test_a_card_shows_name_score_and_texts():
 @pytest.fixture
 def page(tmp_path):
     entry = {"name": EVIL, "description": EVIL, "notes": EVIL, "score": 0.9, "precision": 0.5, "source": "human"}
-    shown = page_concept(3, entry, STATS, [example("x" + EVIL, 0, 1)], [], promotes=[EVIL], near=[(4, 0.51234)])
+    effect = {"n_tokens": 2, "ablated": {"kl": 0.5, "raised": [[EVIL, 1.5]], "lowered": []}, "added": {"kl": 0.1, "raised": [], "lowered": [[EVIL, -1.0]]}}
+    shown = page_concept(3, entry, STATS, [example("x" + EVIL, 0, 1)], [], promotes=[EVIL], near=[(4, 0.51234)], effect=effect)
     bare = page_concept(4, None, STATS, [], [])
     write_page(tmp_path / "concepts.html", EVIL, [EVIL], [shown, bare])
     return (tmp_path / "concepts.html").read_text()
@@ -88,11 +89,11 @@ def test_hostile_texts_stay_texts(page):
     assert "<img" not in page and "alert(1)</" not in page
     data = data_of(page)
     concept = data["concepts"][0]
-    assert concept["name"] == concept["description"] == concept["notes"] == data["facts"][0] == concept["promotes"][0] == EVIL
+    assert concept["name"] == concept["description"] == concept["notes"] == data["facts"][0] == concept["promotes"][0] == concept["effect"]["ablated"]["raised"][0][0] == EVIL
     (score, peak, rest), = concept["top"]
     assert (score, peak) == (2.0, ["x", 2.0, 1]) and rest.endswith(" …") and EVIL.startswith(rest[:-2])
     assert concept["near"] == [[4, 0.5123]] and concept["precision"] == 0.5
-    assert data["concepts"][1]["top"] == [] and data["concepts"][1]["score"] is None
+    assert data["concepts"][1]["effect"] is None and data["concepts"][1]["top"] == [] and data["concepts"][1]["score"] is None
 
 
 def test_the_page_asks_nothing_of_the_network(page):
