@@ -9,7 +9,8 @@ import transformers
 from torch import nn
 
 from lib.environment import PROJECT, InputError, log
-from lib.store import fingerprint
+from lib.hooks import HookPoint
+from lib.store import Run, fingerprint
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -103,3 +104,15 @@ def require_same_model(model: nn.Module, saved: dict[str, Any]) -> None:
     present = model_identity(model, saved["name"])
     if present["dtype"] == saved["dtype"] and present["fingerprint"] != saved["fingerprint"]:
         raise InputError(f"the weights of {saved['name']} have changed since its activations were saved; run step 1 again")
+
+
+def model_of_run(run: Run, hook: str, device: torch.device) -> tuple[nn.Module, Any, HookPoint]:
+    """The model and tokenizer that a run was saved from, and its hook point of that name.
+
+    Raises InputError if they can't be reached or the weights have changed since.
+    """
+    name, constants = run.meta["model"]["name"], run.meta["constants"]
+    model = load_model(name, device, choose_dtype(constants["MODEL_DTYPE"], device), constants["TRUST_REMOTE_CODE"])
+    require_same_model(model, run.meta["model"])
+    point = next(HookPoint(**saved) for saved in run.meta["hooks"] if saved["signature"] == hook)
+    return model, load_tokenizer(name, constants["TRUST_REMOTE_CODE"]), point

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.environment import InputError
-from lib.hooks import HookPoint, edit
+from lib.hooks import HookPoint, capture, edit
 from lib.sae import SAE
 from lib.texts import control_ids
 
@@ -146,6 +146,8 @@ class Continuation(NamedTuple):
     """exp of the mean cross-entropy of the continuation under the unsteered model, [B]."""
     ids: Tensor
     """int64 [B, T], prompts padded on the left."""
+    mask: Tensor
+    """int64 [B, T], 0 for padding and for what follows the end of a text."""
     written: Tensor
     """bool [B, T]: the token belongs to the continuation and not to what follows its end."""
 
@@ -175,7 +177,7 @@ def continue_texts(
     written = torch.cat([torch.zeros_like(mask, dtype=torch.bool), ended.cumsum(1) - ended.long() == 0], 1)
     full = torch.cat([mask, written[:, ids.shape[1] :].to(mask)], 1)
     texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(whole, full)]
-    return Continuation(texts, perplexities(model, whole, full, written), whole, written)
+    return Continuation(texts, perplexities(model, whole, full, written), whole, full, written)
 
 
 def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -200,3 +202,36 @@ def perplexities(model: nn.Module, ids: Tensor, mask: Tensor, judged: Tensor) ->
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
     keep = judged[:, 1:].to(losses)
     return ((losses * keep).sum(1) / keep.sum(1).clamp(min=1)).exp().cpu()
+
+
+def sweep(
+    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor, strengths: Sequence[float],
+    prompts: Sequence[str], n_tokens: int, skip_ids: Collection[int] = (), temperature: float = 0.0, seed: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Continuations of the prompts at several strengths, what they gained and what they cost.
+
+    Each strength takes the place of that of every edit. One dict a strength: "texts"; "fires", the share of written
+    tokens on which one of the edited latents fires when the unsteered model reads the text; "perplexity", of the
+    written tokens under the unsteered model, median over the prompts; "repeated", the share of written three-token
+    sequences that were written before in the same text.
+    """
+    latents = torch.tensor([e.latent for e in edits], device=sae.mean.device)
+    found = []
+    for strength in strengths:
+        steering = steer(model, point, sae, [e._replace(strength=strength) for e in edits], maxima, skip_ids=skip_ids)
+        done = continue_texts(model, tokenizer, prompts, n_tokens, steering, temperature, seed)
+        with torch.no_grad(), capture(model, [point]) as seen:
+            model(input_ids=done.ids, attention_mask=done.mask, position_ids=(done.mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
+        values, indices = sae.encode(seen[point.signature][done.written].float())
+        fires = (torch.isin(indices, latents) & (values > 0)).any(1)
+        repeated = [_repeated(ids[keep].tolist()) for ids, keep in zip(done.ids, done.written)]
+        found.append({
+            "strength": strength, "fires": float(fires.float().mean()), "perplexity": float(done.perplexity.median()),
+            "repeated": sum(repeated) / len(repeated), "texts": done.texts,
+        })  # fmt: skip
+    return found
+
+
+def _repeated(ids: list[int]) -> float:
+    triples = list(zip(ids, ids[1:], ids[2:]))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0

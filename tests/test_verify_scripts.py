@@ -200,6 +200,15 @@ def test_all_five_steps_on_the_embedded_default(script, own_store):
     assert concepts and all(0 <= c["score"] <= 1 for c in concepts.values() if c["score"] is not None)
     page = (folder / "concepts.html").read_text()
     assert "http://" not in page and "https://" not in page
+    effects = json.loads((folder / "concept_effects.json").read_text())
+    assert effects["sae_hash"] == top["meta"]["sae_hash"] and all(e["ablated"]["kl"] >= 0 and e["added"]["raised"] for e in effects["effects"].values())
+    code, out, _ = script("06_steer_model.py", "STRENGTHS=(0,4)", "SAMPLES=1", "N_TOKENS=12", "TEMPERATURE=0")
+    same, strong = json.loads((folder / "steering.json").read_text())["sweep"]
+    assert code == 0 and strong["perplexity"] > same["perplexity"] and strong["texts"] != same["texts"] and same["texts"][0] in out
+    assert script("06_steer_model.py", "SEARCH=xylophone")[0] == 2
+    code, out, _ = script("07_test_causality.py", "MIN_F1=0.7", "SAMPLES=6")
+    causality = json.loads((folder / "causality.json").read_text())
+    assert code == 0 and "Wilcoxon" in out and causality["p_value"] < 0.05
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -1,0 +1,66 @@
+"""Step 6: let the model write while single latents are edited, and see what a strength gains and what it costs.
+
+    python 06_steer_model.py                                 # the concept with the best name
+    python 06_steer_model.py SEARCH=dog STRENGTHS=0,1,2      # the best concept with this word in its name
+    python 06_steer_model.py LATENT=17 MODE=scale STRENGTHS=0,1,3 "PROMPTS=('One day',)"
+
+Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing is changed, bit for bit.
+
+Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of step 4
+Writes store/verify_sae_training/steering.json
+"""
+from lib.concept_files import read_concepts
+from lib.constants import override
+from lib.environment import InputError, choose_device, run
+from lib.models import model_of_run
+from lib.sae import load_sae, require_trained_on, sae_hash
+from lib.steering import Edit, skipped_ids, sweep
+from lib.store import experiment_dir, open_run, read_tensors, write_json
+
+LATENT: int | None = None          # the latent to edit; None: chosen by SEARCH
+SEARCH: str | None = None          # a word in the concept's name; None: the name with the best F1
+MODE = "add"                       # add, scale, clamp; what a strength means is told in lib/steering.py
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+PROMPTS = ("One day", "Once upon a time", "The little girl", "In the park")
+SAMPLES = 4                        # continuations of each prompt
+N_TOKENS = 40                      # tokens to write
+TEMPERATURE = 0.7                  # 0: greedy, then one sample is enough
+DEVICE = "auto"
+SEED = 0
+CONSTANTS = override(globals())
+FOLDER = experiment_dir("verify_sae_training")
+
+
+def choose_latent(concepts):
+    """LATENT, or the concept that SEARCH means."""
+    if LATENT is not None:
+        return LATENT
+    fitting = [i for i, entry in concepts.items() if SEARCH is None or SEARCH.lower() in entry["name"].lower()]
+    if not fitting:
+        raise InputError(f"no concept has {SEARCH!r} in its name; look in {FOLDER / 'concepts.csv'}")
+    return max(fitting, key=lambda i: (concepts[i].get("f1") or 0, -i))
+
+
+def main():
+    sae = load_sae(FOLDER / "sae_model" / "topk_sae.pt", choose_device(DEVICE))
+    saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
+    require_trained_on(sae, saved, hook)
+    concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
+    maxima = read_tensors(FOLDER / "latent_stats.safetensors")["max"]
+    model, tokenizer, point = model_of_run(saved, hook, sae.mean.device)
+    latent = choose_latent(concepts)
+    table = sweep(
+        model, tokenizer, point, sae, [Edit(latent, MODE)], maxima, STRENGTHS, [prompt for prompt in PROMPTS for _ in range(SAMPLES)],
+        N_TOKENS, skipped_ids(tokenizer, saved.meta["settings"]), TEMPERATURE, SEED,
+    )  # fmt: skip
+    name = concepts[latent]["name"] if latent in concepts else "(no name)"
+    print(f"latent {latent}: {name}; {MODE}, {len(PROMPTS) * SAMPLES} continuations of {N_TOKENS} tokens at {point.path}")
+    print("strength  fires  perplexity  repeated  first text")
+    for row in table:
+        print(f"{row['strength']:8g} {100 * row['fires']:5.1f}% {row['perplexity']:11.1f} {100 * row['repeated']:8.1f}%  {row['texts'][0]}")
+    print("fires: written tokens on which the unsteered model shows the latent; perplexity: of the written text under the unsteered model")
+    write_json(FOLDER / "steering.json", {"schema_version": 1, "sae_hash": sae_hash(sae), "latent": latent, "name": name, "constants": CONSTANTS, "sweep": table})
+
+
+if __name__ == "__main__":
+    run(main)
