@@ -9,7 +9,6 @@ one text with one latent's highest code in it, so a text comes at most once per 
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -67,7 +67,7 @@ def contexts(run: Run, tokenizer, rows: Tensor) -> list[list[int]]:
     settings, found = run.meta["settings"], []
     text_ids = run.rows["text_id"][rows].tolist()
     distinct = sorted(set(text_ids))
-    tokens = tokenise(tokenizer, [run.texts[i]["text"] for i in distinct], 0, settings["max_length"], settings["skip_special"], settings["skip_first"]) if distinct else []
+    tokens = tokenise(tokenizer, [run.texts[i]["text"] for i in distinct], 0, settings["max_length"]) if distinct else []
     of_text = {text_id: item.ids for text_id, item in zip(distinct, tokens)}
     for text_id, pos, token_id in zip(text_ids, run.rows["pos"][rows].tolist(), run.rows["token_id"][rows].tolist()):
         ids = of_text[text_id][: pos + 1]
@@ -78,7 +78,7 @@ def contexts(run: Run, tokenizer, rows: Tensor) -> list[list[int]]:
 
 
 @torch.no_grad()
-def next_logits(model: nn.Module, point: HookPoint, texts: Sequence[list[int]], deltas: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def next_logits(model: Any, point: HookPoint, texts: Sequence[list[int]], deltas: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Logits of the token after each text, without and with something added to its last token's activation at `point`.
 
     texts: token ids without padding. deltas: each [N, D], or None for nothing. Yields for batches of like length the
@@ -110,7 +110,7 @@ def divergence(clean: Tensor, edited: Tensor) -> Tensor:
 
 
 def next_token_effects(
-    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, run: Run, firings: Firings, maxima: Tensor, progress: bool = True
+    model: Any, tokenizer, point: HookPoint, sae: SAE, run: Run, firings: Firings, maxima: Tensor, progress: bool = True
 ) -> dict[int, dict[str, Any]]:
     """The measured effect of every latent in `firings`, a mean over its tokens there.
 
@@ -119,30 +119,43 @@ def next_token_effects(
     "raised" and "lowered" most, as [token, difference]. "direct_cosine": cosine over the vocabulary of the added
     effect with the direct view of the dictionary row; None where there is no such view.
     """
-    texts = contexts(run, tokenizer, firings.row)
-    present, straight = firings.latent.unique(), direct_view(model, len(sae.mean))
+    texts, straight = contexts(run, tokenizer, firings.row), direct_view(model, len(sae.mean))
     effects: dict[int, dict[str, Any]] = {}
-    for group in tqdm(present.split(GROUP), unit="group", desc="effects of concepts", disable=not progress):
+    for group in tqdm(firings.latent.unique().split(GROUP), unit="group", desc="effects of concepts", disable=not progress):
         lines = torch.isin(firings.latent, group).nonzero()[:, 0]
-        latent, code = firings.latent[lines], firings.code[lines]
-        device = sae.mean.device
-        rows = sae.scale * sae.W_dec[latent.to(device)]
-        amounts = {"ablated": -code, "added": maxima[latent].to(code)}
-        deltas = [None, *(amount.to(device)[:, None] * rows for amount in amounts.values())]
-        place, count = torch.searchsorted(group, latent), torch.bincount(torch.searchsorted(group, latent), minlength=len(group))
-        sums: dict[str, Tensor] = {}
-        kl = {name: torch.zeros(len(group), dtype=torch.double) for name in amounts}
-        for batch, (clean, *edited) in next_logits(model, point, [texts[i] for i in lines.tolist()], deltas):
-            for name, logits in zip(amounts, edited):
-                change = (logits - clean).cpu()
-                sums.setdefault(name, torch.zeros(len(group), change.shape[1])).index_add_(0, place[batch], change - change.mean(1, keepdim=True))
-                kl[name].index_add_(0, place[batch], divergence(clean, logits).cpu())
+        here = Firings(*(column[lines] for column in firings))
+        place = torch.searchsorted(group, here.latent)
+        count = torch.bincount(place, minlength=len(group))
+        sums, kl = _sums(model, point, sae, [texts[i] for i in lines.tolist()], here, place, maxima)
         for i, latent in enumerate(group.tolist()):
-            change = {name: total[i] / count[i] for name, total in sums.items()}
-            entry = {name: {"kl": _short(kl[name][i] / count[i]), **_extremes(tokenizer, mean)} for name, mean in change.items()}
-            cosine = None if straight is None else _short(functional.cosine_similarity(sae.W_dec[latent].to(straight) @ straight.T, change["added"].to(straight), dim=0))
+            entry = {name: {"kl": _short(kl[name][i] / count[i]), **_extremes(tokenizer, total[i] / count[i])} for name, total in sums.items()}
+            cosine = None
+            if straight is not None:
+                direct = sae.W_dec[latent].to(straight) @ straight.T
+                cosine = _short(functional.cosine_similarity(direct, sums["added"][i].to(straight), dim=0))
             effects[latent] = {"n_tokens": int(count[i]), **entry, "direct_cosine": cosine}
     return effects
+
+
+def _sums(
+    model: Any, point: HookPoint, sae: SAE, texts: list[list[int]], firings: Firings, place: Tensor, maxima: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums over each latent's tokens of the logits' changes [G, V] and of the divergences [G], for each kind of edit.
+
+    place: the latent's number among the G latents of the group, [M].
+    """
+    amounts = {"ablated": -firings.code, "added": maxima[firings.latent].to(firings.code)}
+    rows = sae.scale * sae.W_dec[firings.latent.to(sae.mean.device)]
+    deltas = [None, *(amount.to(rows)[:, None] * rows for amount in amounts.values())]
+    n_latents = int(place.max()) + 1
+    kl = {name: torch.zeros(n_latents, dtype=torch.double) for name in amounts}
+    sums: dict[str, Tensor] = {}
+    for lines, (clean, *edited) in next_logits(model, point, texts, deltas):
+        for name, logits in zip(amounts, edited):
+            change = (logits - clean).cpu()
+            sums.setdefault(name, torch.zeros(n_latents, change.shape[1])).index_add_(0, place[lines], change - change.mean(1, keepdim=True))
+            kl[name].index_add_(0, place[lines], divergence(clean, logits).cpu())
+    return sums, kl
 
 
 def _short(value: Tensor) -> float:
@@ -158,7 +171,7 @@ def _extremes(tokenizer, change: Tensor) -> dict[str, list[list[Any]]]:
     }
 
 
-def direct_view(model: nn.Module, width: int) -> Tensor | None:
+def direct_view(model: Any, width: int) -> Tensor | None:
     """The unembedding as a vector in the residual stream meets it, float32 [V, width]: d @ view.T is proportional to
     the change of the logits, about their mean, when d is added before the final norm and leaves its size as it is.
 
@@ -180,7 +193,7 @@ def direct_view(model: nn.Module, width: int) -> Tensor | None:
     return view - view.mean(0)
 
 
-def promoted_tokens(sae: SAE, model: nn.Module, tokenizer, n: int = 8) -> list[list[str]]:
+def promoted_tokens(sae: SAE, model: Any, tokenizer, n: int = 8) -> list[list[str]]:
     """For each latent the n vocabulary tokens whose logit its dictionary row raises most by the direct view.
 
     Empty lists where there is no direct view.

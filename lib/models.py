@@ -106,7 +106,7 @@ def require_same_model(model: nn.Module, saved: dict[str, Any]) -> None:
         raise InputError(f"the weights of {saved['name']} have changed since its activations were saved; run step 1 again")
 
 
-def model_of_run(run: Run, hook: str, device: torch.device) -> tuple[nn.Module, Any, HookPoint]:
+def model_of_run(run: Run, hook: str, device: torch.device) -> tuple[Any, Any, HookPoint]:
     """The model and tokenizer that a run was saved from, and its hook point of that name.
 
     Raises InputError if they can't be reached or the weights have changed since.

@@ -73,7 +73,7 @@ def _check(sae: SAE, edits: Sequence[Edit], maxima: Tensor) -> None:
 
 @contextmanager
 def steer(
-    model: nn.Module, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor,
+    model: Any, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor,
     positions: Container[int] | None = None, skip_ids: Collection[int] = (),
 ) -> Iterator[None]:  # fmt: skip
     """Make the edits at `point` in every forward pass of `model` inside the block, generate() with its cache included.
@@ -154,7 +154,7 @@ class Continuation(NamedTuple):
 
 @torch.no_grad()
 def continue_texts(
-    model: nn.Module, tokenizer, prompts: Sequence[str], n_tokens: int, steering=None, temperature: float = 0.0, seed: int = 0
+    model: Any, tokenizer, prompts: Sequence[str], n_tokens: int, steering=None, temperature: float = 0.0, seed: int = 0
 ) -> Continuation:
     """Let the model write n_tokens after each prompt, steered, and judge what it wrote unsteered.
 
@@ -192,7 +192,7 @@ def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tup
     return ids, mask
 
 
-def perplexities(model: nn.Module, ids: Tensor, mask: Tensor, judged: Tensor) -> Tensor:
+def perplexities(model: Any, ids: Tensor, mask: Tensor, judged: Tensor) -> Tensor:
     """exp of the mean cross-entropy of the judged tokens given all before them, [B].
 
     ids, mask int64 [B, T], padded on the left; judged bool [B, T], never the first token.
@@ -205,7 +205,7 @@ def perplexities(model: nn.Module, ids: Tensor, mask: Tensor, judged: Tensor) ->
 
 
 def sweep(
-    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor, strengths: Sequence[float],
+    model: Any, tokenizer, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor, strengths: Sequence[float],
     prompts: Sequence[str], n_tokens: int, skip_ids: Collection[int] = (), temperature: float = 0.0, seed: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Continuations of the prompts at several strengths, what they gained and what they cost.

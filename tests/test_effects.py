@@ -2,6 +2,8 @@
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
+from test_steering import random_sae
+
 from lib.activations import SaveSettings, save_activations
 from lib.concepts import encode_run
 from lib.effects import contexts, direct_view, divergence, draw_firings, next_logits, next_token_effects
@@ -9,7 +11,6 @@ from lib.environment import InputError
 from lib.hooks import edit, resolve
 from lib.steering import Edit, steer
 from lib.texts import split_texts
-from test_steering import random_sae
 
 
 @pytest.fixture

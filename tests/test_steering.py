@@ -2,11 +2,12 @@
 import pytest
 import torch
 from conftest import WORDS, tiny_model, word_tokenizer
+from torch.nn import functional
+
 from lib.environment import InputError
 from lib.hooks import capture, resolve
 from lib.sae import make_sae
 from lib.steering import Edit, continue_texts, new_codes, perplexities, steer, steered
-from torch.nn import functional
 
 IDS = torch.tensor([[1, 5, 6, 7, 9], [1, 8, 9, 10, 4]])
 MAXIMA = torch.linspace(0.5, 3, 32)
@@ -120,12 +121,12 @@ def test_generating_with_the_cache_equals_without(kind):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_left_padding_changes_nothing(kind):
     """Positions are those of the text, not of the padded row, and padding is not edited."""
-    model, point = tiny_model(kind), None
+    model = tiny_model(kind)
     point = resolve(model, "resid_post:0")
     short, long = [1, 5, 6], [1, 8, 9, 10, 4]
     batch = torch.tensor([[0, 0, *short], long])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, output_scores=True, return_dict_in_generate=True)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
     arguments = (model, point, random_sae(), [Edit(5, "add", 1.5)], MAXIMA, {1, 2, 5})
     with steer(*arguments), capture(model, [point]) as seen, torch.no_grad():
         model(input_ids=batch, attention_mask=mask)

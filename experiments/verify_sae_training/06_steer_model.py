@@ -59,7 +59,8 @@ def main():
     for row in table:
         print(f"{row['strength']:8g} {100 * row['fires']:5.1f}% {row['perplexity']:11.1f} {100 * row['repeated']:8.1f}%  {row['texts'][0]}")
     print("fires: written tokens on which the unsteered model shows the latent; perplexity: of the written text under the unsteered model")
-    write_json(FOLDER / "steering.json", {"schema_version": 1, "sae_hash": sae_hash(sae), "latent": latent, "name": name, "constants": CONSTANTS, "sweep": table})
+    about = {"schema_version": 1, "sae_hash": sae_hash(sae), "latent": latent, "name": name, "constants": CONSTANTS}
+    write_json(FOLDER / "steering.json", about | {"sweep": table})
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def main():
     ablated, random = ([row[key] for row in table] for key in ("kl_ablated", "kl_random"))
     more = sum(a > b for a, b in zip(ablated, random))
     p = float(wilcoxon(ablated, random, alternative="greater").pvalue)
-    print(f"mean KL {sum(ablated) / len(table):.4f} ablated, {sum(random) / len(table):.4f} random; larger for {more} of {len(table)} concepts; Wilcoxon signed rank, one-sided p = {p:.2g}")
+    print(f"mean KL {sum(ablated) / len(table):.4f} ablated, {sum(random) / len(table):.4f} random; larger for {more} of {len(table)} concepts")
+    print(f"Wilcoxon signed-rank test over the concepts, one-sided: p = {p:.2g}")
     write_json(FOLDER / "causality.json", {"schema_version": 1, "sae_hash": sae_hash(sae), "constants": CONSTANTS, "p_value": p, "concepts": table})
 
 
