@@ -1,19 +1,22 @@
 """Texts through a hooked model into the store: one pass for all hook points, resumable, real tokens only."""
 import inspect
 import json
+import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, log
+from lib.finishing import finish
 from lib.hooks import HookPoint, capture
-from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run, list_files, read_note, write_json, write_tensors, write_text
+from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run, atomic_write, read_note, write_json, write_tensors
 from lib.texts import Tokens, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
@@ -79,7 +82,7 @@ def block_rows(model: nn.Module, points: list[HookPoint], block: list[Tokens], p
     return rows, [torch.cat([found[item.text_id][p] for item in block]) for p in range(len(points))]
 
 
-def preflight(model: nn.Module, tokenizer, points: list[HookPoint], texts: list[str], settings: SaveSettings) -> list[dict[str, Any]]:
+def preflight(model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], settings: SaveSettings) -> list[dict[str, Any]]:
     """What a sample of the texts says of each hook point, before anything is written; one dict a point.
 
     width; median_norm; gamma = norm(mean) / norm(per-dimension sd), which predicts dead latents (arXiv 2605.31518);
@@ -117,25 +120,31 @@ class _Writer:
     def __init__(self, folder: Path, points: list[HookPoint], settings: SaveSettings):
         self.folder, self.points, self.settings = folder, points, settings
         self.dtype = STORE_DTYPES[settings.store_dtype]
-        self.rows: list[Tensor] = []
-        self.states: list[list[Tensor]] = [[] for _ in points]
-        self.n_shards, self.block, self.rows_before_block, self.skip = 0, 0, 0, 0
+        self.n_shards, block, rows_before_block = 0, 0, 0
         while (path := self.shard("rows", self.n_shards)).exists():
             self.n_shards += 1
-            self.block, self.rows_before_block = read_note(path)
-            # The rows of that block which earlier shards already hold.
-            self.skip = self.n_shards * settings.shard_rows - self.rows_before_block
+            block, rows_before_block = read_note(path)
+        self.start_at(self.n_shards, block, rows_before_block)
 
     def shard(self, name: str, number: int) -> Path:
         return self.folder / name / f"shard_{number:05d}.safetensors"
 
-    def add(self, rows: Tensor, states: list[Tensor]) -> None:
+    def start_at(self, shard: int, block: int, rows_before_block: int) -> None:
+        """Go on with the shard whose first row is in that block of texts."""
+        self.n_shards, self.block, self.rows_before_block = shard, block, rows_before_block
+        # The rows of that block which earlier shards hold.
+        self.skip = shard * self.settings.shard_rows - rows_before_block
+        self.rows: list[Tensor] = []
+        self.states: list[list[Tensor]] = [[] for _ in self.points]
+
+    def add(self, rows: Tensor, states: list[Tensor], end: float = math.inf) -> None:
+        """Take a block's rows, and write what is full of the shards before `end`."""
         n_new = len(rows)
         self.rows.append(rows[self.skip :])
         for kept, x in zip(self.states, states):
             kept.append(x[self.skip :].to(self.dtype))
         self.skip = 0
-        while sum(map(len, self.rows)) >= self.settings.shard_rows:
+        while sum(map(len, self.rows)) >= self.settings.shard_rows and self.n_shards < end:
             self.flush(self.settings.shard_rows)
         self.block += 1
         self.rows_before_block += n_new
@@ -154,7 +163,7 @@ class _Writer:
 
 
 def save_activations(
-    folder: Path, model: nn.Module, tokenizer, points: list[HookPoint], texts: list[str], splits: list[str], settings: SaveSettings, meta: dict[str, Any]
+    folder: Path, model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], splits: list[str], settings: SaveSettings, meta: dict[str, Any]
 ) -> Run:
     """Run `texts` through the model and store what passes the hook points; see lib/store.py for the layout.
 
@@ -165,28 +174,78 @@ def save_activations(
     """
     hooks = [point._asdict() for point in points]
     meta = {"schema_version": SCHEMA_VERSION, **meta, "settings": asdict(settings), "hooks": hooks, "n_texts": len(texts)}
-    write_json(folder / "meta.json", meta)
-    lines = ({"text_id": i, "text": text, "split": split} for i, (text, split) in enumerate(zip(texts, splits)))
-    write_text(folder / "texts.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if rank() == 0:
+        write_json(folder / "meta.json", meta)
+        write_texts(folder / "texts.jsonl", texts, splits)
     limits: list[float | None] = [None] * len(points)
     if settings.max_norm_multiple is not None:
+        if world_size() > 1:
+            raise InputError("MAX_NORM_MULTIPLE drops rows that only the model can tell, so ranks can't share them out; save in one process")
         limits = [settings.max_norm_multiple * r["median_norm"] for r in preflight(model, tokenizer, points, texts, settings)]
     writer = _Writer(folder, points, settings)
     if writer.n_shards:
         log.info("continuing after shard %d", writer.n_shards)
-    with tqdm(total=len(texts), initial=min(writer.block * BLOCK_TEXTS, len(texts)), unit="text", desc="saving activations") as bar:
-        while writer.block * BLOCK_TEXTS < len(texts):
-            first = writer.block * BLOCK_TEXTS
-            block = tokenise(tokenizer, texts[first : first + BLOCK_TEXTS], first, settings.max_length, settings.skip_special, settings.skip_first)
+    bar = tqdm(total=len(texts) // world_size(), unit="text", desc="saving activations", disable=rank() > 0)
+    bar.update(min(writer.block * BLOCK_TEXTS, len(texts)))
+    for end in _missing(writer, tokenizer, texts):
+        while writer.block * BLOCK_TEXTS < len(texts) and writer.n_shards < end:
+            block = _tokens(tokenizer, texts, writer.block, settings)
             rows, states = block_rows(model, points, block, tokenizer.pad_token_id, settings)
             _check_finite(rows, states, points, writer.dtype)
-            writer.add(*_drop_outliers(rows, states, limits))
+            writer.add(*_drop_outliers(rows, states, limits), end)
             bar.update(len(block))
-    if sum(map(len, writer.rows)):
-        writer.flush(settings.shard_rows)
-    if not writer.n_shards:
+        if sum(map(len, writer.rows)) and writer.n_shards < end:
+            writer.flush(settings.shard_rows)
+    bar.close()
+    wait_for_all()
+    n_shards = _Writer(folder, points, settings).n_shards
+    if not n_shards:
         raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
-    return finish(folder, meta, [point.signature for point in points], writer.n_shards)
+    return finish(folder, meta, [point.signature for point in points], n_shards)
+
+
+def write_texts(path: Path, texts: Sequence[str], splits: list[str]) -> None:
+    """Write texts.jsonl, one text after the other: they may be more than memory holds."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for i, (text, split) in enumerate(zip(texts, splits)):
+                file.write(json.dumps({"text_id": i, "text": text, "split": split}, ensure_ascii=False) + "\n")
+
+    atomic_write(path, write)
+
+
+def _tokens(tokenizer, texts: Sequence[str], block: int, settings: SaveSettings) -> list[Tokens]:
+    first = block * BLOCK_TEXTS
+    return tokenise(tokenizer, texts[first : first + BLOCK_TEXTS], first, settings.max_length, settings.skip_special, settings.skip_first)
+
+
+def _missing(writer: _Writer, tokenizer, texts: Sequence[str]) -> Iterator[float]:
+    """Put the writer before each stretch of shards that this rank is to write, and yield the shard after its last.
+
+    One process goes on where its shards end. Ranks count the rows of all blocks together, and each takes its part of the
+    shards that are not there, from the block that holds their first row: a shard is the same whoever writes it.
+    """
+    if world_size() == 1:
+        yield math.inf
+        return
+    settings, n_blocks = writer.settings, -(-len(texts) // BLOCK_TEXTS)
+    n_rows = torch.zeros(n_blocks, dtype=torch.int64)
+    for block in range(n_blocks)[own_part(n_blocks)]:
+        n_rows[block] = sum(sum(item.keep) for item in _tokens(tokenizer, texts, block, settings))
+    add_up(n_rows)
+    ends = n_rows.cumsum(0)
+    is_missing = torch.zeros(-(-int(ends[-1]) // settings.shard_rows), dtype=torch.int64)
+    if rank() == 0:  # one look for all, before anyone writes
+        is_missing += torch.tensor([not writer.shard("rows", i).exists() for i in range(len(is_missing))], dtype=torch.int64)
+    add_up(is_missing)
+    missing = is_missing.nonzero()[:, 0].tolist()
+    own = missing[own_part(len(missing))]
+    for i in own:
+        if i - 1 not in own:
+            block = int((ends <= i * settings.shard_rows).sum())
+            writer.start_at(i, block, int(ends[block] - n_rows[block]))
+            yield next(end for end in range(i + 1, len(is_missing) + 1) if end not in own)
 
 
 def _check_finite(rows: Tensor, states: list[Tensor], points: list[HookPoint], dtype: torch.dtype) -> None:
@@ -205,53 +264,3 @@ def _drop_outliers(rows: Tensor, states: list[Tensor], limits: list[float | None
         if limit is not None:
             keep &= x.float().norm(dim=1) <= limit
     return rows[keep], [x[keep] for x in states]
-
-
-def finish(folder: Path, meta: dict[str, Any], hooks: list[str], n_shards: int) -> Run:
-    """Write the statistics of each hook point and the manifest, which makes the run complete."""
-    names = {name: [f"{name}/shard_{i:05d}.safetensors" for i in range(n_shards)] for name in ["rows", *hooks]}
-    rows_of = []
-    for name in names["rows"]:
-        with safe_open(folder / name, "pt") as file:
-            rows_of.append(file.get_slice("pos").get_shape()[0])
-    shards = {key: [{"file": file, "rows": rows} for file, rows in zip(files, rows_of)] for key, files in names.items()}
-    run = Run(folder, meta, {"rows": shards.pop("rows"), "hooks": shards, "n_rows": sum(rows_of)})
-    for hook in hooks:
-        write_stats(run, hook)
-    files = ["meta.json", "texts.jsonl", *(f for part in names.values() for f in part)]
-    files += [f"{hook}/stats.{ending}" for hook in hooks for ending in ("json", "safetensors")]
-    run.manifest["files"] = list_files(folder, files)
-    write_json(folder / "manifest.json", run.manifest)
-    return run
-
-
-def write_stats(run: Run, hook: str) -> None:
-    """Mean [D], covariance [D, D] and scalars of the hook's training rows, in two passes with float64 sums.
-
-    scale = sqrt(mean squared norm of x - mean), so that x' = (x - mean) / scale has mean squared norm 1.
-    """
-    train = ~run.is_val
-    n = int(train.sum())
-    if n == 0:
-        raise InputError("the training texts yield no token to store; raise DATA_LIMIT or lower VAL_FRAC")
-    mean = sum((x[train[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)), torch.zeros((), dtype=torch.float64)) / n
-    covariance, norms, largest = torch.zeros(len(mean), len(mean), dtype=torch.float64), [], 0.0
-    for i, x in run.batches(hook):
-        x = x[train[i : i + len(x)]]
-        if len(x):
-            centred = x.double() - mean
-            covariance += centred.T @ centred
-            norms.append(x.norm(dim=1))
-            largest = max(largest, x.abs().max().item())
-    covariance /= n
-    norm = torch.cat(norms)
-    scale = covariance.trace().sqrt()
-    write_tensors(run.path / hook / "stats.safetensors", {"mean": mean.float(), "covariance": covariance.float()})
-    write_json(run.path / hook / "stats.json", {
-        "scale": scale.item(),
-        "median_norm": norm.median().item(),
-        "max_abs": largest,
-        "gamma": (mean.norm() / scale).item(),
-        "n_outliers": int((norm > 10 * norm.median()).sum()),
-        "n_rows": n,
-    })  # fmt: skip

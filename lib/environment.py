@@ -28,6 +28,8 @@ if "overcomplete" not in sys.modules:
 
 import torch  # noqa: E402  (the guards above come first)
 
+from lib.distributed import rank, ranks  # noqa: E402
+
 PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("workbench")
 
@@ -36,10 +38,16 @@ class InputError(ValueError):
     """Something the user can put right; its message is one line that says what to do."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main(): InputError ends with one line and exit code 2, Ctrl-C with 130."""
+def run(main: Callable[[], None], parallel: bool = False) -> None:
+    """Run a script's main(): InputError ends with one line and exit code 2, Ctrl-C with 130.
+
+    parallel: torchrun may start it as several processes that share the work; any other script refuses that.
+    """
     try:
-        main()
+        if not parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError(f"{Path(sys.argv[0]).name} runs in one process; start it without torchrun")
+        with ranks():
+            main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -49,7 +57,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def log_to(path: Path) -> None:
-    """Send the log to the console and append it to the file `path`."""
+    """Send the log to the console and append it to the file `path`; of several ranks the first one does, the others only warn."""
+    if rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
@@ -73,7 +83,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
         available.insert(0, "cuda")
     if wanted == "auto":
         log.info("device: %s (auto; available: %s)", available[0], ", ".join(available))
-        return torch.device(available[0])
+        return torch.device(available[0])  # of several GPUs the one that lib.distributed gave this rank
     try:
         device = torch.device(wanted)
     except RuntimeError:

@@ -21,6 +21,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lib.distributed import add_up, own_part
 from lib.environment import PROJECT, InputError
 
 SCHEMA_VERSION = 1
@@ -192,13 +194,14 @@ class Run:
         """The hook's shards, memory-mapped, [R_i, D] each in the stored precision."""
         return [read_tensors(self.path / shard["file"])["x"] for shard in self.manifest["hooks"][hook]]
 
-    def batches(self, hook: str, batch_rows: int = 8192) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order: (number of the first row, float32 [<= batch_rows, D])."""
-        start = 0
-        for shard in self.shards(hook):
-            for part in shard.split(batch_rows):
-                yield start, part.float()
-                start += len(part)
+    def batches(self, hook: str, batch_rows: int = 8192, part: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order, or those of a part of the shards: (number of the first row, float32 [<= batch_rows, D])."""
+        shards = self.shards(hook)
+        starts = [0, *accumulate(map(len, shards))]
+        for start, shard in list(zip(starts, shards))[part]:
+            for piece in shard.split(batch_rows):
+                yield start, piece.float()
+                start += len(piece)
 
     def select(self, hook: str, mask: Tensor) -> Tensor:
         """The rows where `mask` (bool [n_rows]) holds, float32 [n, D], in order."""
@@ -243,8 +246,14 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
 
 
 def list_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """The entries of a manifest for files under `folder`: name, bytes, sha256."""
-    return [{"file": name, "bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names]
+    """The entries of a manifest for files under `folder`: name, bytes, sha256. All ranks call it, each reads its part."""
+    digests = torch.zeros(len(names), 32, dtype=torch.uint8)
+    for i in range(len(names))[own_part(len(names))]:
+        digests[i] = torch.tensor(list(bytes.fromhex(sha256(folder / names[i]))), dtype=torch.uint8)
+    add_up(digests)
+    return [
+        {"file": name, "bytes": (folder / name).stat().st_size, "sha256": bytes(digest).hex()} for name, digest in zip(names, digests.tolist())
+    ]
 
 
 def check_files(folder: Path, entries: list[dict[str, Any]], verify: bool = False) -> None:

@@ -4,6 +4,7 @@
     python 01_save_activations.py PRESET=bielik                          # the setting of the original experiment
     python 01_save_activations.py MODEL=gpt2 DATASET=my.jsonl LAYER_SIGNATURE=resid_post:6
     python 01_save_activations.py LAYER_SIGNATURE='?'                    # list the layers and stop
+    torchrun --nproc-per-node 4 01_save_activations.py                   # four processes share the texts; see experiments/at_scale
 
 Only real tokens are stored, each with its text and place in it, so that no later step needs the model for that.
 Started again after an interruption, it continues; a finished run with the same constants is not made twice.
@@ -14,6 +15,7 @@ import math
 
 from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
 from lib.constants import override
+from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run
 from lib.hooks import blocks, layer_signatures, resolve
 from lib.models import choose_dtype, load_model, load_tokenizer, model_identity
@@ -99,7 +101,7 @@ def main():
     device = choose_device(DEVICE)
     model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE)
     if LAYER_SIGNATURE == "?":
-        return list_layers(model)
+        return list_layers(model) if rank() == 0 else None
     points = [resolve(model, name.strip(), HOOK_POINT) for name in LAYER_SIGNATURE.split(",")]
     tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
     texts = [document[TEXT_FIELD] for document in load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT)]
@@ -120,11 +122,13 @@ def main():
         saved = open_run("verify_sae_training", run_id)
         log.info("this run is already complete")
     else:
-        report(model, tokenizer, points, texts, settings)
+        if rank() == 0:
+            report(model, tokenizer, points, texts, settings)
         saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED), settings, meta)
-    write_text(FOLDER / "run_id.txt", run_id + "\n")
+    if rank() == 0:
+        write_text(FOLDER / "run_id.txt", run_id + "\n")
     log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}", ", ".join(saved.hooks))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)
