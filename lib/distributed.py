@@ -49,6 +49,13 @@ def add_up(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def agree(answer: bool) -> bool:
+    """Whether all ranks give the same answer."""
+    yes = torch.tensor(int(answer))
+    add_up(yes)
+    return int(yes) in (0, world_size())
+
+
 def wait_for_all() -> None:
     """Return when every rank has come here."""
     add_up(torch.zeros(1))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lib.distributed import add_up
 from lib.environment import log
 from lib.sae_step import EPS, GAIN_RATE, apply_gradients, bias_rate, count_step, dead_in_turn
 
@@ -39,11 +40,14 @@ class Workspace:
     precision: "bfloat16" or "float32" for the encoder product, or "auto": the faster one for this shape on this machine,
     with float32 unless bfloat16 gains 30 %. Make a new workspace whenever `state` was changed by anything but fast_step;
     for a resume to the same bytes give it the `precision` that the run began with.
+    shared: every rank has a part of the step's rows and the whole state; the loops that add up a latent's gradient and
+    apply it at once are then no use, because the other ranks' parts come between.
     """
 
-    def __init__(self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None):
+    def __init__(self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None, shared: bool = False):
         device = state["dec"].device
-        self.compiled = kernels is not None and device.type == "cpu" if compiled is None else compiled
+        self.shared = shared
+        self.compiled = kernels is not None and device.type == "cpu" and not shared if compiled is None else compiled
         self.precision, self.choice = precision, f"encoder product in {precision}"
         if precision == "auto":
             self.precision, self.choice = choose_precision(state["dec"].shape[0], state["dec"].shape[1], device)
@@ -109,8 +113,8 @@ def fast_step(
     work = work or Workspace(state)
     x = x.float().contiguous()
     step = _compiled_step if work.compiled else _torch_step
-    n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip)
-    count_step(state, len(x), fired, recon, aux_weight, auxk, n_active / len(x), dead_after, grad_norm)
+    n_rows, n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip)
+    count_step(state, n_rows, fired, recon, aux_weight, auxk, n_active / n_rows, dead_after, grad_norm)
 
 
 def scores(state: dict[str, Tensor], x: Tensor, work: Workspace):
@@ -137,8 +141,11 @@ def candidates_wanted(k: int, n_latents: int, work: Workspace) -> int:
     return min(n_latents, k if work.low is None else k + max(4, k // 4))
 
 
-def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, dead_after: int, aux_weight: float):
-    """AuxK and its gradients: (value, latents [A], of dec, of enc [A, D], of bias [A]); None on a CPU where none is dead."""
+def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, total: Tensor, dead_after: int, aux_weight: float):
+    """AuxK and its gradients: (value, latents [A], of dec, of enc [A, D], of bias [A]); None on a CPU where none is dead.
+
+    total: sum of squares of the step's errors, over all ranks.
+    """
     if x.device.type == "cpu" and not (state["silent"] > dead_after).any():
         return None
     latents, is_dead = dead_in_turn(state, dead_after)
@@ -148,7 +155,7 @@ def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, dead_after
     enc, dec = state["enc"][latents], state["dec"][latents]
     codes = torch.addmm(state["bias"][latents], x, enc.T).relu_().mul_(is_dead)
     rest = torch.addmm(error, codes, dec, alpha=-1)
-    total = error.square().sum().clamp(min=1e-30)
+    total = total.clamp(min=1e-30)
     value = rest.square().sum() / total
     slope = rest.mul_(-2 * aux_weight / total)
     g_code = (slope @ dec.T).mul_(codes > 0)
@@ -177,11 +184,11 @@ def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio,
     first = np.empty(n_latents + 1, np.int64)
     pairs = (first, np.empty(rows * k, np.int32), np.empty(rows * k, np.float32), np.empty(rows * k, np.float32))
     kernels.sort_by_latent(index, code, slope, *pairs)
-    found = aux_gradients(state, x, error, dead_after, aux_weight)
+    found = aux_gradients(state, x, error, error.square().sum(), dead_after, aux_weight)
     auxk, aux = _aux_arrays(found, n_latents, width)
     norm = _update(state, arrays, rows_in, e, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces)
     fired = torch.from_numpy(first[1:] > first[:-1])
-    return torch.tensor(float(first[-1])), (loss.double().sum() / rows).float(), auxk, fired, norm
+    return rows, torch.tensor(float(first[-1])), (loss.double().sum() / rows).float(), auxk, fired, norm
 
 
 def _aux_arrays(found, n_latents, width):
@@ -217,14 +224,18 @@ def _update(state, arrays, x, error, pairs, aux, weights, work, lr, bias_lr_rati
 
 
 def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip):
-    rows, n_latents = len(x), len(state["dec"])
+    n_latents = len(state["dec"])
+    n_rows = torch.tensor(len(x), device=x.device)
     wanted = candidates_wanted(k, n_latents, work)
     proposed = torch.cat([out.topk(wanted, dim=1, sorted=False).indices for _, out in scores(state, x, work)])
     pre = state["bias"][proposed] + _dots(x, state["enc"], proposed)
     code, place = pre.relu().topk(k, dim=1)
     index = proposed.gather(1, place)
     error = x - embedding_bag(index, state["dec"], per_sample_weights=code, mode="sum")
-    slope = _dots(error, state["dec"], index).mul_(code > 0).mul_(-2 / rows)
+    total = error.square().sum()
+    if work.shared:
+        add_up(n_rows, total)
+    slope = _dots(error, state["dec"], index).mul_(code > 0).mul_(-2 / n_rows)
 
     order = index.flatten().argsort(stable=True)
     ones = torch.ones_like(order)
@@ -234,13 +245,17 @@ def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, be
     def by_latent(weight, values):
         return embedding_bag(order // k, values, first, per_sample_weights=weight.flatten()[order], mode="sum")
 
-    g_enc, g_dec = by_latent(slope, x), by_latent(code, error).mul_(-2 / rows)
+    g_enc, g_dec = by_latent(slope, x), by_latent(code, error).mul_(-2 / n_rows)
     g_bias = by_latent(slope, torch.ones_like(x[:, :1]))[:, 0]
     auxk = torch.zeros((), device=x.device)
-    if (found := aux_gradients(state, x, error, dead_after, aux_weight)) is not None:
+    if (found := aux_gradients(state, x, error, total, dead_after, aux_weight)) is not None:
         auxk, latents = found[0], found[1]
-        for total, part in zip((g_dec, g_enc, g_bias), found[2:]):
-            total.index_add_(0, latents, part)
+        for whole, part in zip((g_dec, g_enc, g_bias), found[2:]):
+            whole.index_add_(0, latents, part)
+    n_active, fired = (code > 0).sum(), torch.zeros(n_latents + 1, device=x.device)  # the last place takes what did not fire
+    fired.index_fill_(0, index.where(code > 0, n_latents).flatten(), 1)
+    if work.shared:
+        add_up(g_dec, g_enc, g_bias, auxk, n_active, fired)
     grads = {"dec": g_dec, "enc": g_enc, "bias": g_bias}
     if "gain" in state:
         along = (g_enc * state["dec"]).sum(1)
@@ -251,9 +266,7 @@ def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, be
     norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip)
     if work.low is not None:
         work.low.copy_(low_precision(state["enc"], state["bias"]))
-    fired = torch.zeros(n_latents + 1, dtype=torch.bool, device=x.device)  # the last place takes what did not fire
-    fired.index_fill_(0, index.where(code > 0, n_latents).flatten(), True)
-    return (code > 0).sum(), error.square().sum() / rows, auxk, fired[:-1], norm
+    return n_rows, n_active, total / n_rows, auxk, fired[:-1] > 0, norm
 
 
 def _dots(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:

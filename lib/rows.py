@@ -1,10 +1,12 @@
 """Activations as training and scoring read them: memory-mapped shards, shuffled in two levels, in batches."""
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from lib.distributed import own_part
 from lib.store import Run
 
 BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
@@ -53,11 +55,37 @@ def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epo
     Shuffled in two levels: the order of the shards, then the rows of a buffer of at least two shards. Rows that do not
     fill a batch go into the next buffer; those left at the end sit out this epoch. `cache` keeps the buffer of a run
     that fits into one, so that later epochs only permute it. The same (seed, epoch) gives the same batches.
+    Of several ranks each gets, and reads, its part of every batch.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    train_parts = (~rows.is_val).split([len(shard) for shard in rows.shards])
+    starts = [0, *accumulate(map(len, rows.shards))]
+    groups = shuffled_groups(rows, generator)
+    if len(groups) == 1:
+        groups[0].sort()  # the cache is the same in every epoch
     mean = rows.mean.to(transform.device)
-    per_buffer = max(2 * max(map(len, rows.shards)), BUFFER_BYTES // (4 * len(mean)))
+    left_over = torch.empty(0, dtype=torch.int64)
+    for group in groups:
+        ids = torch.cat([left_over, *(starts[i] + (~rows.is_val[starts[i] : starts[i + 1]]).nonzero()[:, 0] for i in group)])
+        order = torch.randperm(len(ids), generator=generator)
+        n_full = len(ids) // batch_size * batch_size
+        if rows.n_train < batch_size:
+            n_full = len(ids)  # too few rows for one full batch: a short one
+        batches = [batch[own_part(len(batch))] for batch in order[:n_full].split(batch_size)] if n_full else []
+        if len(groups) == 1:
+            if "rows" not in cache:
+                cache["rows"] = (_read(rows, ids, transform.device) - mean) @ transform
+            yield from (cache["rows"][batch.to(transform.device)] for batch in batches)
+        elif batches:
+            wanted, place = ids[torch.cat(batches)].sort()  # in the order of the disk
+            buffer = _read(rows, wanted, transform.device)
+            places = place.argsort().to(transform.device).split([len(batch) for batch in batches])
+            yield from ((buffer[where] - mean) @ transform for where in places)
+        left_over = ids[order[n_full:]]
+
+
+def shuffled_groups(rows: Rows, generator: torch.Generator) -> list[list[int]]:
+    """The shards in random order, in groups that fit into a buffer together, or hold two shards."""
+    per_buffer = max(2 * max(map(len, rows.shards)), BUFFER_BYTES // (4 * len(rows.mean)))
     groups: list[list[int]] = [[]]
     size = 0
     for i in torch.randperm(len(rows.shards), generator=generator).tolist():
@@ -66,24 +94,19 @@ def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epo
             size = 0
         groups[-1].append(i)
         size += len(rows.shards[i])
+    return groups
 
-    def load(shards: list[int]) -> Tensor:
-        parts = [rows.shards[i][train_parts[i]].to(transform.device).float() for i in shards]
-        return (torch.cat(parts) - mean) @ transform
 
-    left_over = transform.new_empty(0, len(mean))
-    for group in groups:
-        if len(groups) == 1:
-            buffer = cache["rows"] if "rows" in cache else cache.setdefault("rows", load(sorted(group)))
-        else:
-            buffer = torch.cat([left_over, load(group)])
-        order = torch.randperm(len(buffer), generator=generator).to(buffer.device)
-        n_full = len(buffer) // batch_size * batch_size
-        if rows.n_train < batch_size:
-            n_full = len(buffer)  # too few rows for one full batch: a short one
-        for start in range(0, n_full, batch_size):
-            yield buffer[order[start : start + batch_size]]
-        left_over = buffer[order[n_full:]]
+def _read(rows: Rows, ids: Tensor, device: torch.device) -> Tensor:
+    """The rows of ascending numbers, float32 [n, D]; of the shards only these are read."""
+    ends = torch.tensor([*accumulate(map(len, rows.shards))])
+    parts = ids.split(torch.searchsorted(ids, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist())
+    out = torch.empty(len(ids), len(rows.mean), device=device)
+    at = 0
+    for shard, end, part in zip(rows.shards, ends.tolist(), parts):
+        out[at : at + len(part)] = shard[part - (end - len(shard))]
+        at += len(part)
+    return out
 
 
 def steps_per_epoch(n_train: int, batch_size: int) -> int:

@@ -198,7 +198,7 @@ def apply_gradients(
 
 
 def count_step(
-    state: dict[str, Tensor], n_rows: int, fired: Tensor, recon: Tensor, aux_weight: float, auxk: Tensor, l0: Tensor,
+    state: dict[str, Tensor], n_rows: int | Tensor, fired: Tensor, recon: Tensor, aux_weight: float, auxk: Tensor, l0: Tensor,
     dead_after: int, grad_norm: Tensor,
 ) -> None:
     """Bring `silent` and the sums of `read_stats` up to date. fired: bool [F]. AuxK counts as 0 where nothing is dead."""

@@ -1,6 +1,6 @@
 """Documents in, tokens out: data sets by hub name or local file, and batches of like length."""
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pandas
@@ -78,13 +78,13 @@ class Tokens(NamedTuple):
     """False for special tokens and for positions below SKIP_FIRST: these are never stored."""
 
 
-def tokenise(tokenizer, texts: list[str], first_id: int, max_length: int, skip_special: bool = True, skip_first: int = 0) -> list[Tokens]:
+def tokenise(tokenizer, texts: Sequence[str], first_id: int, max_length: int, skip_special: bool = True, skip_first: int = 0) -> list[Tokens]:
     """Tokenise texts numbered from first_id, cut at max_length tokens, special tokens included.
 
     skip_special drops BOS, EOS, padding and other control tokens from what is kept; the unknown token stands for
     real text and stays, unless it shares its id with one of them (as in GPT-2).
     """
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
     dropped = control_ids(tokenizer) if skip_special else set()
     return [
         Tokens(first_id + i, ids, offsets, [pos >= skip_first and token not in dropped for pos, token in enumerate(ids)])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib.distributed import agree, rank, world_size
 from lib.environment import InputError, log
 from lib.fast_step import Workspace, fast_step
 from lib.metrics.reconstruction import Reconstruction
@@ -85,6 +86,8 @@ def train_sae(
     folder: where checkpoints/last.pt is kept; None keeps nothing. A checkpoint of the same settings and rows is
     continued. history: see UNITS; `val` and `train_sample` have one entry an epoch, `train` one every log_every steps.
 
+    Several ranks train one SAE: each takes its part of every batch, their gradients are added up, and only the first writes.
+
     Raises InputError for settings that can't work and for a loss that is no longer finite.
     """
     _check(rows, settings)
@@ -96,21 +99,24 @@ def train_sae(
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
     progress_made = _load_checkpoint(checkpoint, key) if checkpoint and checkpoint.exists() else None
+    if not agree(progress_made is not None):
+        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
     if progress_made is None:
         state = init_state(transform, settings.n_latents, settings.seed, settings.aligned)
         history = _empty_history(rate, dead_after, n_steps)
         work = Workspace(state, settings.precision)
         log.info(work.choice)
-        progress_made = {"key": key, "state": state, "history": history, "best": {}, "precision": work.precision}
+        precision = work.precision if agree(work.precision == "bfloat16") else "float32"
+        progress_made = {"key": key, "state": state, "history": history, "best": {}, "precision": precision}
         if checkpoint:  # keeps the precision, which "auto" chooses by measuring
             _save_checkpoint(checkpoint, progress_made)
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
     state |= {name: tensor.to(device) for name, tensor in state.items() if name != "step"}
-    work = Workspace(state, progress_made["precision"])
+    work = Workspace(state, progress_made["precision"], shared=world_size() > 1)
     log.info("peak learning rate %.1e, %s steps", rate, f"{n_steps:,}")
     cache: dict[str, Tensor] = {}
     saved_at = time.monotonic()
-    bar = tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress)
+    bar = tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress or rank() > 0)
     while int(state["step"]) < n_steps:
         epoch, done = divmod(int(state["step"]), per_epoch)
         for i, x in enumerate(epoch_batches(rows, transform, settings.batch_size, settings.seed, epoch, cache)):
@@ -140,6 +146,8 @@ def _check(rows: Rows, settings: TrainSettings) -> None:
     for name in ("epochs", "batch_size", "log_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}={getattr(settings, name)} must be at least 1")
+    if min(settings.batch_size, rows.n_train) < world_size():
+        raise InputError(f"batch_size={settings.batch_size} leaves some of {world_size()} ranks without a row; raise it")
     if rows.n_train == 0 or rows.n_train == len(rows.is_val):
         raise InputError("the run needs rows of training and of validation texts; raise DATA_LIMIT in 01_save_activations.py")
 
@@ -189,6 +197,8 @@ def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSetting
 
 
 def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> None:
+    if rank():
+        return
     buffer = io.BytesIO()
     torch.save(progress_made, buffer)
     atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))

@@ -3,6 +3,7 @@
     python 02_train_sae.py                       # on the run that step 1 finished last
     python 02_train_sae.py PRESET=bielik         # the sizes of the original experiment
     python 02_train_sae.py TOP_K=16 EPOCHS=20    # any constant below, by its name
+    torchrun --nproc-per-node 4 02_train_sae.py  # four processes share every step; see experiments/at_scale
 
 Started again after an interruption, it continues from its last checkpoint.
 
@@ -10,6 +11,7 @@ Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/
 Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and training_history.json
 """
 from lib.constants import override
+from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run
 from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae, save_sae
@@ -63,6 +65,8 @@ def main():
         n_latents, TOP_K, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION, LOG_EVERY, SEED
     )  # fmt: skip
     sae, history = train_sae(rows, settings, FOLDER / "sae_model", choose_device(DEVICE))
+    if rank():
+        return
     final = score(sae, sample_rows(rows, validation=True, limit=None))
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
     sae.config.update(
@@ -77,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)

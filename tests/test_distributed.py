@@ -1,0 +1,182 @@
+"""Several ranks under torchrun: the same result as one process, and nothing lost when a rank dies.
+
+    torchrun --nproc-per-node 2 tests/test_distributed.py <folder> <what>     # what the tests start
+"""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pytest
+import torch
+from conftest import PROJECT, run_script
+from test_training import SMALL, make_rows
+
+import lib.training as training
+from lib.distributed import add_up, own_part, rank, ranks, world_size
+from lib.environment import InputError
+from lib.fast_step import Workspace, fast_step
+from lib.rows import epoch_batches
+from lib.sae_step import init_state, whitening
+from lib.store import open_run, read_json
+
+SAVE = "experiments/verify_sae_training/01_save_activations.py"
+TRAIN = "experiments/verify_sae_training/02_train_sae.py"
+SAVING = ("DATA_LIMIT=1500", "SHARD_ROWS=1000", "MAX_LENGTH=32", "PREFLIGHT=False")
+
+
+def sae_steps(folder: Path) -> dict[str, torch.Tensor]:
+    """Forty steps of the torch operations, with latents that AuxK works on; batches of 63 rows don't halve evenly."""
+    rows, _ = make_rows()
+    transform = whitening(rows.covariance)
+    state = init_state(transform, 48, seed=3)
+    work = Workspace(state, "float32", compiled=False, shared=world_size() > 1)
+    for epoch in range(2):
+        for x in epoch_batches(rows, transform, 63, 0, epoch, {}):
+            fast_step(state, x, k=3, lr=2e-3, dead_after=50, work=work)
+    return state
+
+
+def sae_training(folder: Path) -> dict[str, torch.Tensor]:
+    """A whole training with a checkpoint after every step; with DIE_AT the second rank is lost before that step."""
+    training.CHECKPOINT_SECONDS = 0.0
+    if rank() == 1 and "DIE_AT" in os.environ:
+        training.fast_step = lambda state, *args, **options: (
+            os.kill(os.getpid(), signal.SIGKILL) if int(state["step"]) == int(os.environ["DIE_AT"]) else fast_step(state, *args, **options)
+        )
+    sae, history = training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), folder, progress=False)
+    return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]), "loss": torch.tensor(history["train"]["loss"])}
+
+
+def main(folder: Path, what: list[str]) -> None:
+    """Run scenarios by name and keep what each gives, for every rank."""
+    torch.set_num_threads(1)
+    for name in what:
+        torch.save(globals()[name](folder / f"{name}_{world_size()}"), folder / f"{name}_{world_size()}_{rank()}.pt")
+
+
+def torchrun(*command: str | Path, store: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    done = start(*command, store=store, **environment)
+    out, err = done.communicate(timeout=300)
+    if check and done.returncode:
+        raise AssertionError(out + err)
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def start(*command: str | Path, store: Path, **environment: str) -> subprocess.Popen:
+    environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)} | environment
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=store.parent)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Scenario -> what one process, and each of two ranks, made of it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    names = ["sae_steps", "sae_training"]
+    main(folder, names)
+    torchrun(__file__, folder, *names, store=folder / "store")
+    return {name: [torch.load(folder / f"{name}_{who}.pt", weights_only=True) for who in ("1_0", "2_0", "2_1")] for name in names}
+
+
+def test_the_parts_of_all_ranks_are_the_whole(monkeypatch):
+    for n in (0, 1, 7, 64):
+        parts = []
+        for number in range(3):
+            monkeypatch.setattr("lib.distributed.rank", lambda number=number: number)
+            monkeypatch.setattr("lib.distributed.world_size", lambda: 3)
+            parts.append(list(range(n))[own_part(n)])
+        assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_process_is_a_world_of_one():
+    x = torch.arange(3.0)
+    add_up(x)
+    assert x.tolist() == [0, 1, 2] and own_part(5) == slice(0, 5)
+
+
+def test_steps_shared_by_two_ranks_are_those_of_one_process(results):
+    one, two, other = results["sae_steps"]
+    assert float(one["sums"][2]) > 0, "AuxK had nothing to do"
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=2e-4, atol=2e-5)
+        assert torch.equal(two[name], other[name]), "the ranks' states differ"
+
+
+def test_training_with_two_ranks_ends_where_one_process_does(results):
+    one, two, other = results["sae_training"]
+    torch.testing.assert_close(two["W_enc"], one["W_enc"], rtol=0, atol=2e-2)
+    torch.testing.assert_close(two["W_dec"], one["W_dec"], rtol=0, atol=2e-2)
+    torch.testing.assert_close(two["ev"], one["ev"], rtol=0, atol=2e-3)
+    assert all(torch.equal(two[name], other[name]) for name in two)
+
+
+def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results):
+    for death in ("13", "37"):
+        lost = torchrun(__file__, tmp_path, "sae_training", store=tmp_path / "store", check=False, DIE_AT=death)
+        assert lost.returncode and not (tmp_path / "sae_training_2_0.pt").exists()
+        state = torch.load(tmp_path / "sae_training_2" / "checkpoints" / "last.pt", weights_only=True)["state"]
+        assert int(state["step"]) == int(death)
+    torchrun(__file__, tmp_path, "sae_training", store=tmp_path / "store")
+    resumed = torch.load(tmp_path / "sae_training_2_0.pt", weights_only=True)
+    assert all(torch.equal(resumed[name], results["sae_training"][1][name]) for name in resumed)
+
+
+def tree(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and p.suffix not in (".log", ".tmp")}
+
+
+def test_two_ranks_save_and_resume_the_shards_of_one_process(tmp_path, monkeypatch):
+    """The second rank is killed while it writes; the same command then ends with the shards of one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_script(SAVE, *SAVING, store=one)
+    process = start(PROJECT / SAVE, *SAVING, store=two)
+    deadline = time.monotonic() + 120
+    while len(list(two.rglob("rows/shard_*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode and not list(two.rglob("manifest.json")), "the run was over before the rank was lost"
+    n_written = len(list(two.rglob("rows/shard_*.safetensors")))
+    torchrun(PROJECT / SAVE, *SAVING, store=two)
+    runs = []
+    for store in (one, two):
+        monkeypatch.setenv("STORE_DIR", str(store))
+        runs.append(open_run("verify_sae_training", verify=True))
+    files = [{name: data for name, data in tree(store).items() if "/stats." not in name and "manifest" not in name} for store in (one, two)]
+    assert files[0] == files[1] and len(runs[0].manifest["rows"]) > n_written
+    stats = [run.stats(run.hooks[0]) for run in runs]
+    for name, value in stats[0].items():  # their sums were taken in another order
+        torch.testing.assert_close(stats[1][name], value, rtol=1e-6, atol=1e-6)
+    check_training(one, two)
+
+
+def check_training(one: Path, two: Path) -> None:
+    """02 on these runs: only the first rank writes, and the SAE is as good."""
+    settings = ("EPOCHS=2", "PRECISION=float32")
+    run_script(TRAIN, *settings, store=one)
+    done = torchrun(PROJECT / TRAIN, *settings, store=two)
+    assert done.stdout.count("held out: EV") == 1 and set(tree(one)) == set(tree(two))
+    evs = [read_json(store / "verify_sae_training" / "training_history.json")["final"]["ev"] for store in (one, two)]
+    assert evs[1] == pytest.approx(evs[0], abs=0.01)
+
+
+def test_a_script_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_script("experiments/sae_ception/02_train_sae.py", store=tmp_path / "store", check=False)
+    assert done.returncode == 2 and done.stderr == "error: 02_train_sae.py runs in one process; start it without torchrun\n"
+
+
+def test_more_ranks_than_rows_of_a_batch_are_refused(monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 100)
+    with pytest.raises(InputError, match="leaves some of 100 ranks without a row"):
+        training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), progress=False)
+
+
+if __name__ == "__main__":
+    with ranks():
+        main(Path(sys.argv[1]), sys.argv[2:])
