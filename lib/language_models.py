@@ -181,7 +181,8 @@ def _transformers(name: str) -> Callable[[Messages], Reply]:
     from lib.models import choose_dtype, load_model, load_tokenizer  # slow to import, and only needed here
 
     device = choose_device("auto")
-    model, tokenizer = load_model(name, device, choose_dtype("auto", device)), load_tokenizer(name)
+    model: Any = load_model(name, device, choose_dtype("auto", device))
+    tokenizer = load_tokenizer(name)
     if not tokenizer.chat_template or not model.can_generate():
         raise InputError(f"NAMING_MODEL={name} is no chat model (no chat template); choose an instruction-tuned one")
 

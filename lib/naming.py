@@ -19,9 +19,9 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.concept_files import Concepts
 from lib.concept_names import codes_matrix, score_rule, score_words
 from lib.concepts import Codes
+from lib.dictionary import Concepts
 from lib.language_models import ANSWER_TOKENS, CHARS_PER_TOKEN, Chat, ask_json, question_key
 
 N_FIRING, N_SILENT = 10, 6  # contexts from which a name is made
@@ -166,16 +166,19 @@ def _judge_question(contexts: Contexts, rows: list[int], name: str, description:
 
 def check_name(answer: dict[str, Any]) -> dict[str, Any]:
     """The answer's name, description and confidence (None if it gives none); ValueError says what is wrong."""
-    name, description, confidence = (answer.get(key) for key in ("name", "description", "confidence"))
-    for key, value, limit in (("name", name, MAX_NAME), ("description", description, MAX_DESCRIPTION)):
+    texts = {}
+    for key, limit in (("name", MAX_NAME), ("description", MAX_DESCRIPTION)):
+        value = answer.get(key)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f'"{key}" must be a text')
         if len(value) > limit:
             raise ValueError(f'"{key}" has {len(value)} characters, at most {limit} are allowed')
+        texts[key] = " ".join(value.split())
+    confidence = answer.get("confidence")
     number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
     if confidence is not None and not (number and 0 <= confidence <= 1):
         raise ValueError('"confidence" must be a number from 0 to 1')
-    return {"name": " ".join(name.split()), "description": " ".join(description.split()), "confidence": confidence}
+    return texts | {"confidence": confidence}
 
 
 def check_verdict(n: int) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -8,14 +8,7 @@ import torch
 from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
 
 from lib.activations import SaveSettings, save_activations
-from lib.concept_files import (
-    concepts_from_csv,
-    concepts_to_csv,
-    read_concepts,
-    read_top_texts,
-    write_concepts,
-    write_top_texts,
-)
+from lib.concept_files import read_top_texts, write_top_texts
 from lib.concept_names import candidate_patterns, name_latents, predict, score_rule
 from lib.concepts import Codes, codes_at, collect_firings, encode_run, live_codes
 from lib.effects import promoted_tokens
@@ -282,51 +275,6 @@ def test_a_rule_is_the_union_of_its_patterns():
     texts = ["the cat sat on the mat ."]
     patterns = find_patterns(texts, word_rows(texts))
     assert predict(patterns, [("word", "cat"), ("after", "on"), ("word", "never")]).nonzero()[0].tolist() == [1, 4]
-
-
-def test_names_by_people_survive(tmp_path):
-    path = tmp_path / "concepts.json"
-    entry = {"name": "old", "source": "offline", "score": 0.7}
-    write_concepts(path, HEADER, {1: entry, 2: entry})
-    content = json.loads(path.read_text())
-    content["concepts"]["2"] = {"name": "mine", "source": "human"}
-    path.write_text(json.dumps(content))
-    now = write_concepts(path, HEADER, {1: entry | {"name": "new"}, 2: entry, 3: entry})
-    assert [now[i]["name"] for i in (1, 2, 3)] == ["new", "mine", "old"]
-    assert read_concepts(path, "aa")["concepts"] == now
-    write_concepts(path, HEADER | {"sae_hash": "bb"}, {1: entry})
-    assert read_concepts(path)["concepts"].keys() == {1}
-    assert read_concepts(tmp_path / "concepts_aa.json")["concepts"][2]["name"] == "mine"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema_version": 9}, "schema"),
-        ({"concepts": {"8": {"name": "x", "source": "human"}}}, "latent 8"),
-        ({"concepts": {"dog": {"name": "x", "source": "human"}}}, "latent dog"),
-        ({"concepts": {"1": {"name": "x", "source": "guess"}}}, "source"),
-        ({"concepts": {"1": {"source": "human"}}}, "name"),
-        ({"concepts": {"5": {"name": "x", "source": "human"}}}, "never fires"),
-        ({"sae_hash": "cc"}, "another SAE"),
-    ],
-)
-def test_wrong_concept_files_are_refused(tmp_path, change, message):
-    path = tmp_path / "concepts.json"
-    path.write_text(json.dumps({"schema_version": 1, **HEADER, "concepts": {}} | change))
-    with pytest.raises(InputError, match=message):
-        read_concepts(path, "aa", dead=[5])
-
-
-def test_the_table_for_people(tmp_path):
-    entry = {"name": 'a, "b"', "description": "d", "source": "offline", "score": 0.5, "notes": ""}
-    concepts = {1: entry, 4: entry}
-    concepts_to_csv(concepts, tmp_path / "t.csv")
-    assert concepts_from_csv(tmp_path / "t.csv", concepts) == concepts
-    table = (tmp_path / "t.csv").read_text().replace('4,"a, ""b"""', "4,Öl")
-    (tmp_path / "t.csv").write_text(table)
-    changed = concepts_from_csv(tmp_path / "t.csv", concepts)
-    assert changed[1] == entry and (changed[4]["name"], changed[4]["source"]) == ("Öl", "human")
 
 
 @pytest.mark.skipif(not ASSETS.exists(), reason="needs the shared assets")

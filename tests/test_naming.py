@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, TEXTS, WORDS, run_notebook, tiny_model
-from lib import language_models
-from lib.concept_files import concepts_from_csv, concepts_to_csv, read_concepts, write_concepts
-from lib.concept_names import score_words
-from lib.environment import InputError
-from lib.language_models import ask_json, find_json, open_chat
-from lib.naming import Contexts, check_name, check_verdict, cost_estimate, judge, name_with, score_people
 from test_concepts import HEADER, planted
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from lib import language_models
+from lib.concept_names import score_words
+from lib.dictionary import concepts_from_csv, concepts_to_csv, read_concepts, write_concepts
+from lib.environment import InputError
+from lib.language_models import ask_json, find_json, open_chat
+from lib.naming import Contexts, check_name, check_verdict, cost_estimate, judge, name_with, score_people
 
 KEY = "sk-test-0123456789"
 GOOD = {"name": "dogs", "description": "The word dog.", "confidence": 0.9}
