@@ -9,8 +9,8 @@ Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) n
 Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of step 4
 Writes store/verify_sae_training/steering.json
 """
-from lib.dictionary import read_concepts
 from lib.constants import override
+from lib.dictionary import read_concepts
 from lib.environment import InputError, choose_device, run
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
