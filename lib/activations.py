@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
-from lib.environment import InputError, log
+from lib.environment import InputError, is_out_of_memory, log
+from lib.files import atomic_write, read_json, read_note, write_json, write_tensors
 from lib.finishing import finish
+from lib.guards import differences, require_room
 from lib.hooks import HookPoint, capture
-from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run, atomic_write, read_note, write_json, write_tensors
+from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run
 from lib.texts import Tokens, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
@@ -68,11 +70,31 @@ def forward(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_
     return states
 
 
+def forward_in_parts(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_id: int, side: str = "right") -> list[list[Tensor]]:
+    """forward(), in halves if the batch is too large for the memory; other batches may change the last digits of a row.
+
+    Raises InputError if a single text is too large.
+    """
+    try:
+        return forward(model, points, batch, pad_id, side)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if len(batch) == 1:
+        raise InputError(f"a text of {len(batch[0].ids)} tokens is too large for the memory; lower MAX_LENGTH, or use a smaller model or MODEL_DTYPE=bfloat16")
+    half = len(batch) // 2
+    log.warning("%d texts are too many for the memory, trying %d; lower BATCH_SIZE_SAVE to avoid this", len(batch), half)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    parts = [forward_in_parts(model, points, part, pad_id, side) for part in (batch[:half], batch[half:])]
+    return [first + second for first, second in zip(*parts)]
+
+
 def block_rows(model: nn.Module, points: list[HookPoint], block: list[Tokens], pad_id: int, settings: SaveSettings) -> tuple[Tensor, list[Tensor]]:
     """Rows of a block of texts in text order, whatever the batches: columns int32 [R, 5], activations per point [R, D]."""
     found: dict[int, list[Tensor]] = {}
     for batch in length_batches(block, settings.batch_tokens):
-        states = forward(model, points, batch, pad_id, settings.padding_side)
+        states = forward_in_parts(model, points, batch, pad_id, settings.padding_side)
         for i, item in enumerate(batch):
             found[item.text_id] = [per_point[i][torch.tensor(item.keep)].cpu() for per_point in states]
     columns = [
@@ -151,6 +173,7 @@ class _Writer:
 
     def flush(self, n: int) -> None:
         """Write the first n collected rows as one shard."""
+        require_room(self.folder, sum(x.nbytes for kept in self.states for x in kept))
         for point, kept in zip(self.points, self.states):
             x = torch.cat(kept)
             write_tensors(self.shard(point.signature, self.n_shards), {"x": x[:n]})
@@ -175,6 +198,7 @@ def save_activations(
     hooks = [point._asdict() for point in points]
     meta = {"schema_version": SCHEMA_VERSION, **meta, "settings": asdict(settings), "hooks": hooks, "n_texts": len(texts)}
     if rank() == 0:
+        _check_same_run(folder, meta)
         write_json(folder / "meta.json", meta)
         write_texts(folder / "texts.jsonl", texts, splits)
     limits: list[float | None] = [None] * len(points)
@@ -246,6 +270,14 @@ def _missing(writer: _Writer, tokenizer, texts: Sequence[str]) -> Iterator[float
             block = int((ends <= i * settings.shard_rows).sum())
             writer.start_at(i, block, int(ends[block] - n_rows[block]))
             yield next(end for end in range(i + 1, len(is_missing) + 1) if end not in own)
+
+
+def _check_same_run(folder: Path, meta: dict[str, Any]) -> None:
+    """Raise InputError if `folder` holds part of a run that was begun with something else."""
+    if (folder / "meta.json").exists():
+        then, now = ({k: v for k, v in m.items() if k != "provenance"} for m in (read_json(folder / "meta.json"), json.loads(json.dumps(meta))))
+        if why := differences(then, now):
+            raise InputError(f"{folder} holds part of another run ({why}); end that one, or delete the folder")
 
 
 def _check_finite(rows: Tensor, states: list[Tensor], points: list[HookPoint], dtype: torch.dtype) -> None:

@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.environment import InputError, choose_device
+from lib.files import fingerprint, read_json, read_sealed, read_torch, write_json, write_sealed
+from lib.guards import differences
 from lib.labelled import load_task
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path
 from lib.sae import SAE, load_sae
-from lib.store import experiment_dir, fingerprint, provenance, read_json, read_tensors, write_json, write_tensors
+from lib.store import experiment_dir, provenance
 
 # Constants that choose what is run or where, not what any one result is.
 RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "TRACKER", "N_SAE_SEEDS"}
@@ -94,7 +96,7 @@ class Bench:
         step = "01_train_baseline.py" if cycle == 0 else "03_train_auxiliary.py"
         if not finished(path, self.key("model", arm, cycle), self.c):
             raise InputError(f"{path} is missing; run {step} first")
-        load_trained(self.model, torch.load(path, map_location="cpu", weights_only=True))
+        load_trained(self.model, read_torch(path, f"run {step} first"))
         self.model.eval()
 
     def sae(self, arm: str, cycle: int, sae_seed: int = 0) -> SAE:
@@ -173,8 +175,8 @@ def finished(path: Path, key: str, c: Constants) -> bool:
         return True
     present = {k: v for k, v in fingerprintable(c).items() if k not in RUN_ONLY}
     stored = found["constants"]
-    changed = [f"{k} was {stored[k]!r}, is {v!r}" for k, v in present.items() if k in stored and stored[k] != v]
-    why = "; ".join(changed) or "its data, model or an earlier step"
+    why = differences({k: v for k, v in stored.items() if k in present}, {k: v for k, v in present.items() if k in stored})
+    why = why or "its data, model or an earlier step"
     raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete {bench_root(path)}")
 
 
@@ -192,10 +194,10 @@ def write_stamp(bench: Bench, path: Path, key: str) -> None:
     """The stamp beside an output, and the folder's constants.json and meta.json."""
     folder = path.parent if path.parent.name != "checkpoints" else path.parent.parent
     constants = fingerprintable(bench.c)
-    write_json(folder / "constants.json", constants)
+    write_json(folder / "constants.json", constants, sealed=True)
     meta = {"constants_hash": fingerprint(constants), "data": bench.task_key, "model": bench.model_key, "seed": bench.seed}
-    write_json(folder / "meta.json", meta | provenance())
-    write_json(stamp_path(path), {"key": key, "constants": constants})
+    write_json(folder / "meta.json", meta | provenance(), sealed=True)
+    write_json(stamp_path(path), {"key": key, "constants": constants}, sealed=True)
 
 
 def cached_entries(bench: Bench) -> Entries:
@@ -216,11 +218,11 @@ def cached_entries(bench: Bench) -> Entries:
             for part in by_length.split(bench.c["BATCH_SIZE"]):
                 found = model.token_states(make_batch(task, part, bench.device), model.entry)
                 states |= {i: state.cpu() for i, state in zip(part.tolist(), found)}
-            write_tensors(path, {"x": torch.cat([states[i] for i in ids])})
+            write_sealed(path, {"x": torch.cat([states[i] for i in ids])})
     places = []
     for number, ids in enumerate(shards):
         start = 0
         for i in ids:
             places.append((number, start, start + lengths[i]))
             start += lengths[i]
-    return Entries([read_tensors(folder / f"{i}.safetensors")["x"] for i in range(len(shards))], places)
+    return Entries([read_sealed(folder / f"{i}.safetensors")["x"] for i in range(len(shards))], places)

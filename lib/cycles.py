@@ -10,7 +10,6 @@ store/sae_ception/<setting>/<arm>/seed_<s>/ holds constants.json, meta.json, che
 history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "baseline". A step that
 finds its output finished does nothing; one that finds an output or an input made with other constants stops and says which.
 """
-import io
 import math
 import shutil
 from typing import Any
@@ -21,11 +20,11 @@ from lib.activations import SaveSettings, save_activations
 from lib.bench import Bench, Constants, finished, sae_path, stage_constants, write_stamp
 from lib.classifier import MLP, load_trained, outputs, trained_state
 from lib.environment import InputError, log
+from lib.files import fingerprint, read_json, write_json, write_sealed, write_torch
 from lib.fine_tuning import Targets, TuneSettings, fine_tune
 from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import save_sae
 from lib.sharpening import NO_TARGET, method, n_kept, targets
-from lib.store import atomic_write, fingerprint, read_json, write_json, write_tensors
 from lib.task_evaluation import evaluate
 from lib.trackers import open_tracker
 from lib.training import TrainSettings, train_sae
@@ -72,10 +71,8 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
         )  # fmt: skip
     if made is not None:
         history["aux"] |= share
-    buffer = io.BytesIO()
-    torch.save(trained_state(bench.model), buffer)
-    write_json(folder / f"history_cycle_{cycle}.json", history)
-    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    write_json(folder / f"history_cycle_{cycle}.json", history, sealed=True)
+    write_torch(path, trained_state(bench.model))
     write_stamp(bench, path, key)
     unfinished.unlink(missing_ok=True)
     if made is not None and (history["aux"]["cos_start"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
@@ -112,7 +109,7 @@ def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Ta
         keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example, seed=aux["SHARPEN_SEED"] + bench.seed,
     )  # fmt: skip
     folder = bench.root / arm / f"seed_{bench.seed}"
-    write_tensors(folder / f"targets_cycle_{cycle}.safetensors", {"example_id": ids, "t": t.float()})
+    write_sealed(folder / f"targets_cycle_{cycle}.safetensors", {"example_id": ids, "t": t.float()})
     return Targets(ids, t, sae.mean if aux["AUX_CENTRED"] else None), share
 
 
@@ -178,7 +175,7 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
     if results["val"]["sae_explained_variance_pooled"] < 0.7:
         log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; "
                     "set SAE_POSITIONS=pooled or train it longer", arm, cycle, results["val"]["sae_explained_variance_pooled"])  # fmt: skip
-    write_json(path, drop_undefined(results))
+    write_json(path, drop_undefined(results), sealed=True)
     write_stamp(bench, path, key)
     return read_json(path)
 

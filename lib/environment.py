@@ -2,6 +2,7 @@
 
 Import this module before transformers or overcomplete. It is the only place that touches `sys.modules`.
 """
+import errno
 import importlib.util
 import logging
 import os
@@ -38,8 +39,18 @@ class InputError(ValueError):
     """Something the user can put right; its message is one line that says what to do."""
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device, or of the machine, is full."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def run(main: Callable[[], None], parallel: bool = False) -> None:
-    """Run a script's main(): InputError ends with one line and exit code 2, Ctrl-C with 130.
+    """Run a script's main(): InputError, a full disk and full memory end with one line and exit code 2, Ctrl-C with 130.
 
     parallel: torchrun may start it as several processes that share the work; any other script refuses that.
     """
@@ -51,6 +62,15 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if is_disk_full(error):
+            print(f"error: the disk is full ({error}); make room, then the same command goes on", file=sys.stderr)
+        elif is_out_of_memory(error):
+            first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "MemoryError"
+            print(f"error: the memory is full ({first}); lower the constants that set batch or buffer sizes, or use a smaller model", file=sys.stderr)
+        else:
+            raise
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues where it was", file=sys.stderr)
         sys.exit(130)
@@ -61,6 +81,7 @@ def log_to(path: Path) -> None:
     if rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    logging.raiseExceptions = False  # a full disk costs the log its lines, not the run
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
         log.removeHandler(handler)

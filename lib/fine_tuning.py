@@ -2,7 +2,7 @@
 
     history = fine_tune(model, task, TuneSettings(epochs=3, aux_weight=1.0), Targets(ids, t), checkpoint=path)
 """
-import io
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from lib.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, trained_state
 from lib.environment import InputError
+from lib.files import fingerprint, read_torch, write_torch
+from lib.guards import differences
 from lib.labelled import Task
-from lib.store import atomic_write, fingerprint
 
 PROBE_EXAMPLES = 256  # training examples on which the auxiliary loss and its gradient are compared at start and end
 GROUPED_BATCHES = 20  # text batches whose examples are sorted by length together: less padding
@@ -111,7 +112,7 @@ def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Tar
     device = next(model.parameters()).device
     key = fingerprint([key, asdict(settings)])
     optimizer = _optimizer(model, settings)
-    progress = _load(checkpoint, key, model, optimizer)
+    progress = _load(checkpoint, key, settings, model, optimizer)
     if progress is None:
         start = probe(model, task, targets, settings, entries) if targets is not None else {}
         progress = {"epochs": [], "best_epoch": 0, "best": trained_state(model), "start": start, "sums": [0.0, 0.0]}
@@ -130,7 +131,7 @@ def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Tar
         if log is not None:
             log({"epoch": epoch + 1, **record})
         if checkpoint is not None and epoch + 1 < settings.epochs:
-            _save(checkpoint, key, progress, model, optimizer)
+            _save(checkpoint, key, settings, progress, model, optimizer)
     load_trained(model, progress["best"])
     model.eval()
     history = {"epochs": progress["epochs"], "best_epoch": progress["best_epoch"]}
@@ -167,6 +168,8 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     loss, aux = (torch.stack(sums).cpu().double().sum(0) / len(task.splits["train"])).tolist()
+    if not (math.isfinite(loss) and math.isfinite(aux)):
+        raise InputError(f"the loss is no longer finite in epoch {epoch + 1}; lower LR (now {settings.lr:g}) or AUX_WEIGHT")
     return {"loss": loss, "aux_loss": aux}
 
 
@@ -209,19 +212,18 @@ def _aux_summary(progress: dict[str, Any], end: dict[str, float], settings: Tune
     }  # fmt: skip
 
 
-def _save(path: Path, key: str, progress: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    buffer = io.BytesIO()
-    torch.save({"key": key, "progress": progress, "state": trained_state(model), "optimizer": optimizer.state_dict()}, buffer)
-    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+def _save(path: Path, key: str, settings: TuneSettings, progress: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    write_torch(path, {"key": key, "settings": asdict(settings), "progress": progress, "state": trained_state(model), "optimizer": optimizer.state_dict()})
 
 
-def _load(path: Path | None, key: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """What _save wrote, put into model and optimizer; None if there is nothing, or it is of another training."""
+def _load(path: Path | None, key: str, settings: TuneSettings, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """What _save wrote, put into model and optimizer; None if there is nothing. Raises InputError if it is of another training."""
     if path is None or not path.exists():
         return None
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    found = read_torch(path, "train again")
     if found["key"] != key:
-        return None
+        why = differences(found["settings"], asdict(settings)) or "its data, model or an earlier step has changed"
+        raise InputError(f"{path} is an unfinished training with other constants ({why}); end it with those, or delete it to train anew")
     load_trained(model, found["state"])
     optimizer.load_state_dict(found["optimizer"])
     return found["progress"]

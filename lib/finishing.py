@@ -7,7 +7,8 @@ from safetensors import safe_open
 
 from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
 from lib.environment import InputError
-from lib.store import Run, list_files, write_json, write_tensors
+from lib.files import list_files, write_json, write_tensors
+from lib.store import Run
 
 
 def finish(folder: Path, meta: dict[str, Any], hooks: list[str], n_shards: int) -> Run:
@@ -26,7 +27,7 @@ def finish(folder: Path, meta: dict[str, Any], hooks: list[str], n_shards: int) 
     files += [f"{hook}/stats.{ending}" for hook in hooks for ending in ("json", "safetensors")]
     run.manifest["files"] = list_files(folder, files)
     if rank() == 0:
-        write_json(folder / "manifest.json", run.manifest)
+        write_json(folder / "manifest.json", run.manifest, sealed=True)
     wait_for_all()
     return run
 

@@ -8,7 +8,6 @@ x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept spa
     values, indices = sae.encode(x)
     xhat = sae.decode(values, indices)
 """
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib.environment import InputError
-from lib.store import Run, atomic_write, fingerprint, write_json
+from lib.files import fingerprint, read_torch, write_json, write_torch
+from lib.store import Run
 
 SCHEMA_VERSION = 1
 ENCODE_ROWS = 4096  # rows whose dense pre-activations [rows, F] exist at one time
@@ -131,21 +131,14 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
         "state": state,
         "probe": {"x": probe, "values": values.cpu(), "indices": indices.cpu()},
     }
-    buffer = io.BytesIO()  # torch.save would write the temporary file's name into the archive
-    torch.save(content, buffer)
-    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-    write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config})
+    write_torch(path, content)
+    write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config}, sealed=True)
 
 
 def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
     """Load what save_sae wrote. Raises InputError if it is missing, damaged, of another schema, or if the codes of
     its probe rows come out differently."""
-    if not path.exists():
-        raise InputError(f"there is no SAE at {path}; run 02_train_sae.py first")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged archive
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); train it again") from None
+    content = read_torch(path, "run 02_train_sae.py first")
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is no SAE of schema {SCHEMA_VERSION}; train it again or convert it")
     state, config, probe = content["state"], content["config"], content["probe"]

@@ -1,4 +1,4 @@
-"""Everything on disk: where it lies, atomic writes, and runs of activations that can be read back.
+"""Everything on disk: where it lies, and runs of activations that can be read back. How files are written: lib/files.py.
 
 A run is a folder `store/<experiment>/runs/<run_id>/`:
 
@@ -11,14 +11,12 @@ A run is a folder `store/<experiment>/runs/<run_id>/`:
 
 Row r of a hook's shard i is row r of rows/shard i, so row -> token -> text needs no language model.
 """
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -26,12 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib.distributed import add_up, own_part
 from lib.environment import PROJECT, InputError
+from lib.files import (  # noqa: F401
+    atomic_write,
+    check_files,
+    fingerprint,
+    list_files,
+    read_json,
+    read_note,
+    read_sealed,
+    read_tensors,
+    read_torch,
+    safe_name,
+    sha256,
+    write_json,
+    write_sealed,
+    write_tensors,
+    write_text,
+    write_torch,
+)
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")
@@ -49,80 +62,6 @@ def experiment_dir(experiment: str) -> Path:
     return path
 
 
-def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename to `path`: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused, because other tools can't read them."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or damaged one is an InputError that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run its step again") from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:
-    """Write a safetensors file atomically. note: JSON value for the file's header, read back by read_note().
-
-    The note is one string because safetensors writes several metadata keys in random order: equal files would differ.
-    """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = None if note is None else {"note": json.dumps(note)}
-    atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
-
-
-def read_note(path: Path) -> Any:
-    """The note in a safetensors file's header."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["note"])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, memory-mapped; a missing or damaged one is an InputError that names it."""
-    if not path.exists():
-        raise InputError(f"{path} is missing")
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own type, which is not exported
-        raise InputError(f"{path} is damaged ({error}); delete it and run its step again") from None
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(value: Any) -> str:
-    """Sixteen hex digits of anything JSON can hold, or of a tensor's bytes and shape."""
-    if isinstance(value, Tensor):
-        data = str((tuple(value.shape), value.dtype)).encode() + value.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-    else:
-        data = json.dumps(value, sort_keys=True, default=str).encode()
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def provenance() -> dict[str, Any]:
     """Versions and code revision that an output is stamped with. No time: equal runs give equal bytes."""
     packages = ("torch", "transformers", "datasets", "overcomplete", "numpy", "scikit-learn")
@@ -133,13 +72,6 @@ def provenance() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def safe_name(name: str) -> str:
-    """`name` if it is a plain file name; anything that could leave its folder is an InputError."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
-        raise InputError(f"{name!r} is no file name; use letters, digits, '_', '-' and '.'")
-    return name
 
 
 @dataclass(frozen=True)
@@ -227,7 +159,7 @@ class Run:
 def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -> Run:
     """Open a finished run; None means the one that 01_save_activations.py finished last.
 
-    verify: also compare every file's sha256, which reads the whole run; without it only sizes are checked.
+    verify: compare every file's sha256, which reads the whole run; without it that of small files, and all sizes.
     Raises InputError if the run is missing, unfinished, of another schema, or damaged.
     """
     folder = store_root() / experiment
@@ -243,24 +175,3 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
         raise InputError(f"run {run_id} has schema {run.meta.get('schema_version')}, this code reads {SCHEMA_VERSION}; save it again")
     check_files(path, run.manifest["files"], verify)
     return run
-
-
-def list_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """The entries of a manifest for files under `folder`: name, bytes, sha256. All ranks call it, each reads its part."""
-    digests = torch.zeros(len(names), 32, dtype=torch.uint8)
-    for i in range(len(names))[own_part(len(names))]:
-        digests[i] = torch.tensor(list(bytes.fromhex(sha256(folder / names[i]))), dtype=torch.uint8)
-    add_up(digests)
-    return [
-        {"file": name, "bytes": (folder / name).stat().st_size, "sha256": bytes(digest).hex()} for name, digest in zip(names, digests.tolist())
-    ]
-
-
-def check_files(folder: Path, entries: list[dict[str, Any]], verify: bool = False) -> None:
-    """Raise InputError for the first listed file that is missing, has another size or (verify) another sha256."""
-    for entry in entries:
-        path = folder / entry["file"]
-        if not path.exists():
-            raise InputError(f"{path} is missing; save the run again")
-        if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
-            raise InputError(f"{path} was altered or truncated since it was written; save the run again")

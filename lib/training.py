@@ -6,7 +6,6 @@
 The mathematics of one step is in lib/sae_step.py. Killed at any moment and called again, the training goes on from
 its last checkpoint and ends with the same bytes.
 """
-import io
 import math
 import time
 from collections.abc import Iterator
@@ -21,13 +20,15 @@ from tqdm.auto import tqdm
 from lib.distributed import agree, rank, world_size
 from lib.environment import InputError, log
 from lib.fast_step import Workspace, fast_step
+from lib.files import fingerprint, read_torch, write_torch
+from lib.guards import differences
 from lib.metrics.reconstruction import Reconstruction
 from lib.rows import Rows, epoch_batches, sample_rows, steps_per_epoch
 from lib.sae import SAE, make_sae
 from lib.sae_step import aux_after, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
-from lib.store import atomic_write, fingerprint
 
-CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_SECONDS = 30.0  # between two checkpoints, or longer:
+CHECKPOINT_SHARE = 0.02  # of the time at most goes into them
 UNITS = {
     "loss, recon, auxk": "training space, where rows have mean squared norm 1; recon is the FVU there",
     "recon_mse": "mean squared error per element, raw activation units",
@@ -88,7 +89,8 @@ def train_sae(
 
     Several ranks train one SAE: each takes its part of every batch, their gradients are added up, and only the first writes.
 
-    Raises InputError for settings that can't work and for a loss that is no longer finite.
+    Raises InputError for settings that can't work, for a loss that is no longer finite, and if `folder` holds an
+    unfinished training with other settings.
     """
     _check(rows, settings)
     per_epoch = steps_per_epoch(rows.n_train, settings.batch_size)
@@ -98,7 +100,7 @@ def train_sae(
     transform = whitening(rows.covariance, settings.whiten).to(device)
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
-    progress_made = _load_checkpoint(checkpoint, key) if checkpoint and checkpoint.exists() else None
+    progress_made = _load_checkpoint(checkpoint, key, settings) if checkpoint and checkpoint.exists() else None
     if not agree(progress_made is not None):
         raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
     if progress_made is None:
@@ -107,7 +109,7 @@ def train_sae(
         work = Workspace(state, settings.precision)
         log.info(work.choice)
         precision = work.precision if agree(work.precision == "bfloat16") else "float32"
-        progress_made = {"key": key, "state": state, "history": history, "best": {}, "precision": precision}
+        progress_made = {"key": key, "settings": asdict(settings), "state": state, "history": history, "best": {}, "precision": precision}
         if checkpoint:  # keeps the precision, which "auto" chooses by measuring
             _save_checkpoint(checkpoint, progress_made)
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
@@ -115,7 +117,7 @@ def train_sae(
     work = Workspace(state, progress_made["precision"], shared=world_size() > 1)
     log.info("peak learning rate %.1e, %s steps", rate, f"{n_steps:,}")
     cache: dict[str, Tensor] = {}
-    saved_at = time.monotonic()
+    due = time.monotonic() + CHECKPOINT_SECONDS
     bar = tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress or rank() > 0)
     while int(state["step"]) < n_steps:
         epoch, done = divmod(int(state["step"]), per_epoch)
@@ -130,9 +132,8 @@ def train_sae(
             if i + 1 == per_epoch:
                 _end_epoch(progress_made, rows, settings, device)
                 bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}", dead=f"{history['train']['dead_pct'][-1]:.1f}%")
-            if checkpoint and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                _save_checkpoint(checkpoint, progress_made)
-                saved_at = time.monotonic()
+            if checkpoint and time.monotonic() > due:
+                due = _save_checkpoint(checkpoint, progress_made)
     bar.close()
     if checkpoint:
         _save_checkpoint(checkpoint, progress_made)
@@ -196,22 +197,29 @@ def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSetting
         best |= dict(zip(("W_enc", "b_enc", "W_dec"), (w.cpu() for w in weights)), ev=val["ev"], epoch=len(history["val"]["ev"]))
 
 
-def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> None:
-    if rank():
-        return
-    buffer = io.BytesIO()
-    torch.save(progress_made, buffer)
-    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> float:
+    """Write a checkpoint; returns when the next one is due, so that they take at most CHECKPOINT_SHARE of the time."""
+    state = progress_made["state"]
+    if not all(torch.isfinite(state[name]).all() for name in ("enc", "dec")):
+        raise InputError(f"the weights are no longer finite at step {int(state['step'])}; lower LR or check the activations")
+    start = time.monotonic()
+    if rank() == 0:
+        write_torch(path, progress_made)
+    end = time.monotonic()
+    return end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
 
 
-def _load_checkpoint(path: Path, key: str) -> dict[str, Any] | None:
-    """What _save_checkpoint wrote, or None if it belongs to other settings or rows."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged archive
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it and train again") from None
-    if found["key"] != key:
-        log.info("the checkpoint in %s is of another training; starting anew", path.parent)
-        return None
-    log.info("continuing at step %d", int(found["state"]["step"]))
-    return found
+def _load_checkpoint(path: Path, key: str, settings: TrainSettings) -> dict[str, Any] | None:
+    """What _save_checkpoint wrote, or None if it is of another training that has ended or hardly begun.
+
+    Raises InputError if another training is still unfinished: its work is not thrown away unasked.
+    """
+    found = read_torch(path, "train again")
+    step = int(found["state"]["step"])
+    if found["key"] == key:
+        log.info("continuing at step %d", step)
+        return found
+    if 0 < step < found["history"]["n_steps"]:
+        why = differences(found["settings"], asdict(settings)) or "other activations, or another device"
+        raise InputError(f"{path.parent} holds an unfinished training ({why}); end it with its own constants, or delete that folder to train anew")
+    return None

@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from lib.constants import override
 from lib.environment import run
-from lib.store import check_files, experiment_dir, list_files, read_json, sha256, write_json, write_text
+from lib.files import list_files, sha256, write_json, write_text
+from lib.guards import in_use, up_to_date
+from lib.store import experiment_dir
 
 N_STORIES = 6400            # stories in all three splits together
 VAL_FRAC = 0.08             # share of the stories in val.jsonl
@@ -75,12 +77,16 @@ def main() -> None:
     out, names = experiment_dir("embedded") / "stories", ("train.jsonl", "val.jsonl", "test.jsonl", "concepts.json")
     here = Path(__file__).parent
     made_from = {"constants": CONSTANTS, "grammar": [sha256(here / name) for name in ("grammar.py", "stories.py")]}
-    if (out / "report.json").exists():
-        report = read_json(out / "report.json")
-        if {key: report.get(key) for key in made_from} == made_from:
-            check_files(out, report["files"], verify=True)
-            print(f"{out} is up to date; delete its report.json to write it again")
-            return
+    if up_to_date(out / "report.json", made_from):
+        print(f"{out} is up to date; delete its report.json to write it again")
+        return
+    with in_use(out.parent):
+        report = write(out, names, made_from)
+    print(json.dumps({key: report[key] for key in ("stories", "words", "concept_words", "leaves", "mood_accuracy")}, indent=1))
+
+
+def write(out: Path, names: tuple[str, ...], made_from: dict) -> dict:
+    """Write all files; the report, which makes them complete, comes last and is returned."""
     taken: set[str] = set()
     written = [write_story(i, SEED, taken) for i in tqdm(range(N_STORIES), desc="stories", unit="story")]
     n_val, n_test = int(N_STORIES * VAL_FRAC), int(N_STORIES * TEST_FRAC)
@@ -97,7 +103,7 @@ def main() -> None:
         "files": list_files(out, list(names)),
     }
     write_json(out / "report.json", report)
-    print(json.dumps({key: report[key] for key in ("stories", "words", "concept_words", "leaves", "mood_accuracy")}, indent=1))
+    return report
 
 
 if __name__ == "__main__":

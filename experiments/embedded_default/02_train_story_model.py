@@ -15,7 +15,9 @@ from pathlib import Path
 
 from lib.constants import override
 from lib.environment import InputError, run
-from lib.store import atomic_write, check_files, experiment_dir, list_files, read_json, sha256, write_json
+from lib.files import list_files, read_torch, sha256, write_json, write_torch
+from lib.guards import differences, in_use, up_to_date
+from lib.store import experiment_dir
 
 import story_model
 import torch
@@ -73,7 +75,10 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
         raise InputError(f"{len(encoded)} stories don't fill a batch of {BATCH_SIZE}; lower BATCH_SIZE")
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * i / n_steps)))
-    if checkpoint.exists() and (state := torch.load(checkpoint, weights_only=True))["stamp"] == stamp:
+    if checkpoint.exists():
+        state = read_torch(checkpoint, "train again")
+        if why := differences(json.loads(state["stamp"]), json.loads(stamp)):
+            raise InputError(f"{checkpoint} is an unfinished training with other constants ({why}); end it with those, or delete it to train anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         cosine.load_state_dict(state["schedule"])
@@ -83,6 +88,8 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
         order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(SEED * 1000 + epoch))
         chosen = order[place * BATCH_SIZE:(place + 1) * BATCH_SIZE].tolist()
         loss = model(**story_model.batch_of([encoded[i] for i in chosen], pad)).loss
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss is no longer finite at step {step}; lower LR")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -91,7 +98,7 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
         if (step + 1) % SAVE_EVERY == 0:
             state = {"stamp": stamp, "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                      "schedule": cosine.state_dict()}
-            atomic_write(checkpoint, lambda path: torch.save(state, path))
+            write_torch(checkpoint, state)
 
 
 def main() -> None:
@@ -100,12 +107,17 @@ def main() -> None:
     splits = {split: read_stories(folder / "stories", split) for split in ("train", "val", "test")}
     out = folder / "model"
     made_from = {"constants": CONSTANTS, "stories": {s: sha256(folder / "stories" / f"{s}.jsonl") for s in splits}}
-    if (out / "report.json").exists():
-        report = read_json(out / "report.json")
-        if {key: report.get(key) for key in made_from} == made_from:
-            check_files(out, report["files"], verify=True)
-            print(f"{out} is up to date; delete its report.json to train again")
-            return
+    if up_to_date(out / "report.json", made_from):
+        print(f"{out} is up to date; delete its report.json to train again")
+        return
+    with in_use(folder):
+        report = make(folder, splits, made_from)
+    print(json.dumps({key: value for key, value in report.items() if key not in ("files", "stories", "constants")}, indent=1))
+
+
+def make(folder: Path, splits: dict[str, list[dict]], made_from: dict) -> dict:
+    """Tokenizer, training and scores; the report, which makes the model complete, comes last and is returned."""
+    out = folder / "model"
     tokenizer = story_model.build_tokenizer([s["text"] for s in splits["train"]], N_MERGES, MIN_WORD_COUNT)
     encoded, pad = {split: story_model.encode(tokenizer, stories) for split, stories in splits.items()}, tokenizer.pad_token_id
     model, checkpoint = new_model(tokenizer), folder / "checkpoints" / "story_model.pt"
@@ -129,7 +141,7 @@ def main() -> None:
     }
     write_json(out / "report.json", report)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    print(json.dumps({key: value for key, value in report.items() if key not in ("files", "stories", "constants")}, indent=1))
+    return report
 
 
 if __name__ == "__main__":

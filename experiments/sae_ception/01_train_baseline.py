@@ -12,6 +12,7 @@ from lib.bench import Bench
 from lib.constants import override
 from lib.cycles import train_model
 from lib.environment import log, log_to, run
+from lib.guards import in_use
 
 PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
 SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
@@ -58,7 +59,8 @@ def main():
     log_to(bench.root / "01_train_baseline.log")
     sizes = ", ".join(f"{len(ids):,} {name}" for name, ids in bench.task.splits.items())
     log.info("%s: %d classes, %s; target %s", bench.root.name, bench.task.n_classes, sizes, bench.model.target.path)
-    train_model(bench, "baseline", 0)
+    with in_use(bench.folder("baseline", 0)):
+        train_model(bench, "baseline", 0)
     log.info("%s", bench.folder("baseline", 0) / "checkpoints" / "model_cycle_0_best.pt")
 
 

@@ -14,6 +14,7 @@ from lib.bench import Bench, inherited
 from lib.constants import override
 from lib.cycles import train_cycle_sae
 from lib.environment import log, log_to, run
+from lib.guards import in_use
 
 PRESET = "tiny"              # as in step 1
 SETTING: str | None = None   # as in step 1
@@ -33,7 +34,8 @@ CONSTANTS = override(globals(), presets_for(globals()))
 def main():
     bench = Bench(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
     log_to(bench.root / "02_train_sae.log")
-    train_cycle_sae(bench, ARM, CYCLE)
+    with in_use(bench.folder("baseline", 0)):
+        train_cycle_sae(bench, ARM, CYCLE)
     log.info("%s", bench.folder(ARM, CYCLE) / "checkpoints" / f"sae_cycle_{CYCLE}_best.pt")
 
 

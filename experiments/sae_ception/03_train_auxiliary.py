@@ -14,6 +14,7 @@ from lib.bench import Bench, inherited
 from lib.constants import override
 from lib.cycles import train_model
 from lib.environment import log, log_to, run
+from lib.guards import in_use
 from lib.sharpening import NO_TARGET, method
 from lib.store import read_json
 
@@ -37,7 +38,8 @@ CONSTANTS = override(globals(), presets_for(globals()))
 def main():
     bench = Bench(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
     log_to(bench.root / "03_train_auxiliary.log")
-    train_model(bench, ARM, CYCLE + 1)
+    with in_use(bench.folder("baseline", 0)):
+        train_model(bench, ARM, CYCLE + 1)
     folder = bench.folder(ARM, CYCLE + 1)
     if method(ARM) not in NO_TARGET:
         for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json")["aux"].items():

@@ -16,9 +16,11 @@ from lib.comparison import by_seed, interval, result_table, summary
 from lib.constants import override
 from lib.cycles import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import InputError, log, log_to, run
+from lib.files import write_json, write_text
+from lib.guards import in_use
 from lib.sharpening import ARMS as KNOWN_ARMS
 from lib.sharpening import method
-from lib.store import experiment_dir, write_json, write_text
+from lib.store import experiment_dir
 
 PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
 SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
@@ -129,13 +131,14 @@ def main():
     with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
         for seed in SEEDS:
             bench = Bench(CONSTANTS, seed)
-            for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
-                train_and_evaluate(bench, arm, cycle)
-                bar.update()
+            with in_use(bench.folder("baseline", 0)):
+                for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
+                    train_and_evaluate(bench, arm, cycle)
+                    bar.update()
     table = result_table(root, tuple(ARMS), tuple(SEEDS), CYCLES)
     write_text(root / "results.csv", table.to_csv(index=False))
     found = summary(table, tuple(ARMS), CYCLES)
-    write_json(root / "summary.json", drop_undefined(found))
+    write_json(root / "summary.json", drop_undefined(found), sealed=True)
     print_table(table)
     if "primary" in found:
         print_comparison(found)

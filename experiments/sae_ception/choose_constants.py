@@ -19,7 +19,8 @@ from lib.comparison import MAX_ACCURACY_LOSS
 from lib.constants import override
 from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import log, log_to, run
-from lib.store import write_json
+from lib.files import write_json
+from lib.guards import in_use
 
 GRID_ARMS = ("per_class", "class_mean")    # every arm that competes gets the same grid of lambda
 GRID_KEEP_PCT = (1.0, 2.0, 4.0, 10.0)      # latents a class keeps, in percent; arms without sharpening skip it
@@ -62,14 +63,15 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         for seed in SELECT_SEEDS:
             bench = Bench(constants, seed)
             log_to(bench.root / "choose_constants.log")
-            for arm, cycle in [("baseline", 0), *((arm, 1) for arm in arms)]:
-                train_model(bench, arm, cycle)
-                train_cycle_sae(bench, arm, cycle)
-                found = evaluate_cycle(bench, arm, cycle)["val"]
-                if cycle:
-                    sums[arm] = {k: v + found[k] / len(SELECT_SEEDS) for k, v in sums[arm].items()}
-                    bar.update()
-    write_json(bench.root / "choice.json", {"validation": sums, "ARM_CONSTANTS": choose(sums, grid)})
+            with in_use(bench.folder("baseline", 0)):
+                for arm, cycle in [("baseline", 0), *((arm, 1) for arm in arms)]:
+                    train_model(bench, arm, cycle)
+                    train_cycle_sae(bench, arm, cycle)
+                    found = evaluate_cycle(bench, arm, cycle)["val"]
+                    if cycle:
+                        sums[arm] = {k: v + found[k] / len(SELECT_SEEDS) for k, v in sums[arm].items()}
+                        bar.update()
+    write_json(bench.root / "choice.json", {"validation": sums, "ARM_CONSTANTS": choose(sums, grid)}, sealed=True)
     log.info("%s", bench.root / "choice.json")
     return sums
 

@@ -17,9 +17,11 @@ from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activati
 from lib.constants import override
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run
+from lib.files import fingerprint, write_text
+from lib.guards import bytes_in, in_use, require_room
 from lib.hooks import blocks, layer_signatures, resolve
 from lib.models import choose_dtype, load_model, load_tokenizer, model_identity
-from lib.store import experiment_dir, fingerprint, open_run, provenance, write_text
+from lib.store import experiment_dir, open_run, provenance
 from lib.texts import load_documents, split_texts
 
 PRESET = "tiny"                    # tiny: the embedded model; bielik: the original experiment, needs the hub and a GPU
@@ -81,7 +83,7 @@ def list_layers(model):
 
 
 def report(model, tokenizer, points, texts, settings):
-    """Log the sample's figures for the chosen points and, with PREFLIGHT, for every block; then size and time."""
+    """Log the sample's figures for the chosen points and, with PREFLIGHT, for every block; then size and time. Returns the size."""
     others = [resolve(model, f"resid_post:{i}") for i in range(len(blocks(model)[1]))] if PREFLIGHT else []
     chosen = preflight(model, tokenizer, points, texts, settings)
     table = chosen + (preflight(model, tokenizer, [p for p in others if p not in points], texts, settings) if others else [])
@@ -93,6 +95,7 @@ def report(model, tokenizer, points, texts, settings):
     size = rows * sum(row["width"] for row in chosen) * STORE_DTYPES[STORE_DTYPE].itemsize
     seconds = chosen[0]["seconds"] * len(texts) / min(len(texts), 64)
     log.info("about %s tokens, %.2f GB on disk, %s", f"{rows:,.0f}", size / 1e9, f"{math.ceil(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min")
+    return size
 
 
 def main():
@@ -122,9 +125,10 @@ def main():
         saved = open_run("verify_sae_training", run_id)
         log.info("this run is already complete")
     else:
-        if rank() == 0:
-            report(model, tokenizer, points, texts, settings)
-        saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED), settings, meta)
+        size = report(model, tokenizer, points, texts, settings) if rank() == 0 else 0
+        with in_use(folder):
+            require_room(folder, size - bytes_in(folder))
+            saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED), settings, meta)
     if rank() == 0:
         write_text(FOLDER / "run_id.txt", run_id + "\n")
     log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}", ", ".join(saved.hooks))

@@ -8,14 +8,19 @@
 Started again after an interruption, it continues from its last checkpoint.
 
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/
-Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and training_history.json
+Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and training_history.json; an SAE of other constants
+that is there is kept as sae_model_<its hash>/
 """
+import shutil
+
 from lib.constants import override
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run
+from lib.files import atomic_write, read_json, write_json
+from lib.guards import differences, in_use
 from lib.rows import rows_of_run, sample_rows
-from lib.sae import load_sae, save_sae
-from lib.store import experiment_dir, open_run, provenance, read_json, write_json
+from lib.sae import load_sae, sae_hash, save_sae
+from lib.store import experiment_dir, open_run, provenance
 from lib.training import TrainSettings, score, train_sae
 
 PRESET = "tiny"                    # tiny: sizes for the embedded model; bielik: those of the original experiment
@@ -32,52 +37,68 @@ WHITEN = 1 / 8                     # power of the partial whitening, folded away
 ALIGNED = True                     # encoder aligned with the dictionary up to a learnt gain; False: free encoder
 PRECISION = "auto"                 # of the product that proposes candidates: auto (measured), float32, bfloat16
 LOG_EVERY = 50                     # steps between two points of the training curve
+VERIFY = False                     # compare the checksums of all activations first: reads the whole run once
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 SEED = 0                           # start of the weights and order of the tokens
 
 PRESETS = {"tiny": {}, "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS": 100}}
 CONSTANTS = override(globals(), PRESETS)
 FOLDER = experiment_dir("verify_sae_training")
+SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"
+MADE_WITH = {name: value for name, value in CONSTANTS.items() if name != "VERIFY"}
 
 
-def finished(sae_path, history_path, data_digest) -> bool:
-    """Whether the SAE on disk is already what these constants would train."""
-    if not (sae_path.exists() and history_path.exists()):
+def finished(data_digest) -> bool:
+    """Whether the SAE on disk is already what these constants would train; one that is not is kept under another name."""
+    if not (SAE_PATH.exists() and HISTORY_PATH.exists()):
         return False
-    history = read_json(history_path)
-    return history["constants"] == CONSTANTS and load_sae(sae_path).config.get("data_digest") == data_digest
+    history, sae = read_json(HISTORY_PATH), load_sae(SAE_PATH)
+    if history["constants"] == MADE_WITH and sae.config.get("data_digest") == data_digest:
+        return True
+    if rank() == 0 and history["constants"] == sae.config["constants"]:  # else a killed run left the new SAE beside the old history
+        kept = FOLDER / f"sae_model_{sae_hash(sae)}"
+        for path in (SAE_PATH, SAE_PATH.with_suffix(".json"), HISTORY_PATH):
+            atomic_write(kept / path.name, lambda temporary: shutil.copyfile(path, temporary))
+        log.info("the SAE that is there has other constants (%s); a copy is kept in %s", differences(history["constants"], MADE_WITH) or "or data", kept)
+    return False
 
 
-def main():
-    if N_LATENTS_MULTIPLIER < 1:
-        raise InputError(f"N_LATENTS_MULTIPLIER={N_LATENTS_MULTIPLIER} must be at least 1")
-    log_to(FOLDER / "02_train_sae.log")
-    saved = open_run("verify_sae_training", RUN_ID)
-    hook = saved.hook(LAYER)
-    rows = rows_of_run(saved, hook)
-    n_latents = N_LATENTS_MULTIPLIER * len(rows.mean)
-    log.info("run %s: %s training tokens at %s, width %d -> %d latents, k=%d", saved.run_id, f"{rows.n_train:,}", hook, len(rows.mean), n_latents, TOP_K)
-    sae_path, history_path = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"
-    if finished(sae_path, history_path, saved.digest(hook)):
-        log.info("this SAE is already trained: %s", sae_path)
-        return
+def train(saved, hook, rows):
+    """Train the SAE and write it with its history."""
     settings = TrainSettings(
-        n_latents, TOP_K, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION, LOG_EVERY, SEED
+        N_LATENTS_MULTIPLIER * len(rows.mean), TOP_K, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION,
+        LOG_EVERY, SEED,
     )  # fmt: skip
-    sae, history = train_sae(rows, settings, FOLDER / "sae_model", choose_device(DEVICE))
+    sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE))
     if rank():
         return
     final = score(sae, sample_rows(rows, validation=True, limit=None))
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
     sae.config.update(
         model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook), tokens_trained=EPOCHS * rows.n_train,
-        constants=CONSTANTS, provenance=provenance(), final=final,
+        constants=MADE_WITH, provenance=provenance(), final=final,
     )  # fmt: skip
-    save_sae(sae, sae_path, probe=next(sample_rows(rows, validation=True, limit=None)))
-    write_json(history_path, {"schema_version": 1, "run_id": saved.run_id, "constants": CONSTANTS, **history, "final": final})
+    save_sae(sae, SAE_PATH, probe=next(sample_rows(rows, validation=True, limit=None)))
+    write_json(HISTORY_PATH, {"schema_version": 1, "run_id": saved.run_id, "constants": MADE_WITH, **history, "final": final}, sealed=True)
     dead, n_rows = final["dead_pct"], f"{final['n_rows']:,}"
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"], dead, n_rows)
-    log.info("%s and %s", sae_path, history_path)
+
+
+def main():
+    if N_LATENTS_MULTIPLIER < 1:
+        raise InputError(f"N_LATENTS_MULTIPLIER={N_LATENTS_MULTIPLIER} must be at least 1")
+    log_to(FOLDER / "02_train_sae.log")
+    saved = open_run("verify_sae_training", RUN_ID, VERIFY)
+    hook = saved.hook(LAYER)
+    rows = rows_of_run(saved, hook)
+    width = len(rows.mean)
+    log.info("run %s: %s training tokens at %s, width %d, k=%d", saved.run_id, f"{rows.n_train:,}", hook, width, TOP_K)
+    with in_use(SAE_PATH.parent):
+        if finished(saved.digest(hook)):
+            log.info("this SAE is already trained")
+        else:
+            train(saved, hook, rows)
+    log.info("%s and %s", SAE_PATH, HISTORY_PATH)
 
 
 if __name__ == "__main__":
