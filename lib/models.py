@@ -40,7 +40,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return choices[wanted]
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """Load the model that the checkpoint's config names (causal LM, classifier, encoder ...), in eval mode.
 
     name: hub name or directory. Raises InputError if it can't be reached or is no transformers model.

@@ -1,5 +1,4 @@
 """Top texts, statistics and live codes against brute force; patterns and names on texts with a known answer; the files."""
-import json
 
 import numpy as np
 import pytest
