@@ -42,7 +42,7 @@ def sae_steps(folder: Path) -> dict[str, torch.Tensor]:
 
 def sae_training(folder: Path) -> dict[str, torch.Tensor]:
     """A whole training with a checkpoint after every step; with DIE_AT the second rank is lost before that step."""
-    training.CHECKPOINT_SECONDS = 0.0
+    training.CHECKPOINT_SECONDS, training.CHECKPOINT_SHARE = 0.0, float("inf")
     if rank() == 1 and "DIE_AT" in os.environ:
         training.fast_step = lambda state, *args, **options: (
             os.kill(os.getpid(), signal.SIGKILL) if int(state["step"]) == int(os.environ["DIE_AT"]) else fast_step(state, *args, **options)

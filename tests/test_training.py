@@ -140,6 +140,7 @@ def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, s
     settings = TrainSettings(**SMALL, dead_after=500)
     whole, whole_history = train_sae(rows, settings, tmp_path / "whole", progress=False)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_SHARE", float("inf"))
     real, calls = training.fast_step, []
 
     def stop_later(*args, **options):
