@@ -26,8 +26,9 @@ CONSTANTS = override(globals())
 
 def merge(content, path, other):
     """Merge the file `other` into the dictionary at `path`; returns what it now holds."""
+    conflicts: list = []
     if other.suffix == ".csv":
-        merged, conflicts = concepts_from_csv(other, content["concepts"]), []
+        merged = concepts_from_csv(other, content["concepts"])
     else:
         merged, conflicts = merge_concepts(content, read_concepts(other))
     changed = sum(content["concepts"].get(latent) != entry for latent, entry in merged.items())
