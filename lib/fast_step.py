@@ -53,8 +53,12 @@ class Workspace:
             self.precision, self.choice = choose_precision(state["dec"].shape[0], state["dec"].shape[1], device)
         self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
         self._buffers: dict[str, Tensor] = {}
-        if self.compiled and not is_cached(kernels.update_latents):
-            log.info("compiling the training step: some seconds, once on this machine")
+        if self.compiled:
+            threads = torch.get_num_threads()
+            use_threads(threads)
+            torch.set_num_threads(threads)  # numba's first launch replaces torch's number by its own
+            if not is_cached(kernels.update_latents):
+                log.info("compiling the training step: some seconds, once on this machine")
         self.low = low_precision(state["enc"], state["bias"]) if self.precision == "bfloat16" else None
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

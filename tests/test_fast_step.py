@@ -1,11 +1,14 @@
 """The fast step against the dense reference, in both precisions, compiled and in torch operations."""
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lib import fast_step as module
+from lib.environment import PROJECT
 from lib.fast_step import Workspace, choose_precision, fast_step, low_precision
 from lib.sae_step import dense_step, init_state, read_stats, whitening
 
@@ -172,3 +175,16 @@ def test_low_precision_product_includes_the_bias():
 
 def test_a_small_sae_never_depends_on_a_measurement():
     assert choose_precision(64, 16, torch.device("cpu"))[0] == "float32"
+
+
+def test_a_workspace_leaves_torch_its_number_of_threads():
+    code = """
+import torch
+from lib.fast_step import Workspace, fast_step
+from lib.sae_step import init_state, whitening
+torch.set_num_threads(1)
+state = init_state(whitening(torch.eye(8)), 16, 0)
+fast_step(state, torch.randn(32, 8), k=2, lr=1e-3, dead_after=100, work=Workspace(state))
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)
