@@ -45,9 +45,8 @@ def encoder_floor(n_latents: int, width: int, batch: int) -> float:
 def time_shape(shape: tuple, folder: Path) -> dict:
     """Median seconds and processor seconds of a step for each trainer, all of them in turn, and of the floor."""
     width, n_latents, k, batch = shape
-    x, _ = sparse_features(4 * batch, width, 4 * width, k, seed=0)
     rows = folder / "rows.safetensors"
-    save_file({"x": x}, rows)
+    save_file({"x": sparse_features(16 * batch, 0, width, 4 * width, k, seed=0).x}, rows)
     settings = {"n_latents": n_latents, "k": k, "batch": batch, "lr": 1e-3, "n_steps": 10_000, "seed": 0,
                 "threads": THREADS, "dead_after": 10_000_000}
     trainers = [Trainer(name, rows, settings) for name in TRAINERS]

@@ -1,24 +1,30 @@
 """Quality at equal tokens where the truth is known: which trainer finds the features that made the activations?
 
-    python 03_recover_known_features.py         # learning rates chosen on one draw, five others report
-    python 03_recover_known_features.py REPORT_SEEDS="(1, 2)" TRAINERS="('ours', 'sparsify')"
+    python 03_recover_known_features.py                   # learning rates chosen on one draw, five others report
+    python 03_recover_known_features.py PRESET=wide       # 768 dimensions, 6,144 latents
+    python 03_recover_known_features.py PRESET=synth_sae_bench
+    python 03_recover_known_features.py TRAINERS="('ours', 'sparsify')" REPORT_SEEDS="(1, 2)"
 
-Ours takes its learning rate from its rule. Each peer gets the best of LEARNING_RATES by FVU on the draw CHOOSE_SEED,
-which reports nothing. Held-out rows come from the same draw. `make peers` installs the peers.
-Writes store/benchmarks/known_features.json
+Ours takes its learning rate and its silence before AuxK from its rules. Each peer gets the best of LEARNING_RATES by
+FVU on the draw CHOOSE_SEED, which reports nothing. Held-out rows come from the same draw. `make peers` installs the
+peers; what one of them reached is kept, so that an interrupted run goes on and only ours is trained again.
+Writes store/benchmarks/known_features_<preset>.json
 """
 import statistics
 import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
-from side_by_side import Trainer, quality, sparse_features
+from scipy.stats import t as student
+from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
 from tqdm.auto import tqdm
 
 from lib.constants import override
 from lib.environment import run
-from lib.store import experiment_dir, provenance, write_json
+from lib.store import experiment_dir, fingerprint, provenance, read_json, write_json
 
+PRESET = "small"     # small, wide or synth_sae_bench
+SOURCE = "features"  # features: independent ones; synth_sae_bench: hierarchical and correlated ones, made by SAELens
 WIDTH = 288          # dimensions of the activations
 N_FEATURES = 1000    # that they are made of
 L0 = 8.0             # features on a row, on average
@@ -27,60 +33,104 @@ TOP_K = 8
 N_ROWS = 819_200     # training rows, one pass
 N_HELD_OUT = 50_000  # rows that score
 BATCH_SIZE = 1024    # rows of a step
-DEAD_AFTER = 10_000  # tokens of silence before AuxK acts, for every trainer that has AuxK
+DEAD_AFTER = 10_000  # tokens of silence before AuxK acts, for every peer that has AuxK
 TRAINERS: tuple = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
-LEARNING_RATES: tuple = (5e-4, 1e-3, 2e-3, 4e-3)
+LEARNING_RATES: tuple = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 CHOOSE_SEED = 100
 REPORT_SEEDS: tuple = (0, 1, 2, 3, 4)
 THREADS = 2
-CONSTANTS = override(globals())
-SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)"}
+
+PRESETS = {
+    "small": {},
+    "wide": {"WIDTH": 768, "N_FEATURES": 4000, "L0": 32.0, "N_LATENTS": 6144, "TOP_K": 32, "N_ROWS": 204_800, "N_HELD_OUT": 20_000,
+             "LEARNING_RATES": (1e-3, 2e-3, 4e-3), "REPORT_SEEDS": (0, 1, 2)},
+    "synth_sae_bench": {"SOURCE": "synth_sae_bench", "WIDTH": 768, "N_FEATURES": 16_384, "L0": 34.0, "N_LATENTS": 4096, "TOP_K": 25,
+                        "N_ROWS": 409_600, "N_HELD_OUT": 20_000, "TRAINERS": ("ours", "sparsify", "dictionary_learning", "sae_lens"),
+                        "LEARNING_RATES": (1e-3, 2e-3, 4e-3), "REPORT_SEEDS": (0, 1, 2)},
+}  # fmt: skip
+CONSTANTS = override(globals(), PRESETS)
+SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)", "mcc": "MCC", "f1": "F1"}
+NOT_OF_A_RUN = ("PRESET", "TRAINERS", "LEARNING_RATES", "REPORT_SEEDS", "CHOOSE_SEED", "THREADS")
 
 
-def train(name: str, lr: float | None, rows: Path, seed: int) -> Path:
+def train(name: str, lr: float | None, seed: int, rows: Path, drawn: Draw) -> dict:
+    """Quality of one trainer's weights on the held-out rows, with the seconds that its steps took."""
     settings = {"n_latents": N_LATENTS, "k": TOP_K, "batch": BATCH_SIZE, "lr": lr, "n_steps": N_ROWS // BATCH_SIZE,
-                "seed": seed, "threads": THREADS, "dead_after": DEAD_AFTER}
+                "seed": seed, "threads": THREADS, "dead_after": None if name == "ours" else DEAD_AFTER}
     weights = rows.with_name(f"{name}.safetensors")
     trainer = Trainer(name, rows, settings)
-    trainer.ask(steps=settings["n_steps"], save=str(weights))
+    took = trainer.ask(steps=settings["n_steps"], save=str(weights))
     trainer.close()
-    return weights
+    return {"trainer": name, "lr": lr, "seed": seed, **took, **quality(weights, drawn, TOP_K)}
 
 
-def draw(seed: int, folder: Path):
-    """Rows for training on disk, held-out rows and the features."""
-    x, features = sparse_features(N_ROWS + N_HELD_OUT, WIDTH, N_FEATURES, L0, seed)
+class Results:
+    """Every run's result by (trainer, learning rate, draw), written after each; peers' results are trained once."""
+
+    def __init__(self, path: Path):
+        self.path, self.settings = path, {k: v for k, v in CONSTANTS.items() if k not in NOT_OF_A_RUN}
+        self.runs: list[dict] = []
+        if path.exists() and (found := read_json(path))["settings"] == self.settings | {"key": self.key}:
+            self.runs = [run for run in found["runs"] if run["trainer"] != "ours"]
+
+    @property
+    def key(self) -> str:
+        return fingerprint([self.settings, Path(__file__).with_name("trainers.py").read_text()])
+
+    def get(self, name: str, lr: float | None, seed: int, rows: Path, drawn: Draw) -> dict:
+        for done in self.runs:
+            if (done["trainer"], done["lr"], done["seed"]) == (name, lr, seed):
+                return done
+        self.runs.append(train(name, lr, seed, rows, drawn))
+        write_json(self.path, {"settings": self.settings | {"key": self.key}, "constants": CONSTANTS, "made_with": provenance(), "runs": self.runs})
+        return self.runs[-1]
+
+
+def draw(seed: int, folder: Path) -> tuple[Path, Draw]:
+    """The training rows on disk for the trainers, and the draw."""
+    make = synth_sae_bench if SOURCE == "synth_sae_bench" else sparse_features
+    drawn = make(N_ROWS, N_HELD_OUT, WIDTH, N_FEATURES, L0, seed)
     rows = folder / "rows.safetensors"
-    save_file({"x": x[:N_ROWS].contiguous()}, rows)
-    return rows, x[N_ROWS:], features
+    save_file({"x": drawn.x}, rows)
+    return rows, drawn
+
+
+def mean_and_half_width(values: list[float]) -> tuple[float, float]:
+    """Mean and half the 95 % interval by Student's t."""
+    n = len(values)
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+    return statistics.mean(values), half
+
+
+def print_table(reported: dict[str, list[dict]]) -> None:
+    for name, runs in reported.items():
+        at = f"lr {runs[0]['lr']:g}" if runs[0]["lr"] else "lr by rule"
+        columns = [(title, *mean_and_half_width([run[key] for run in runs])) for key, title in SHOWN.items()]
+        print(f"{name:20s} {at:12s} " + ", ".join(f"{title} {mean:.4g} +- {half:.2g}" for title, mean, half in columns))
+    peers = [name for name in reported if name != "ours"]
+    if "ours" in reported and peers:
+        for key, better in (("fvu", min), ("found_pct", max), ("f1", max)):
+            best = better(peers, key=lambda name: statistics.mean(run[key] for run in reported[name]))
+            differences = [mine[key] - theirs[key] for mine, theirs in zip(reported["ours"], reported[best])]
+            print("ours - {}, {}: {:+.4g} +- {:.2g}".format(best, SHOWN[key], *mean_and_half_width(differences)))
+    print(f"mean and 95 % interval over {len(REPORT_SEEDS)} draws, {N_ROWS:,} tokens each, held-out rows")
 
 
 def main() -> None:
-    results: dict[str, list[dict]] = {name: [] for name in TRAINERS}
-    tried: dict[str, dict[str, dict]] = {}
+    results = Results(experiment_dir("benchmarks") / f"known_features_{PRESET}.json")
     rates: dict[str, float | None] = {"ours": None}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows, held_out, features = draw(CHOOSE_SEED, folder)
+        rows, drawn = draw(CHOOSE_SEED, folder)
         for peer in tqdm([t for t in TRAINERS if t != "ours"], desc="choosing learning rates"):
-            tried[peer] = {
-                str(lr): quality(train(peer, lr, rows, CHOOSE_SEED), held_out, features, TOP_K) for lr in LEARNING_RATES
-            }
-            rates[peer] = min(LEARNING_RATES, key=lambda lr: tried[peer][str(lr)]["fvu"])
+            tried = [results.get(peer, lr, CHOOSE_SEED, rows, drawn) for lr in LEARNING_RATES]
+            rates[peer] = min(tried, key=lambda run: run["fvu"])["lr"]
+        reported: dict[str, list[dict]] = {name: [] for name in TRAINERS}
         for seed in tqdm(REPORT_SEEDS, desc="draws that report"):
-            rows, held_out, features = draw(seed, folder)
+            rows, drawn = draw(seed, folder)
             for trainer in TRAINERS:
-                results[trainer].append(quality(train(trainer, rates[trainer], rows, seed), held_out, features, TOP_K))
-    for trainer, runs in results.items():
-        at = f"lr {rates[trainer]:g}" if rates[trainer] else "lr by rule"
-        shown = []
-        for key, title in SHOWN.items():
-            values = [result[key] for result in runs]
-            shown.append(f"{title} {statistics.mean(values):.4g} +- {(max(values) - min(values)) / 2:.2g}")
-        print(f"{trainer:20s} {at:12s} " + ", ".join(shown))
-    print(f"mean and half the range over {len(REPORT_SEEDS)} draws, {N_ROWS:,} tokens each, held-out rows")
-    write_json(experiment_dir("benchmarks") / "known_features.json",
-               {"constants": CONSTANTS, "made_with": provenance(), "learning_rates": rates, "tried": tried, "results": results})
+                reported[trainer].append(results.get(trainer, rates[trainer], seed, rows, drawn))
+    print_table(reported)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 import json
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
@@ -15,8 +20,28 @@ from lib.environment import PROJECT, InputError
 PEERS_PYTHON = PROJECT / ".venv-peers" / "bin" / "python"
 
 
-def sparse_features(n_rows: int, width: int, n_features: int, l0: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(x [n_rows, width] centred with mean squared norm 1, unit features [n_features, width]).
+@dataclass
+class Draw:
+    """Activations and the truth behind them."""
+
+    x: Tensor
+    """[n_rows, width], centred, with mean squared norm 1."""
+    held_out: Tensor
+    """[n_held_out, width], alike."""
+    features: Tensor
+    """[n_features, width]."""
+    fires: csr_matrix
+    """bool [n_held_out, n_features]: which features made each held-out row."""
+
+
+def _normalised(x: Tensor, n_rows: int, features: Tensor, fires: csr_matrix) -> Draw:
+    x -= x[:n_rows].mean(0)
+    x /= x[:n_rows].square().sum(1).mean().sqrt()
+    return Draw(x[:n_rows].contiguous(), x[n_rows:], features, fires)
+
+
+def sparse_features(n_rows: int, n_held_out: int, width: int, n_features: int, l0: float, seed: int) -> Draw:
+    """Sparse sums of random unit features that fire independently.
 
     Feature i fires with probability proportional to 1 / (i + 10), l0 of them on average and none on more than half
     of the rows, with log-normal amplitude. Added: anisotropic noise of a tenth of the signal's variance.
@@ -27,25 +52,45 @@ def sparse_features(n_rows: int, width: int, n_features: int, l0: float, seed: i
     for _ in range(100):
         p = (p * l0 / p.clamp(max=0.5).sum()).clamp(max=0.5)
     shape = torch.randn(width, width, generator=generator) * torch.logspace(0, -1, width)
-    x = torch.empty(n_rows, width)
-    for part in x.split(50_000):
+    x = torch.empty(n_rows + n_held_out, width)
+    fires = []
+    for start in range(0, len(x), 10_000):
+        part = x[start : start + 10_000]
         on = torch.rand(len(part), n_features, generator=generator) < p
+        fires.append(csr_matrix(on[max(0, n_rows - start) :].numpy()))
         amplitude = torch.exp(0.5 * torch.randn(len(part), n_features, generator=generator))
         torch.mm(on * amplitude, features, out=part)
     signal = float(x.var(0).sum())
-    for part in x.split(50_000):
+    for part in x.split(10_000):
         part += torch.randn(len(part), width, generator=generator) @ (shape * (0.1 * signal) ** 0.5 / shape.norm())
-    x -= x.mean(0)
-    return x / x.square().sum(1).mean().sqrt(), features
+    return _normalised(x, n_rows, features, vstack(fires, "csr"))
+
+
+def synth_sae_bench(n_rows: int, n_held_out: int, width: int, n_features: int, l0: float, seed: int) -> Draw:
+    """The benchmark that SAELens ships, see synth_sae_bench.py; its L0 follows from its probabilities, l0 is not used."""
+    order = {"n_rows": n_rows, "n_held_out": n_held_out, "width": width, "n_features": n_features, "seed": seed}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.safetensors"
+        script = Path(__file__).with_name("synth_sae_bench.py")
+        subprocess.run([str(peers_python()), str(script), str(path), json.dumps(order)], check=True)
+        found = load_file(path)
+    row, feature = found["fires"].long().T.numpy()
+    fires = csr_matrix((np.ones(len(row), bool), (row, feature)), shape=(n_held_out, n_features))
+    return _normalised(found["x"], n_rows, found["features"], fires)
+
+
+def peers_python() -> Path:
+    """The interpreter of the peers' environment; InputError if it is missing."""
+    if not PEERS_PYTHON.exists():
+        raise InputError(f"{PEERS_PYTHON} does not exist; `make peers` installs the peers")
+    return PEERS_PYTHON
 
 
 class Trainer:
     """A process of trainers.py; `ours` runs in this environment, the peers in theirs (make peers)."""
 
     def __init__(self, name: str, rows: Path, settings: dict[str, Any]):
-        python = Path(sys.executable) if name == "ours" else PEERS_PYTHON
-        if not python.exists():
-            raise InputError(f"{python} does not exist; `make peers` installs the peers")
+        python = Path(sys.executable) if name == "ours" else peers_python()
         script = Path(__file__).with_name("trainers.py")
         command = [str(python), str(script), name, str(rows), json.dumps(settings)]
         self.name = name
@@ -70,23 +115,33 @@ class Trainer:
         self.log.close()
 
 
-def quality(weights: Path, x: Tensor, features: Tensor, k: int) -> dict[str, float]:
-    """FVU, dead latents and L0 on held-out rows x, and how well the dictionary holds the features.
+def quality(weights: Path, drawn: Draw, k: int) -> dict[str, float]:
+    """What a TopK SAE reaches on the held-out rows, and how well its dictionary holds the features.
 
     fvu: SSE / SST about the per-dimension mean. dead_pct: latents that fire on no row. cosine: mean over features of
-    the largest cosine with a dictionary row; found_pct: features where that is above 0.9.
+    the largest cosine with a dictionary row; found_pct: features where that is above 0.9. mcc: mean cosine of the best
+    one-to-one matching (arXiv 2505.20254). f1: mean over latents of F1 of "fires" against "the feature of the largest
+    cosine fires" (arXiv 2602.14687), 0 for a latent that never fires.
     """
     w = load_file(weights)
-    sse, codes, fired = 0.0, 0, torch.zeros(len(w["W_enc"]), dtype=torch.bool)
-    for part in x.split(8192):
+    x, n_latents = drawn.held_out, len(w["W_enc"])
+    sse, fired = 0.0, []
+    for part in x.split(2048):
         value, index = torch.relu((part - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).topk(k, dim=1)
         x_hat = embedding_bag(index, w["W_dec"], per_sample_weights=value, mode="sum") + w["b_dec"]
         sse += float((part - x_hat).double().square().sum())
-        codes += int((value > 0).sum())
-        fired[index[value > 0]] = True
-    cosine = (features @ normalize(w["W_dec"], dim=1).T).amax(1)
-    total = float((x - x.mean(0)).double().square().sum())
+        row, place = (value > 0).nonzero().T
+        fired.append(csr_matrix((np.ones(len(row)), (row, index[row, place])), shape=(len(part), n_latents)))
+    codes = vstack(fired, "csr")
+    similar = drawn.features @ normalize(w["W_dec"], dim=1).T
+    similar /= drawn.features.norm(dim=1, keepdim=True)
+    cosine = similar.amax(1)
+    matched = linear_sum_assignment(similar.numpy(), maximize=True)
+    truth = drawn.fires[:, similar.argmax(0).numpy()]
+    both, either = codes.multiply(truth).sum(0), codes.sum(0) + truth.sum(0)
     return {
-        "fvu": sse / total, "dead_pct": 100 * float((~fired).float().mean()), "l0": codes / len(x),
+        "fvu": sse / float((x - x.mean(0)).double().square().sum()),
+        "dead_pct": 100 * float((codes.sum(0) == 0).mean()), "l0": codes.nnz / len(x),
         "cosine": float(cosine.mean()), "found_pct": 100 * float((cosine > 0.9).float().mean()),
+        "mcc": float(similar.numpy()[matched].mean()), "f1": float((2 * both / np.maximum(either, 1)).mean()),
     }

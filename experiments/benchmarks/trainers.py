@@ -24,17 +24,18 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 def ours(x, s):
     from lib.fast_step import Workspace, fast_step
-    from lib.sae_step import folded_weights, init_state, learning_rate, schedule, whitening
+    from lib.sae_step import aux_after, folded_weights, init_state, learning_rate, schedule, whitening
 
     transform = whitening(x.T @ x / len(x))
     state = init_state(transform, s["n_latents"], s["seed"])
     rate = s["lr"] or learning_rate(s["n_latents"], s["n_steps"] * s["batch"])
+    dead_after = s["dead_after"] or aux_after(s["n_latents"], s["k"])
     work = Workspace(state, s.get("precision", "auto"))
     print(work.choice, file=sys.stderr)
 
     def step(i, rows):
         lr = rate * schedule(i, s["n_steps"])
-        fast_step(state, rows @ transform, k=s["k"], lr=lr, dead_after=s["dead_after"], work=work)
+        fast_step(state, rows @ transform, k=s["k"], lr=lr, dead_after=dead_after, work=work)
 
     def weights():
         return (*folded_weights(state, 1.0), torch.zeros(x.shape[1]))
