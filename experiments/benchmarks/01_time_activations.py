@@ -1,0 +1,125 @@
+"""Tokens per second of saving a layer's activations: the naive way, ours in both precisions, SAELens' runner, in turns.
+
+    python 01_time_activations.py
+    python 01_time_activations.py MODEL=path/to/a/model DATASET=texts.jsonl LAYER=3
+
+Each turn tokenises, runs the model and writes the activations; the model is loaded before. Tokens are real ones, not
+padding. What bfloat16 costs is printed as the relative error of the activations. `make peers` installs SAELens.
+Writes store/benchmarks/activations_speed.json
+"""
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from side_by_side import peers_python
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.activations import SaveSettings, save_activations
+from lib.constants import override
+from lib.environment import run
+from lib.hooks import resolve
+from lib.models import load_model, load_tokenizer
+from lib.store import Run, experiment_dir, provenance, write_json
+from lib.texts import load_documents
+
+MODEL: str | None = None  # directory of a model; None: random weights of the shape below, with the embedded tokenizer
+WIDTH, DEPTH, HEADS, MLP = 288, 6, 6, 768  # of that model; these are the shape of a 15M Llama
+LAYER = 3            # block whose output is saved
+DATASET = "store/embedded/stories/train.jsonl"
+N_TEXTS = 2000
+CONTEXT = 256        # tokens of a text at most; the naive way pads to it
+NAIVE_BATCH = 32     # texts of a batch, for the naive way and SAELens
+ROUNDS = 3           # turns of each way; medians count
+THREADS = 2
+CONSTANTS = override(globals())
+
+
+def naive(model, tokenizer, texts: list[str], folder: Path) -> int:
+    """All batches padded to the context, the whole model with its head, every layer kept, one file a batch."""
+    n_tokens = 0
+    for i in range(0, len(texts), NAIVE_BATCH):
+        batch = tokenizer(texts[i : i + NAIVE_BATCH], padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**batch, output_hidden_states=True).hidden_states[LAYER + 1]
+        torch.save(hidden[batch["attention_mask"].bool()].clone(), folder / f"{i}.pt")
+        n_tokens += int(batch["attention_mask"].sum())
+    return n_tokens
+
+
+def ours(model, tokenizer, texts: list[str], folder: Path) -> Run:
+    points = [resolve(model, f"resid_post:{LAYER}")]
+    splits = ["val" if i % 10 == 0 else "train" for i in range(len(texts))]
+    return save_activations(folder / "run", model, tokenizer, points, texts, splits, SaveSettings(max_length=CONTEXT, skip_special=False), {})
+
+
+def sae_lens(directory: Path, texts: Path, n_tokens: int, folder: Path) -> dict:
+    """SAELens' CacheActivationsRunner in the peers' environment; {"tokens", "seconds"} of its run()."""
+    order = {"model": str(directory), "texts": str(texts), "layer": LAYER, "tokens": n_tokens, "context": CONTEXT,
+             "batch": NAIVE_BATCH, "threads": THREADS, "folder": str(folder)}
+    script = Path(__file__).with_name("cache_activations.py")
+    done = subprocess.run([str(peers_python()), str(script), json.dumps(order)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"SAELens' runner failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def make_model(tokenizer, folder: Path) -> Path:
+    """The directory of MODEL, or of a new model with random weights."""
+    if MODEL:
+        return Path(MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=DEPTH,
+                         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=CONTEXT)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    tokenizer = load_tokenizer(MODEL or "store/embedded/model")
+    texts = [str(document["text"]) for document in load_documents(DATASET, limit=N_TEXTS)]
+    seconds: dict[str, list[float]] = {}
+    tokens: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        directory = make_model(tokenizer, folder)
+        models = {name: load_model(str(directory), torch.device("cpu"), getattr(torch, name)) for name in ("float32", "bfloat16")}
+        (folder / "texts").mkdir()
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "texts" / "train.jsonl").write_text(lines, encoding="utf-8")
+        saved: dict[str, torch.Tensor] = {}
+        for _ in range(ROUNDS):
+            for way in ("naive", "ours, float32", "ours, bfloat16", "SAELens"):
+                target = folder / "out"
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir()
+                start = time.perf_counter()
+                if way == "naive":
+                    tokens[way] = naive(models["float32"], tokenizer, texts, target)
+                elif way == "SAELens":
+                    found = sae_lens(directory, folder / "texts", tokens["naive"], target)
+                    tokens[way] = found["tokens"]
+                else:
+                    kept = ours(models[way.split()[-1]], tokenizer, texts, target)
+                    tokens[way] = kept.n_rows
+                    saved[way] = kept.select(kept.hooks[0], torch.ones(kept.n_rows, dtype=torch.bool))
+                took = found["seconds"] if way == "SAELens" else time.perf_counter() - start
+                seconds.setdefault(way, []).append(took)
+    exact, low = saved["ours, float32"], saved["ours, bfloat16"]
+    error = float((low - exact).norm() / (exact - exact.mean(0)).norm())
+    rates = {way: tokens[way] / statistics.median(taken) for way, taken in seconds.items()}
+    for way, rate in rates.items():
+        print(f"{way:15s} {rate:10,.0f} tokens/s, {rate / rates['naive']:5.1f} x naive, {tokens[way]:,} tokens")
+    print(f"ours against SAELens: {rates['ours, float32'] / rates['SAELens']:.1f} x; bfloat16 changes the activations by {error:.1e} of their spread")
+    write_json(experiment_dir("benchmarks") / "activations_speed.json",
+               {"constants": CONSTANTS, "made_with": provenance(), "tokens": tokens, "seconds": seconds, "error_of_bfloat16": error})
+
+
+if __name__ == "__main__":
+    run(main)
