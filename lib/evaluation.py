@@ -90,16 +90,6 @@ def shuffled(x: Tensor, seed: int = 0) -> Tensor:
     return x.gather(0, order)
 
 
-def nearest_cosine(W: Tensor, chunk: int = 1024) -> Tensor:
-    """Largest cosine of each row of W [F, D] (unit rows) with any other row, [F]; never holds F x F."""
-    found = []
-    for start in range(0, len(W), chunk):
-        cosines = W[start : start + chunk] @ W.T
-        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -1
-        found.append(cosines.max(1).values)
-    return torch.cat(found)
-
-
 def loss_recovered(
     model: nn.Module, tokenizer, point: HookPoint, sae: SAE, texts: list[str], mean: Tensor, settings: dict[str, Any], max_tokens: int = 8192
 ) -> dict[str, float]:

@@ -114,5 +114,9 @@ def model_of_run(run: Run, hook: str, device: torch.device) -> tuple[Any, Any, H
     name, constants = run.meta["model"]["name"], run.meta["constants"]
     model = load_model(name, device, choose_dtype(constants["MODEL_DTYPE"], device), constants["TRUST_REMOTE_CODE"])
     require_same_model(model, run.meta["model"])
-    point = next(HookPoint(**saved) for saved in run.meta["hooks"] if saved["signature"] == hook)
-    return model, load_tokenizer(name, constants["TRUST_REMOTE_CODE"]), point
+    return model, load_tokenizer(name, constants["TRUST_REMOTE_CODE"]), hook_of_run(run, hook)
+
+
+def hook_of_run(run: Run, hook: str) -> HookPoint:
+    """The hook point of that name, as the run's meta.json tells it."""
+    return next(HookPoint(**saved) for saved in run.meta["hooks"] if saved["signature"] == hook)

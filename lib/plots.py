@@ -84,16 +84,27 @@ def ev_profile(by_position: Sequence[tuple], by_norm: Sequence[tuple], overall: 
     return figure
 
 
-def weight_histograms(moved: np.ndarray, nearest: np.ndarray, alignment: np.ndarray) -> Figure:
-    """Per latent, [F] each: change of its dictionary row, largest cosine to another row, cosine encoder to dictionary."""
-    figure, axes = _panels(3, 4.0)
-    for axis, values, title, name in (
-        (axes[0], moved, "Dictionary rows left their start", "|row - start|  (0 same, 1.41 unrelated)"),
-        (axes[1], nearest, "Nearest other dictionary row", "cosine (over 0.95: a duplicate)"),
-        (axes[2], alignment, "Encoder follows dictionary", "cosine of the two rows of a latent"),
-    ):
-        axis.hist(values, bins=40, color=BLUE)
-        _label(axis, title, name, "latents")
+WEIGHT_PANELS = {
+    "moved_dictionary": ("Dictionary rows left their start", "|row - start|  (0 same, 1.41 unrelated)"),
+    "nearest": ("Nearest other dictionary row", "cosine (over 0.95: a duplicate)"),
+    "alignment": ("Encoder follows dictionary", "cosine of the two rows of a latent"),
+    "gain": ("What a latent reads of itself", "code read for one unit of code added"),
+    "bias": ("How much evidence a latent needs", "pre-activation on the mean token (code units)"),
+    "encoder_norm": ("Sensitivity of the encoder", "code per unit of raw activation (row norm)"),
+}
+
+
+def weight_histograms(columns: dict[str, np.ndarray]) -> Figure:
+    """Histograms over latents of the columns of lib.weights.inspect_weights that WEIGHT_PANELS names, [F] each."""
+    shown = [key for key in WEIGHT_PANELS if key in columns]
+    n_rows = -(-len(shown) // 3)
+    figure, axes = plt.subplots(n_rows, 3, figsize=(12, 3.2 * n_rows), layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr]
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, key in zip(axes.flat, shown):
+        axis.hist(columns[key], bins=40, color=BLUE)
+        _label(axis, *WEIGHT_PANELS[key], "latents")
     return figure
 
 

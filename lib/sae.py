@@ -112,7 +112,8 @@ def make_sae(
     # eval() has just normalised the random start into the copy that eval mode decodes with. Both are set here, as
     # they are: normalising unit rows once more would change their last digit at each save and load.
     module.dictionary._weights.data = module.dictionary._fused_dictionary = unit
-    return SAE(module, mean.detach().float().to(device), float(scale), dict(config or {}))
+    # The scale as the file keeps it, in float32: the hash of an SAE is then that of its file.
+    return SAE(module, mean.detach().float().to(device), float(torch.tensor(scale, dtype=torch.float32)), dict(config or {}))
 
 
 def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:

@@ -2,7 +2,6 @@
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
-from torch.nn.functional import normalize
 
 from lib.activations import SaveSettings, save_activations
 from lib.evaluation import (
@@ -12,7 +11,6 @@ from lib.evaluation import (
     ev_by,
     label_rows,
     loss_recovered,
-    nearest_cosine,
     pca_ev,
     row_scores,
     shuffled,
@@ -103,12 +101,6 @@ def test_the_untrained_sae_is_what_training_starts_from():
     settings = TrainSettings(n_latents=16, top_k=2, epochs=1, batch_size=64, lr=1e-12)
     barely, _ = train_sae(rows, settings, progress=False)
     torch.testing.assert_close(barely.W_dec, untrained_sae(rows, settings).W_dec, rtol=1e-5, atol=1e-6)
-
-
-def test_nearest_cosine_equals_the_full_matrix():
-    W = normalize(torch.randn(50, 6), dim=1)
-    full = W @ W.T - 2 * torch.eye(50)
-    torch.testing.assert_close(nearest_cosine(W, chunk=7), full.max(1).values)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])

@@ -1,4 +1,6 @@
 """The SAE file and its codes: the same as overcomplete's, the same after reloading, refused when altered."""
+import json
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -77,6 +79,13 @@ def test_reload_gives_the_same_codes_and_hash(sae, x, tmp_path):
     assert (again.top_k, again.scale, again.n_latents) == (5, 7.0, 40)
     content = torch.load(path, weights_only=True)
     assert set(content["state"]) == {"W_enc", "b_enc", "W_dec", "mean", "scale"}
+
+
+def test_the_hash_is_that_of_the_file_for_any_scale(x, tmp_path):
+    sae = random_sae(scale=0.1)  # no float32 number
+    save_sae(sae, tmp_path / "topk_sae.pt", x)
+    told = json.loads((tmp_path / "topk_sae.json").read_text())["sae_hash"]
+    assert told == sae_hash(sae) == sae_hash(load_sae(tmp_path / "topk_sae.pt"))
 
 
 def test_saving_twice_gives_the_same_bytes(sae, x, tmp_path):

@@ -1,0 +1,65 @@
+"""In place of step 2: take an SAE that was trained elsewhere, so that notebooks 03 to 05 open it as if it were ours.
+
+    python 01_save_activations.py MODEL=... LAYER_SIGNATURE=...      # activations of the model and layer that it was trained on
+    python import_sae.py SOURCE=/path/to/folder
+    python import_sae.py SOURCE=user/repository SUBFOLDER=blocks.8.hook_resid_post
+
+Takes TopK SAEs in the files of SAELens, dictionary_learning and sparsify. It never replaces an SAE that is there.
+
+Reads  store/verify_sae_training/runs/<run_id>/
+Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
+"""
+from lib.constants import override
+from lib.environment import InputError, log, log_to, run
+from lib.exchange import read_foreign, unfold
+from lib.hub import pull
+from lib.models import local_path
+from lib.rows import rows_of_run, sample_rows
+from lib.sae import load_sae, sae_hash, save_sae
+from lib.store import experiment_dir, open_run, provenance
+from lib.training import score
+
+SOURCE: str | None = None          # folder of one SAE, or a hub repository
+SUBFOLDER = ""                     # folder of the SAE inside SOURCE
+RUN_ID: str | None = None          # activations to look at it with; None: the run that step 1 finished last
+LAYER: str | None = None           # which of the run's hook points; None: the first
+CONSTANTS = override(globals())
+FOLDER = experiment_dir("verify_sae_training")
+
+
+def source_folder():
+    """The folder that SOURCE and SUBFOLDER mean, fetched from the hub if it is no local one."""
+    if not SOURCE:
+        raise InputError("SOURCE is missing; set the folder of an SAE, or a hub repository")
+    path = local_path(SOURCE)
+    return pull(SOURCE, SUBFOLDER) if path is None else path / SUBFOLDER
+
+
+def main():
+    log_to(FOLDER / "import_sae.log")
+    kind, folded = read_foreign(source_folder())
+    saved = open_run("verify_sae_training", RUN_ID)
+    hook = saved.hook(LAYER)
+    rows = rows_of_run(saved, hook)
+    if len(rows.mean) != len(folded.b_dec):
+        raise InputError(f"the SAE is for activations of width {len(folded.b_dec)}, {hook} has {len(rows.mean)}; save those of its own layer")
+    sae = unfold(folded, rows.scale)
+    path = FOLDER / "sae_model" / "topk_sae.pt"
+    if path.exists() and sae_hash(load_sae(path)) != sae_hash(sae):
+        raise InputError(f"{path} holds another SAE; move the folder sae_model away, or set STORE_DIR to another store")
+    final = score(sae, sample_rows(rows, validation=True, limit=None))
+    sae.config.update(
+        model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
+        imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS, provenance=provenance(), final=final,
+    )  # fmt: skip
+    save_sae(sae, path, probe=next(sample_rows(rows, validation=True, limit=None)))
+    log.info("%s: %d latents, k=%d, on %s of %s", kind, sae.n_latents, sae.top_k, hook, saved.meta["model"]["name"])
+    tokens = f"{final['n_rows']:,} tokens"
+    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s", final["ev"], final["l0_mean"], final["dead_pct"], tokens)
+    if final["ev"] <= 0:
+        log.warning("it explains less than the mean does: it was trained on another model, layer or side (input, output) of the layer")
+    log.info("%s", path)
+
+
+if __name__ == "__main__":
+    run(main)

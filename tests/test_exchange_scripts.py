@@ -1,0 +1,181 @@
+"""export_sae.py and import_sae.py as a user runs them, and the hub as a server on loopback."""
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import PROJECT, run_notebook
+from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
+
+from lib.exchange import FORMATS, read_foreign
+from lib.sae import load_sae
+from lib.store import open_run
+
+
+@pytest.fixture
+def trained(script, source, own_store):  # noqa: F811
+    """The store after steps 1 and 2 on a tiny model."""
+    assert script("01_save_activations.py", *source, *SMALL, "PREFLIGHT=False")[0] == 0
+    assert script("02_train_sae.py", *TRAIN)[0] == 0
+    return own_store / "verify_sae_training"
+
+
+def codes_and_reconstruction(path):
+    sae = load_sae(path)
+    x = torch.cat(open_run("verify_sae_training").shards(sae.config["hook"])).float()
+    values, indices = sae.encode(x)
+    return torch.zeros(len(x), sae.n_latents).scatter_(1, indices, values), sae.decode(values, indices)
+
+
+def test_every_export_comes_back_as_the_same_sae(script, trained):  # noqa: F811
+    """Exported, then imported in place of step 2: the same codes in x' units, the same reconstruction."""
+    code, out, _ = script("export_sae.py")
+    assert code == 0 and all(name in out for name in FORMATS)
+    before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")
+    folders = {"sae_lens": "blocks.1.hook_resid_post", "dictionary_learning": "blocks.1.hook_resid_post", "sparsify": "layers.1"}
+    shutil.move(trained / "sae_model", trained / "ours")
+    for kind, folder in folders.items():
+        code, out, err = script("import_sae.py", f"SOURCE={trained}/exports/{kind}", f"SUBFOLDER={folder}")
+        assert code == 0 and kind in out and "held out: EV" in out, err
+        for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
+            torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
+        assert script("import_sae.py", f"SOURCE={trained}/exports/{kind}/{folder}")[0] == 0, "the same SAE may be imported again"
+        shutil.rmtree(trained / "sae_model")
+
+
+def test_the_export_says_what_it_is(script, trained):  # noqa: F811
+    script("export_sae.py")
+    metadata = json.loads((trained / "exports/sae_lens/blocks.1.hook_resid_post/cfg.json").read_text())["metadata"]
+    sae = load_sae(trained / "sae_model" / "topk_sae.pt")
+    expected = {
+        "hook_name": "blocks.1.hook_resid_post", "hf_module_path": "model.layers.1", "context_size": 128, "prepend_bos": True,
+        "k": 3, "seed": 0, "tokens_trained": sae.config["tokens_trained"], "run_id": sae.config["run_id"], "explained_variance": sae.config["final"]["ev"],
+    }  # fmt: skip
+    assert {key: metadata[key] for key in expected} == expected and "per-dimension mean" in metadata["explained_variance_formula"]
+    card = (trained / "exports/sae_lens/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: saelens\n") and 'from_pretrained("user/repository", "blocks.1.hook_resid_post")' in card
+
+
+def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, trained, capsys):  # noqa: F811
+    script("export_sae.py", "FORMAT=sparsify")
+    shutil.rmtree(trained / "sae_model")
+    (trained / "training_history.json").unlink()
+    assert script("import_sae.py", f"SOURCE={trained}/exports/sparsify/layers.1")[0] == 0
+    names = run_notebook(FOLDER / "03_analyze_training.ipynb")
+    said = capsys.readouterr().out
+    assert "trained elsewhere (sparsify" in said and "brought no history" in said
+    checks = {row["check"] for row in names["checks"]}
+    assert {"ev", "dead", "duplicates", "reload", "ce_recovered"} <= checks and not checks & {"loss_fell", "weights_moved", "ev_random", "gap"}
+    for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
+        run_notebook(FOLDER / name)
+    assert (trained / "concepts.html").exists()
+
+
+def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
+    script("export_sae.py", "FORMAT=sparsify")
+    (tmp_path / "empty").mkdir()
+    folded = read_foreign(trained / "exports/sparsify/layers.1")[1]
+    narrow = tmp_path / "narrow"
+    FORMATS["sparsify"].write(narrow, folded._replace(W=torch.ones(64, 4), W_dec=torch.full((64, 4), 0.5), b_dec=torch.zeros(4)), {})
+    other = tmp_path / "other"
+    FORMATS["sparsify"].write(other, folded._replace(b=folded.b + 1), {})
+    for name, arguments, message in (
+        ("export_sae.py", ["FORMAT=onnx"], "FORMAT=onnx is none of sae_lens, dictionary_learning, sparsify, all"),
+        ("export_sae.py", ["PUSH_TO=user/name"], "PUSH_TO takes one format"),
+        ("export_sae.py", ["FORMAT=sparsify", "PUSH_TO=user/name"], "PUSH_TO=user/name: "),  # the tests are offline
+        ("import_sae.py", [], "SOURCE is missing"),
+        ("import_sae.py", [f"SOURCE={tmp_path}/empty"], "holds none of"),
+        ("import_sae.py", ["SOURCE=nobody/nothing"], "set a local folder, or a repository that this machine can reach"),
+        ("import_sae.py", [f"SOURCE={narrow}"], "the SAE is for activations of width 4, llamaforcausallm_model_layers_1 has 16"),
+        ("import_sae.py", [f"SOURCE={other}"], "holds another SAE; move the folder sae_model away"),
+    ):
+        code, _, err = script(name, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1, (name, arguments, err)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as creating a repository, a commit of small files and a download need."""
+
+    files: dict[str, bytes] = {}
+    token = "Bearer hf_test"
+
+    def answer(self, content, status=200, **headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.headers["Authorization"] != self.token:
+            return self.answer({"error": "no"}, 401)
+        address = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            return self.answer({"url": f"{address}/user/name", "name": "user/name"})
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+        if "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+            self.files.update({line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"})
+            return self.answer({"success": True, "commitUrl": f"{address}/user/name/commit/abc", "commitOid": "a" * 40})
+        return self.answer({})
+
+    def do_GET(self):
+        if match := re.match("/user/name/resolve/[^/]+/(.*)", self.path):
+            content = self.files[match[1]]
+            return self.answer(content, ETag=f'"{hash(content)}"', X_Repo_Commit="a" * 40)
+        if self.path.startswith("/api/models/user/name"):
+            if "/tree/" in self.path:
+                return self.answer([{"type": "file", "path": name, "size": len(content), "oid": "b" * 40} for name, content in self.files.items()])
+            siblings = [{"rfilename": name} for name in self.files]
+            return self.answer({"id": "user/name", "sha": "a" * 40, "siblings": siblings, "tags": [], "private": False})
+        return self.answer({"error": "there is none"}, 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    Hub.files.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
+    """Through huggingface_hub itself, from push to a usable SAE; a wrong token is one line."""
+    own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+
+    def run(name, *arguments, **more):
+        return subprocess.run([sys.executable, str(PROJECT / FOLDER / name), *arguments], capture_output=True, text=True, env=os.environ | own | more)
+
+    done = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name")
+    assert done.returncode == 0, done.stderr
+    assert "/user/name/commit/" in done.stdout
+    folder = "blocks.1.hook_resid_post"
+    assert set(Hub.files) == {"README.md", f"{folder}/cfg.json", f"{folder}/sae_weights.safetensors"}
+    assert b'from_pretrained("user/name"' in Hub.files["README.md"]
+    before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")
+    shutil.rmtree(trained / "sae_model")
+    shutil.rmtree(trained / "exports")
+    done = run("import_sae.py", "SOURCE=user/name", f"SUBFOLDER={folder}")
+    assert done.returncode == 0, done.stderr
+    for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
+        torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
+    refused = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name", HF_TOKEN="hf_wrong")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: PUSH_TO=user/name: ") and refused.stderr.count("\n") == 1, refused.stderr
