@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
+from lib.distributed import own_part, rank, shard, wait_for_all, world_size
 from lib.environment import InputError, choose_device
 from lib.files import fingerprint, read_json, read_sealed, read_torch, write_json, write_sealed
 from lib.guards import differences
@@ -25,7 +26,7 @@ from lib.sae import SAE, load_sae
 from lib.store import experiment_dir, provenance
 
 # Constants that choose what is run or where, not what any one result is.
-RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "TRACKER", "N_SAE_SEEDS"}
+RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "FSDP", "TRACKER", "N_SAE_SEEDS"}
 SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_LR", "SAE_POSITIONS"}
 AUX_ONLY = {"AUX_WEIGHT", "AUX_CENTRED", "KEEP_PCT", "KEEP_PER_EXAMPLE", "SHARPEN_SEED", "INIT", "ARM_CONSTANTS"}
 EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS", "METRICS"}
@@ -59,7 +60,10 @@ class Bench:
         if self.is_text:
             self.tokenizer = load_tokenizer(c["MODEL"])
             self.task = load_task(c, seed, self.tokenizer)
-            lm: Any = load_base(c, self.device)
+            fsdp = c.get("FSDP", False) and world_size() > 1
+            if fsdp and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
+                raise InputError("with FSDP no rank holds the frozen blocks to fill a cache with; set CACHE_ENTRIES=False")
+            lm: Any = load_base(c, torch.device("cpu") if fsdp else self.device)  # each part goes to its device when it is sharded
             if lm.config.pad_token_id is None:
                 lm.config.pad_token_id = self.tokenizer.pad_token_id
             self.model = TextClassifier(lm, self.task.n_classes, c["TARGET_LAYER"], seed, c["TRAIN_BELOW"])
@@ -74,6 +78,8 @@ class Bench:
         self.model_key = fingerprint([fingerprint(p.detach().float().flatten()[:64]) for p in self.model.parameters()])
         if self.is_text and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
             self.entries = cached_entries(self)
+        if self.is_text and fsdp:
+            shard(self.model, self.model.parts())
 
     def folder(self, arm: str, cycle: int) -> Path:
         """Where the outputs of this arm and cycle lie: cycle 0 is the baseline's."""
@@ -210,7 +216,8 @@ def cached_entries(bench: Bench) -> Entries:
     shards = [range(i, min(i + ENTRY_SHARD_TEXTS, len(lengths))) for i in range(0, len(lengths), ENTRY_SHARD_TEXTS)]
     model.eval()
     done = (folder / f"{len(shards) - 1}.safetensors").exists()
-    for number, ids in enumerate(tqdm(shards, desc="states below the trained layers", leave=False, disable=done)):
+    own = list(enumerate(shards))[own_part(len(shards))]
+    for number, ids in tqdm(own, desc="states below the trained layers", leave=False, disable=done or rank() > 0):
         path = folder / f"{number}.safetensors"
         if not path.exists():
             by_length = torch.tensor(sorted(ids, key=lambda i: (lengths[i], i)))
@@ -219,6 +226,7 @@ def cached_entries(bench: Bench) -> Entries:
                 found = model.token_states(make_batch(task, part, bench.device), model.entry)
                 states |= {i: state.cpu() for i, state in zip(part.tolist(), found)}
             write_sealed(path, {"x": torch.cat([states[i] for i in ids])})
+    wait_for_all()
     places = []
     for number, ids in enumerate(shards):
         start = 0

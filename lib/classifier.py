@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from lib.distributed import add_up, own_part, shared_like, whole
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
 from lib.labelled import Task
@@ -75,6 +76,14 @@ class TextClassifier(nn.Module):
             module.float()
             for p in module.parameters():
                 p.requires_grad_(train_below or id(p) not in embeddings)
+
+    def parts(self) -> list[nn.Module]:
+        """What a rank can gather and drop by itself (FSDP): the blocks, the head of the language model, what else has weights."""
+        stack = blocks(self.lm)[1]
+        others = [child for child in self.lm.base_model.children() if child is not stack and any(True for _ in child.parameters())]
+        unembedding = self.lm.get_output_embeddings()
+        tied = unembedding is None or unembedding.weight is self.lm.get_input_embeddings().weight
+        return [*stack, *others, *([] if tied else [unembedding])]
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Train mode for the trained modules only, so that what is frozen is the same in every pass."""
@@ -176,7 +185,7 @@ def auxiliary_loss(h: Tensor, t: Tensor, centre: Tensor | None = None) -> Tensor
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters that are trained, which is all that a checkpoint needs beside the base model."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()).cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -186,7 +195,7 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise InputError("the checkpoint holds other parameters than this model trains; delete it and run its step again")
     with torch.no_grad():
         for name, p in own.items():
-            p.copy_(state[name])
+            p.copy_(shared_like(state[name], p))
 
 
 @dataclass(frozen=True)
@@ -215,17 +224,35 @@ def make_batch(task: Task, ids: Tensor, device: torch.device, entries: Entries |
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def own_examples(batch: Tensor) -> tuple[Tensor, int]:
+    """The examples of a batch [B] that this rank runs, and how many of them count.
+
+    A rank without one of its own runs the first, which does not count: sharded weights are gathered by all ranks together.
+    """
+    own = batch[own_part(len(batch))]
+    return (own if len(own) else batch[:1]), len(own)
+
+
 @torch.no_grad()
 def outputs(
     model: nn.Module, task: Task, ids: Tensor, batch_size: int, entries: Entries | None = None
 ) -> tuple[Tensor, Tensor]:
-    """h [N, D] and logits [N, C] of the examples, in the order of ids, on the CPU; the model in eval mode."""
+    """h [N, D] and logits [N, C] of the examples, in the order of ids, on the CPU; the model in eval mode.
+
+    Several ranks share the work, and all of them get the whole.
+    """
     model.eval()
     device = next(model.parameters()).device
     order = torch.arange(len(ids))
     if task.tokens:  # like lengths together: less padding
         order = torch.tensor([len(task.tokens[i].ids) for i in ids.tolist()]).argsort(stable=True)
-    parts = [model(make_batch(task, part, device, entries)) for part in ids[order].split(batch_size)]
-    back = order.argsort()
-    h, logits = (torch.cat([part[i].float().cpu() for part in parts])[back] for i in (0, 1))
-    return h, logits
+    found = []
+    for part in order.split(batch_size):
+        own, n = own_examples(part)
+        h, logits = model(make_batch(task, ids[own], device, entries))
+        found.append((own[:n], h[:n].float().cpu(), logits[:n].float().cpu()))
+    whole_h, whole_logits = (torch.zeros(len(ids), found[0][i].shape[1]) for i in (1, 2))
+    for own, h, logits in found:
+        whole_h[own], whole_logits[own] = h, logits
+    add_up(whole_h, whole_logits)
+    return whole_h, whole_logits

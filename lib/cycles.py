@@ -19,6 +19,7 @@ import torch
 from lib.activations import SaveSettings, save_activations
 from lib.bench import Bench, Constants, finished, sae_path, stage_constants, write_stamp
 from lib.classifier import MLP, load_trained, outputs, trained_state
+from lib.distributed import rank
 from lib.environment import InputError, log
 from lib.files import fingerprint, read_json, write_json, write_sealed, write_torch
 from lib.fine_tuning import Targets, TuneSettings, fine_tune
@@ -64,15 +65,18 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     start_from(bench, arm, cycle, aux)
     settings = tune_settings(bench, arm, cycle, aux)
     unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
-    with open_tracker(bench.c["TRACKER"], folder / f"tracker_cycle_{cycle}", bench.c) as track:
+    with open_tracker("local" if rank() else bench.c["TRACKER"], folder / f"tracker_cycle_{cycle}", bench.c) as track:
         history = fine_tune(
             bench.model, bench.task, settings, made, bench.entries, unfinished if bench.is_text else None, key, track,
             label=f"{arm} cycle {cycle}",
         )  # fmt: skip
     if made is not None:
         history["aux"] |= share
+    trained = trained_state(bench.model)
+    if rank():
+        return
     write_json(folder / f"history_cycle_{cycle}.json", history, sealed=True)
-    write_torch(path, trained_state(bench.model))
+    write_torch(path, trained)
     write_stamp(bench, path, key)
     unfinished.unlink(missing_ok=True)
     if made is not None and (history["aux"]["cos_start"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
@@ -109,7 +113,8 @@ def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Ta
         keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example, seed=aux["SHARPEN_SEED"] + bench.seed,
     )  # fmt: skip
     folder = bench.root / arm / f"seed_{bench.seed}"
-    write_sealed(folder / f"targets_cycle_{cycle}.safetensors", {"example_id": ids, "t": t.float()})
+    if rank() == 0:
+        write_sealed(folder / f"targets_cycle_{cycle}.safetensors", {"example_id": ids, "t": t.float()})
     return Targets(ids, t, sae.mean if aux["AUX_CENTRED"] else None), share
 
 

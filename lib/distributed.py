@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 PATIENCE = timedelta(hours=12)  # that a rank waits for slower ones; where one dies, torchrun ends all at once
 
@@ -64,3 +64,36 @@ def wait_for_all() -> None:
 def own_part(n: int) -> slice:
     """The part of n things in a row that is this rank's: parts follow each other, and their sizes differ by at most one."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def shard(model: nn.Module, parts: list[nn.Module]) -> None:
+    """Keep of each part's weights, gradients and moments only this rank's share (FSDP); what no part holds is a part too.
+
+    A part is gathered on every rank for the moment in which it runs. The weights must not be tied across parts, and are
+    of one precision within each. The backward pass leaves in the gradients their mean over the ranks.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    for part in [*parts, model]:
+        # Also what belongs to the model itself goes after a pass: left gathered by an evaluation, it would miss the next update.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds only a share of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what the ranks' shares of it make together; all ranks must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, or this rank's share of it where `like` is a share of a tensor of the same shape."""
+    if not is_sharded(like) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]

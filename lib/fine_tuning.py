@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 from tqdm.auto import tqdm
 
-from lib.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, trained_state
+from lib.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, own_examples, trained_state
+from lib.distributed import add_up, agree, is_sharded, rank, shared_like, whole, world_size
 from lib.environment import InputError
 from lib.files import fingerprint, read_torch, write_torch
 from lib.guards import differences
@@ -107,6 +108,8 @@ def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Tar
     with settings.aux_weight; None: task loss only. entries: cached states below the first trained block.
     checkpoint: a file from which an interrupted call goes on, if it has the same `key`, with the same result.
 
+    Several ranks share every batch: their gradients are added up, and only the first writes the checkpoint.
+
     Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "aux": {..., see probe()}}.
     """
     device = next(model.parameters()).device
@@ -145,13 +148,15 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
     batches = epoch_batches(task, task.splits["train"], settings.batch_size, settings.seed, epoch)
     groups = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]
     parameters = [p for p in model.parameters() if p.requires_grad]
+    sharded = is_sharded(parameters[0])  # then the backward pass itself takes the mean of the ranks' gradients
     sums: list[Tensor] = []  # stays on the device until the epoch ends: no wait at every step
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed * 1_000_003 + epoch)  # dropout has no generator of its own
+        torch.manual_seed(settings.seed * 1_000_003 + epoch + 1000 * rank())  # dropout has no generator of its own
         for number, group in enumerate(groups):
             n_group = sum(len(ids) for ids in group)
-            for ids in group:
+            for whole_batch in group:
+                ids, n = own_examples(whole_batch)
                 batch = make_batch(task, ids, device, entries)
                 h, logits = model(batch)
                 loss = total = cross_entropy(logits, batch["y"])
@@ -159,15 +164,19 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
                 if targets is not None:
                     aux = targets.loss(h, ids).mean()
                     total = loss + settings.aux_weight * aux
-                (total * (len(ids) / n_group)).backward()
-                sums.append(len(ids) * torch.stack([loss.detach(), aux.detach().to(loss)]))
+                (total * (n / n_group * (world_size() if sharded else 1))).backward()
+                sums.append(n * torch.stack([loss.detach(), aux.detach().to(loss)]))
+            if not sharded:
+                add_up(*(p.grad for p in parameters if p.grad is not None))
             if settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = learning_rate(epoch * len(groups) + number, n_steps, settings)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    loss, aux = (torch.stack(sums).cpu().double().sum(0) / len(task.splits["train"])).tolist()
+    seen = torch.stack(sums).cpu().double().sum(0)
+    add_up(seen)
+    loss, aux = (seen / len(task.splits["train"])).tolist()
     if not (math.isfinite(loss) and math.isfinite(aux)):
         raise InputError(f"the loss is no longer finite in epoch {epoch + 1}; lower LR (now {settings.lr:g}) or AUX_WEIGHT")
     return {"loss": loss, "aux_loss": aux}
@@ -186,18 +195,22 @@ def probe(
     ids = task.splits["train"][:PROBE_EXAMPLES]
     parameters = [p for p in model.parameters() if p.requires_grad]
     sums = torch.zeros(3, dtype=torch.float64)
-    gradients: list[list[Tensor | None]] = [[None] * len(parameters), [None] * len(parameters)]
-    for part in ids.split(settings.batch_size):
-        batch = make_batch(task, part, device, entries)
-        h, logits = model(batch)
-        aux = targets.loss(h, part).sum()
-        for i, loss in enumerate((cross_entropy(logits, batch["y"], reduction="sum"), settings.aux_weight * aux)):
-            found = torch.autograd.grad(loss, parameters, retain_graph=i == 0, allow_unused=True)
-            gradients[i] = [a if b is None else b if a is None else a + b for a, b in zip(gradients[i], found)]
-        cosines = cosine_similarity(h, targets.at(part, device), dim=1)
-        sums += torch.stack([aux.detach(), cosines.detach().sum(), (h.norm(dim=1) == 0).sum()]).double().cpu()
+    gradients: list[list[Tensor | None]] = []
+    for of_task in (True, False):  # a pass for each: the graph of sharded weights can't be walked twice
+        for part in ids.split(settings.batch_size):
+            batch = make_batch(task, part, device, entries)
+            h, logits = model(batch)
+            if of_task:
+                cross_entropy(logits, batch["y"], reduction="sum").backward()
+                continue
+            aux = targets.loss(h, part).sum()
+            (settings.aux_weight * aux).backward()
+            cosines = cosine_similarity(h, targets.at(part, device), dim=1)
+            sums += torch.stack([aux.detach(), cosines.detach().sum(), (h.norm(dim=1) == 0).sum()]).double().cpu()
+        gradients.append([p.grad for p in parameters])
+        model.zero_grad(set_to_none=True)
     reached = [(task_g, aux_g) for task_g, aux_g in zip(*gradients) if task_g is not None and aux_g is not None]
-    task_norm, aux_norm = (sum(float(pair[i].double().square().sum()) for pair in reached) ** 0.5 for i in (0, 1))
+    task_norm, aux_norm = (sum(float(whole(pair[i].double().square().sum())) for pair in reached) ** 0.5 for i in (0, 1))
     loss, cos, zero = (sums / len(ids)).tolist()
     return {"loss": loss, "cos": cos, "zero_norm_frac": zero, "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
 
@@ -213,17 +226,26 @@ def _aux_summary(progress: dict[str, Any], end: dict[str, float], settings: Tune
 
 
 def _save(path: Path, key: str, settings: TuneSettings, progress: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    write_torch(path, {"key": key, "settings": asdict(settings), "progress": progress, "state": trained_state(model), "optimizer": optimizer.state_dict()})
+    moments = optimizer.state_dict()
+    moments["state"] = {i: {name: whole(value) for name, value in of.items()} for i, of in moments["state"].items()}
+    content = {"key": key, "settings": asdict(settings), "progress": progress, "state": trained_state(model), "optimizer": moments}
+    if rank() == 0:
+        write_torch(path, content)
 
 
 def _load(path: Path | None, key: str, settings: TuneSettings, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """What _save wrote, put into model and optimizer; None if there is nothing. Raises InputError if it is of another training."""
-    if path is None or not path.exists():
+    is_there = path is not None and path.exists()
+    if not agree(is_there):
+        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
+    if path is None or not is_there:
         return None
     found = read_torch(path, "train again")
     if found["key"] != key:
         why = differences(found["settings"], asdict(settings)) or "its data, model or an earlier step has changed"
         raise InputError(f"{path} is an unfinished training with other constants ({why}); end it with those, or delete it to train anew")
     load_trained(model, found["state"])
-    optimizer.load_state_dict(found["optimizer"])
+    parameters, moments = optimizer.param_groups[0]["params"], found["optimizer"]
+    moments["state"] = {i: {name: shared_like(value, parameters[i]) for name, value in of.items()} for i, of in moments["state"].items()}
+    optimizer.load_state_dict(moments)
     return found["progress"]

@@ -32,8 +32,8 @@ def text_task(n=24):
     return Task(ids % 2, 2, {"train": ids[:16], "val": ids[16:20], "test": ids[20:]}, texts=texts, tokens=tokens)
 
 
-def text_model(kind, layer="1", **extra):
-    return TextClassifier(tiny_model(kind, **extra), 2, layer, seed=0)
+def text_model(kind, layer="1", train_below=False, **extra):
+    return TextClassifier(tiny_model(kind, **extra), 2, layer, seed=0, train_below=train_below)
 
 
 def models_under_test():

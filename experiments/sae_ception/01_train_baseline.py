@@ -3,6 +3,7 @@
     python 01_train_baseline.py                             # the embedded model on the mood of a story
     python 01_train_baseline.py PRESET=mlp_digits           # the paper's small MLP on scikit-learn's digits
     python 01_train_baseline.py MODEL=gpt2 DATASET=my.jsonl TEST_DATASET=test.jsonl LABEL_FIELD=label SETTING=mine
+    torchrun --nproc-per-node 4 01_train_baseline.py        # four processes share every batch; see experiments/at_scale
 
 Writes store/sae_ception/<setting>/baseline/seed_<s>/checkpoints/model_cycle_0_best.pt, history_cycle_0.json
 """
@@ -36,6 +37,7 @@ MODEL = "store/embedded/model"     # hub name or directory of a transformers mod
 MODEL_DTYPE = "float32"            # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are float32
 LOAD_BITS: int | None = None       # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
 DEVICE_MAP: str | None = None      # "auto": spread the model over the devices (needs accelerate)
+FSDP = False                       # under torchrun: each rank keeps a share of the weights, for models beyond one GPU
 TARGET_LAYER = "last"              # whose output is pulled: last, a block's number, or a layer signature
 TRAIN_BELOW = False                # also train what stands below the target layer
 GRADIENT_CHECKPOINTING = False     # less memory, one more forward pass
@@ -65,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)

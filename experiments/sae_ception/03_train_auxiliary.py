@@ -3,6 +3,7 @@
     python 03_train_auxiliary.py                            # per_class targets from the baseline: cycle 1
     python 03_train_auxiliary.py CYCLE=1 ARM=random_unit    # from cycle 1 to cycle 2
     python 03_train_auxiliary.py AUX_WEIGHT=0.1 KEEP_PCT=2 SETTING=weaker
+    torchrun --nproc-per-node 4 03_train_auxiliary.py       # four processes share every batch, as in step 1
 
 L_total = L_task + AUX_WEIGHT * mean(1 - cos(h, target)). Data, model and SAE are those of the setting's steps 1 and 2.
 Reads  store/sae_ception/<setting>/<arm>/seed_<s>/checkpoints/{model,sae}_cycle_<n>_best.pt
@@ -13,6 +14,7 @@ from presets import presets_for
 from lib.bench import Bench, inherited
 from lib.constants import override
 from lib.cycles import train_model
+from lib.distributed import rank
 from lib.environment import log, log_to, run
 from lib.guards import in_use
 from lib.sharpening import NO_TARGET, method
@@ -41,11 +43,11 @@ def main():
     with in_use(bench.folder("baseline", 0)):
         train_model(bench, ARM, CYCLE + 1)
     folder = bench.folder(ARM, CYCLE + 1)
-    if method(ARM) not in NO_TARGET:
+    if method(ARM) not in NO_TARGET and rank() == 0:
         for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json")["aux"].items():
             log.info("  %-18s %.4f", name, value)
     log.info("%s", folder / "checkpoints" / f"model_cycle_{CYCLE + 1}_best.pt")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)
