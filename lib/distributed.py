@@ -87,7 +87,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or what the ranks' shares of it make together; all ranks must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, operator]
 
 
 def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
