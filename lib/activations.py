@@ -18,6 +18,7 @@ from lib.files import atomic_write, read_json, read_note, write_json, write_tens
 from lib.finishing import finish
 from lib.guards import differences, require_room
 from lib.hooks import HookPoint, capture
+from lib.metrics.layers import layer_statistics
 from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run
 from lib.texts import Tokens, length_batches, pad, tokenise
 
@@ -107,9 +108,7 @@ def block_rows(model: nn.Module, points: list[HookPoint], block: list[Tokens], p
 def preflight(model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], settings: SaveSettings) -> list[dict[str, Any]]:
     """What a sample of the texts says of each hook point, before anything is written; one dict a point.
 
-    width; median_norm; gamma = norm(mean) / norm(per-dimension sd), which predicts dead latents (arXiv 2605.31518);
-    outlier_frac, the share of rows over 10 times the median norm; participation, the effective number of dimensions
-    (sum of eigenvalues)^2 / sum of their squares; rows_per_text; seconds, of the sample's second pass.
+    What lib/metrics/layers.py says of the sample's rows, and rows_per_text; seconds, of the sample's second pass.
     """
     sample = tokenise(tokenizer, texts[:SAMPLE_TEXTS], 0, settings.max_length, settings.skip_special, settings.skip_first)
     block_rows(model, points, sample[:4], tokenizer.pad_token_id, settings)  # the first pass pays for set-up
@@ -120,19 +119,7 @@ def preflight(model: nn.Module, tokenizer, points: list[HookPoint], texts: Seque
         raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
     report = []
     for point, x in zip(points, states):
-        x = x.double()
-        norms, mean = x.norm(dim=1), x.mean(0)
-        eigenvalues = torch.linalg.svdvals(x - mean).square()
-        report.append({
-            "signature": point.signature,
-            "width": x.shape[1],
-            "median_norm": norms.median().item(),
-            "gamma": (mean.norm() / x.var(0, correction=0).sum().sqrt()).item(),
-            "outlier_frac": (norms > 10 * norms.median()).double().mean().item(),
-            "participation": (eigenvalues.sum().square() / eigenvalues.square().sum()).item(),
-            "rows_per_text": len(rows) / len(sample),
-            "seconds": seconds,
-        })  # fmt: skip
+        report.append({"signature": point.signature, **layer_statistics(x), "rows_per_text": len(rows) / len(sample), "seconds": seconds})
     return report
 
 

@@ -152,3 +152,26 @@ def verdict_strip(checks: Sequence[dict[str, Any]]) -> Figure:
     axis.set(xlim=(0, len(checks)), ylim=(-0.1, 1.1), title="Verification")
     axis.axis("off")
     return figure
+
+
+def layers(table: list[dict[str, Any]], recommended: str) -> Figure:
+    """Size, spread, effective dimensions and, with labels, probe accuracy over depth. table: lib.probe.probe_layers."""
+    shown = {
+        "median_norm": ("Size of activations", "median norm"),
+        "gamma": ("Mean over spread", "gamma"),
+        "participation": ("Effective dimensions", "dimensions"),
+        "probe_accuracy": ("What a linear probe reads", "held-out accuracy"),
+    }
+    shown = {name: text for name, text in shown.items() if name in table[0]}
+    figure, axes = _panels(len(shown), width=3.6)
+    at = [row["signature"] for row in table].index(recommended)
+    for axis, (name, (title, unit)) in zip(axes, shown.items()):
+        axis.plot([row[name] for row in table], marker="o", color=BLUE)
+        axis.axvline(at, color=ORANGE, linestyle=":", label="recommended")
+        if name == "probe_accuracy":
+            axis.axhline(table[0]["majority"], color=GREY, linestyle="--", label="most frequent class")
+            axis.legend()
+        axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        _label(axis, title, "hook point, in order of depth", unit)
+    return figure

@@ -1,0 +1,83 @@
+"""Step 0, if you have not chosen a layer yet: what a sample of the texts says of every block, in one pass.
+
+    python 00_probe_layers.py                                             # the embedded model and stories
+    python 00_probe_layers.py MODEL=gpt2 DATASET=my.jsonl LABEL_FIELD=topic
+    python 00_probe_layers.py POINTS=resid_post,mlp_out
+
+Prints a table and a recommendation with its reason. With labels a linear probe tells how much of them can be read from
+each layer; the embedded stories have the concept of every word.
+
+Writes store/verify_sae_training/layers.json and figures/layers.png
+"""
+from lib import plots
+from lib.activations import SaveSettings
+from lib.constants import override
+from lib.environment import InputError, choose_device, run
+from lib.hooks import blocks, resolve
+from lib.models import choose_dtype, load_model, load_tokenizer
+from lib.probe import probe_layers, recommend_layer
+from lib.store import experiment_dir, write_json
+from lib.texts import load_documents
+
+MODEL = "store/embedded/model"     # hub name or directory of a transformers model
+DATASET = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
+DATA_SPLIT = "train"               # split of a hub data set; a file has none
+TEXT_FIELD = "text"                # the column that holds the text
+LABEL_FIELD: str | None = None     # a class for each text, or a list of one for each word; None: "concepts" or "label",
+                                   # where the data have it
+N_TEXTS = 500                      # texts of the sample; all their activations at all points are held in memory
+MAX_LENGTH = 128                   # tokens of a text, special tokens included; the rest is cut
+POINTS = "resid_post"              # kinds of hook points, separated by commas: resid_pre, resid_mid, resid_post,
+                                   # attn_out, mlp_out; each at every block
+BATCH_SIZE_SAVE = 16               # texts of MAX_LENGTH in one forward pass
+SKIP_FIRST = 0                     # tokens to drop at the start of each text; 1 where there is no BOS
+MODEL_DTYPE = "auto"               # precision of the model: auto, float32, bfloat16, float16
+DEVICE = "auto"                    # auto, cpu, cuda, mps
+TRUST_REMOTE_CODE = False          # run code that comes with a hub model; only for authors you trust
+CONSTANTS = override(globals())
+COLUMNS = {
+    "width": "{:>6d}", "median_norm": "{:>8.2f}", "gamma": "{:>6.2f}", "outlier_frac": "{:>8.2%}", "outlier_dims": "{:>8d}",
+    "participation": "{:>8.1f}", "probe_accuracy": "{:>7.3f}", "gb_per_million": "{:>7.2f}", "seconds_per_million": "{:>7.0f}",
+}  # fmt: skip
+HEADS = ("width", "|x| med", "gamma", "outl.row", "outl.dim", "eff.dim", "probe", "GB/1M", "s/1M")
+
+
+def read_texts():
+    """Texts and, where there are any, their labels."""
+    documents = load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, N_TEXTS)
+    field = LABEL_FIELD or next((name for name in ("concepts", "label") if name in documents[0]), None)
+    if field is not None and field not in documents[0]:
+        raise InputError(f"DATASET={DATASET} has no field {field!r}; it has {', '.join(map(str, documents[0]))}: set LABEL_FIELD")
+    return [document[TEXT_FIELD] for document in documents], field, None if field is None else [document[field] for document in documents]
+
+
+def show(table):
+    """Print one line a hook point."""
+    columns = {name: (COLUMNS[name], head) for name, head in zip(COLUMNS, HEADS) if name in table[0]}
+    width = max(len(row["signature"]) for row in table)
+    print(" " * width, *(f"{head:>{len(form.format(table[0][name]))}}" for name, (form, head) in columns.items()))
+    for row in table:
+        print(f"{row['signature']:<{width}}", *(form.format(row[name]) for name, (form, _) in columns.items()))
+
+
+def main():
+    if N_TEXTS < 10:
+        raise InputError(f"N_TEXTS={N_TEXTS} must be at least 10")
+    folder, device = experiment_dir("verify_sae_training"), choose_device(DEVICE)
+    texts, field, labels = read_texts()
+    model, tokenizer = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE), load_tokenizer(MODEL, TRUST_REMOTE_CODE)
+    points = [resolve(model, f"{kind.strip()}:{i}") for i in range(len(blocks(model)[1])) for kind in POINTS.split(",")]
+    settings = SaveSettings(MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, skip_first=SKIP_FIRST)
+    table = probe_layers(model, tokenizer, points, texts, settings, labels)
+    signature, reason = recommend_layer(table)
+    show(table)
+    print(f"recommended: LAYER_SIGNATURE={signature}\n  {reason}")
+    write_json(folder / "layers.json", {"constants": CONSTANTS, "labels": field, "layers": table, "recommended": signature, "reason": reason})
+    plots.style()
+    (folder / "figures").mkdir(exist_ok=True)
+    plots.layers(table, signature).savefig(folder / "figures" / "layers.png", dpi=110)
+    print(folder / "layers.json", "and", folder / "figures" / "layers.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""Which TOP_K? Two short trainings for each of some values, on the run that step 1 saved.
+
+    python choose_k.py
+    python choose_k.py KS=4,8,16,32 N_LATENTS_MULTIPLIER=4
+
+A larger k always rebuilds more. What decides is whether the directions are the data's: recommended is the k for which
+two seeds find the same ones. Its word is worth as much as the sweep is long: few epochs, two seeds.
+
+Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
+Writes store/verify_sae_training/choose_k.json
+"""
+from lib.constants import override
+from lib.environment import InputError, choose_device, run
+from lib.evaluation import loss_recovered
+from lib.models import model_of_run
+from lib.probe import recommend_k, sweep_k
+from lib.rows import rows_of_run
+from lib.store import experiment_dir, open_run, write_json
+from lib.training import TrainSettings
+
+RUN_ID: str | None = None          # None: the run that 01_save_activations.py finished last
+LAYER: str | None = None           # which of the run's hook points, by its folder's name; None: the first
+KS = (2, 4, 8, 16)                 # values of TOP_K to try
+N_LATENTS_MULTIPLIER = 8           # latents per activation dimension, as in step 2
+EPOCHS = 3                         # passes over the training tokens, each of the two times; step 2 makes more
+BATCH_SIZE_TRAIN = 1024            # tokens per step
+N_TEXTS = 200                      # held-out texts on which the language-model loss is measured; 0: not at all
+DEVICE = "auto"                    # auto, cpu, cuda, mps
+SEED = 0                           # of the first training; the second has the next one
+CONSTANTS = override(globals())
+
+
+def recovery(saved, hook, rows, device):
+    """A function from an SAE to the share of the language-model loss that it recovers; None with N_TEXTS=0."""
+    if not N_TEXTS:
+        return None
+    model, tokenizer, point = model_of_run(saved, hook, device)
+    texts = [text["text"] for text in saved.texts if text["split"] == "val"][:N_TEXTS]
+    return lambda sae: loss_recovered(model, tokenizer, point, sae, texts, rows.mean, saved.meta["settings"])["loss_recovered"]
+
+
+def main():
+    folder, device = experiment_dir("verify_sae_training"), choose_device(DEVICE)
+    saved = open_run("verify_sae_training", RUN_ID)
+    hook = saved.hook(LAYER)
+    rows = rows_of_run(saved, hook)
+    n_latents = N_LATENTS_MULTIPLIER * len(rows.mean)
+    if not all(isinstance(k, int) and 1 <= k <= n_latents for k in KS) or not KS:
+        raise InputError(f"KS={KS} must be numbers between 1 and the number of latents, {n_latents}")
+    settings = TrainSettings(n_latents, KS[0], EPOCHS, BATCH_SIZE_TRAIN, seed=SEED)
+    table = sweep_k(rows, settings, KS, recovery(saved, hook, rows, device), device)
+    k, reason = recommend_k(table)
+    print("      " + "".join(f"{name:>16}" for name in table[0] if name != "k"))
+    for row in table:
+        print(f"k={row['k']:<4}" + "".join(f"{value:>16.4f}" for name, value in row.items() if name != "k"))
+    print(f"recommended: TOP_K={k}\n  {reason}")
+    write_json(folder / "choose_k.json", {"constants": CONSTANTS, "run_id": saved.run_id, "hook": hook, "ks": table, "recommended": k, "reason": reason})
+
+
+if __name__ == "__main__":
+    run(main)
