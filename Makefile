@@ -38,12 +38,12 @@ pictures:
 	mkdir -p $(VERIFY)/pictures
 	for name in verification training_curves concept_recovery baselines; do cp $(STORE_DIR)/verify_sae_training/figures/$$name.png $(VERIFY)/pictures/; done
 
-# The other libraries, in an environment of their own, for the benchmarks only.
+# The other libraries, in an environment of their own, for the benchmarks and the tests of exported files.
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q torch==2.13.0 transformers==5.23.0 "numpy<2.5" datasets==5.2.0 safetensors
 	.venv-peers/bin/python -m pip install -q sae-lens==6.54.12 eai-sparsify==1.3.3 scikit-learn==1.9.1 matplotlib==3.10.9 nnsight==0.8.1 torch==2.13.0
-	.venv-peers/bin/python -m pip install -q --no-deps overcomplete==0.3.0 dictionary-learning==0.1.0
+	.venv-peers/bin/python -m pip install -q --no-deps overcomplete==0.3.0 dictionary-learning==0.1.0 sae-bench==0.6.0 tabulate==0.9.0
 	touch $@
 peers: .venv-peers/installed
 

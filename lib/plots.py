@@ -99,7 +99,7 @@ def weight_histograms(columns: dict[str, np.ndarray]) -> Figure:
     shown = [key for key in WEIGHT_PANELS if key in columns]
     n_rows = -(-len(shown) // 3)
     figure, axes = plt.subplots(n_rows, 3, figsize=(12, 3.2 * n_rows), layout="constrained", squeeze=False)
-    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr]
+    figure.set_layout_engine("constrained", hspace=0.08)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for axis, key in zip(axes.flat, shown):

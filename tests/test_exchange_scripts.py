@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import PROJECT, run_notebook
+from test_exchange import PEERS
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
 
 from lib.exchange import FORMATS, read_foreign
@@ -179,3 +180,20 @@ def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
         torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
     refused = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name", HF_TOKEN="hf_wrong")
     assert refused.returncode == 2 and refused.stderr.startswith("error: PUSH_TO=user/name: ") and refused.stderr.count("\n") == 1, refused.stderr
+
+
+@pytest.mark.skipif(not PEERS.exists(), reason="the other libraries are not installed: make peers")
+def test_saebench_accepts_the_export_and_finds_the_same_numbers(script, own_store):  # noqa: F811
+    """Its core evaluation on the embedded model: our EV and L0 come out, from held-out stories."""
+    assert script("01_save_activations.py", "DATA_LIMIT=400", "VAL_FRAC=0.3", "PREFLIGHT=False")[0] == 0
+    assert script("02_train_sae.py", "EPOCHS=4")[0] == 0
+    assert script("export_sae.py", "FORMAT=dictionary_learning")[0] == 0
+    folder = own_store / "verify_sae_training"
+    export = folder / "exports/dictionary_learning/blocks.0.hook_resid_post"
+    command = [str(PEERS), "experiments/benchmarks/saebench_core.py", "store/embedded/model", str(export), "store/embedded/stories/val.jsonl"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, final = json.loads(done.stdout.splitlines()[-1]), load_sae(folder / "sae_model" / "topk_sae.pt").config["final"]
+    assert found["sparsity"]["l0"] == pytest.approx(final["l0_mean"], abs=0.01)
+    assert found["reconstruction_quality"]["explained_variance"] == pytest.approx(final["ev"], abs=0.02)
+    assert found["model_performance_preservation"]["ce_loss_score"] > 0.9
