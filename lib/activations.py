@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, is_out_of_memory, log
-from lib.files import atomic_write, read_json, read_note, write_json, write_tensors
+from lib.files import read_json, read_note, write_json, write_tensors
 from lib.finishing import finish
 from lib.guards import differences, require_room
 from lib.hooks import HookPoint, capture
 from lib.metrics.layers import layer_statistics
 from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run
+from lib.streaming import write_texts
 from lib.texts import Tokens, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
@@ -213,17 +214,6 @@ def save_activations(
     if not n_shards:
         raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
     return finish(folder, meta, [point.signature for point in points], n_shards)
-
-
-def write_texts(path: Path, texts: Sequence[str], splits: list[str]) -> None:
-    """Write texts.jsonl, one text after the other: they may be more than memory holds."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for i, (text, split) in enumerate(zip(texts, splits)):
-                file.write(json.dumps({"text_id": i, "text": text, "split": split}, ensure_ascii=False) + "\n")
-
-    atomic_write(path, write)
 
 
 def _tokens(tokenizer, texts: Sequence[str], block: int, settings: SaveSettings) -> list[Tokens]:

@@ -119,8 +119,10 @@ class Run:
     @cached_property
     def is_val(self) -> Tensor:
         """bool [n_rows]: the row belongs to a validation text."""
-        val_text = torch.tensor([text["split"] == "val" for text in self.texts])
-        return val_text[self.rows["text_id"]]
+        with open(self.path / "texts.jsonl", encoding="utf-8") as file:  # the texts may be more than memory holds
+            val_text = torch.tensor([json.loads(line)["split"] == "val" for line in file])
+        text_ids = (read_tensors(self.path / shard["file"])["text_id"] for shard in self.manifest["rows"])
+        return torch.cat([val_text[text_id] for text_id in text_ids])
 
     def shards(self, hook: str) -> list[Tensor]:
         """The hook's shards, memory-mapped, [R_i, D] each in the stored precision."""

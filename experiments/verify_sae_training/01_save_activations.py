@@ -12,6 +12,7 @@ Started again after an interruption, it continues; a finished run with the same 
 Writes store/verify_sae_training/runs/<run_id>/ and, when it is complete, run_id.txt
 """
 import math
+from collections.abc import Sequence
 
 from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
 from lib.constants import override
@@ -20,8 +21,9 @@ from lib.environment import InputError, choose_device, log, log_to, run
 from lib.files import fingerprint, write_text
 from lib.guards import bytes_in, in_use, require_room
 from lib.hooks import blocks, layer_signatures, resolve
-from lib.models import choose_dtype, load_model, load_tokenizer, model_identity
+from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity
 from lib.store import experiment_dir, open_run, provenance
+from lib.streaming import fingerprint_texts, stream_texts
 from lib.texts import load_documents, split_texts
 
 PRESET = "tiny"                    # tiny: the embedded model; bielik: the original experiment, needs the hub and a GPU
@@ -30,6 +32,7 @@ DATASET = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .c
 DATA_SPLIT = "train"               # split of a hub data set; a file has none
 TEXT_FIELD = "text"                # the column that holds the text
 DATA_LIMIT: int | None = 5000      # texts; None: all
+STREAM = False                     # copy the texts to the store block by block, for data sets larger than memory or disk
 MAX_LENGTH = 128                   # tokens of a text, special tokens included; the rest is cut
 LAYER_SIGNATURE = "resid_post:0"   # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N, mlp_out:N,
                                    # a dotted module path, or class_path_with_underscores; ?: list them
@@ -82,6 +85,17 @@ def list_layers(model):
             print(f"{path:<44} {signature:<64} {type(model.get_submodule(path)).__name__}")
 
 
+def load_texts() -> Sequence[str]:
+    """The texts of the data set: a list, or with STREAM a file that is read when they are needed."""
+    if not STREAM:
+        return [document[TEXT_FIELD] for document in load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT)]
+    path = local_path(DATASET)
+    version = [path.stat().st_size, path.stat().st_mtime] if path else None
+    key = fingerprint([DATASET, version, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT])
+    with in_use(FOLDER / "texts"):
+        return stream_texts(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT, FOLDER / "texts" / f"{key}.jsonl")
+
+
 def report(model, tokenizer, points, texts, settings):
     """Log the sample's figures for the chosen points and, with PREFLIGHT, for every block; then size and time. Returns the size."""
     others = [resolve(model, f"resid_post:{i}") for i in range(len(blocks(model)[1]))] if PREFLIGHT else []
@@ -107,15 +121,15 @@ def main():
         return list_layers(model) if rank() == 0 else None
     points = [resolve(model, name.strip(), HOOK_POINT) for name in LAYER_SIGNATURE.split(",")]
     tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
-    texts = [document[TEXT_FIELD] for document in load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT)]
+    texts = load_texts()
     meta = {
         "model": model_identity(model, MODEL),
         "tokenizer": type(tokenizer).__name__,
-        "dataset": {"name": DATASET, "split": DATA_SPLIT, "field": TEXT_FIELD, "limit": DATA_LIMIT, "fingerprint": fingerprint(texts)},
-        "constants": CONSTANTS,
+        "dataset": {"name": DATASET, "split": DATA_SPLIT, "field": TEXT_FIELD, "limit": DATA_LIMIT, "fingerprint": fingerprint_texts(texts)},
+        "constants": {key: value for key, value in CONSTANTS.items() if key != "STREAM"},  # the run is the same
         "provenance": provenance(),
     }
-    what = {key: value for key, value in CONSTANTS.items() if key not in ("PREFLIGHT", "PRESET")}
+    what = {key: value for key, value in CONSTANTS.items() if key not in ("PREFLIGHT", "PRESET", "STREAM")}
     run_id = f"{points[0].path.replace('.', '_')}-{fingerprint([what, meta['model'], meta['dataset']])[:8]}"
     folder = FOLDER / "runs" / run_id
     settings = SaveSettings(

@@ -1,0 +1,146 @@
+"""Texts that are more than memory holds: copied from a stream to a file once, and read from there by number.
+
+    texts = stream_texts("HuggingFaceFW/fineweb", "train", "text", 10_000_000, folder / "texts.jsonl")
+    texts[5], texts[512:1024], len(texts)
+
+The copy is a thousandth of the activations that it will give, so that the store, not the data set, has to fit the disk.
+"""
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from tqdm.auto import tqdm
+
+from lib.distributed import rank, wait_for_all
+from lib.environment import InputError, log
+from lib.files import atomic_write
+from lib.models import local_path
+
+COPY_TEXTS = 1000  # documents that are written together
+
+
+class TextFile(Sequence[str]):
+    """The strings of a file with one JSON value a line; in memory is only where each begins. Other values are left out."""
+
+    def __init__(self, path: Path):
+        self.path, self.starts = path, array("q")
+        with open(path, "rb") as file:
+            at = 0
+            for line in file:
+                if line.startswith(b'"'):
+                    self.starts.append(at)
+                at += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, which: int) -> str: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[str]: ...
+    def __getitem__(self, which):
+        with open(self.path, "rb") as file:
+            if isinstance(which, slice):
+                return [self._at(file, start) for start in self.starts[which]]
+            return self._at(file, self.starts[which])
+
+    @staticmethod
+    def _at(file, start: int) -> str:
+        file.seek(start)
+        return json.loads(file.readline())
+
+
+def stream_texts(dataset: str, split: str, text_field: str, limit: int | None, path: Path) -> TextFile:
+    """The texts of the first `limit` documents (None: all), copied to `path` a block at a time if they are not there yet.
+
+    dataset: a hub name, or a local .jsonl or .parquet file. A copy that was interrupted goes on where it was.
+    Of several ranks the first one copies. Raises InputError if the data can't be reached or read, or lacks the field.
+    """
+    if rank() == 0 and not path.exists():
+        try:
+            _copy(_open_stream(dataset, split), dataset, text_field, limit, path)
+        except (InputError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # datasets raises many kinds for what can't be reached or read
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise InputError(f"DATASET={dataset} can't be streamed ({first}); set a local file, or a hub name that this machine can reach") from None
+    wait_for_all()
+    texts = TextFile(path)
+    if not len(texts):
+        raise InputError(f"DATASET={dataset} is empty")
+    return texts
+
+
+def _open_stream(dataset: str, split: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = local_path(dataset)
+    if path is None:
+        return datasets.load_dataset(dataset, split=split, streaming=True)
+    kinds = {".jsonl": "json", ".parquet": "parquet"}
+    if path.suffix not in kinds:
+        raise InputError(f"STREAM reads .jsonl and .parquet files and the hub; set STREAM=False for {path.name}")
+    return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True)
+
+
+def _copy(stream: Any, dataset: str, text_field: str, limit: int | None, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    done = _whole_lines(part)
+    if done:
+        log.info("continuing after document %s of the stream", f"{done:,}")
+    documents = stream.skip(done) if limit is None else stream.take(limit).skip(done)
+    with open(part, "a", encoding="utf-8") as file:
+        lines = []
+        for document in tqdm(documents, initial=done, total=limit, unit="text", desc="copying the texts"):
+            if text_field not in document:
+                raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has {', '.join(map(str, document))}: set TEXT_FIELD")
+            lines.append(json.dumps(document[text_field] if isinstance(document[text_field], str) else None) + "\n")
+            if len(lines) == COPY_TEXTS:
+                file.writelines(lines)
+                lines.clear()
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _whole_lines(path: Path) -> int:
+    """How many lines of an unfinished copy are whole; the rest of one that is not is cut off."""
+    if not path.exists():
+        return 0
+    count = end = 0
+    with open(path, "rb+") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count
+
+
+def fingerprint_texts(texts: Iterable[str]) -> str:
+    """lib.files.fingerprint of the list of texts, without the list."""
+    digest = hashlib.sha256(b"[")
+    for i, text in enumerate(texts):
+        digest.update(((", " if i else "") + json.dumps(text)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
+
+
+def write_texts(path: Path, texts: Sequence[str], splits: list[str]) -> None:
+    """Write a run's texts.jsonl, a line at a time."""
+
+    def lines() -> Iterator[str]:
+        for i, (text, split) in enumerate(zip(texts, splits)):
+            yield json.dumps({"text_id": i, "text": text, "split": split}, ensure_ascii=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(lines())
+
+    atomic_write(path, write)

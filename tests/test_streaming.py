@@ -1,0 +1,99 @@
+"""Texts that are streamed to a file: the same texts and the same run as from memory, and nothing lost when killed."""
+import json
+
+import pandas
+import pytest
+from conftest import run_script
+
+import lib.streaming as streaming
+from lib.environment import InputError
+from lib.files import fingerprint
+from lib.streaming import TextFile, fingerprint_texts, stream_texts
+from lib.texts import load_documents
+
+SAVE = "experiments/verify_sae_training/01_save_activations.py"
+DOCUMENTS = [{"n": i, "text": None if i % 7 == 3 else f"é \u2028 line\nbreak \"{i}\"" * (i % 5)} for i in range(60)]
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def source(tmp_path, request):
+    path = tmp_path / f"data.{request.param}"
+    if request.param == "jsonl":
+        path.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    else:
+        pandas.DataFrame(DOCUMENTS).to_parquet(path)
+    return path
+
+
+def in_memory(source, limit):
+    return [document["text"] for document in load_documents(str(source), limit=limit)]
+
+
+@pytest.mark.parametrize("limit", [None, 20, 1000])
+def test_streamed_texts_are_those_of_memory(source, tmp_path, limit):
+    texts, expected = stream_texts(str(source), "train", "text", limit, tmp_path / "copy.jsonl"), in_memory(source, limit)
+    assert list(texts) == expected and len(texts) == len(expected)
+    assert texts[3:17] == expected[3:17] and texts[-1] == expected[-1] and texts[100_000:] == []
+    assert fingerprint_texts(texts) == fingerprint(expected)
+
+
+def test_a_copy_that_was_killed_goes_on(source, tmp_path, monkeypatch):
+    """Killed after any block, or within a line, the copy ends with the same bytes and reads no document twice."""
+    monkeypatch.setattr(streaming, "COPY_TEXTS", 4)
+    stream_texts(str(source), "train", "text", 50, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for cut in range(0, len(whole), 97):
+        part = tmp_path / f"{cut}.jsonl.part"
+        part.write_bytes(whole[:cut])
+        stream_texts(str(source), "train", "text", 50, tmp_path / f"{cut}.jsonl")
+        assert (tmp_path / f"{cut}.jsonl").read_bytes() == whole and not part.exists()
+
+
+def test_an_interrupted_copy_leaves_whole_blocks(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "COPY_TEXTS", 4)
+
+    def stop(documents, **options):
+        for i, document in enumerate(documents):
+            if i == 30:
+                raise KeyboardInterrupt
+            yield document
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "tqdm", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stream_texts(str(source), "train", "text", None, tmp_path / "copy.jsonl")
+    assert not (tmp_path / "copy.jsonl").exists()
+    assert len((tmp_path / "copy.jsonl.part").read_text().split("\n")) - 1 == 28
+    assert list(stream_texts(str(source), "train", "text", None, tmp_path / "copy.jsonl")) == in_memory(source, None)
+
+
+def test_a_finished_copy_is_not_made_again(source, tmp_path):
+    stream_texts(str(source), "train", "text", 10, tmp_path / "copy.jsonl")
+    source.unlink()
+    assert len(stream_texts(str(source), "train", "text", 10, tmp_path / "copy.jsonl")) == 9
+
+
+def test_what_cant_be_streamed_is_named(source, tmp_path):
+    with pytest.raises(InputError, match="no field 'story'.*n, text"):
+        stream_texts(str(source), "train", "story", None, tmp_path / "a.jsonl")
+    (tmp_path / "texts.csv").write_text("text\nhello\n")
+    with pytest.raises(InputError, match="STREAM=False for texts.csv"):
+        stream_texts(str(tmp_path / "texts.csv"), "train", "text", None, tmp_path / "b.jsonl")
+    with pytest.raises(InputError, match="can't be streamed"):
+        stream_texts("nobody/nothing-of-this-name", "train", "text", None, tmp_path / "c.jsonl")
+
+
+def test_lines_that_are_no_text_are_left_out(tmp_path):
+    (tmp_path / "x.jsonl").write_text('"a"\nnull\n"b"\n')
+    assert list(TextFile(tmp_path / "x.jsonl")) == ["a", "b"]
+
+
+def test_a_streamed_run_has_the_files_of_one_from_memory(tmp_path, saved_model):
+    model, data = saved_model
+    constants = (f"MODEL={model}", f"DATASET={data}", "SHARD_ROWS=100", "PREFLIGHT=False", "VAL_FRAC=0.2")
+    runs = []
+    for name in ("False", "True"):
+        run_script(SAVE, *constants, f"STREAM={name}", store=tmp_path / name)
+        [run] = (tmp_path / name / "verify_sae_training" / "runs").iterdir()
+        runs.append({str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()})
+    assert runs[0] == runs[1] and len(runs[0]) > 8
