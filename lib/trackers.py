@@ -2,65 +2,124 @@
 
     with open_tracker("tensorboard", folder / "tracker", constants) as track:
         track({"epoch": 1, "loss": 0.3})
+
+local shows nothing beyond the log. tensorboard, mlflow and trackio write on this machine, wandb needs an account unless
+WANDB_MODE=offline is set; mlflow and trackio go elsewhere if MLFLOW_TRACKING_URI or TRACKIO_SPACE_ID say so.
 """
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lib.environment import InputError, log
 
-TRACKERS = ("local", "tensorboard", "wandb")
+Record = dict[str, float]
+PROJECT_NAME = "sae-workbench"
+
+
+class Tracker(NamedTuple):
+    """A started tracker."""
+
+    show: Callable[[Record, int], None]
+    """Numbers by name, and the step or epoch that they belong to."""
+    close: Callable[[], None]
 
 
 @contextmanager
-def open_tracker(kind: str, path: Path, constants: dict[str, Any]) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A function that shows one record of numbers by its "epoch"; "local" shows nothing beyond the log.
+def open_tracker(kind: str, path: Path, constants: dict[str, Any]) -> Iterator[Callable[[Record], None]]:
+    """A function that shows one record of numbers by its "step", or where it has none by its "epoch".
 
-    A tracker that fails while training runs is reported once and then left alone: it can't stop the training.
+    path: the tracker's own folder; its last three parts name the run. A tracker that fails, whether it starts, runs or
+    closes, is reported in one line and then left alone: it can't stop the training.
     Raises InputError if `kind` is unknown or its package is not installed.
     """
-    show, close = _adapter(kind, path, constants)
-    broken = False
+    tracker = _start(kind, path, constants)
 
-    def track(record: dict[str, float]) -> None:
-        nonlocal broken
-        if broken:
-            return
-        try:
-            show(record)
-        except Exception as error:  # whatever a tracker raises, the training goes on
-            broken = True
-            log.warning("tracker %s stopped: %s", kind, error)
+    def track(record: Record) -> None:
+        nonlocal tracker
+        if tracker is not None:
+            try:
+                tracker.show(record, int(record["step"] if "step" in record else record["epoch"]))
+            except Exception as error:  # whatever a tracker raises, the training goes on
+                log.warning("TRACKER=%s stopped, the training goes on: %s", kind, _line(error))
+                tracker = None
 
     try:
         yield track
     finally:
         try:
-            close()
+            if tracker is not None:
+                tracker.close()
         except Exception as error:  # see above
-            log.warning("tracker %s did not close: %s", kind, error)
+            log.warning("TRACKER=%s did not close: %s", kind, _line(error))
 
 
-def _adapter(kind: str, path: Path, constants: dict[str, Any]) -> tuple[Callable, Callable]:
+def _start(kind: str, path: Path, constants: dict[str, Any]) -> Tracker | None:
+    """The tracker, or None for "local" and for one that can't start."""
     if kind == "local":
-        return (lambda record: None), (lambda: None)
+        return None
+    if kind not in ADAPTERS:
+        raise InputError(f"TRACKER={kind!r} is none of {', '.join(TRACKERS)}")
     try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(path)
-
-            def show(record):
-                for name, value in record.items():
-                    writer.add_scalar(name, value, record["epoch"])
-
-            return show, writer.close
-        if kind == "wandb":
-            import wandb
-
-            run = wandb.init(project="sae_ception", name="_".join(path.parts[-3:]), config=constants)
-            return (lambda record: run.log(record, step=int(record["epoch"]))), run.finish
+        return ADAPTERS[kind](path, "_".join(path.parts[-3:]), constants)
     except ImportError:
         raise InputError(f"TRACKER={kind} needs the package {kind}: pip install {kind}, or set TRACKER=local") from None
-    raise InputError(f"TRACKER={kind!r} is none of {', '.join(TRACKERS)}")
+    except Exception as error:  # no account, no network, a full disk ...: the training goes on
+        log.warning("TRACKER=%s can't start, the training goes on: %s", kind, _line(error))
+        return None
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def _tensorboard(path: Path, name: str, constants: dict[str, Any]) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(path)
+
+    def show(record: Record, step: int) -> None:
+        for key, value in record.items():
+            writer.add_scalar(key, value, step)
+
+    return Tracker(show, writer.close)
+
+
+def _wandb(path: Path, name: str, constants: dict[str, Any]) -> Tracker:
+    import wandb
+
+    path.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(project=PROJECT_NAME, name=name, config=constants, dir=path)
+    return Tracker(lambda record, step: run.log(record, step=step), run.finish)
+
+
+def _trackio(path: Path, name: str, constants: dict[str, Any]) -> Tracker:
+    import trackio
+
+    run = trackio.init(project=PROJECT_NAME, name=name, config=constants, space_id=os.environ.get("TRACKIO_SPACE_ID"))
+    return Tracker(lambda record, step: run.log(record, step=step), run.finish)
+
+
+def _mlflow(path: Path, name: str, constants: dict[str, Any]) -> Tracker:
+    from mlflow import MlflowClient
+
+    path.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path / 'mlflow.db'}")
+    found = client.get_experiment_by_name(PROJECT_NAME)
+    experiment = found.experiment_id if found else client.create_experiment(PROJECT_NAME)
+    run_id = client.create_run(experiment, run_name=name).info.run_id
+    for key, value in constants.items():
+        client.log_param(run_id, key, str(value)[:500])
+
+    def show(record: Record, step: int) -> None:
+        for key, value in record.items():
+            client.log_metric(run_id, key, value, step=step)
+
+    return Tracker(show, lambda: client.set_terminated(run_id))
+
+
+ADAPTERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
+    "tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow,
+}  # fmt: skip
+TRACKERS = ("local", *ADAPTERS)

@@ -8,7 +8,7 @@ its last checkpoint and ends with the same bytes.
 """
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,14 @@ def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
 
 
 def train_sae(
-    rows: Rows, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu", progress: bool = True
-) -> tuple[SAE, dict[str, Any]]:
+    rows: Rows, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu", progress: bool = True,
+    track: Callable[[dict[str, float]], None] = lambda record: None,
+) -> tuple[SAE, dict[str, Any]]:  # fmt: skip
     """Train an SAE on the training rows; returns that of the best epoch by validation EV, and the history.
 
     folder: where checkpoints/last.pt is kept; None keeps nothing. A checkpoint of the same settings and rows is
     continued. history: see UNITS; `val` and `train_sample` have one entry an epoch, `train` one every log_every steps.
+    track: is given each entry of `train`, and of `val` as val_<name>, as soon as it is there (lib/trackers.py).
 
     Several ranks train one SAE: each takes its part of every batch, their gradients are added up, and only the first writes.
 
@@ -129,8 +131,10 @@ def train_sae(
             bar.update()
             if (i + 1) % settings.log_every == 0 or i + 1 == per_epoch:
                 _log_point(history["train"], state, settings, lr)
+                track({name: column[-1] for name, column in history["train"].items()})
             if i + 1 == per_epoch:
                 _end_epoch(progress_made, rows, settings, device)
+                track({"step": int(state["step"])} | {f"val_{name}": column[-1] for name, column in history["val"].items() if name != "step"})
                 bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}", dead=f"{history['train']['dead_pct'][-1]:.1f}%")
             if checkpoint and time.monotonic() > due:
                 due = _save_checkpoint(checkpoint, progress_made)

@@ -51,7 +51,7 @@ WEIGHT_DECAY = 0.01
 WARMUP_STEPS = 10                  # steps of linear warm-up
 LR_DECAY = True                    # linear to 0 after the warm-up
 CLIP_NORM: float | None = 1.0      # gradient norm; None: off
-TRACKER = "local"                  # local, tensorboard, wandb; the history is always written as JSON
+TRACKER = "local"                  # local, tensorboard, wandb, trackio, mlflow; the history is always written as JSON
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 

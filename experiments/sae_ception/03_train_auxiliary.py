@@ -32,7 +32,7 @@ KEEP_PER_EXAMPLE: int | None = None  # per_example: codes that an example keeps;
 INIT = "continue"            # start of the next model: continue (from this cycle's) or scratch (as cycle 0 started)
 SHARPEN_SEED = 42            # draws random targets and permutations
 ARM_CONSTANTS: dict = {}     # constants above for single arms, e.g. {"class_mean": {"AUX_WEIGHT": 0.3}}
-TRACKER = "local"            # local, tensorboard, wandb
+TRACKER = "local"            # local, tensorboard, wandb, trackio, mlflow
 DEVICE = "auto"              # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 

@@ -80,7 +80,7 @@ ROBUST_LIMIT = 64                  # examples under attack, and texts of the per
 ROBUST_EPS = (0.05, 0.1)           # attack budgets: of the pixel range, or of the median embedding norm per token
 ABSORPTION_TOKENS = 2000           # validation tokens of the absorption score; 0: none
 METRICS = ("probes", "clustering", "language")  # on test, beside task, SAE and selectivity; "robustness" costs most
-TRACKER = "local"                  # local, tensorboard, wandb; the history is always written as JSON
+TRACKER = "local"                  # local, tensorboard, wandb, trackio, mlflow; the history is always written as JSON
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 

@@ -21,6 +21,7 @@ from lib.guards import differences, in_use
 from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
+from lib.trackers import open_tracker
 from lib.training import TrainSettings, score, train_sae
 
 PRESET = "tiny"                    # tiny: sizes for the embedded model; bielik: those of the original experiment
@@ -38,6 +39,7 @@ ALIGNED = True                     # encoder aligned with the dictionary up to a
 PRECISION = "auto"                 # of the product that proposes candidates: auto (measured), float32, bfloat16
 LOG_EVERY = 50                     # steps between two points of the training curve
 VERIFY = False                     # compare the checksums of all activations first: reads the whole run once
+TRACKER = "local"                  # local, tensorboard, wandb, trackio, mlflow; the history is always written as JSON
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 SEED = 0                           # start of the weights and order of the tokens
 
@@ -45,7 +47,7 @@ PRESETS = {"tiny": {}, "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS
 CONSTANTS = override(globals(), PRESETS)
 FOLDER = experiment_dir("verify_sae_training")
 SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"
-MADE_WITH = {name: value for name, value in CONSTANTS.items() if name != "VERIFY"}
+MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in ("VERIFY", "TRACKER")}
 
 
 def finished(data_digest) -> bool:
@@ -69,7 +71,8 @@ def train(saved, hook, rows):
         N_LATENTS_MULTIPLIER * len(rows.mean), TOP_K, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION,
         LOG_EVERY, SEED,
     )  # fmt: skip
-    sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE))
+    with open_tracker("local" if rank() else TRACKER, FOLDER / "tracker", MADE_WITH) as track:
+        sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE), track=track)
     if rank():
         return
     final = score(sae, sample_rows(rows, validation=True, limit=None))
