@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lib.concepts import Codes, Firings, codes_at
-from lib.dictionary import read_concepts as read_concepts  # noqa: F401
 from lib.store import read_json, write_text
 
 SCHEMA_VERSION = 1

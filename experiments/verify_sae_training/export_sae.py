@@ -1,53 +1,92 @@
-"""Write the trained SAE in other tools' files; centring and scale are folded in, so that they take raw activations.
+"""Write the trained SAE, or what its latents fire on, in other tools' files.
 
-    python export_sae.py                                            # all formats
-    python export_sae.py FORMAT=sae_lens PUSH_TO=user/repository    # one of them, and to the hub
+    python export_sae.py                                            # the SAE in all formats
+    python export_sae.py FORMAT=sae_lens PUSH_TO=user/repository    # in one of them, and to the hub
+    python export_sae.py FORMAT=delphi                              # the codes of all texts, for automatic explanations
+    python export_sae.py FORMAT=neuronpedia                         # dashboards, after step 4
 
-Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2
-Writes store/verify_sae_training/exports/<format>/<hook point>/, with a model card beside it
+Centring and scale are folded in, so that an exported SAE takes raw activations; codes are in raw activation units everywhere.
+
+Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2; for neuronpedia also the files of step 4
+Writes store/verify_sae_training/exports/<format>/, with a model card beside each SAE
 """
+from datetime import datetime
 from pathlib import Path
 
+import torch
+
+from lib.concept_files import read_top_texts
+from lib.concepts import encode_run
 from lib.constants import override
+from lib.dashboards import write_delphi, write_neuronpedia
+from lib.dictionary import read_concepts
+from lib.effects import direct_view
 from lib.environment import InputError, run
 from lib.exchange import FORMATS, fold
 from lib.hub import facts_of, push, write_card
-from lib.sae import load_sae, require_trained_on
-from lib.store import experiment_dir, open_run
+from lib.models import model_of_run
+from lib.sae import load_sae, require_trained_on, sae_hash
+from lib.store import experiment_dir, open_run, read_tensors
 
-FORMAT = "all"                     # sae_lens, dictionary_learning (which SAEBench reads too), sparsify; all
+FORMAT = "all"                     # sae_lens, dictionary_learning (which SAEBench reads too), sparsify; all: these; delphi; neuronpedia
 OUT: str | None = None             # folder to write to; None: exports/ beside the SAE
-PUSH_TO: str | None = None         # "user/name" of a hub repository for this one FORMAT; None: nothing leaves this machine
+PUSH_TO: str | None = None         # "user/name" of a hub repository for an SAE in one FORMAT; None: nothing leaves this machine
 PRIVATE = True                     # a repository that PUSH_TO makes is private
+NAME = "sae-workbench"             # of the source set in a Neuronpedia export
 CONSTANTS = override(globals())
 FOLDER = experiment_dir("verify_sae_training")
+SAE_FILE = FOLDER / "sae_model" / "topk_sae.pt"
 
 
 def sae_folder(kind, facts):
-    """Name of the SAE's folder, as each tool's own files have it: sparsify wants the path inside the base model."""
-    if kind == "sparsify":
+    """Name of the SAE's folder, as each tool's own files have it: EleutherAI's want the path inside the base model."""
+    if kind in ("sparsify", "delphi"):
         return facts["hf_module_path"].removeprefix("model.").removeprefix("transformer.").removeprefix("gpt_neox.")
     return facts["hook_name"].replace(":", "_")
 
 
+def export_sae(kind, root, sae, facts):
+    folder = sae_folder(kind, facts)
+    FORMATS[kind].write(root / folder, fold(sae), facts)
+    write_card(root, kind, folder, facts, PUSH_TO or "user/repository")
+    print(f"{kind:<20} {root / folder}")
+    if PUSH_TO:
+        print(f"{'':<20} {push(root, PUSH_TO, PRIVATE)}")
+
+
+def export_firings(kind, root, sae, saved, facts):
+    model, tokenizer, _ = model_of_run(saved, sae.config["hook"], torch.device("cpu"))
+    codes = encode_run(saved, sae.config["hook"], sae)
+    if kind == "delphi":
+        folder = root / sae_folder(kind, facts)
+        write_delphi(folder, saved, codes, sae.scale, tokenizer)
+    else:
+        meta, top, _ = read_top_texts(FOLDER / "top_texts.json")
+        if meta.get("sae_hash") != sae_hash(sae):
+            raise InputError("top_texts.json is about another SAE; run 04_name_sae_concepts.ipynb again")
+        concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
+        created = datetime.fromtimestamp(SAE_FILE.stat().st_mtime).isoformat(timespec="seconds")
+        stats, view = read_tensors(FOLDER / "latent_stats.safetensors"), direct_view(model, len(sae.mean))
+        folder = write_neuronpedia(root, NAME, created, facts, sae, codes, stats, top, concepts, view, tokenizer)
+    print(f"{kind:<20} {folder}")
+
+
 def main():
-    kinds = list(FORMATS) if FORMAT == "all" else [FORMAT]
-    if FORMAT != "all" and FORMAT not in FORMATS:
-        raise InputError(f"FORMAT={FORMAT} is none of {', '.join(FORMATS)}, all")
-    if PUSH_TO and len(kinds) > 1:
-        raise InputError(f"PUSH_TO takes one format; set FORMAT to one of {', '.join(FORMATS)}")
-    sae = load_sae(FOLDER / "sae_model" / "topk_sae.pt")
+    known = [*FORMATS, "delphi", "neuronpedia"]
+    if FORMAT not in (*known, "all"):
+        raise InputError(f"FORMAT={FORMAT} is none of {', '.join(known)}, all")
+    if PUSH_TO and FORMAT not in FORMATS:
+        raise InputError(f"PUSH_TO takes an SAE in one format; set FORMAT to one of {', '.join(FORMATS)}")
+    sae = load_sae(SAE_FILE)
     saved = open_run("verify_sae_training", sae.config["run_id"])
     require_trained_on(sae, saved, sae.config["hook"])
     facts = facts_of(sae, saved)
-    for kind in kinds:
+    for kind in FORMATS if FORMAT == "all" else [FORMAT]:
         root = Path(OUT or FOLDER / "exports") / kind
-        folder = sae_folder(kind, facts)
-        FORMATS[kind].write(root / folder, fold(sae), facts)
-        write_card(root, kind, folder, facts, PUSH_TO or "user/repository")
-        print(f"{kind:<20} {root / folder}")
-        if PUSH_TO:
-            print(f"{'':<20} {push(root, PUSH_TO, PRIVATE)}")
+        if kind in FORMATS:
+            export_sae(kind, root, sae, facts)
+        else:
+            export_firings(kind, root, sae, saved, facts)
 
 
 if __name__ == "__main__":

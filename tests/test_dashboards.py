@@ -1,0 +1,105 @@
+"""delphi's cache and Neuronpedia's files hold the codes of the run, at the tokens where they are."""
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, tiny_model, word_tokenizer
+from safetensors.numpy import load_file
+from test_steering import random_sae
+
+from lib.activations import SaveSettings, save_activations
+from lib.concept_files import read_top_texts, write_top_texts
+from lib.concepts import collect_firings, encode_run
+from lib.dashboards import HISTOGRAM_BINS, code_histograms, write_delphi, write_neuronpedia
+from lib.effects import direct_view, promoted_tokens
+from lib.environment import InputError
+from lib.hooks import resolve
+from lib.texts import split_texts
+
+FACTS = {"hook_name": "blocks.1.hook_resid_post", "model_name": "some/model", "dataset_path": "stories", "context_size": 128}
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    meta = {"model": {"name": "some/model"}, "dataset": {"name": "stories", "split": "train", "field": "text"}}
+    point = resolve(model, "resid_post:1")
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], TEXTS * 4, split_texts(24, 0.2, 0), SaveSettings(shard_rows=50), meta)
+
+
+@pytest.fixture
+def codes(run):
+    return encode_run(run, run.hook(), random_sae())
+
+
+def dense(codes):
+    values, indices = (torch.cat(parts) for parts in list(zip(*codes))[1:])
+    return torch.zeros(len(codes), codes.n_latents).scatter_(1, indices.long(), values)
+
+
+def test_delphi_locations_point_at_the_stored_tokens(run, codes, tmp_path):
+    write_delphi(tmp_path / "layers.1", run, codes, 7.0, word_tokenizer())
+    files = sorted((tmp_path / "layers.1").glob("*.safetensors"), key=lambda path: int(path.stem.split("_")[0]))
+    assert [path.stem for path in files] == ["0_7", "8_15", "16_23", "24_31"]
+    found = torch.zeros(len(codes), codes.n_latents)
+    row_of = {(int(t), int(p)): i for i, (t, p) in enumerate(zip(run.rows["text_id"], run.rows["pos"]))}
+    for path in files:
+        arrays = load_file(path)
+        assert arrays["locations"].dtype == np.uint16 and arrays["activations"].dtype == np.float16
+        for (text, pos, latent), value in zip(arrays["locations"].tolist(), arrays["activations"].tolist()):
+            row = row_of[text, pos]  # a KeyError would be a code on a special token or on padding
+            assert arrays["tokens"][text, pos] == run.rows["token_id"][row]
+            found[row, latent + int(path.stem.split("_")[0])] = value
+    torch.testing.assert_close(found, 7 * dense(codes), rtol=1e-3, atol=1e-3)
+    config = json.loads((tmp_path / "layers.1" / "config.json").read_text())
+    assert config["model_name"] == "some/model" and config["ctx_len"] == arrays["tokens"].shape[1]
+    with pytest.raises(InputError, match="in another way"):
+        write_delphi(tmp_path / "b", run, codes, 7.0, word_tokenizer(bos=False))
+
+
+def test_histograms_count_every_code(codes):
+    table = dense(codes)
+    maxima = table.max(0).values
+    counts = code_histograms(codes, maxima)
+    assert torch.equal(counts.sum(1), (table > 0).sum(0))
+    latent = int((table > 0).sum(0).argmax())
+    fired = table[:, latent][table[:, latent] > 0].numpy()
+    expected, _ = np.histogram(fired, HISTOGRAM_BINS, (0, float(maxima[latent])))
+    assert abs(counts[latent].numpy() - expected).sum() <= 2  # a code on an edge may fall to either side
+
+
+def test_neuronpedia_records(run, codes, model, tmp_path):
+    sae, tokenizer = random_sae(), word_tokenizer()
+    firings = collect_firings(codes, 3)
+    write_top_texts(tmp_path / "top.json", codes, firings, {})
+    _, top, _ = read_top_texts(tmp_path / "top.json")
+    latent = int(firings.fires.argmax())
+    concepts = {latent: {"name": "something", "source": "human"}}
+    arguments = ("set", "2026-01-01T00:00:00", FACTS, sae, codes, firings.stats(), top, concepts, direct_view(model, 16), tokenizer)
+    folder = write_neuronpedia(tmp_path / "out", *arguments)
+    assert folder == tmp_path / "out" / "model" / "1-set"
+    assert {path.name for path in folder.glob("*.jsonl")} == {"release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl"}
+
+    def lines(kind):
+        return [json.loads(line) for line in gzip.decompress((folder / kind / "batch-0.jsonl.gz").read_bytes()).splitlines()]
+
+    feature = lines("features")[latent]
+    assert (feature["modelId"], feature["layer"], feature["index"], feature["hookName"]) == ("model", "1-set", str(latent), FACTS["hook_name"])
+    assert feature["maxActApprox"] == pytest.approx(sae.scale * float(firings.max[latent]))
+    assert feature["frac_nonzero"] == pytest.approx(float((dense(codes)[:, latent] > 0).float().mean()))
+    assert feature["vector"] == pytest.approx(sae.W_dec[latent].tolist()) and len(lines("features")) == 32
+    assert feature["pos_str"][:8] == promoted_tokens(sae, model, tokenizer)[latent] and feature["pos_values"][0] > 0 > feature["neg_values"][0]
+    mine = [activation for activation in lines("activations") if activation["index"] == str(latent)]
+    assert [a["maxValue"] for a in mine] == pytest.approx([sae.scale * e["score"] for e in top[latent]])
+    for activation, example in zip(mine, top[latent]):
+        assert activation["tokens"][activation["maxValueTokenIndex"]] == example["token_str"] and len(activation["tokens"]) == len(activation["values"])
+    assert [(e["index"], e["description"], e["typeName"]) for e in lines("explanations")] == [(str(latent), "something", "human")]
+    first = (folder / "activations" / "batch-0.jsonl.gz").read_bytes()
+    write_neuronpedia(tmp_path / "again", *arguments)
+    assert (tmp_path / "again" / "model" / "1-set" / "activations" / "batch-0.jsonl.gz").read_bytes() == first
