@@ -197,18 +197,17 @@ def save_activations(
     writer = _Writer(folder, points, settings)
     if writer.n_shards:
         log.info("continuing after shard %d", writer.n_shards)
-    bar = tqdm(total=len(texts) // world_size(), unit="text", desc="saving activations", disable=rank() > 0)
-    bar.update(min(writer.block * BLOCK_TEXTS, len(texts)))
-    for end in _missing(writer, tokenizer, texts):
-        while writer.block * BLOCK_TEXTS < len(texts) and writer.n_shards < end:
-            block = _tokens(tokenizer, texts, writer.block, settings)
-            rows, states = block_rows(model, points, block, tokenizer.pad_token_id, settings)
-            _check_finite(rows, states, points, writer.dtype)
-            writer.add(*_drop_outliers(rows, states, limits), end)
-            bar.update(len(block))
-        if sum(map(len, writer.rows)) and writer.n_shards < end:
-            writer.flush(settings.shard_rows)
-    bar.close()
+    with tqdm(total=len(texts) // world_size(), unit="text", desc="saving activations", disable=rank() > 0) as bar:
+        bar.update(min(writer.block * BLOCK_TEXTS, len(texts)))
+        for end in _missing(writer, tokenizer, texts):
+            while writer.block * BLOCK_TEXTS < len(texts) and writer.n_shards < end:
+                block = _tokens(tokenizer, texts, writer.block, settings)
+                rows, states = block_rows(model, points, block, tokenizer.pad_token_id, settings)
+                _check_finite(rows, states, points, writer.dtype)
+                writer.add(*_drop_outliers(rows, states, limits), end)
+                bar.update(len(block))
+            if sum(map(len, writer.rows)) and writer.n_shards < end:
+                writer.flush(settings.shard_rows)
     wait_for_all()
     n_shards = _Writer(folder, points, settings).n_shards
     if not n_shards:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.distributed import own_part, rank, shard, wait_for_all, world_size
 from lib.environment import InputError, choose_device
-from lib.files import fingerprint, read_json, read_sealed, read_torch, write_json, write_sealed
+from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, write_json, write_sealed
 from lib.guards import differences
 from lib.labelled import load_task
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path
@@ -54,6 +54,7 @@ class Bench:
         self.c, self.seed = c, seed
         self.device = choose_device(c["DEVICE"])
         self.root = experiment_dir("sae_ception") / (c["SETTING"] or c["PRESET"])
+        remove_leftovers(self.root)
         self.is_text = c["MODEL"] != "mlp"
         self.entries: Entries | None = None
         self.model: Any  # MLP or TextClassifier

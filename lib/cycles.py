@@ -54,8 +54,10 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     """Train the model of a cycle: 0 is the baseline, later ones go from the model and SAE before them."""
     folder = bench.folder(arm, cycle)
     path = folder / "checkpoints" / f"model_cycle_{cycle}_best.pt"
+    unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
     key = bench.key("model", arm, cycle)
     if finished(path, key, bench.c):
+        unfinished.unlink(missing_ok=True)
         return
     aux = stage_constants(bench.c, "aux", arm) if cycle else {}
     made: Targets | None = None
@@ -64,7 +66,6 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
         made, share = make_targets(bench, arm, cycle - 1, aux)
     start_from(bench, arm, cycle, aux)
     settings = tune_settings(bench, arm, cycle, aux)
-    unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
     with open_tracker("local" if rank() else bench.c["TRACKER"], folder / f"tracker_cycle_{cycle}", bench.c) as track:
         history = fine_tune(
             bench.model, bench.task, settings, made, bench.entries, unfinished if bench.is_text else None, key, track,
@@ -123,13 +124,14 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
     arm = "baseline" if cycle == 0 else arm
     folder = bench.folder(arm, cycle)
     path, key = sae_path(folder, cycle, sae_seed), bench.key("sae", arm, cycle, sae_seed)
+    work = folder / f"activations_cycle_{cycle}"
     if finished(path, key, bench.c):
+        shutil.rmtree(work, ignore_errors=True)
         return
     bench.load(arm, cycle)
     c, task = bench.c, bench.task
     ids = torch.cat([task.splits["train"], task.splits["val"]])
     is_val = torch.arange(len(ids)) >= len(task.splits["train"])
-    work = folder / f"activations_cycle_{cycle}"
     if bench.is_text and c["SAE_POSITIONS"] == "tokens":
         texts = [task.texts[i] for i in ids.tolist()]
         splits = ["val" if v else "train" for v in is_val.tolist()]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import zipfile
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lib.distributed import add_up, own_part
 from lib.environment import InputError, is_disk_full
 
+HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # processes are told apart by machine and number
 SMALL_FILE = 8 << 20  # bytes; the checksum of a smaller file is compared whenever it is listed
 
 
@@ -30,8 +32,8 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     Raises InputError if the disk is full; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -45,11 +47,11 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of `path` whose process is no more: it was killed while it wrote them."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.name.split(".")[-2]
-        if os.name == "posix" and process.isdigit() and not _is_running(int(process)):
+def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp") -> None:
+    """Remove the temporary files of processes of this machine that are no more: they were killed while they wrote."""
+    for left in folder.glob(pattern):
+        host, _, process = left.name.split(".")[-2].rpartition("-")
+        if os.name == "posix" and host == HOST and process.isdigit() and not _is_running(int(process)):
             left.unlink(missing_ok=True)
 
 
@@ -102,7 +104,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> N
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = None if note is None else {"note": json.dumps(note)}
-    atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
+    # save_file would leave a temporary file of its own where it is killed.
+    atomic_write(path, lambda temporary: temporary.write_bytes(save(contiguous, metadata)))
 
 
 def read_note(path: Path) -> Any:

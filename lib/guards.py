@@ -37,7 +37,7 @@ def in_use(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         _lock(file, folder)
-        for left in (*folder.rglob(".*.tmp"), *folder.rglob(".tmp*")):  # ours, and safetensors' own
+        for left in folder.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         wait_for_all()
         file.truncate(0)

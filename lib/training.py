@@ -120,25 +120,24 @@ def train_sae(
     log.info("peak learning rate %.1e, %s steps", rate, f"{n_steps:,}")
     cache: dict[str, Tensor] = {}
     due = time.monotonic() + CHECKPOINT_SECONDS
-    bar = tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress or rank() > 0)
-    while int(state["step"]) < n_steps:
-        epoch, done = divmod(int(state["step"]), per_epoch)
-        for i, x in enumerate(epoch_batches(rows, transform, settings.batch_size, settings.seed, epoch, cache)):
-            if i < done:
-                continue
-            lr = rate * schedule(int(state["step"]), n_steps)
-            fast_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight, work=work)
-            bar.update()
-            if (i + 1) % settings.log_every == 0 or i + 1 == per_epoch:
-                _log_point(history["train"], state, settings, lr)
-                track({name: column[-1] for name, column in history["train"].items()})
-            if i + 1 == per_epoch:
-                _end_epoch(progress_made, rows, settings, device)
-                track({"step": int(state["step"])} | {f"val_{name}": column[-1] for name, column in history["val"].items() if name != "step"})
-                bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}", dead=f"{history['train']['dead_pct'][-1]:.1f}%")
-            if checkpoint and time.monotonic() > due:
-                due = _save_checkpoint(checkpoint, progress_made)
-    bar.close()
+    with tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress or rank() > 0) as bar:
+        while int(state["step"]) < n_steps:
+            epoch, done = divmod(int(state["step"]), per_epoch)
+            for i, x in enumerate(epoch_batches(rows, transform, settings.batch_size, settings.seed, epoch, cache)):
+                if i < done:
+                    continue
+                lr = rate * schedule(int(state["step"]), n_steps)
+                fast_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight, work=work)
+                bar.update()
+                if (i + 1) % settings.log_every == 0 or i + 1 == per_epoch:
+                    _log_point(history["train"], state, settings, lr)
+                    track({name: column[-1] for name, column in history["train"].items()})
+                if i + 1 == per_epoch:
+                    _end_epoch(progress_made, rows, settings, device)
+                    track({"step": int(state["step"])} | {f"val_{name}": column[-1] for name, column in history["val"].items() if name != "step"})
+                    bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}", dead=f"{history['train']['dead_pct'][-1]:.1f}%")
+                if checkpoint and time.monotonic() > due:
+                    due = _save_checkpoint(checkpoint, progress_made)
     if checkpoint:
         _save_checkpoint(checkpoint, progress_made)
     sae = make_sae(best["W_enc"], best["b_enc"], best["W_dec"], rows.mean, rows.scale, settings.top_k, device=device)
@@ -214,16 +213,16 @@ def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> float:
 
 
 def _load_checkpoint(path: Path, key: str, settings: TrainSettings) -> dict[str, Any] | None:
-    """What _save_checkpoint wrote, or None if it is of another training that has ended or hardly begun.
+    """What _save_checkpoint wrote, or None if it is of another training that has hardly begun.
 
-    Raises InputError if another training is still unfinished: its work is not thrown away unasked.
+    Raises InputError if it is of another training: its work is not thrown away unasked.
     """
     found = read_torch(path, "train again")
     step = int(found["state"]["step"])
     if found["key"] == key:
         log.info("continuing at step %d", step)
         return found
-    if 0 < step < found["history"]["n_steps"]:
+    if step:
         why = differences(found["settings"], asdict(settings)) or "other activations, or another device"
         raise InputError(f"{path.parent} holds an unfinished training ({why}); end it with its own constants, or delete that folder to train anew")
     return None

@@ -1,5 +1,8 @@
 """Small random models and a word tokenizer that the tests share; nothing here touches the network."""
+import functools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import lib.environment  # noqa: E402, F401  (the import guards come before transformers)
+from forked import SCRIPTS, Forks, Whole, contents  # noqa: E402
 import matplotlib  # noqa: E402
 import nbformat  # noqa: E402
 import pytest  # noqa: E402
@@ -81,6 +85,43 @@ def saved_model(tmp_path):
     lines = "".join(f'{{"text": "{text}"}}\n' for text in TEXTS * 10)
     (tmp_path / "texts.jsonl").write_text(lines)
     return folder, tmp_path / "texts.jsonl"
+
+
+@pytest.fixture(scope="session")
+def labelled_texts(tmp_path_factory):
+    """A folder with a tiny model (llama/) and train.jsonl, val.jsonl, test.jsonl of texts whose mood is told by a word."""
+    folder = tmp_path_factory.mktemp("labelled")
+    tiny_model("llama").save_pretrained(folder / "llama")
+    word_tokenizer().save_pretrained(folder / "llama")
+    lines = [{"text": f"{TEXTS[i % 6]} {('happy', 'sad')[i % 2]}", "mood": i % 2, "topic": i % 4} for i in range(90)]
+    for name, part in (("train", lines), ("val", lines[:20]), ("test", lines[20:50])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs scripts in forked children; see forked.py."""
+    with Forks() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forks, labelled_texts, tmp_path_factory):
+    """undisturbed(name): a script of forked.SCRIPTS run once in peace, after the steps that it needs; see forked.Whole."""
+
+    @functools.cache
+    def run(name):
+        root = tmp_path_factory.mktemp("undisturbed")
+        *needed, last = [[part.format(data=labelled_texts) for part in command] for command in SCRIPTS[name]]
+        (root / "before").mkdir()
+        for command in needed:
+            assert (done := forks.run(command, root / "before")).code == 0, done.said
+        shutil.copytree(root / "before", root / "whole")
+        assert (ended := forks.run(last, root / "whole")).code == 0, ended.said
+        return Whole(last, root / "before", ended, contents(root / "whole"))
+
+    return run
 
 
 def run_script(path: str, *arguments: str, store: Path, check: bool = True) -> subprocess.CompletedProcess:

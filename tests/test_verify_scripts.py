@@ -1,12 +1,8 @@
 """The scripts of experiments/verify_sae_training as a user runs them: order, reruns, kills, wrong input."""
 import json
-import os
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -240,29 +236,6 @@ def test_ctrl_c_ends_with_130_and_a_word(capsys):
     with pytest.raises(SystemExit) as ended:
         run(interrupted)
     assert ended.value.code == 130 and "continues where it was" in capsys.readouterr().err
-
-
-def test_killed_scripts_end_with_the_same_bytes(source, own_store, tmp_path):
-    """SIGKILL late in each script, then the same command to its end, against a store that was never disturbed."""
-    commands = [["01_save_activations.py", *source, *SMALL, "SHARD_ROWS=20", "PREFLIGHT=False"], ["02_train_sae.py", *TRAIN, "EPOCHS=30"]]
-    stores = {name: tmp_path / name for name in ("whole", "killed")}
-    usual = {}
-    for name, store in stores.items():
-        environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1"}
-        for script_name, *arguments in commands:
-            command = [sys.executable, str(FOLDER / script_name), *arguments]
-            started = time.monotonic()
-            if name == "killed":
-                victim = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                time.sleep(0.8 * usual[script_name])
-                victim.send_signal(signal.SIGKILL)
-                victim.wait()
-            subprocess.run(command, env=environment, check=True, capture_output=True)
-            if name == "whole":
-                usual[script_name] = time.monotonic() - started
-    first, second = (files(stores[name]) for name in ("whole", "killed"))
-    assert first.keys() == second.keys()
-    assert [name for name in first if first[name] != second[name]] == []
 
 
 @pytest.mark.skipif(not ASSETS.exists(), reason="the shared models are not here")

@@ -16,7 +16,7 @@ import shutil
 from lib.constants import override
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run
-from lib.files import atomic_write, read_json, write_json
+from lib.files import atomic_write, read_json, read_torch, write_json
 from lib.guards import differences, in_use
 from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae, sae_hash, save_sae
@@ -87,6 +87,13 @@ def train(saved, hook, rows):
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"], dead, n_rows)
 
 
+def forget_checkpoint():
+    """Remove the checkpoint of the training whose SAE is saved; that of another, unfinished one stays."""
+    checkpoint = SAE_PATH.parent / "checkpoints" / "last.pt"
+    if checkpoint.exists() and read_torch(checkpoint, "train again")["history"]["val"] == read_json(HISTORY_PATH)["val"]:
+        shutil.rmtree(checkpoint.parent)
+
+
 def main():
     if N_LATENTS_MULTIPLIER < 1:
         raise InputError(f"N_LATENTS_MULTIPLIER={N_LATENTS_MULTIPLIER} must be at least 1")
@@ -101,6 +108,8 @@ def main():
             log.info("this SAE is already trained")
         else:
             train(saved, hook, rows)
+        if rank() == 0:
+            forget_checkpoint()
     log.info("%s and %s", SAE_PATH, HISTORY_PATH)
 
 
