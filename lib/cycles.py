@@ -143,7 +143,7 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
         rows = rows_of_tensor(h, is_val)
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
     start = 10 * bench.seed + sae_seed
-    settings = TrainSettings(n_latents, c["TOP_K"], c["SAE_EPOCHS"], c["SAE_BATCH_SIZE"], c["SAE_LR"], seed=start)
+    settings = TrainSettings(n_latents, c["TOP_K"], epochs=c["SAE_EPOCHS"], batch_size=c["SAE_BATCH_SIZE"], lr=c["SAE_LR"], seed=start)
     threads = torch.get_num_threads()
     sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
     # The compiled SAE step may leave torch with another number of threads, which changes the last bits of later models.

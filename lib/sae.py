@@ -2,6 +2,8 @@
 
     x' = (x - mean) / scale        z = TopK_k(ReLU(W_enc x' + b_enc))        xhat = scale * (z W_dec) + mean
 
+Kinds that a threshold decides (lib.variants) set codes that don't exceed it to 0; k is then what a row has at most.
+
 x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k].
 
     sae = load_sae(folder / "topk_sae.pt")
@@ -38,6 +40,8 @@ class SAE:
     """Divisor of x - mean, in raw activation units."""
     config: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: model, hook, run_id, data digest, seed, constants, final metrics."""
+    threshold: Tensor | None = None
+    """[F], in x' units: codes up to it are 0. None: the k largest fire."""
 
     @property
     def W_enc(self) -> Tensor:
@@ -64,7 +68,7 @@ class SAE:
 
     def to(self, device: torch.device | str) -> "SAE":
         """A copy on `device`; overcomplete's fused dictionary would otherwise stay where it was."""
-        return make_sae(self.W_enc, self.b_enc, self.W_dec, self.mean, self.scale, self.top_k, self.config, device)
+        return make_sae(self.W_enc, self.b_enc, self.W_dec, self.mean, self.scale, self.top_k, self.config, device, self.threshold)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,8 @@ class SAE:
         parts = []
         for rows in x.split(ENCODE_ROWS):
             pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
-            parts.append(pre.relu_().topk(self.top_k, dim=1))
+            pre = pre.relu_() if self.threshold is None else pre.where(pre > self.threshold, 0)
+            parts.append(pre.topk(self.top_k, dim=1))
         if not parts:
             empty = x.new_zeros(0, self.top_k)
             return empty, empty.long()
@@ -90,17 +95,20 @@ class SAE:
 
 def make_sae(
     W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, mean: Tensor, scale: float, top_k: int,
-    config: dict[str, Any] | None = None, device: torch.device | str = "cpu",
+    config: dict[str, Any] | None = None, device: torch.device | str = "cpu", threshold: Tensor | None = None,
 ) -> SAE:
     """An SAE from its tensors; see the module for shapes. Rows of W_dec are normalised.
 
-    Raises InputError if shapes disagree or top_k exceeds the number of latents.
+    threshold [F]: what a code must exceed, at least 0. Raises InputError if shapes disagree, top_k exceeds the number
+    of latents or a threshold is negative.
     """
     n_latents, n_inputs = W_dec.shape
     if W_enc.shape != W_dec.shape or b_enc.shape != (n_latents,) or mean.shape != (n_inputs,):
         raise InputError(f"shapes disagree: W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)}, W_dec {tuple(W_dec.shape)}, mean {tuple(mean.shape)}")
     if not 1 <= top_k <= n_latents:
         raise InputError(f"TOP_K={top_k} must be between 1 and the number of latents, {n_latents}")
+    if threshold is not None and (threshold.shape != b_enc.shape or (threshold < 0).any()):
+        raise InputError(f"thresholds of shape {tuple(threshold.shape)} must be {n_latents} numbers from 0 up")
     module = TopKSAE(n_inputs, nb_concepts=n_latents, top_k=top_k, device=str(device)).untied(bias=True)
     unit = W_dec.detach().float().to(device, copy=True)
     if (unit.norm(dim=1) - 1).abs().max() > 1e-6:
@@ -112,8 +120,10 @@ def make_sae(
     # eval() has just normalised the random start into the copy that eval mode decodes with. Both are set here, as
     # they are: normalising unit rows once more would change their last digit at each save and load.
     module.dictionary._weights.data = module.dictionary._fused_dictionary = unit
+    kept = None if threshold is None else threshold.detach().float().to(device)
     # The scale as the file keeps it, in float32: the hash of an SAE is then that of its file.
-    return SAE(module, mean.detach().float().to(device), float(torch.tensor(scale, dtype=torch.float32)), dict(config or {}))
+    in_file = float(torch.tensor(scale, dtype=torch.float32))
+    return SAE(module, mean.detach().float().to(device), in_file, dict(config or {}), kept)
 
 
 def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
@@ -125,6 +135,8 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     values, indices = sae.encode(probe.to(sae.mean.device))
     config = {"n_inputs": len(sae.mean), "n_latents": sae.n_latents, "top_k": sae.top_k, **sae.config}
     state = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "mean": sae.mean, "scale": torch.tensor(sae.scale)}
+    if sae.threshold is not None:
+        state["threshold"] = sae.threshold
     state = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -143,7 +155,8 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is no SAE of schema {SCHEMA_VERSION}; train it again or convert it")
     state, config, probe = content["state"], content["config"], content["probe"]
-    sae = make_sae(state["W_enc"], state["b_enc"], state["W_dec"], state["mean"], state["scale"].item(), config["top_k"], config, device)
+    weights = (state["W_enc"], state["b_enc"], state["W_dec"], state["mean"])
+    sae = make_sae(*weights, state["scale"].item(), config["top_k"], config, device, state.get("threshold"))
     values, _ = sae.encode(probe["x"].to(device))
     # Values, not indices: two codes that are equal to the last digit may swap places on another machine.
     if not torch.allclose(values.cpu(), probe["values"], rtol=1e-3, atol=1e-4):
@@ -153,7 +166,8 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
 
 def sae_hash(sae: SAE) -> str:
     """Sixteen hex digits that tell this SAE's weights from any other's."""
-    return fingerprint([fingerprint(t) for t in (sae.W_enc, sae.b_enc, sae.W_dec, sae.mean)] + [sae.scale, sae.top_k])
+    tensors = [t for t in (sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, sae.threshold) if t is not None]
+    return fingerprint([fingerprint(t) for t in tensors] + [sae.scale, sae.top_k])
 
 
 def require_trained_on(sae: SAE, run: Run, hook: str) -> None:

@@ -14,6 +14,7 @@ The state is a dict of tensors and nothing else: what safetensors wrote of it re
     transform [D, D]                  rows of centred activations times this are what the step sees
     dec, enc [F, D], bias [F]         dictionary (unit rows), encoder, encoder bias
     gain [F]                          recipe R only: enc_i = gain_i dec_i + u_i with u_i orthogonal to dec_i
+    log_threshold [F]                 batchtopk and jumprelu only (lib.variants)
     <name>_m, <name>_v                Adam's moments (those of enc belong to u where there is a gain)
     silent int64 [F]                  tokens since the latent last fired
     step int64 [], sums [7]           steps taken; what `read_stats` averages
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib.environment import InputError
+from lib.variants import FORGET, WITH_THRESHOLD, codes_of, errors_of, first_threshold
 
 GAIN_RATE = 0.3  # learning rate of the gain over that of the dictionary
 EPS = 1e-8
@@ -47,7 +49,7 @@ def whitening(covariance: Tensor, power: float = 1 / 8, floor: float = 1e-5) -> 
     return (T / (T @ C @ T).diagonal().sum().sqrt()).to(covariance.dtype)
 
 
-def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = True) -> dict[str, Tensor]:
+def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = True, kind: str = "topk") -> dict[str, Tensor]:
     """Random unit rows, the encoder equal to the dictionary, zero bias and moments, on the transform's device.
 
     aligned: recipe R's encoder with a learnt gain; False is the plain recipe's free encoder.
@@ -59,7 +61,9 @@ def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = Tru
     state["bias"] = torch.zeros(n_latents, device=device)
     if aligned:
         state["gain"] = torch.ones(n_latents, device=device)
-    for name in _parameters(state):
+    if kind in WITH_THRESHOLD:
+        state["log_threshold"] = torch.zeros(n_latents, device=device)  # set by the first step
+    for name in _parameters(state, kind):
         state[f"{name}_m"], state[f"{name}_v"] = torch.zeros_like(state[name]), torch.zeros_like(state[name])
     state["silent"] = torch.zeros(n_latents, dtype=torch.int64, device=device)
     state["step"] = torch.zeros((), dtype=torch.int64)
@@ -101,7 +105,8 @@ def schedule(step: int, n_steps: int) -> float:
 def read_stats(state: dict[str, Tensor]) -> dict[str, float]:
     """Means over the steps since the last call, and a new start; the only place that waits for the device.
 
-    loss, recon, auxk: training-space units, where the rows' mean squared norm is 1, so recon is the FVU there.
+    loss, recon, auxk: training-space units, where the rows' mean squared norm is 1, so recon is the FVU there; loss is
+    recon and the weighted auxk, without what another kind of SAE adds.
     l0: codes per row. dead: latents silent for longer than dead_after. Empty dict if no step was taken.
     """
     *sums, count = state["sums"].tolist()
@@ -123,38 +128,52 @@ def folded_weights(state: dict[str, Tensor], scale: float) -> tuple[Tensor, Tens
     return W_enc.float(), (norms[:, 0] * state["bias"].double()).float(), (dec / norms).float()
 
 
+def folded_threshold(state: dict[str, Tensor], scale: float) -> Tensor | None:
+    """Thresholds [F] for the codes of `folded_weights`, or None where the k largest of a row fire."""
+    if "log_threshold" not in state:
+        return None
+    dec = torch.linalg.solve(state["transform"].double(), state["dec"].double(), left=False) / scale
+    return (dec.norm(dim=1) * state["log_threshold"].double().exp()).float()
+
+
 def dense_step(
     state: dict[str, Tensor], x: Tensor, *, k: int, lr: float, dead_after: int, bias_lr_ratio: float | None = None,
-    aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None,
+    aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None, kind: str = "topk",
 ) -> None:
-    """One step by autograd on dense arrays, in place: the reference that the fast step is tested against.
+    """One step by autograd on dense arrays, in place: of any kind of SAE, and the reference that the fast step is tested against.
 
     x: float32 [B, D], centred rows times state["transform"]. lr: of this step. dead_after: tokens
     of silence after which AuxK works on a latent.
     bias_lr_ratio: None is `bias_rate`'s rule. clip: bound on the norm of the gradient over all parameters, or None.
     """
-    leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state)}
+    leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state, kind)}
     dec, enc = leaves["dec"], leaves["enc"]
     if "gain" in leaves:
         u = enc - (state["gain"][:, None] * state["dec"])
         enc = leaves["gain"][:, None] * dec + u - (u * dec).sum(1, keepdim=True) * dec
     pre = torch.relu(x @ enc.T + leaves["bias"])
-    values, chosen = pre.topk(k, dim=1)
-    codes = torch.zeros_like(pre).scatter(1, chosen, values)
-    error = x - codes @ dec
-    recon = error.square().sum() / len(x)
+    if kind in WITH_THRESHOLD and int(state["step"]) == 0:
+        state["log_threshold"].fill_(first_threshold(pre.detach(), k).log())
+        leaves |= {"log_threshold": state["log_threshold"].clone().requires_grad_()} if kind == "jumprelu" else {}
+    codes, penalty = codes_of(kind, pre, k, leaves.get("log_threshold"))
+    error, objective = errors_of(kind, x, codes, dec)
 
     dead, is_dead = dead_in_turn(state, dead_after)
     residual = error.detach()
+    total = residual.square().sum()
     rest = residual - (pre[:, dead] * is_dead) @ dec[dead]
-    auxk = rest.square().sum() / residual.square().sum().clamp(min=1e-30)
-    (recon + aux_weight * auxk).backward()
+    auxk = rest.square().sum() / total.clamp(min=1e-30)
+    (objective + penalty + aux_weight * auxk).backward()
 
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     grad_norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip)
     with torch.no_grad():
-        fired = (codes > 0).any(0)
-        count_step(state, len(x), fired, recon, aux_weight, auxk, (codes > 0).sum() / len(x), dead_after, grad_norm)
+        fires = codes > 0
+        if kind == "batchtopk":
+            smallest = codes.where(fires, torch.inf).amin()
+            threshold = state["log_threshold"].exp()
+            state["log_threshold"].copy_((threshold + FORGET * (smallest - threshold)).log())
+        count_step(state, len(x), fires.any(0), total / len(x), aux_weight, auxk, fires.sum() / len(x), dead_after, grad_norm)
 
 
 def dead_in_turn(state: dict[str, Tensor], dead_after: int) -> tuple[Tensor, Tensor]:
@@ -185,7 +204,7 @@ def apply_gradients(
     norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
     factor = 1.0 if clip is None else (clip / norm.clamp(min=clip))
     bias_lr_ratio = bias_rate(*dec.shape) if bias_lr_ratio is None else bias_lr_ratio
-    ratios = {"dec": 1.0, "enc": 1.0, "gain": GAIN_RATE, "bias": bias_lr_ratio}
+    ratios = {"dec": 1.0, "enc": 1.0, "gain": GAIN_RATE, "bias": bias_lr_ratio, "log_threshold": 1.0}
     if "gain" in state:
         state["enc"] -= state["gain"][:, None] * dec
     for name, grad in grads.items():
@@ -218,5 +237,6 @@ def _adam(state: dict[str, Tensor], name: str, grad: Tensor, lr: float, betas: t
     state[name].addcdiv_(m, (v / (1 - betas[1] ** step)).sqrt_().add_(EPS), value=-lr / (1 - betas[0] ** step))
 
 
-def _parameters(state: dict[str, Tensor]) -> list[str]:
-    return [name for name in ("dec", "enc", "gain", "bias") if name in state]
+def _parameters(state: dict[str, Tensor], kind: str) -> list[str]:
+    """The tensors that Adam moves; batchtopk's threshold is a running mean."""
+    return [name for name in ("dec", "enc", "gain", "bias", "log_threshold") if name in state and (name != "log_threshold" or kind == "jumprelu")]

@@ -1,4 +1,4 @@
-"""Training a TopK SAE on stored activations: shuffled batches, validation, checkpoints, history.
+"""Training an SAE on stored activations: shuffled batches, validation, checkpoints, history.
 
     rows = rows_of_run(run, hook)                       # or rows_of_tensor(x, is_val)
     sae, history = train_sae(rows, TrainSettings(n_latents=512, top_k=8), folder)
@@ -25,7 +25,8 @@ from lib.guards import differences
 from lib.metrics.reconstruction import Reconstruction
 from lib.rows import Rows, epoch_batches, sample_rows, steps_per_epoch
 from lib.sae import SAE, make_sae
-from lib.sae_step import aux_after, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from lib.sae_step import aux_after, dense_step, folded_threshold, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from lib.variants import KINDS, RATES, SLOTS
 
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints, or longer:
 CHECKPOINT_SHARE = 0.02  # of the time at most goes into them
@@ -46,7 +47,9 @@ class TrainSettings:
     n_latents: int
     """Latents of the dictionary."""
     top_k: int
-    """Latents that may fire on one token."""
+    """Latents that may fire on one token; on average, where a threshold decides (batchtopk, jumprelu)."""
+    kind: str = "topk"
+    """topk, batchtopk, jumprelu or matryoshka (lib.variants); only topk has the fast step, the others take dense steps."""
     epochs: int = 10
     """Passes over the training rows; the best validation epoch is kept."""
     batch_size: int = 1024
@@ -97,7 +100,7 @@ def train_sae(
     _check(rows, settings)
     per_epoch = steps_per_epoch(rows.n_train, settings.batch_size)
     n_steps, n_tokens = settings.epochs * per_epoch, settings.epochs * rows.n_train
-    rate = settings.lr or learning_rate(settings.n_latents, n_tokens)
+    rate = settings.lr or RATES[settings.kind] * learning_rate(settings.n_latents, n_tokens)
     dead_after = settings.dead_after or aux_after(settings.n_latents, settings.top_k)
     transform = whitening(rows.covariance, settings.whiten).to(device)
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
@@ -106,9 +109,9 @@ def train_sae(
     if not agree(progress_made is not None):
         raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
     if progress_made is None:
-        state = init_state(transform, settings.n_latents, settings.seed, settings.aligned)
+        state = init_state(transform, settings.n_latents, settings.seed, settings.aligned, settings.kind)
         history = _empty_history(rate, dead_after, n_steps)
-        work = Workspace(state, settings.precision)
+        work = Workspace(state, settings.precision if settings.kind == "topk" else "float32")
         log.info(work.choice)
         precision = work.precision if agree(work.precision == "bfloat16") else "float32"
         progress_made = {"key": key, "settings": asdict(settings), "state": state, "history": history, "best": {}, "precision": precision}
@@ -127,7 +130,11 @@ def train_sae(
                 if i < done:
                     continue
                 lr = rate * schedule(int(state["step"]), n_steps)
-                fast_step(state, x, k=settings.top_k, lr=lr, dead_after=dead_after, aux_weight=settings.aux_weight, work=work)
+                arguments: dict[str, Any] = {"k": settings.top_k, "lr": lr, "dead_after": dead_after, "aux_weight": settings.aux_weight}
+                if settings.kind == "topk":
+                    fast_step(state, x, work=work, **arguments)
+                else:
+                    dense_step(state, x, kind=settings.kind, **arguments)
                 bar.update()
                 if (i + 1) % settings.log_every == 0 or i + 1 == per_epoch:
                     _log_point(history["train"], state, settings, lr)
@@ -140,8 +147,15 @@ def train_sae(
                     due = _save_checkpoint(checkpoint, progress_made)
     if checkpoint:
         _save_checkpoint(checkpoint, progress_made)
-    sae = make_sae(best["W_enc"], best["b_enc"], best["W_dec"], rows.mean, rows.scale, settings.top_k, device=device)
+    sae = _sae_of(best, rows, settings, device)
     return sae, {**history, "settings": asdict(settings), "units": UNITS, "best_epoch": best["epoch"]}
+
+
+def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str) -> SAE:
+    """The SAE of folded weights W_enc, b_enc, W_dec and, where there is one, threshold."""
+    threshold = weights.get("threshold")
+    slots = settings.top_k if threshold is None else min(settings.n_latents, SLOTS * settings.top_k)
+    return make_sae(weights["W_enc"], weights["b_enc"], weights["W_dec"], rows.mean, rows.scale, slots, device=device, threshold=threshold)
 
 
 def _check(rows: Rows, settings: TrainSettings) -> None:
@@ -150,6 +164,10 @@ def _check(rows: Rows, settings: TrainSettings) -> None:
     for name in ("epochs", "batch_size", "log_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}={getattr(settings, name)} must be at least 1")
+    if settings.kind not in KINDS:
+        raise InputError(f"KIND={settings.kind} is unknown; choose one of {', '.join(KINDS)}")
+    if settings.kind != "topk" and world_size() > 1:
+        raise InputError(f"KIND={settings.kind} trains in one process only; use KIND=topk with several ranks")
     if min(settings.batch_size, rows.n_train) < world_size():
         raise InputError(f"batch_size={settings.batch_size} leaves some of {world_size()} ranks without a row; raise it")
     if rows.n_train == 0 or rows.n_train == len(rows.is_val):
@@ -181,8 +199,10 @@ def _log_point(block: dict[str, list[float]], state: dict[str, Tensor], settings
 def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str) -> None:
     """Score the SAE as it would be saved now, append to the history, and keep it if it is the best so far."""
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
-    weights = folded_weights(state, rows.scale)
-    sae = make_sae(*weights, rows.mean, rows.scale, settings.top_k, device=device)
+    weights: dict[str, Any] = dict(zip(("W_enc", "b_enc", "W_dec"), folded_weights(state, rows.scale)))
+    if (threshold := folded_threshold(state, rows.scale)) is not None:
+        weights["threshold"] = threshold
+    sae = _sae_of(weights, rows, settings, device)
     step = int(state["step"])
     for block, validation in (("val", True), ("train_sample", False)):
         result = score(sae, sample_rows(rows, validation))
@@ -197,7 +217,7 @@ def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSetting
         dead_features_pct=history["train"]["dead_pct"][-1],
     )  # fmt: skip
     if not best or val["ev"] > best["ev"]:
-        best |= dict(zip(("W_enc", "b_enc", "W_dec"), (w.cpu() for w in weights)), ev=val["ev"], epoch=len(history["val"]["ev"]))
+        best |= {name: w.cpu() for name, w in weights.items()} | {"ev": val["ev"], "epoch": len(history["val"]["ev"])}
 
 
 def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> float:

@@ -29,6 +29,7 @@ RUN_ID: str | None = None          # None: the run that 01_save_activations.py f
 LAYER: str | None = None           # which of the run's hook points, by its folder's name; None: the first
 N_LATENTS_MULTIPLIER = 8           # latents per activation dimension
 TOP_K = 4                          # latents that may fire on one token
+KIND = "topk"                      # topk, batchtopk, jumprelu or matryoshka; only topk has the fast step
 EPOCHS = 10                        # passes over the training tokens; the best one by validation is kept
 BATCH_SIZE_TRAIN = 1024            # tokens per step; larger is faster but learns less per token
 LR: float | None = None            # peak learning rate; None: a rule over shape and length of the run
@@ -68,7 +69,7 @@ def finished(data_digest) -> bool:
 def train(saved, hook, rows):
     """Train the SAE and write it with its history."""
     settings = TrainSettings(
-        N_LATENTS_MULTIPLIER * len(rows.mean), TOP_K, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION,
+        N_LATENTS_MULTIPLIER * len(rows.mean), TOP_K, KIND, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION,
         LOG_EVERY, SEED,
     )  # fmt: skip
     with open_tracker("local" if rank() else TRACKER, FOLDER / "tracker", MADE_WITH) as track:
