@@ -40,7 +40,9 @@ class Folded(NamedTuple):
 
 
 def fold(sae: SAE) -> Folded:
-    """Our SAE on raw activations, with the centring and the scale inside; float32 on the CPU."""
+    """Our SAE on raw activations, with the centring and the scale inside; float32 on the CPU. InputError unless it is a TopK SAE."""
+    if sae.threshold is not None:
+        raise InputError("this SAE's codes are decided by thresholds (batchtopk, jumprelu); only KIND=topk and matryoshka can be exported")
     tensors = (sae.W_enc, sae.b_enc * sae.scale, sae.W_dec, sae.mean)
     W, b, W_dec, b_dec = (tensor.detach().float().cpu().contiguous() for tensor in tensors)
     return Folded(W, b, W_dec, b_dec, sae.top_k)
