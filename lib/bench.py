@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
@@ -20,6 +21,7 @@ from lib.distributed import own_part, rank, shard, wait_for_all, world_size
 from lib.environment import InputError, choose_device
 from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, write_json, write_sealed
 from lib.guards import differences
+from lib.hooks import blocks
 from lib.labelled import load_task
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path
 from lib.sae import SAE, load_sae
@@ -114,38 +116,22 @@ class Bench:
         return load_sae(path, self.device)
 
 
-def load_base(c: Constants, device: torch.device) -> nn.Module:
-    """The language model of the constants; with LOAD_BITS its frozen blocks are quantised, with DEVICE_MAP it is spread out.
+def load_base(c: Constants, device: torch.device) -> Any:
+    """The language model of the constants; with LOAD_BITS its frozen blocks are quantised, what is trained can't be.
 
     Raises InputError if it can't be reached, or the packages that these need are not installed.
     """
+    if c["DEVICE_MAP"] == "disk":
+        raise InputError("DEVICE_MAP=disk is for saving activations: blocks that are trained can't stay on the disk; use auto, or FSDP under torchrun")
     dtype = choose_dtype(c["MODEL_DTYPE"], device)
-    if not c["LOAD_BITS"] and not c["DEVICE_MAP"]:
-        return load_model(c["MODEL"], device, dtype)
-    if c["LOAD_BITS"] not in (None, 4, 8):
-        raise InputError(f"LOAD_BITS={c['LOAD_BITS']} must be None, 4 or 8")
-    import transformers
-
-    source = str(local_path(c["MODEL"]) or c["MODEL"])
-    options: dict[str, Any] = {"device_map": c["DEVICE_MAP"] or {"": device}, "dtype": dtype}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        if c["LOAD_BITS"]:
-            with torch.device("meta"):
-                empty = transformers.AutoModelForCausalLM.from_config(config)
-                skeleton = TextClassifier(empty, 2, c["TARGET_LAYER"], 0, c["TRAIN_BELOW"])
-            path = skeleton.entry.path.rpartition(".")[0]
-            trained = [f"{path}.{i}" for i in range(skeleton.first_trained, config.num_hidden_layers)]
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=c["LOAD_BITS"] == 4, load_in_8bit=c["LOAD_BITS"] == 8, bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=[*trained, "lm_head", "embed_out"],  # what is trained can't be quantised
-            )  # fmt: skip
-        return transformers.AutoModelForCausalLM.from_pretrained(source, config=config, **options).eval()
-    except ImportError as error:
-        first = str(error).splitlines()[0][:120]
-        raise InputError(f"LOAD_BITS and DEVICE_MAP need more ({first}); pip install bitsandbytes accelerate") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"MODEL={c['MODEL']} can't be loaded ({str(error).splitlines()[0][:160]})") from None
+    trained: tuple[str, ...] = ()
+    if c["LOAD_BITS"]:
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"]))
+            skeleton = TextClassifier(empty, 2, c["TARGET_LAYER"], 0, c["TRAIN_BELOW"])
+        path, stack = blocks(empty)
+        trained = tuple(f"{path}.{i}" for i in range(skeleton.first_trained, len(stack)))
+    return load_model(c["MODEL"], device, dtype, bits=c["LOAD_BITS"], device_map=c["DEVICE_MAP"], whole_modules=trained)
 
 
 def inherited(c: Constants, seed: int, arm: str) -> Constants:

@@ -329,7 +329,7 @@ def test_quantised_loading_skips_what_is_trained(defaults, tmp_path, monkeypatch
         return tiny_model("neox")
 
     c = defaults[0] | write_texts(tmp_path, "neox") | {"LOAD_BITS": 4, "DEVICE_MAP": "auto"}
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "from_pretrained", load)
     load_base(c, torch.device("cpu"))
     assert seen["device_map"] == "auto" and seen["quantization_config"].load_in_4bit
     assert seen["quantization_config"].llm_int8_skip_modules[0] == "gpt_neox.layers.2"

@@ -47,6 +47,8 @@ PADDING_SIDE = "right"             # right or left; both store the same rows
 VAL_FRAC = 0.1                     # share of the texts that training never sees
 PREFLIGHT = True                   # report norm, gamma, outliers and cost of every block before saving
 MODEL_DTYPE = "auto"               # precision of the model: auto, float32, bfloat16, float16
+LOAD_BITS: int | None = None       # 8 or 4: the model's linear layers quantised on loading (needs bitsandbytes and CUDA)
+DEVICE_MAP: str | None = None      # auto: model spread over GPUs, memory, disk; disk: each block read when it runs
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 TRUST_REMOTE_CODE = False          # run code that comes with a hub model; only for authors you trust
 SEED = 0                           # draws the validation texts
@@ -116,7 +118,7 @@ def main():
     check_constants()
     log_to(FOLDER / "01_save_activations.log")
     device = choose_device(DEVICE)
-    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE)
+    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE, LOAD_BITS, DEVICE_MAP)
     if LAYER_SIGNATURE == "?":
         return list_layers(model) if rank() == 0 else None
     points = [resolve(model, name.strip(), HOOK_POINT) for name in LAYER_SIGNATURE.split(",")]
