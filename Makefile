@@ -17,6 +17,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 # Saves activations, trains an SAE, executes the notebooks into HTML pages, prints the verification.
 run: $(VENV)/installed
+	$(PY) $(VERIFY)/00_probe_layers.py
 	$(PY) $(VERIFY)/01_save_activations.py
 	$(PY) $(VERIFY)/02_train_sae.py
 	for name in $(NOTEBOOKS); do \

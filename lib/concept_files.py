@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lib.concepts import Codes, Firings, codes_at
-from lib.store import read_json, write_text
+from lib.files import read_json, write_text
 
 SCHEMA_VERSION = 1
 WINDOW = (20, 10)  # stored tokens shown before and after the peak of an example

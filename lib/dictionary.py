@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jsonschema
 
 from lib.environment import InputError, log
-from lib.store import read_json, write_json, write_text
+from lib.files import read_json, write_json, write_text
 
 SCHEMA = json.loads(Path(__file__).with_name("concepts.schema.json").read_text(encoding="utf-8"))
 SCHEMA_VERSION = SCHEMA["properties"]["schema_version"]["const"]

@@ -19,10 +19,11 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN
 from lib.concept_names import codes_matrix, score_rule, score_words
 from lib.concepts import Codes
 from lib.dictionary import Concepts
-from lib.language_models import ANSWER_TOKENS, CHARS_PER_TOKEN, Chat, ask_json, question_key
+from lib.language_models import Chat, ask_json, question_key
 
 N_FIRING, N_SILENT = 10, 6  # contexts from which a name is made
 N_JUDGED = 10  # held-out contexts that fire, and as many silent ones, by which it is scored

@@ -147,10 +147,10 @@ def recommend_k(table: Table) -> tuple[int, str]:
     Directions that come back from another start are more likely to be the data's than the seed's. Among k that agree
     within NEAR the largest is taken, because it rebuilds most.
     """
-    enough = [row for row in table if row.get("loss_recovered", row["ev"]) >= ENOUGH]
-    measure = "loss recovered" if "loss_recovered" in table[0] else "EV"
+    name, measure = ("loss_recovered", "loss recovered") if "loss_recovered" in table[0] else ("ev", "EV")
+    enough = [row for row in table if row[name] >= ENOUGH]
     if not enough:
-        row = max(table, key=lambda row: row.get("loss_recovered", row["ev"]))
+        row = max(table, key=lambda row: row[name])
         return row["k"], f"no k reaches a {measure} of {ENOUGH:g}; this one comes closest: more latents, tokens or epochs"
     best = max(row["seeds"] for row in enough)
     row = max((row for row in enough if row["seeds"] >= best - NEAR), key=lambda row: row["k"])

@@ -19,7 +19,7 @@ from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F4
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lib import language_models
+from lib import chat_servers
 from lib.concept_names import score_words
 from lib.dictionary import concepts_from_csv, concepts_to_csv, read_concepts, write_concepts
 from lib.environment import InputError
@@ -72,7 +72,7 @@ def serve(monkeypatch):
     monkeypatch.setenv("NAMING_MODEL", "tiny")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(language_models, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(chat_servers, "WAITS", (0.0, 0.0))
     yield start
     for server in servers:
         server.server.shutdown()

@@ -103,7 +103,7 @@ WRONG_FIRST = [
     (["SHARD_ROWS=0"], "SHARD_ROWS=0 must be at least 1"),
     (["DATA_LIMIT=1"], "DATA_LIMIT=1 must be at least 2"),
     (["VAL_FRAC=1.5"], "VAL_FRAC=1.5 must be between 0 and 1"),
-    (["PRESET=large"], "PRESET='large' is none of tiny, bielik"),
+    (["PRESET=larg"], "PRESET='larg' is none of quick, standard, full, large, bielik; did you mean large?"),
     (["STORE_DTYPE=int8"], "STORE_DTYPE=int8 is none of float32, bfloat16, float16"),
     (["MODEL_DTYPE=half"], "'half' is no precision"),
     (["PADDING_SIDE=top"], "PADDING_SIDE=top must be left or right"),

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 
 from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
-from lib.constants import override
+from lib.constants import Presets, override
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run
 from lib.files import fingerprint, write_text
@@ -26,7 +26,8 @@ from lib.store import experiment_dir, open_run, provenance
 from lib.streaming import fingerprint_texts, stream_texts
 from lib.texts import load_documents, split_texts
 
-PRESET = "tiny"                    # tiny: the embedded model; bielik: the original experiment, needs the hub and a GPU
+PRESET = "standard"                # standard: the values below; quick, full and large: fewer or all texts;
+                                   # bielik: the original experiment, needs the hub and a GPU
 MODEL = "store/embedded/model"     # hub name or directory of a transformers model
 DATASET = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
 DATA_SPLIT = "train"               # split of a hub data set; a file has none
@@ -53,8 +54,11 @@ DEVICE = "auto"                    # auto, cpu, cuda, mps
 TRUST_REMOTE_CODE = False          # run code that comes with a hub model; only for authors you trust
 SEED = 0                           # draws the validation texts
 
-PRESETS = {
-    "tiny": {},
+PRESETS: Presets = {
+    "quick": {"DATA_LIMIT": 1000},
+    "standard": {},
+    "full": {"DATA_LIMIT": None},
+    "large": {"DATA_LIMIT": None, "STORE_DTYPE": "bfloat16"},
     "bielik": {
         "MODEL": "speakleash/Bielik-1.5B-v3.0-Instruct", "DATASET": "roneneldan/TinyStories", "DATA_LIMIT": 1000,
         "LAYER_SIGNATURE": "llamaforcausallm_model_layers_16_post_attention_layernorm", "HOOK_POINT": "input",

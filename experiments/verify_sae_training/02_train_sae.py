@@ -24,7 +24,8 @@ from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
 from lib.training import TrainSettings, score, train_sae
 
-PRESET = "tiny"                    # tiny: sizes for the embedded model; bielik: those of the original experiment
+PRESET = "standard"                # standard: the values below; quick, full, large: smaller, longer, wider; bielik: the
+                                   # sizes of the original experiment
 RUN_ID: str | None = None          # None: the run that 01_save_activations.py finished last
 LAYER: str | None = None           # which of the run's hook points, by its folder's name; None: the first
 N_LATENTS_MULTIPLIER = 8           # latents per activation dimension
@@ -44,7 +45,13 @@ TRACKER = "local"                  # local, tensorboard, wandb, trackio, mlflow;
 DEVICE = "auto"                    # auto, cpu, cuda, mps
 SEED = 0                           # start of the weights and order of the tokens
 
-PRESETS = {"tiny": {}, "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS": 100}}
+PRESETS = {
+    "quick": {"N_LATENTS_MULTIPLIER": 4, "EPOCHS": 3},
+    "standard": {},
+    "full": {"EPOCHS": 20},
+    "large": {"N_LATENTS_MULTIPLIER": 32, "TOP_K": 8, "EPOCHS": 20},
+    "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS": 100},
+}  # fmt: skip
 CONSTANTS = override(globals(), PRESETS)
 FOLDER = experiment_dir("verify_sae_training")
 SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"
