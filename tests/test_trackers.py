@@ -103,7 +103,7 @@ def test_an_unknown_tracker_and_an_error_of_the_training(monkeypatch, tmp_path):
 
 def test_the_training_of_an_sae_is_tracked_and_not_changed_by_it():
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
-    rows, settings = rows_of_tensor(x, torch.arange(400) % 10 == 0), TrainSettings(16, 2, 2, 32, precision="float32", log_every=5)
+    rows, settings = rows_of_tensor(x, torch.arange(400) % 10 == 0), TrainSettings(16, 2, epochs=2, batch_size=32, precision="float32", log_every=5)
     records: list = []
     _, history = train_sae(rows, settings, progress=False, track=records.append)
     _, alone = train_sae(rows, settings, progress=False)

@@ -47,7 +47,7 @@ def main():
     n_latents = N_LATENTS_MULTIPLIER * len(rows.mean)
     if not all(isinstance(k, int) and 1 <= k <= n_latents for k in KS) or not KS:
         raise InputError(f"KS={KS} must be numbers between 1 and the number of latents, {n_latents}")
-    settings = TrainSettings(n_latents, KS[0], EPOCHS, BATCH_SIZE_TRAIN, seed=SEED)
+    settings = TrainSettings(n_latents, KS[0], epochs=EPOCHS, batch_size=BATCH_SIZE_TRAIN, seed=SEED)
     table = sweep_k(rows, settings, KS, recovery(saved, hook, rows, device), device)
     k, reason = recommend_k(table)
     print("      " + "".join(f"{name:>16}" for name in table[0] if name != "k"))
