@@ -6,6 +6,9 @@ PY = $(VENV)/bin/python
 export STORE_DIR := $(abspath $(or $(STORE_DIR),store))
 VERIFY = experiments/verify_sae_training
 CEPTION = experiments/sae_ception
+# Executed pages that ask nothing of any host: no MathJax, RequireJS or widget code from elsewhere.
+RENDER = $(VENV)/bin/jupyter nbconvert --log-level=ERROR --to html --execute \
+  $(foreach script,require_js mathjax widget_renderer,--HTMLExporter.$(script)_url=data:,)
 NOTEBOOKS = 03_analyze_training 04_name_sae_concepts 05_show_concepts
 
 .PHONY: run check test ception pictures peers serving bench clean
@@ -21,7 +24,7 @@ run: $(VENV)/installed
 	$(PY) $(VERIFY)/01_save_activations.py
 	$(PY) $(VERIFY)/02_train_sae.py
 	for name in $(NOTEBOOKS); do \
-	  $(VENV)/bin/jupyter nbconvert --log-level=ERROR --to html --execute --output-dir $(STORE_DIR)/verify_sae_training/pages $(VERIFY)/$$name.ipynb || exit 1; \
+	  $(RENDER) --output-dir $(STORE_DIR)/verify_sae_training/pages $(VERIFY)/$$name.ipynb || exit 1; \
 	done
 	@$(PY) -m lib.verification
 	@echo "pages: $(STORE_DIR)/verify_sae_training/pages/*.html and $(STORE_DIR)/verify_sae_training/concepts.html"
@@ -30,7 +33,7 @@ run: $(VENV)/installed
 ception: $(VENV)/installed
 	$(PY) $(CEPTION)/04_train_cycle.py
 	for name in 05_compare_cycles 06_interpret_features; do \
-	  $(VENV)/bin/jupyter nbconvert --log-level=ERROR --to html --execute --output-dir $(STORE_DIR)/sae_ception/pages $(CEPTION)/$$name.ipynb || exit 1; \
+	  $(RENDER) --output-dir $(STORE_DIR)/sae_ception/pages $(CEPTION)/$$name.ipynb || exit 1; \
 	done
 	@echo "pages: $(STORE_DIR)/sae_ception/pages/*.html"
 

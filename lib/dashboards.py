@@ -5,6 +5,7 @@ Both take codes in raw activation units, those of an exported SAE: ours times it
 import gzip
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: 
         local = locations[here] - np.array([0, 0, first])
         small = local.max(initial=0) < 2**16
         arrays = {"locations": local.astype(np.uint16 if small else np.uint32), "activations": activations[here].astype(np.float16), "tokens": tokens}
-        atomic_write(folder / f"{first}_{beyond - 1}.safetensors", lambda temporary, arrays=arrays: safetensors.numpy.save_file(arrays, temporary))
+        atomic_write(folder / f"{first}_{beyond - 1}.safetensors", partial(safetensors.numpy.save_file, arrays))
     dataset = run.meta["dataset"]
     write_json(folder / "config.json", {
         "dataset_repo": dataset["name"], "dataset_split": dataset["split"], "dataset_name": "", "dataset_column": dataset["field"], "batch_size": 1,

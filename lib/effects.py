@@ -193,16 +193,19 @@ def direct_view(model: Any, width: int) -> Tensor | None:
     return view - view.mean(0)
 
 
-def promoted_tokens(sae: SAE, model: Any, tokenizer, n: int = 8) -> list[list[str]]:
-    """For each latent the n vocabulary tokens whose logit its dictionary row raises most by the direct view.
+def promoted_ids(sae: SAE, view: Tensor, latents: Tensor, n: int) -> Tensor:
+    """Ids [L, n] of the vocabulary tokens whose logit the dictionary rows of the latents [L] raise most by the direct view."""
+    parts = [(sae.W_dec[some].to(view) @ view.T).topk(min(n, len(view)), dim=1).indices for some in latents.to(sae.mean.device).split(256)]
+    return torch.cat(parts)
 
-    Empty lists where there is no direct view.
-    """
+
+def promoted_tokens(sae: SAE, model: Any, tokenizer, n: int = 8) -> list[list[str]]:
+    """For each latent its promoted_ids as texts. Empty lists where there is no direct view."""
     view = direct_view(model, len(sae.mean))
     if view is None:
         return [[] for _ in range(sae.n_latents)]
-    ids = [(rows.to(view) @ view.T).topk(n, dim=1).indices for rows in sae.W_dec.split(256)]
-    return [[token_text(tokenizer, token) for token in row] for row in torch.cat(ids).tolist()]
+    ids = promoted_ids(sae, view, torch.arange(sae.n_latents), n)
+    return [[token_text(tokenizer, token) for token in row] for row in ids.tolist()]
 
 
 def token_text(tokenizer, token_id: int) -> str:

@@ -206,16 +206,17 @@ def perplexities(model: Any, ids: Tensor, mask: Tensor, judged: Tensor) -> Tenso
 
 def sweep(
     model: Any, tokenizer, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor, strengths: Sequence[float],
-    prompts: Sequence[str], n_tokens: int, skip_ids: Collection[int] = (), temperature: float = 0.0, seed: int = 0,
+    prompts: Sequence[str], n_tokens: int, skip_ids: Collection[int] = (), favoured: Collection[int] = (), temperature: float = 0.0, seed: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Continuations of the prompts at several strengths, what they gained and what they cost.
 
     Each strength takes the place of that of every edit. One dict a strength: "texts"; "fires", the share of written
-    tokens on which one of the edited latents fires when the unsteered model reads the text; "perplexity", of the
-    written tokens under the unsteered model, median over the prompts; "repeated", the share of written three-token
-    sequences that were written before in the same text.
+    tokens on which one of the edited latents fires when the unsteered model reads the text; "favoured", the share of
+    written tokens whose ids are in `favoured`; "perplexity", of the written tokens under the unsteered model, median over
+    the prompts; "repeated", the share of written three-token sequences that were written before in the same text.
     """
     latents = torch.tensor([e.latent for e in edits], device=sae.mean.device)
+    liked = torch.tensor(sorted(favoured), dtype=torch.long, device=sae.mean.device)
     found = []
     for strength in strengths:
         steering = steer(model, point, sae, [e._replace(strength=strength) for e in edits], maxima, skip_ids=skip_ids)
@@ -226,7 +227,8 @@ def sweep(
         fires = (torch.isin(indices, latents) & (values > 0)).any(1)
         repeated = [_repeated(ids[keep].tolist()) for ids, keep in zip(done.ids, done.written)]
         found.append({
-            "strength": strength, "fires": float(fires.float().mean()), "perplexity": float(done.perplexity.median()),
+            "strength": strength, "fires": float(fires.float().mean()),
+            "favoured": float(torch.isin(done.ids[done.written], liked).float().mean()), "perplexity": float(done.perplexity.median()),
             "repeated": sum(repeated) / len(repeated), "texts": done.texts,
         })  # fmt: skip
     return found

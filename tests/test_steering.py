@@ -7,7 +7,7 @@ from torch.nn import functional
 from lib.environment import InputError
 from lib.hooks import capture, resolve
 from lib.sae import make_sae
-from lib.steering import Edit, continue_texts, new_codes, perplexities, steer, steered
+from lib.steering import Edit, continue_texts, new_codes, perplexities, steer, steered, sweep
 
 IDS = torch.tensor([[1, 5, 6, 7, 9], [1, 8, 9, 10, 4]])
 MAXIMA = torch.linspace(0.5, 3, 32)
@@ -189,6 +189,17 @@ def test_continuations_keep_their_prompts_and_a_strong_edit_changes_them():
     assert other.texts != plain.texts and set(" ".join(other.texts).split()) <= {*WORDS, *"[UNK]".split()}
     sampled = [continue_texts(model, tokenizer, prompts, 6, temperature=1.0, seed=seed).texts for seed in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_sweep_counts_what_was_written():
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    point, sae = resolve(model, "resid_post:1"), random_sae()
+    arguments = (model, tokenizer, point, sae, [Edit(5, "add")], MAXIMA, (0.0, 30.0), ["the cat sat", "a dog"], 8)
+    everything = range(len(tokenizer))
+    plain, strong = sweep(*arguments, favoured=everything)
+    assert plain["texts"] == continue_texts(model, tokenizer, ["the cat sat", "a dog"], 8).texts
+    assert plain["favoured"] == strong["favoured"] == 1.0 and strong["texts"] != plain["texts"]
+    assert sweep(*arguments)[0]["favoured"] == 0.0 and all(0 <= row[key] <= 1 for row in (plain, strong) for key in ("fires", "repeated"))
 
 
 def test_a_model_that_writes_nothing_is_named():

@@ -9,8 +9,11 @@ Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) n
 Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of step 4
 Writes store/verify_sae_training/steering.json
 """
+import torch
+
 from lib.constants import override
 from lib.dictionary import read_concepts
+from lib.effects import direct_view, promoted_ids
 from lib.environment import InputError, choose_device, run
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
@@ -22,6 +25,7 @@ SEARCH: str | None = None          # a word in the concept's name; None: the nam
 MODE = "add"                       # add, scale, clamp; what a strength means is told in lib/steering.py
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 PROMPTS = ("One day", "Once upon a time", "The little girl", "In the park")
+FAVOURED = 20                      # tokens that the latent's direction raises most, counted in what is written
 SAMPLES = 4                        # continuations of each prompt
 N_TOKENS = 40                      # tokens to write
 TEMPERATURE = 0.7                  # 0: greedy, then one sample is enough
@@ -48,17 +52,20 @@ def main():
     concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
     maxima = read_tensors(FOLDER / "latent_stats.safetensors")["max"]
     model, tokenizer, point = model_of_run(saved, hook, sae.mean.device)
-    latent = choose_latent(concepts)
+    latent, view = choose_latent(concepts), direct_view(model, len(sae.mean))
+    favoured = [] if view is None else promoted_ids(sae, view, torch.tensor([latent]), FAVOURED)[0].tolist()
     table = sweep(
         model, tokenizer, point, sae, [Edit(latent, MODE)], maxima, STRENGTHS, [prompt for prompt in PROMPTS for _ in range(SAMPLES)],
-        N_TOKENS, skipped_ids(tokenizer, saved.meta["settings"]), TEMPERATURE, SEED,
+        N_TOKENS, skipped_ids(tokenizer, saved.meta["settings"]), favoured, TEMPERATURE, SEED,
     )  # fmt: skip
     name = concepts[latent]["name"] if latent in concepts else "(no name)"
     print(f"latent {latent}: {name}; {MODE}, {len(PROMPTS) * SAMPLES} continuations of {N_TOKENS} tokens at {point.path}")
-    print("strength  fires  perplexity  repeated  first text")
+    print("strength  favoured  fires  perplexity  repeated  first text")
     for row in table:
-        print(f"{row['strength']:8g} {100 * row['fires']:5.1f}% {row['perplexity']:11.1f} {100 * row['repeated']:8.1f}%  {row['texts'][0]}")
-    print("fires: written tokens on which the unsteered model shows the latent; perplexity: of the written text under the unsteered model")
+        numbers = f"{100 * row['favoured']:8.1f}% {100 * row['fires']:5.1f}% {row['perplexity']:11.1f} {100 * row['repeated']:8.1f}%"
+        print(f"{row['strength']:8g} {numbers}  {row['texts'][0]}")
+    print(f"favoured: written tokens among the {len(favoured)} that the latent's direction raises most in the unembedding")
+    print("fires: those on which the unsteered model shows the latent; perplexity: of the written text under the unsteered model")
     about = {"schema_version": 1, "sae_hash": sae_hash(sae), "latent": latent, "name": name, "constants": CONSTANTS}
     write_json(FOLDER / "steering.json", about | {"sweep": table})
 
