@@ -93,6 +93,8 @@ def concept_card(latent: int, entry: Concept | None, examples: Sequence[Example]
         return f"<h4>Latent {latent}: dead, it never fires</h4>"
     scale = examples[0]["score"]
     score = "" if not entry or entry.get("score") is None else f" · held-out balanced accuracy {entry['score']:.2f}"
+    if score and entry and entry.get("judge", "rule") != "rule":
+        score += f", judged by {html.escape(str(entry['judge']))}"
     rows = []
     for heading, part in (("", examples), ("from the middle of its range", middle)):
         if heading and part:
@@ -116,7 +118,7 @@ def page_concept(
     makes more likely. near: (latent, cosine) of the dictionary rows closest to its own. effect: of lib.effects.next_token_effects.
     """
     entry = entry or {"name": "", "description": "", "source": "none"}
-    keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source")
+    keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source", "model", "judge")
     return {
         "latent": latent, **{key: entry.get(key) for key in keys}, **{key: _short(value) for key, value in stats.items()},
         "top": [_packed(example) for example in examples], "middle": [_packed(example) for example in middle],

@@ -84,6 +84,14 @@ def page(tmp_path):
     return (tmp_path / "concepts.html").read_text()
 
 
+def test_who_judged_a_name_is_told():
+    entry = {"name": "dogs", "source": "llm", "score": 0.9, "judge": "a <b> model", "model": "m"}
+    assert "0.90, judged by a &lt;b&gt; model" in concept_card(7, entry, [example("a dog", 2, 5)])
+    assert "judged" not in concept_card(7, entry | {"judge": "rule"}, [example("a dog", 2, 5)])
+    packed = page_concept(7, entry, STATS, [], [])
+    assert (packed["judge"], packed["model"]) == ("a <b> model", "m")
+
+
 def test_hostile_texts_stay_texts(page):
     assert page.count("<script") == 2 and page.count("</script>") == 2
     assert "<img" not in page and "alert(1)</" not in page
