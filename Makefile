@@ -37,10 +37,13 @@ ception: $(VENV)/installed
 	done
 	@echo "pages: $(STORE_DIR)/sae_ception/pages/*.html"
 
-# The pictures of the README, from the figures that `make run` leaves.
+# The pictures of the README, from the figures that `make run` leaves; PAGE: the latent whose page is pictured, by a browser.
+PAGE ?= 460
 pictures:
 	mkdir -p $(VERIFY)/pictures
 	for name in verification training_curves concept_recovery baselines; do cp $(STORE_DIR)/verify_sae_training/figures/$$name.png $(VERIFY)/pictures/; done
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,820 --screenshot=$(VERIFY)/pictures/concept_page.png \
+	  "file://$(STORE_DIR)/verify_sae_training/concepts.html#$(PAGE)"
 
 # The other libraries, in an environment of their own, for the benchmarks and the tests of exported files.
 .venv-peers/installed:
