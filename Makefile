@@ -11,7 +11,7 @@ RENDER = $(VENV)/bin/jupyter nbconvert --log-level=ERROR --to html --execute \
   $(foreach script,require_js mathjax widget_renderer,--HTMLExporter.$(script)_url=data:,)
 NOTEBOOKS = 03_analyze_training 04_name_sae_concepts 05_show_concepts
 
-.PHONY: run check test ception pictures peers serving bench clean
+.PHONY: run check faults coverage test ception pictures peers serving bench clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,14 @@ bench: $(VENV)/installed .venv-peers/installed
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# Each long script killed 24 times, 24 bytes flipped in each kind of file ..., and a table of it; a quarter of an hour.
+faults: $(VENV)/installed
+	FAULTS=24 $(PY) -m pytest -q tests/test_faults_*.py
+
+# Which lines of lib the tests run.
+coverage: $(VENV)/installed
+	$(PY) -m pytest -q --cov=lib --cov-report=term-missing:skip-covered tests
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q tests

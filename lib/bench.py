@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.distributed import own_part, rank, shard, wait_for_all, world_size
 from lib.environment import InputError, choose_device
-from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, write_json, write_sealed
+from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, safe_name, write_json, write_sealed
 from lib.guards import differences
 from lib.hooks import blocks
 from lib.labelled import load_task
@@ -32,6 +32,7 @@ RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLE
 SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_LR", "SAE_POSITIONS"}
 AUX_ONLY = {"AUX_WEIGHT", "AUX_CENTRED", "KEEP_PCT", "KEEP_PER_EXAMPLE", "SHARPEN_SEED", "INIT", "ARM_CONSTANTS"}
 EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS", "METRICS"}
+AT_LEAST_ONE = ("EPOCHS_PER_CYCLE", "BATCH_SIZE", "ACCUMULATE", "MAX_LENGTH", "N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE")
 ENTRY_SHARD_TEXTS = 2048
 Constants = dict[str, Any]
 
@@ -54,8 +55,11 @@ class Bench:
     def __init__(self, c: Constants, seed: int):
         """Raises InputError for data or models that can't be reached, and for constants that do not fit together."""
         self.c, self.seed = c, seed
+        for name in AT_LEAST_ONE:
+            if c.get(name, 1) < 1:
+                raise InputError(f"{name}={c[name]} must be at least 1")
         self.device = choose_device(c["DEVICE"])
-        self.root = experiment_dir("sae_ception") / (c["SETTING"] or c["PRESET"])
+        self.root = setting_root(c)
         remove_leftovers(self.root)
         self.is_text = c["MODEL"] != "mlp"
         self.entries: Entries | None = None
@@ -86,7 +90,7 @@ class Bench:
 
     def folder(self, arm: str, cycle: int) -> Path:
         """Where the outputs of this arm and cycle lie: cycle 0 is the baseline's."""
-        return self.root / ("baseline" if cycle == 0 else arm) / f"seed_{self.seed}"
+        return self.root / ("baseline" if cycle == 0 else safe_arm(arm)) / f"seed_{self.seed}"
 
     def key(self, kind: str, arm: str, cycle: int, sae_seed: int = 0) -> str:
         """What a "model" or "sae" is made of, as one hash: constants, data, seed, and the keys of what it came from."""
@@ -134,17 +138,28 @@ def load_base(c: Constants, device: torch.device) -> Any:
     return load_model(c["MODEL"], device, dtype, bits=c["LOAD_BITS"], device_map=c["DEVICE_MAP"], whole_modules=trained)
 
 
+def setting_root(c: Constants) -> Path:
+    """The folder of a setting's outputs. Raises InputError for a name that would leave the store."""
+    return experiment_dir("sae_ception") / safe_name(c["SETTING"] or c["PRESET"])
+
+
+def safe_arm(arm: str) -> str:
+    """An arm as the name of its folder: a way of making targets, or way@label. Raises InputError for any other path."""
+    safe_name(arm.replace("@", "_"))
+    return arm
+
+
 def inherited(c: Constants, seed: int, arm: str) -> Constants:
     """The constants of the steps before this one, as the setting's folders record them: the baseline's, then the arm's.
 
     Raises InputError if step 1 was not run.
     """
-    root = experiment_dir("sae_ception") / (c["SETTING"] or c["PRESET"])
+    root = setting_root(c)
     baseline = root / "baseline" / f"seed_{seed}" / "constants.json"
     if not baseline.exists():
         command = f"01_train_baseline.py PRESET={c['PRESET']} SEED={seed}"
         raise InputError(f"{baseline.parent} holds no baseline; run {command} first")
-    own = root / arm / f"seed_{seed}" / "constants.json"
+    own = root / safe_arm(arm) / f"seed_{seed}" / "constants.json"
     return read_json(baseline) | (read_json(own) if own.exists() else {})
 
 

@@ -88,13 +88,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is missing") from None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run its step again") from None
-    if isinstance(value, dict) and "sha256" in value and value.pop("sha256") != _json_digest(value):
+    # A seal is known by its name and by its value, so that it is missed wherever one of the two was altered.
+    sealed = [name for name in value if name == "sha256" or str(value[name]).startswith("sha256:")] if isinstance(value, dict) else []
+    seals = {name: value.pop(name) for name in sealed}
+    if seals and seals != {"sha256": _json_digest(value)}:
         raise InputError(f"{path} was altered since it was written; delete it and run its step again")
     return value
 
 
 def _json_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:

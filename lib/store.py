@@ -168,7 +168,7 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
     if run_id is None:
         if not (folder / "run_id.txt").exists():
             raise InputError(f"there are no saved activations under {folder}; run 01_save_activations.py first")
-        run_id = (folder / "run_id.txt").read_text().strip()
+        run_id = (folder / "run_id.txt").read_text(errors="replace").strip()
     path = folder / "runs" / safe_name(run_id)
     if not (path / "manifest.json").exists():
         raise InputError(f"run {run_id} is missing or unfinished; run 01_save_activations.py to finish it")

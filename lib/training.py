@@ -161,6 +161,8 @@ def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings, device
 def _check(rows: Rows, settings: TrainSettings) -> None:
     if not 1 <= settings.top_k <= settings.n_latents:
         raise InputError(f"TOP_K={settings.top_k} must be between 1 and the number of latents, {settings.n_latents}")
+    if settings.precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"PRECISION={settings.precision} must be auto, float32 or bfloat16")
     for name in ("epochs", "batch_size", "log_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}={getattr(settings, name)} must be at least 1")

@@ -124,6 +124,22 @@ def undisturbed(forks, labelled_texts, tmp_path_factory):
     return run
 
 
+def pytest_terminal_summary(terminalreporter):
+    """After the tests of faults: what was done to the scripts, how often, and how often something was lost."""
+    tried: dict[str, list[int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            found = dict(report.user_properties)
+            if "fault" in found and report.when == "call":
+                row = tried.setdefault(found["fault"], [0, 0])
+                row[0] += found["tried"]
+                row[1] += outcome == "failed"
+    if tried:
+        terminalreporter.write_line(f"{'fault':<58} {'tried':>6} {'lost':>5}")
+    for fault, (times, lost) in tried.items():
+        terminalreporter.write_line(f"{fault:<58} {times:>6} {lost:>5}")
+
+
 def run_script(path: str, *arguments: str, store: Path, check: bool = True) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, from another directory."""
     environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1"}

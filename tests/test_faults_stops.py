@@ -29,6 +29,12 @@ OTHER_AFTER = {
 }
 
 
+def fault(record_property, kind, tried=1):
+    """Put a line into the table that ends the run of the tests."""
+    record_property("fault", kind)
+    record_property("tried", tried)
+
+
 def only_error(ended):
     """The one line that a refusal is."""
     lines = [line for line in ended.said.splitlines() if line.startswith("error: ")]
@@ -45,7 +51,8 @@ def ends_as_undisturbed(forks, whole, store):
 
 
 @ALL
-def test_ctrl_c_says_that_the_run_can_go_on(forks, undisturbed, tmp_path, name):
+def test_ctrl_c_says_that_the_run_can_go_on(forks, undisturbed, tmp_path, name, record_property):
+    fault(record_property, "Ctrl-C")
     whole, store = undisturbed(name), tmp_path / "store"
     shutil.copytree(whole.before, store)
     ended = forks.run(whole.command, store, kill_at_write=random.Random(name).randint(1, whole.ended.writes), kind=signal.SIGINT)
@@ -55,7 +62,8 @@ def test_ctrl_c_says_that_the_run_can_go_on(forks, undisturbed, tmp_path, name):
 
 
 @ALL
-def test_a_second_process_is_told_who_holds_the_run(forks, undisturbed, tmp_path, name):
+def test_a_second_process_is_told_who_holds_the_run(forks, undisturbed, tmp_path, name, record_property):
+    fault(record_property, "a second process on the same run")
     whole, store = undisturbed(name), tmp_path / "store"
     shutil.copytree(whole.before, store)
     first = forks.run(whole.command, store, kill_at_write=max(1, whole.ended.writes // 2), kind=signal.SIGSTOP)
@@ -83,7 +91,8 @@ def but_locks(files):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_an_unfinished_run_is_not_continued_with_other_constants(forks, undisturbed, tmp_path, name):
+def test_an_unfinished_run_is_not_continued_with_other_constants(forks, undisturbed, tmp_path, name, record_property):
+    fault(record_property, "an unfinished run started with other constants")
     whole, store = undisturbed(name), tmp_path / "store"
     change, said = OTHER[name]
     shutil.copytree(whole.before, store)
@@ -99,7 +108,8 @@ def test_an_unfinished_run_is_not_continued_with_other_constants(forks, undistur
 
 
 @pytest.mark.parametrize("name", OTHER_AFTER)
-def test_a_finished_run_is_not_replaced_by_one_with_other_constants(forks, undisturbed, tmp_path, name):
+def test_a_finished_run_is_not_replaced_by_one_with_other_constants(forks, undisturbed, tmp_path, name, record_property):
+    fault(record_property, "a finished run started with other constants")
     whole, store = undisturbed(name), tmp_path / "store"
     change, said = OTHER_AFTER[name]
     write(store, whole.files)
@@ -113,7 +123,8 @@ def write(store, files):
         (store / path).write_bytes(data)
 
 
-def test_an_sae_of_other_constants_is_kept_under_its_own_name(forks, undisturbed, tmp_path):
+def test_an_sae_of_other_constants_is_kept_under_its_own_name(forks, undisturbed, tmp_path, record_property):
+    fault(record_property, "a finished run started with other constants")
     whole, store = undisturbed("verify 02"), tmp_path / "store"
     write(store, whole.files)
     ended = forks.run([*whole.command, "TOP_K=2"], store)
@@ -124,7 +135,8 @@ def test_an_sae_of_other_constants_is_kept_under_its_own_name(forks, undisturbed
         assert (kept / Path(name).name).read_bytes() == whole.files[f"{folder}/{name}"] != (store / folder / name).read_bytes()
 
 
-def test_other_constants_make_another_run_of_activations(forks, undisturbed, tmp_path):
+def test_other_constants_make_another_run_of_activations(forks, undisturbed, tmp_path, record_property):
+    fault(record_property, "an unfinished run started with other constants")
     whole, store = undisturbed("verify 01"), tmp_path / "store"
     shutil.copytree(whole.before, store)
     assert forks.run(whole.command, store, kill_at_write=6).code == -signal.SIGKILL
@@ -154,7 +166,7 @@ def small_disk(tmp_path):
 
 
 @ALL
-def test_a_full_disk_stops_cleanly_and_the_run_goes_on_when_there_is_room(forks, undisturbed, small_disk, name):
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on_when_there_is_room(forks, undisturbed, small_disk, name, record_property):
     """The disk is full at the start, then has more and more room, until the run can end."""
     whole = undisturbed(name)
     least = sum(-(-len(data) // 4096) * 4096 for data in contents(whole.before).values()) + 2 * 4096
@@ -172,5 +184,6 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_when_there_is_room(forks,
         assert not list(store.rglob(".*.tmp"))
         stops += 1
     assert stops
+    fault(record_property, "a full disk, then room", stops)
     small_disk(1 << 28)
     ends_as_undisturbed(forks, whole, store)

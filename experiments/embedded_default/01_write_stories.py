@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from lib.constants import override
-from lib.environment import run
+from lib.environment import InputError, run
 from lib.files import list_files, sha256, write_json, write_text
 from lib.guards import in_use, up_to_date
 from lib.store import experiment_dir
@@ -87,6 +87,8 @@ def main() -> None:
 
 def write(out: Path, names: tuple[str, ...], made_from: dict) -> dict:
     """Write all files; the report, which makes them complete, comes last and is returned."""
+    if N_STORIES * min(VAL_FRAC, TEST_FRAC) < 2:
+        raise InputError(f"N_STORIES={N_STORIES} leaves hardly a story to validate and test on; raise N_STORIES")
     taken: set[str] = set()
     written = [write_story(i, SEED, taken) for i in tqdm(range(N_STORIES), desc="stories", unit="story")]
     n_val, n_test = int(N_STORIES * VAL_FRAC), int(N_STORIES * TEST_FRAC)

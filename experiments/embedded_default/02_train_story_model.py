@@ -103,6 +103,8 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
 
 def main() -> None:
     torch.set_num_threads(THREADS)
+    if HIDDEN % HEADS or HIDDEN // HEADS % 2:
+        raise InputError(f"HIDDEN={HIDDEN} must be a multiple of HEADS={HEADS}, and of twice that")
     folder = experiment_dir("embedded")
     splits = {split: read_stories(folder / "stories", split) for split in ("train", "val", "test")}
     out = folder / "model"

@@ -11,7 +11,7 @@ Writes store/sae_ception/<setting>/<arm>/seed_<s>/..., results.csv and summary.j
 from presets import presets_for
 from tqdm.auto import tqdm
 
-from lib.bench import Bench
+from lib.bench import Bench, setting_root
 from lib.comparison import by_seed, interval, result_table, summary
 from lib.constants import override
 from lib.cycles import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
@@ -20,7 +20,6 @@ from lib.files import write_json, write_text
 from lib.guards import in_use
 from lib.sharpening import ARMS as KNOWN_ARMS
 from lib.sharpening import method
-from lib.store import experiment_dir
 
 PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
 SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
@@ -121,7 +120,7 @@ def print_comparison(found) -> None:
 
 
 def main():
-    root = experiment_dir("sae_ception") / (SETTING or PRESET)
+    root = setting_root(CONSTANTS)
     log_to(root / "04_train_cycle.log")
     unknown = [arm for arm in ARMS if method(arm) not in KNOWN_ARMS]
     if unknown:
