@@ -1,0 +1,131 @@
+"""What large shapes need: memory and tokens/s of saving activations and of SAE steps, with random weights on this machine.
+
+    python 01_large_shapes.py                       # Bielik-1.5B whole, three layers of GPT-NeoX-20B, two SAEs: 10 GB of disk
+    python 01_large_shapes.py MODELS="('bielik_1.5b',)" SAES="()"
+
+Each measurement runs in a process of its own, so that its peak memory is its own. The models are of the true shapes and
+in bfloat16; their activations mean nothing, what they cost does.
+Writes store/at_scale/measured.json and the random models in store/at_scale/models/
+"""
+import multiprocessing
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from lib.activations import SaveSettings, save_activations
+from lib.constants import override
+from lib.environment import InputError, run
+from lib.fast_step import Workspace, fast_step
+from lib.files import write_json
+from lib.hooks import resolve
+from lib.models import load_model, load_tokenizer
+from lib.sae_step import init_state
+from lib.store import experiment_dir
+from lib.texts import load_documents, split_texts
+
+import transformers  # after lib.environment, for its import guards
+
+MODELS = ("bielik_1.5b", "gpt_neox_20b_3_layers")
+SAES = ((1536, 6144, 8), (6144, 24576, 64))  # width, latents, k
+N_TEXTS = 24                       # stories of at most 128 tokens
+BATCH_TOKENS = 2048                # tokens of one forward pass
+SAE_BATCH = 4096                   # tokens of one SAE step
+SAE_STEPS = 3                      # timed steps, after one that is not
+CONSTANTS = override(globals())
+
+SHAPES = {
+    # speakleash/Bielik-1.5B-v3.0-Instruct; activations are saved in the middle, as by PRESET=bielik
+    "bielik_1.5b": (
+        transformers.LlamaConfig(hidden_size=1536, intermediate_size=8960, num_hidden_layers=32, num_attention_heads=12, num_key_value_heads=2,
+                                 vocab_size=32000, max_position_embeddings=8192),
+        "resid_mid:16",
+    ),
+    # EleutherAI/gpt-neox-20b has 44 such layers
+    "gpt_neox_20b_3_layers": (
+        transformers.GPTNeoXConfig(hidden_size=6144, intermediate_size=24576, num_hidden_layers=3, num_attention_heads=64, vocab_size=50432),
+        "resid_post:2",
+    ),
+}  # fmt: skip
+
+
+def fresh(function, *arguments):
+    """What a function returns in a new process; with a dict also "peak_gb", the most memory that the process held."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(with_peak, function, *arguments).result()
+
+
+def with_peak(function, *arguments):
+    found = function(*arguments)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
+    return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+
+
+def build(name: str, folder: Path) -> dict:
+    """Write a model of that shape with random weights, in bfloat16."""
+    config, _ = SHAPES[name]
+    kind = transformers.LlamaForCausalLM if config.model_type == "llama" else transformers.GPTNeoXForCausalLM
+    torch.set_default_dtype(torch.bfloat16)
+    kind(config).save_pretrained(folder)
+    return {}
+
+
+def save(name: str, folder: Path, device_map: str | None, n_texts: int, batch_tokens: int) -> dict:
+    """Save the activations of some stories; tokens/s include the reading of weights that lie on the disk."""
+    model = load_model(str(folder), torch.device("cpu"), torch.bfloat16, device_map=device_map)
+    tokenizer = load_tokenizer("store/embedded/model")
+    texts = [document["text"] for document in load_documents("store/embedded/stories/train.jsonl", limit=n_texts)]
+    settings = SaveSettings(batch_tokens=batch_tokens, store_dtype="bfloat16")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as out:
+        start = time.perf_counter()
+        saved = save_activations(Path(out), model, tokenizer, [resolve(model, SHAPES[name][1])], texts, split_texts(n_texts, 0.2, 0), settings, {})
+        seconds = time.perf_counter() - start
+    n = sum(p.numel() for p in model.parameters())
+    return {"parameters": n, "device_map": device_map, "tokens": saved.n_rows, "seconds": seconds, "tokens_per_s": saved.n_rows / seconds}
+
+
+def train(width: int, n_latents: int, k: int, batch: int, n_steps: int) -> dict:
+    """Steps of an SAE of that shape on normal rows."""
+    state = init_state(torch.eye(width), n_latents, seed=0)
+    work = Workspace(state)
+    x = torch.randn(batch, width) / width**0.5
+    for step in range(n_steps + 1):
+        if step == 1:  # the first one sets up buffers
+            start = time.perf_counter()
+        fast_step(state, x, k=k, lr=1e-4, dead_after=10**9, work=work)
+    seconds = (time.perf_counter() - start) / n_steps
+    return {"width": width, "n_latents": n_latents, "top_k": k, "batch": batch, "precision": work.precision, "tokens_per_s": batch / seconds}
+
+
+def main():
+    unknown = [name for name in MODELS if name not in SHAPES]
+    if unknown:
+        raise InputError(f"MODELS has no shape {unknown[0]!r}; use {', '.join(SHAPES)}")
+    root = experiment_dir("at_scale")
+    threads = torch.get_num_threads()
+    measured: dict = {"threads": threads, "models": {}, "saes": []}
+    for name in MODELS:
+        folder = root / "models" / name
+        if not (folder / "config.json").exists():
+            fresh(build, name, folder)
+        for device_map in (None, "disk"):
+            found = fresh(save, name, folder, device_map, N_TEXTS, BATCH_TOKENS)
+            measured["models"][f"{name}{' from disk' if device_map else ''}"] = found
+            print(f"{name:<22} {'blocks on disk' if device_map else 'in memory':<15} {found['parameters'] / 1e9:5.2f} B parameters "
+                  f"{found['tokens']:6,} tokens {found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)  # fmt: skip
+        shutil.rmtree(folder)
+    for shape in SAES:
+        found = fresh(train, *shape, SAE_BATCH, SAE_STEPS)
+        measured["saes"].append(found)
+        print(f"SAE {found['width']} -> {found['n_latents']}, k={found['top_k']}, {found['precision']:<9} "
+              f"{found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)  # fmt: skip
+    write_json(root / "measured.json", measured)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,96 @@
+"""What a run of a million, a billion or a trillion tokens needs: bytes, and hours on one laptop, one GPU, one node, many nodes.
+
+    python 01_large_shapes.py && python 02_plan.py
+    python 02_plan.py PEAK_FLOPS=3.12e14 HBM_BYTES_PER_S=2e12    # an A100
+
+The laptop's hours come from the rates that step 1 measured on this machine, at d = 1536; wider models are scaled by their
+floating-point operations. The GPUs' hours are an estimate from arithmetic, not a measurement: operations over peak times
+utilisation, and for the SAE the bytes of its weights, gradients and moments over the bandwidth, whichever is slower.
+Reads store/at_scale/measured.json
+"""
+from lib.constants import override
+from lib.environment import run
+from lib.files import read_json
+from lib.store import experiment_dir
+
+TOKENS = (10**6, 10**9, 10**12)
+# width: parameters of a language model of that width; half of them are below the middle layer, where activations are saved
+MODELS = {1536: 1.6e9, 4096: 8.0e9, 12288: 1.75e11}
+N_LATENTS_MULTIPLIER = 4      # latents per dimension of the SAE
+BYTES_PER_NUMBER = 2          # of the store: bfloat16
+PEAK_FLOPS = 9.89e14          # of one GPU, bfloat16 without sparsity: an H100
+HBM_BYTES_PER_S = 3.35e12     # its memory's bandwidth
+USE_OF_PEAK_SAVING = 0.4      # assumed share of the peak in the forward pass
+USE_OF_PEAK_SAE = 0.3         # assumed share of peak and bandwidth in an SAE step
+GPU_BATCH = 16384             # tokens of one SAE step on all GPUs together
+NODE_GPUS = 8
+MANY_NODES = 8
+EFFICIENCY_NODE = 0.9         # assumed speed of 8 GPUs over 8 times one
+EFFICIENCY_NODES = 0.75       # the same for 64
+CONSTANTS = override(globals())
+
+
+def flops_to_save(width: int) -> float:
+    """Of one token: twice the parameters below the middle."""
+    return MODELS[width]
+
+
+def flops_to_train(width: int) -> float:
+    """Of one token in one pass: the encoder's product; what the k chosen latents cost is small beside it."""
+    return 2 * N_LATENTS_MULTIPLIER * width**2
+
+
+def gpu_seconds(width: int) -> tuple[float, float]:
+    """(saving, one pass of SAE training) of one token on one GPU."""
+    # Dictionary and encoder, each with gradient and two moments, float32: 16 bytes read and 16 written for each weight.
+    weight_bytes = 32 * 2 * N_LATENTS_MULTIPLIER * width**2
+    train = max(flops_to_train(width) / PEAK_FLOPS, weight_bytes / GPU_BATCH / HBM_BYTES_PER_S) / USE_OF_PEAK_SAE
+    return flops_to_save(width) / (PEAK_FLOPS * USE_OF_PEAK_SAVING), train
+
+
+def laptop_seconds(width: int, measured: dict) -> tuple[float, float]:
+    """(saving, one pass of SAE training) of one token on the machine of step 1."""
+    save = 1 / measured["models"]["bielik_1.5b"]["tokens_per_s"]
+    train = next(1 / found["tokens_per_s"] for found in measured["saes"] if found["width"] == 1536)
+    return save * flops_to_save(width) / flops_to_save(1536), train * flops_to_train(width) / flops_to_train(1536)
+
+
+def in_words(n_bytes: float) -> str:
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes / 1e6:.3g} MB"
+
+
+def hours(seconds: float) -> str:
+    value = seconds / 3600
+    return f"{value:.1g}" if value < 0.1 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def place(n_bytes: float) -> str:
+    """Where a store of that size should lie."""
+    if n_bytes < 1e12:
+        return "local disk"
+    if n_bytes < 2e13:
+        return "NVMe of one node"
+    if n_bytes < 1e15:
+        return "parallel file system"
+    return "nowhere: sample the tokens"
+
+
+def main():
+    measured = read_json(experiment_dir("at_scale") / "measured.json")
+    print("hours to save one layer + hours of one pass of SAE training; GPU columns are estimates")
+    columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node ({NODE_GPUS})", f"{MANY_NODES} nodes", "where the store lies")
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    speeds = (1, NODE_GPUS * EFFICIENCY_NODE, NODE_GPUS * MANY_NODES * EFFICIENCY_NODES)
+    for tokens in TOKENS:
+        for width in MODELS:
+            size = tokens * width * BYTES_PER_NUMBER
+            cells = [" + ".join(hours(tokens * s) for s in laptop_seconds(width, measured))]
+            cells += [" + ".join(hours(tokens * s / speed) for s in gpu_seconds(width)) for speed in speeds]
+            print("| " + " | ".join([f"{tokens:.0e}".replace("e+0", "e").replace("e+", "e"), str(width), in_words(size), *cells, place(size)]) + " |")
+
+
+if __name__ == "__main__":
+    run(main)
