@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
-from lib.distributed import own_part, rank, shard, wait_for_all, world_size
+from lib.distributed import own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, choose_device
 from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, safe_name, write_json, write_sealed
 from lib.guards import differences
@@ -86,7 +86,7 @@ class Bench:
         if self.is_text and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
             self.entries = cached_entries(self)
         if self.is_text and fsdp:
-            shard(self.model, self.model.parts())
+            self.model.shard()
 
     def folder(self, arm: str, cycle: int) -> Path:
         """Where the outputs of this arm and cycle lie: cycle 0 is the baseline's."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from lib.distributed import add_up, own_part, shared_like, whole
+from lib.distributed import add_up, own_part, shard, shared_like, whole
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
 from lib.labelled import Task
@@ -77,13 +77,13 @@ class TextClassifier(nn.Module):
             for p in module.parameters():
                 p.requires_grad_(train_below or id(p) not in embeddings)
 
-    def parts(self) -> list[nn.Module]:
-        """What a rank can gather and drop by itself (FSDP): the blocks, the head of the language model, what else has weights."""
+    def shard(self) -> None:
+        """Keep only this rank's share of the weights. The language model's own head, which a classifier never runs, goes."""
+        if self.lm.get_output_embeddings() is not None:
+            self.lm.set_output_embeddings(nn.Identity())
         stack = blocks(self.lm)[1]
         others = [child for child in self.lm.base_model.children() if child is not stack and any(True for _ in child.parameters())]
-        unembedding = self.lm.get_output_embeddings()
-        tied = unembedding is None or unembedding.weight is self.lm.get_input_embeddings().weight
-        return [*stack, *others, *([] if tied else [unembedding])]
+        shard(self, [*stack, *others])
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Train mode for the trained modules only, so that what is frozen is the same in every pass."""

@@ -1,11 +1,12 @@
-"""What a run of a million, a billion or a trillion tokens needs: bytes, and hours on one laptop, one GPU, one node, many nodes.
+"""What a run of a million, a billion or a trillion tokens needs: bytes, and time on this machine, one GPU, one node, many nodes.
 
     python 01_large_shapes.py && python 02_plan.py
     python 02_plan.py PEAK_FLOPS=3.12e14 HBM_BYTES_PER_S=2e12    # an A100
 
-The laptop's hours come from the rates that step 1 measured on this machine, at d = 1536; wider models are scaled by their
-floating-point operations. The GPUs' hours are an estimate from arithmetic, not a measurement: operations over peak times
-utilisation, and for the SAE the bytes of its weights, gradients and moments over the bandwidth, whichever is slower.
+This machine's times come from the rates that step 1 measured on this machine, at d = 1536; wider models are scaled by their
+floating-point operations. The GPUs' times are an estimate from arithmetic, not a measurement: operations over peak times
+utilisation, for an SAE step also the bytes of weights, gradients and moments over the memory's bandwidth, and the bytes of
+the store over the disks' bandwidth; the slowest counts.
 Reads store/at_scale/measured.json
 """
 from lib.constants import override
@@ -23,6 +24,7 @@ HBM_BYTES_PER_S = 3.35e12     # its memory's bandwidth
 USE_OF_PEAK_SAVING = 0.4      # assumed share of the peak in the forward pass
 USE_OF_PEAK_SAE = 0.3         # assumed share of peak and bandwidth in an SAE step
 GPU_BATCH = 16384             # tokens of one SAE step on all GPUs together
+DISK_BYTES_PER_S = 5e9        # assumed bandwidth of the store, for each node
 NODE_GPUS = 8
 MANY_NODES = 8
 EFFICIENCY_NODE = 0.9         # assumed speed of 8 GPUs over 8 times one
@@ -48,7 +50,7 @@ def gpu_seconds(width: int) -> tuple[float, float]:
     return flops_to_save(width) / (PEAK_FLOPS * USE_OF_PEAK_SAVING), train
 
 
-def laptop_seconds(width: int, measured: dict) -> tuple[float, float]:
+def own_seconds(width: int, measured: dict) -> tuple[float, float]:
     """(saving, one pass of SAE training) of one token on the machine of step 1."""
     save = 1 / measured["models"]["bielik_1.5b"]["tokens_per_s"]
     train = next(1 / found["tokens_per_s"] for found in measured["saes"] if found["width"] == 1536)
@@ -62,9 +64,11 @@ def in_words(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:.3g} MB"
 
 
-def hours(seconds: float) -> str:
-    value = seconds / 3600
-    return f"{value:.1g}" if value < 0.1 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+def duration(seconds: float) -> str:
+    for unit, size in (("years", 365 * 86400), ("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.{0 if seconds >= 20 * size else 1}f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def place(n_bytes: float) -> str:
@@ -80,16 +84,18 @@ def place(n_bytes: float) -> str:
 
 def main():
     measured = read_json(experiment_dir("at_scale") / "measured.json")
-    print("hours to save one layer + hours of one pass of SAE training; GPU columns are estimates")
-    columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node ({NODE_GPUS})", f"{MANY_NODES} nodes", "where the store lies")
+    print("time to save one layer + time of one pass of SAE training; the GPU columns are estimates")
+    columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node of {NODE_GPUS}", f"{MANY_NODES} nodes", "where the store lies")
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    speeds = (1, NODE_GPUS * EFFICIENCY_NODE, NODE_GPUS * MANY_NODES * EFFICIENCY_NODES)
+    speeds = ((1, 1), (NODE_GPUS * EFFICIENCY_NODE, 1), (NODE_GPUS * MANY_NODES * EFFICIENCY_NODES, MANY_NODES))
     for tokens in TOKENS:
         for width in MODELS:
             size = tokens * width * BYTES_PER_NUMBER
-            cells = [" + ".join(hours(tokens * s) for s in laptop_seconds(width, measured))]
-            cells += [" + ".join(hours(tokens * s / speed) for s in gpu_seconds(width)) for speed in speeds]
-            print("| " + " | ".join([f"{tokens:.0e}".replace("e+0", "e").replace("e+", "e"), str(width), in_words(size), *cells, place(size)]) + " |")
+            cells = [" + ".join(duration(tokens * s) for s in own_seconds(width, measured))]
+            for speed, nodes in speeds:
+                disk = size / DISK_BYTES_PER_S / nodes
+                cells.append(" + ".join(duration(max(tokens * s / speed, disk)) for s in gpu_seconds(width)))
+            print("| " + " | ".join([f"{tokens:,}", str(width), in_words(size), *cells, place(size)]) + " |")
 
 
 if __name__ == "__main__":
