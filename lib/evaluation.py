@@ -2,7 +2,9 @@
 
 Everything is read from a run in the store; only loss_recovered() needs the language model.
 """
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lib.hooks import HookPoint, edit
+from lib.models import local_path
 from lib.rows import Rows
 from lib.sae import SAE, make_sae
 from lib.sae_step import folded_weights, init_state, whitening
-from lib.store import Run
-from lib.texts import length_batches, pad, tokenise
+from lib.store import Run, read_json
+from lib.texts import length_batches, load_documents, pad, tokenise
 from lib.training import TrainSettings
 
 THRESHOLDS = 14  # quantiles tried for each neuron and each principal direction
@@ -209,6 +212,27 @@ def _best_units(counts: Iterable[tuple[Tensor, Tensor]], labels: Tensor, is_val:
         scores = {"precision": hit / fires if fires else 0.0, "recall": hit / total if total else 0.0, "f1": f1_here}
         found.append((unit, scores))
     return found
+
+
+def ground_truth(run: Run, folder: Path) -> tuple[list[str], list[str], Tensor] | None:
+    """The concepts that the embedded stories carry: (names of all, names of the leaves, labels bool [n_rows, C]).
+
+    A name is the path of a leaf or of a node above it; a word belongs to its leaf and to every node above. None where
+    the data set has no concepts.json beside it. folder: where the data set's name is looked for last.
+    """
+    truth = (local_path(run.meta["dataset"]["name"]) or folder).parent / "concepts.json"
+    if not truth.exists():
+        return None
+    leaves = read_json(truth)["leaves"]
+    paths = {leaf["number"]: leaf["path"].split("/") for leaf in leaves}
+    above = {leaf: ["/".join(path[:depth]) for depth in range(1, len(path) + 1)] for leaf, path in paths.items()}
+    names = sorted({name for found in above.values() for name in found})
+    column = {name: i for i, name in enumerate(names)}
+    spans = []
+    for text_id, story in enumerate(load_documents(run.meta["dataset"]["name"], limit=run.meta["dataset"]["limit"])):
+        words = zip(re.finditer("[A-Za-z]+", story["text"]), story["concepts"])
+        spans += [(text_id, *word.span(), column[name]) for word, leaf in words if leaf for name in above[leaf]]
+    return names, [leaf["path"] for leaf in leaves], label_rows(run, torch.tensor(spans), len(names))
 
 
 def label_rows(run: Run, spans: Tensor, n_concepts: int) -> Tensor:
