@@ -60,10 +60,12 @@ peers: .venv-peers/installed
 	touch $@
 serving: .venv-serve/installed
 
-# An hour or two on two cores.
+# Some hours on two cores: ours and the peers in turns. What 03 has of the peers is kept when it is started again.
 bench: $(VENV)/installed .venv-peers/installed
+	$(PY) experiments/benchmarks/01_time_activations.py
 	$(PY) experiments/benchmarks/02_time_sae_training.py
-	$(PY) experiments/benchmarks/03_recover_known_features.py
+	for preset in small wide synth_sae_bench; do $(PY) experiments/benchmarks/03_recover_known_features.py PRESET=$$preset || exit 1; done
+	$(VENV)/bin/jupyter nbconvert --log-level=ERROR --to html --execute --output-dir $(STORE_DIR)/benchmarks experiments/benchmarks/04_show_benchmarks.ipynb
 
 # Style and types: ruff and mypy, settings in pyproject.toml.
 check: $(VENV)/installed
