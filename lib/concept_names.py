@@ -71,11 +71,15 @@ def score_words(codes: Codes, is_val: Tensor, names: dict[int, str]) -> dict[int
     return scored
 
 
+def used_rows(codes: Codes) -> np.ndarray:
+    """The rows that names are made from, bool [N]: all, or those of every n-th text, so that they are about MAX_ROWS."""
+    step = -(-len(codes) // MAX_ROWS)
+    return codes.rows["text_id"].numpy() % max(step, 1) == 0
+
+
 def _used(codes: Codes, is_val: Tensor) -> tuple[Patterns, np.ndarray, scipy.sparse.csr_matrix]:
-    """Patterns, held out or not, and codes of the rows that names are made from, at most about MAX_ROWS."""
-    use, step = np.ones(len(codes), bool), -(-len(codes) // MAX_ROWS)
-    if step > 1:
-        use = codes.rows["text_id"].numpy() % step == 0
+    """Patterns, held out or not, and codes of the used rows."""
+    use = used_rows(codes)
     patterns = find_patterns(codes.texts, {name: column[use] for name, column in codes.rows.items()})
     return patterns, is_val.numpy()[use], codes_matrix(codes, use)
 

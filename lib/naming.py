@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN
-from lib.concept_names import codes_matrix, score_rule, score_words
+from lib.concept_names import codes_matrix, score_rule, score_words, used_rows
 from lib.concepts import Codes
 from lib.dictionary import Concepts
 from lib.language_models import Chat, ask_json, question_key
@@ -52,18 +52,23 @@ Answer with one JSON object and nothing else, the numbers of those lines: {{"fir
 
 
 class Contexts:
-    """Tokens of each latent in their surroundings, drawn for prompts; the same latent gets the same ones."""
+    """Tokens of each latent in their surroundings, drawn for prompts; the same latent gets the same ones.
+
+    Drawn from the rows that offline names are made from (lib.concept_names.used_rows).
+    """
 
     def __init__(self, codes: Codes, is_val: Tensor):
         self.codes = codes
         self.is_val = is_val.numpy()
-        self.strength = codes_matrix(codes, np.ones(len(codes), bool))
+        self.use = used_rows(codes)
+        self.row_of = np.flatnonzero(self.use)
+        self.strength = codes_matrix(codes, self.use)
         self.text_id = codes.rows["text_id"].numpy()
 
     def firing(self, latent: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         """Rows and codes where the latent fires, on training or on held-out texts, in order of rows."""
         span = slice(*self.strength.indptr[latent : latent + 2])
-        rows, values = self.strength.indices[span], self.strength.data[span]
+        rows, values = self.row_of[self.strength.indices[span]], self.strength.data[span]
         order = np.argsort(rows)
         rows, values = rows[order], values[order]
         chosen = self.is_val[rows] == held_out
@@ -71,7 +76,7 @@ class Contexts:
 
     def silent(self, latent: int, held_out: bool, n: int) -> np.ndarray:
         """n rows where the latent does not fire (fewer if there are not so many), drawn evenly."""
-        open_rows = self.is_val == held_out
+        open_rows = self.use & (self.is_val == held_out)
         open_rows[self.firing(latent, held_out)[0]] = False
         pool = np.flatnonzero(open_rows)
         return np.random.default_rng([latent, held_out]).choice(pool, min(n, len(pool)), replace=False)

@@ -120,6 +120,16 @@ def test_contexts_are_of_the_right_texts_and_tokens(contexts):
     assert all("<<" + token + ">>" in contexts.context(row) for token, row in zip(tokens, rows))
 
 
+def test_of_a_large_corpus_every_nth_text_is_used(contexts, monkeypatch):
+    monkeypatch.setattr("lib.concept_names.MAX_ROWS", -(-len(contexts.codes) // 5))
+    part = Contexts(contexts.codes, torch.from_numpy(contexts.is_val))
+    rows, values = part.firing(0, held_out=False)
+    whole, all_values = contexts.firing(0, held_out=False)
+    kept = contexts.text_id[whole] % 5 == 0
+    assert 0 < len(rows) < len(whole) and rows.tolist() == whole[kept].tolist() and values.tolist() == all_values[kept].tolist()
+    assert (contexts.text_id[part.silent(0, True, 30)] % 5 == 0).all() and (contexts.text_id[part.for_judge(0)[0]] % 5 == 0).all()
+
+
 def test_a_context_stays_within_its_text(contexts):
     first = int(np.flatnonzero(np.diff(contexts.text_id))[0]) + 1
     assert contexts.context(first).startswith("<<a>> dog ran") and contexts.context(first - 1).endswith("mat <<.>>")
