@@ -5,7 +5,8 @@ scales first; folded into that form (scale (W (x - mean) / scale + b_enc) = W (x
 
     W = W_enc    b = scale * b_enc    b_dec = mean    codes = scale * our codes
 
-the same latents fire and the reconstruction is the same: mean and scale are in the files exactly.
+the same latents fire and the reconstruction is the same: mean and scale are in the files exactly. An SAE with thresholds
+(batchtopk, jumprelu) goes to and comes from SAELens as its JumpReLU SAE: ReLU(...) where that exceeds scale * threshold.
 """
 import json
 import re
@@ -22,6 +23,7 @@ from lib.sae import SAE, make_sae
 from lib.store import atomic_write, read_json, read_tensors, write_json, write_tensors
 
 ROUNDING = 0.01  # deviation of a decoder row's norm from 1 that low precision explains
+JUMPRELU_SLOTS = 512  # codes kept of a row at most, where a JumpReLU SAE's file does not say
 SAE_LENS_VERSION = "6.54.12"  # whose files are written; SAELens migrates what claims to be older than 6
 
 
@@ -37,20 +39,21 @@ class Folded(NamedTuple):
     b_dec: Tensor
     """[D], raw activation units."""
     top_k: int
+    threshold: Tensor | None = None
+    """[F], raw activation units: what a code must exceed; top_k is then the most that one row may have."""
 
 
 def fold(sae: SAE) -> Folded:
-    """Our SAE on raw activations, with the centring and the scale inside; float32 on the CPU. InputError unless it is a TopK SAE."""
-    if sae.threshold is not None:
-        raise InputError("this SAE's codes are decided by thresholds (batchtopk, jumprelu); only KIND=topk and matryoshka can be exported")
+    """Our SAE on raw activations, with the centring and the scale inside; float32 on the CPU."""
     tensors = (sae.W_enc, sae.b_enc * sae.scale, sae.W_dec, sae.mean)
     W, b, W_dec, b_dec = (tensor.detach().float().cpu().contiguous() for tensor in tensors)
-    return Folded(W, b, W_dec, b_dec, sae.top_k)
+    return Folded(W, b, W_dec, b_dec, sae.top_k, None if sae.threshold is None else (sae.threshold * sae.scale).cpu())
 
 
 def unfold(folded: Folded, scale: float, config: dict[str, Any] | None = None) -> SAE:
     """The SAE in our form, its codes divided by `scale` (in raw activation units, above 0); the reconstruction stays."""
-    return make_sae(folded.W, folded.b / scale, folded.W_dec, folded.b_dec, scale, folded.top_k, config)
+    threshold = None if folded.threshold is None else folded.threshold / scale
+    return make_sae(folded.W, folded.b / scale, folded.W_dec, folded.b_dec, scale, folded.top_k, config, threshold=threshold)
 
 
 def transformer_lens_name(path: str, point: str) -> str:
@@ -72,17 +75,22 @@ def transformer_lens_name(path: str, point: str) -> str:
 def write_sae_lens(folder: Path, sae: Folded, about: dict[str, Any]) -> None:
     """Write what SAELens's SAE.load_from_disk(folder) reads. about: facts_of() in lib/hub.py."""
     tensors = {"W_enc": sae.W.T, "b_enc": sae.b, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    kind: dict[str, Any] = {"architecture": "topk", "k": sae.top_k}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold
+        kind, about = {"architecture": "jumprelu"}, {**about, "top_k": sae.top_k}
     write_tensors(folder / "sae_weights.safetensors", tensors)
     n_latents, width = sae.W_dec.shape
     write_json(folder / "cfg.json", {
-        "architecture": "topk", "k": sae.top_k, "d_in": width, "d_sae": n_latents, "dtype": "float32", "device": "cpu",
+        **kind, "d_in": width, "d_sae": n_latents, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none", "rescale_acts_by_decoder_norm": False,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **about},
     })  # fmt: skip
 
 
 def write_dictionary_learning(folder: Path, sae: Folded, about: dict[str, Any]) -> None:
-    """Write what dictionary_learning's load_dictionary(folder, device) and SAEBench read."""
+    """Write what dictionary_learning's load_dictionary(folder, device) and SAEBench read. InputError for an SAE with thresholds."""
+    _only_topk(sae, "dictionary_learning")
     state = {
         "encoder.weight": sae.W, "encoder.bias": sae.b, "decoder.weight": sae.W_dec.T.contiguous(), "b_dec": sae.b_dec,
         "k": torch.tensor(sae.top_k, dtype=torch.int), "threshold": torch.tensor(-1.0),
@@ -101,7 +109,8 @@ def write_dictionary_learning(folder: Path, sae: Folded, about: dict[str, Any]) 
 
 
 def write_sparsify(folder: Path, sae: Folded, about: dict[str, Any]) -> None:
-    """Write what sparsify's SparseCoder.load_from_disk(folder) reads; its input is flattened to [N, D]."""
+    """Write what sparsify's SparseCoder.load_from_disk(folder) reads; its input is flattened to [N, D]. InputError for an SAE with thresholds."""
+    _only_topk(sae, "sparsify")
     tensors = {"encoder.weight": sae.W, "encoder.bias": sae.b, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     # Not write_tensors: sparsify's reader wants the header that names the framework.
     atomic_write(folder / "sae.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
@@ -113,9 +122,11 @@ def write_sparsify(folder: Path, sae: Folded, about: dict[str, Any]) -> None:
 
 
 def read_sae_lens(folder: Path) -> Folded:
-    """Read a TopK SAE saved by SAELens, exported or by its own training."""
+    """Read a TopK or JumpReLU SAE saved by SAELens, exported or by its own training."""
     config, tensors = read_json(folder / "cfg.json"), read_tensors(folder / "sae_weights.safetensors")
-    _only(folder, "architecture", config.get("architecture"), "topk")
+    jumps = config.get("architecture") == "jumprelu"
+    if not jumps:
+        _only(folder, "architecture", config.get("architecture"), "topk")
     _only(folder, "normalize_activations", config.get("normalize_activations", "none"), "none")
     _only(folder, "reshape_activations", config.get("reshape_activations", "none"), "none")
     if config.get("dtype", "float32") != "float32":
@@ -125,7 +136,10 @@ def read_sae_lens(folder: Path) -> Folded:
     if not config.get("apply_b_dec_to_input", True):
         b = b + W @ b_dec  # W (x - b_dec) + b' = W x + b
     # SAELens ranks scaled codes by default, so that the norms of the rows can be moved into the encoder exactly.
-    return _checked(folder, Folded(W, b, W_dec, b_dec, config["k"]), bool(config.get("rescale_acts_by_decoder_norm")))
+    most = config.get("metadata", {}).get("top_k", min(len(W_dec), JUMPRELU_SLOTS)) if jumps else config["k"]
+    threshold = tensors["threshold"] if jumps else None
+    # A threshold moves with its latent's code, so that the norms can be moved here too.
+    return _checked(folder, Folded(W, b, W_dec, b_dec, most, threshold), jumps or bool(config.get("rescale_acts_by_decoder_norm")))
 
 
 def read_dictionary_learning(folder: Path) -> Folded:
@@ -149,6 +163,11 @@ def read_sparsify(folder: Path) -> Folded:
     return _checked(folder, Folded(tensors["encoder.weight"], tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], config["k"]), False)
 
 
+def _only_topk(sae: Folded, tool: str) -> None:
+    if sae.threshold is not None:
+        raise InputError(f"{tool} has no TopK SAE with thresholds (batchtopk, jumprelu); set FORMAT=sae_lens")
+
+
 def _only(folder: Path, key: str, found: Any, wanted: Any) -> None:
     if found != wanted:
         raise InputError(f"{folder}: {key} is {json.dumps(found)}; only {json.dumps(wanted)} can be read")
@@ -156,7 +175,8 @@ def _only(folder: Path, key: str, found: Any, wanted: Any) -> None:
 
 def _checked(folder: Path, sae: Folded, move_norms: bool) -> Folded:
     """float32, shapes that agree, finite, rows of W_dec of unit norm; move_norms: put their norms into the encoder."""
-    sae = Folded(sae.W.float(), sae.b.float(), sae.W_dec.float(), sae.b_dec.float(), int(sae.top_k))
+    threshold = None if sae.threshold is None else sae.threshold.float()
+    sae = Folded(sae.W.float(), sae.b.float(), sae.W_dec.float(), sae.b_dec.float(), int(sae.top_k), threshold)
     n_latents, width = sae.W_dec.shape
     if sae.W.shape != sae.W_dec.shape or sae.b.shape != (n_latents,) or sae.b_dec.shape != (width,):
         raise InputError(f"{folder}: the shapes of encoder {tuple(sae.W.shape)} and decoder {tuple(sae.W_dec.shape)} disagree")
@@ -169,7 +189,8 @@ def _checked(folder: Path, sae: Folded, move_norms: bool) -> Folded:
         raise InputError(f"{folder}: rows of the decoder have {size}; TopK ranks by the codes as they are, so they can't be made unit")
     if off < 1e-6:
         return sae
-    return sae._replace(W=sae.W * norms[:, None], b=sae.b * norms, W_dec=sae.W_dec / norms[:, None])
+    threshold = None if sae.threshold is None else sae.threshold * norms
+    return sae._replace(W=sae.W * norms[:, None], b=sae.b * norms, W_dec=sae.W_dec / norms[:, None], threshold=threshold)
 
 
 class Format(NamedTuple):

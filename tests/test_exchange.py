@@ -33,6 +33,13 @@ def sae():
     return make_sae(W_enc, torch.randn(64, generator=generator) / 5, functional.normalize(W_dec, dim=1), x.mean(0), 7.3, 4)
 
 
+@pytest.fixture
+def jumping(sae):
+    """The same with a threshold for each latent in place of k; rows have up to 64 codes."""
+    threshold = torch.rand(64, generator=torch.Generator().manual_seed(2))
+    return make_sae(sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, sae.scale, 64, threshold=threshold)
+
+
 def dense(values, indices, n_latents=64):
     return torch.zeros(len(values), n_latents).scatter_(1, indices, values)
 
@@ -64,6 +71,18 @@ def test_every_format_comes_back(sae, tmp_path, name, scale):
     assert (back.top_k, back.n_latents) == (4, 64)
     torch.testing.assert_close(back.decode(*back.encode(x)), sae.decode(*sae.encode(x)), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(dense(*back.encode(x)) * scale, dense(*sae.encode(x)) * sae.scale, rtol=1e-5, atol=1e-4)
+
+
+def test_thresholds_go_to_sae_lens_and_come_back(jumping, tmp_path):
+    FORMATS["sae_lens"].write(tmp_path, fold(jumping), ABOUT)
+    back, x = unfold(read_foreign(tmp_path)[1], 3.0), raw()
+    assert back.top_k == 64 and json.loads((tmp_path / "cfg.json").read_text())["architecture"] == "jumprelu"
+    torch.testing.assert_close(dense(*back.encode(x)) * 3, dense(*jumping.encode(x)) * 7.3, rtol=1e-5, atol=1e-4)
+    for name in ("dictionary_learning", "sparsify"):
+        with pytest.raises(InputError, match="FORMAT=sae_lens"):
+            FORMATS[name].write(tmp_path / name, fold(jumping), ABOUT)
+    rewrite(tmp_path / "cfg.json", metadata={})
+    assert read_foreign(tmp_path)[1].top_k == 64  # no more than there are latents
 
 
 @pytest.mark.parametrize(
@@ -210,22 +229,25 @@ third.save_to_disk(native / "sparsify")
 for which in ("sae_lens", "dictionary_learning", "sparsify"):
     judge("ours." + which, which, folder / which)
     judge("native." + which, which, native / which)
+judge("ours.jumping", "sae_lens", folder / "jumping")
 save_file(found, folder / "found.safetensors")
 """
 
 
 @pytest.mark.skipif(not PEERS.exists(), reason="the other libraries are not installed: make peers")
-def test_the_tools_themselves_open_ours_and_we_open_theirs(sae, tmp_path):
+def test_the_tools_themselves_open_ours_and_we_open_theirs(sae, jumping, tmp_path):
     """Same codes, same reconstruction, both ways, with the real packages."""
     x = raw()
     save_file({"x": x}, tmp_path / "x.safetensors")
     for name, known in FORMATS.items():
         known.write(tmp_path / name, fold(sae), ABOUT)
+    FORMATS["sae_lens"].write(tmp_path / "jumping", fold(jumping), ABOUT)
     (tmp_path / "side.py").write_text(textwrap.dedent(THEIR_SIDE))
     done = subprocess.run([str(PEERS), str(tmp_path / "side.py"), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(tmp_path / "found.safetensors")
     codes, xhat = sae.scale * dense(*sae.encode(x)), sae.decode(*sae.encode(x))
+    assert torch.allclose(jumping.scale * dense(*jumping.encode(x)), found["ours.jumping.codes"], rtol=1e-5, atol=1e-3)
     for name in FORMATS:
         for mine, other in ((codes, found[f"ours.{name}.codes"]), (xhat, found[f"ours.{name}.xhat"])):
             torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5 * float(mine.abs().max()), msg=lambda text, name=name: f"{name}: {text}")

@@ -81,7 +81,8 @@ def main():
     saved = open_run("verify_sae_training", sae.config["run_id"])
     require_trained_on(sae, saved, sae.config["hook"])
     facts = facts_of(sae, saved)
-    for kind in FORMATS if FORMAT == "all" else [FORMAT]:
+    every = ["sae_lens"] if sae.threshold is not None else list(FORMATS)  # the others have no SAE with thresholds
+    for kind in every if FORMAT == "all" else [FORMAT]:
         root = Path(OUT or FOLDER / "exports") / kind
         if kind in FORMATS:
             export_sae(kind, root, sae, facts)
