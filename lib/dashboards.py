@@ -93,16 +93,7 @@ def write_neuronpedia(
     folder = root / model / source
     by = {"creatorId": "sae-workbench", "createdAt": created}
     whose = {"modelId": model, "layer": source}
-    singles = {
-        "release": {"name": name, "description": name, "descriptionShort": name, "urls": [], "creatorNameShort": "", "creatorName": "", **by},
-        "model": {"id": model, "instruct": False, "displayNameShort": model, "displayName": model, "updatedAt": created, **by},
-        "sourceset": {"modelId": model, "name": name, "releaseName": name, "description": facts["hook_name"], "visibility": "PUBLIC", **by},
-        "source": {
-            "modelId": model, "setName": name, "visibility": "PUBLIC", "dataset": facts["dataset_path"], "id": source, "num_prompts": len(codes.texts),
-            "num_tokens_in_prompt": facts["context_size"], "creatorId": by["creatorId"],
-        },
-    }  # fmt: skip
-    for file, record in singles.items():
+    for file, record in _head_records(name, model, source, facts, len(codes.texts), by).items():
         write_text(folder / f"{file}.jsonl", json.dumps(record) + "\n")
     histograms = code_histograms(codes, stats["max"])
     for number, latents in enumerate(torch.arange(sae.n_latents).split(BATCH)):
@@ -125,6 +116,19 @@ def write_neuronpedia(
         for kind, records in (("features", features), ("activations", activations), ("explanations", explanations)):
             _write_lines(folder / kind / f"batch-{number}.jsonl.gz", records)
     return folder
+
+
+def _head_records(name: str, model: str, source: str, facts: dict[str, Any], n_texts: int, by: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The four files of one record each: file name without its ending -> record."""
+    return {
+        "release": {"name": name, "description": name, "descriptionShort": name, "urls": [], "creatorNameShort": "", "creatorName": "", **by},
+        "model": {"id": model, "instruct": False, "displayNameShort": model, "displayName": model, "updatedAt": by["createdAt"], **by},
+        "sourceset": {"modelId": model, "name": name, "releaseName": name, "description": facts["hook_name"], "visibility": "PUBLIC", **by},
+        "source": {
+            "modelId": model, "setName": name, "visibility": "PUBLIC", "dataset": facts["dataset_path"], "id": source, "num_prompts": n_texts,
+            "num_tokens_in_prompt": facts["context_size"], "creatorId": by["creatorId"],
+        },
+    }  # fmt: skip
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
