@@ -143,15 +143,18 @@ def test_training_with_two_ranks_ends_where_one_process_does(results):
     assert all(torch.equal(two[name], other[name]) for name in two)
 
 
-@pytest.mark.parametrize(("name", "death", "file"), [("sae_training", "13", "checkpoints/last.pt"), ("sharded_tuning", "1", "unfinished.pt")])
-def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results, name, death, file):
-    lost = torchrun(__file__, tmp_path, name, store=tmp_path / "store", check=False, DIE_AT=death)
-    assert lost.returncode and not (tmp_path / f"{name}_2_0.pt").exists()
-    found = torch.load(tmp_path / f"{name}_2" / file, weights_only=True)
-    assert int(death) == (int(found["state"]["step"]) if name == "sae_training" else len(found["progress"]["epochs"]))
-    torchrun(__file__, tmp_path, name, store=tmp_path / "store")
-    resumed = torch.load(tmp_path / f"{name}_2_0.pt", weights_only=True)
-    assert all(torch.equal(resumed[key], results[name][1][key]) for key in resumed)
+def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results):
+    """The second rank is killed in an SAE's training, then in a classifier's; the same command ends both as if undisturbed."""
+    places = {"sae_training": ("13", "checkpoints/last.pt"), "sharded_tuning": ("1", "unfinished.pt")}
+    for name, (death, file) in places.items():
+        lost = torchrun(__file__, tmp_path, name, store=tmp_path / "store", check=False, DIE_AT=death)
+        assert lost.returncode and not (tmp_path / f"{name}_2_0.pt").exists()
+        found = torch.load(tmp_path / f"{name}_2" / file, weights_only=True)
+        assert int(death) == (int(found["state"]["step"]) if name == "sae_training" else len(found["progress"]["epochs"]))
+    torchrun(__file__, tmp_path, *places, store=tmp_path / "store")
+    for name in places:
+        resumed = torch.load(tmp_path / f"{name}_2_0.pt", weights_only=True)
+        assert all(torch.equal(resumed[key], results[name][1][key]) for key in resumed)
 
 
 @pytest.mark.parametrize("name", ["tuning", "sharded_tuning"])
@@ -190,17 +193,14 @@ def test_two_ranks_save_and_resume_the_shards_of_one_process(tmp_path, monkeypat
     stats = [run.stats(run.hooks[0]) for run in runs]
     for name, value in stats[0].items():  # their sums were taken in another order
         torch.testing.assert_close(stats[1][name], value, rtol=1e-6, atol=1e-6)
-    check_training(one, two)
+    check_training(two)
 
 
-def check_training(one: Path, two: Path) -> None:
-    """02 on these runs: only the first rank writes, and the SAE is as good."""
-    settings = ("EPOCHS=2", "PRECISION=float32")
-    run_script(TRAIN, *settings, store=one)
-    done = torchrun(PROJECT / TRAIN, *settings, store=two)
-    assert done.stdout.count("held out: EV") == 1 and set(tree(one)) == set(tree(two))
-    evs = [read_json(store / "verify_sae_training" / "training_history.json")["final"]["ev"] for store in (one, two)]
-    assert evs[1] == pytest.approx(evs[0], abs=0.01)
+def check_training(store: Path) -> None:
+    """02 on this run: the SAE is good, and only the first rank writes."""
+    done = torchrun(PROJECT / TRAIN, "EPOCHS=2", "PRECISION=float32", store=store)
+    assert done.stdout.count("held out: EV") == 1
+    assert read_json(store / "verify_sae_training" / "training_history.json")["final"]["ev"] > 0.8
 
 
 def test_a_script_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
