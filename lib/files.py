@@ -177,7 +177,7 @@ def sha256(path: Path) -> str:
 def fingerprint(value: Any) -> str:
     """Sixteen hex digits of anything JSON can hold, or of a tensor's bytes and shape."""
     if isinstance(value, Tensor):
-        data = str((tuple(value.shape), value.dtype)).encode() + value.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        data = str((tuple(value.shape), value.dtype)).encode() + value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     else:
         data = json.dumps(value, sort_keys=True, default=str).encode()
     return hashlib.sha256(data).hexdigest()[:16]

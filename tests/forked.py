@@ -112,6 +112,7 @@ def child(job, notes):
     """Run the script as __main__; never returns."""
     for descriptor in (1, 2):
         os.dup2(os.open(notes + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background without it
     os.environ.update({"STORE_DIR": job["store"]} | job["environment"])
     os.chdir(job["store"])
     sys.argv = [job["script"], *job["arguments"]]
