@@ -180,3 +180,19 @@ def test_settings_that_cannot_work_are_refused(wrong, message):
     rows, _ = make_rows(100)
     with pytest.raises(InputError, match=message):
         train_sae(rows, TrainSettings(**{**SMALL, **wrong}), progress=False)
+
+
+def test_checkpoints_take_at_most_a_share_of_the_time(tmp_path, monkeypatch):
+    """One that takes 3 s is followed by the next after 150 s, one that takes 0.1 s after 30 s."""
+    progress = {"state": {"enc": torch.ones(1), "dec": torch.ones(1), "step": torch.tensor(1)}}
+    for start, end, due in ((100.0, 103.0, 253.0), (100.0, 100.1, 130.1)):
+        times = iter((start, end))
+        monkeypatch.setattr(training.time, "monotonic", lambda times=times: next(times))
+        assert training._save_checkpoint(tmp_path / "last.pt", progress) == pytest.approx(due)
+
+
+def test_weights_that_are_not_finite_are_never_kept(tmp_path):
+    progress = {"state": {"enc": torch.tensor([float("nan")]), "dec": torch.ones(1), "step": torch.tensor(7)}}
+    with pytest.raises(InputError, match="no longer finite at step 7; lower LR"):
+        training._save_checkpoint(tmp_path / "last.pt", progress)
+    assert not (tmp_path / "last.pt").exists()
