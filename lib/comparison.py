@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lib.environment import InputError
-from lib.store import read_json
+from lib.files import read_json
 
 COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
 PRIMARY = ("base_u", "sae_features_u")  # all other metrics are secondary

@@ -19,8 +19,9 @@ from lib.concepts import Codes
 from lib.dictionary import Concepts
 from lib.effects import token_text
 from lib.environment import InputError
+from lib.files import atomic_write, fingerprint, write_json, write_text
 from lib.sae import SAE
-from lib.store import Run, atomic_write, fingerprint, write_json, write_text
+from lib.store import Run
 from lib.texts import tokenise
 
 SPLITS = 4  # files of a delphi cache, each with a range of latents

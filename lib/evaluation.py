@@ -12,12 +12,13 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
+from lib.files import read_json
 from lib.hooks import HookPoint, edit
 from lib.models import local_path
 from lib.rows import Rows
 from lib.sae import SAE, make_sae
 from lib.sae_step import folded_weights, init_state, whitening
-from lib.store import Run, read_json
+from lib.store import Run
 from lib.texts import length_batches, load_documents, pad, tokenise
 from lib.training import TrainSettings
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.environment import InputError
+from lib.files import atomic_write, read_json, read_tensors, write_json, write_tensors
 from lib.sae import SAE, make_sae
-from lib.store import atomic_write, read_json, read_tensors, write_json, write_tensors
 
 ROUNDING = 0.01  # deviation of a decoder row's norm from 1 that low precision explains
 JUMPRELU_SLOTS = 512  # codes kept of a row at most, where a JumpReLU SAE's file does not say

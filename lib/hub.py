@@ -10,9 +10,10 @@ import huggingface_hub
 
 from lib.environment import InputError
 from lib.exchange import transformer_lens_name
+from lib.files import write_text
 from lib.models import hook_of_run
 from lib.sae import SAE, sae_hash
-from lib.store import Run, write_text
+from lib.store import Run
 
 EV_FORMULA = "1 - sum of squared errors / sum of squared distances from the per-dimension mean, over all held-out tokens"
 

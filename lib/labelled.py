@@ -17,8 +17,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lib.environment import InputError
+from lib.files import fingerprint
 from lib.models import local_path
-from lib.store import fingerprint
 from lib.texts import Tokens, load_documents, pad, tokenise
 
 DIGITS_TEST_SEED = 0  # scikit-learn's digits come in one piece; their test set is the same for every seed

@@ -11,8 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from lib.environment import PROJECT, InputError, log
+from lib.files import fingerprint
 from lib.hooks import HookPoint, blocks
-from lib.store import Run, fingerprint, store_root
+from lib.store import Run, store_root
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.store import write_text
+from lib.files import write_text
 
 TEMPLATE = Path(__file__).with_name("concepts_page.html")
 MARGIN = 60  # characters of plain text shown before and after the coloured tokens

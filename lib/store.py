@@ -27,24 +27,7 @@ import torch
 from torch import Tensor
 
 from lib.environment import PROJECT, InputError
-from lib.files import (  # noqa: F401
-    atomic_write,
-    check_files,
-    fingerprint,
-    list_files,
-    read_json,
-    read_note,
-    read_sealed,
-    read_tensors,
-    read_torch,
-    safe_name,
-    sha256,
-    write_json,
-    write_sealed,
-    write_tensors,
-    write_text,
-    write_torch,
-)
+from lib.files import check_files, fingerprint, read_json, read_tensors, safe_name
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lib.environment import run
-from lib.store import experiment_dir, read_json
+from lib.files import read_json
+from lib.store import experiment_dir
 
 Check = dict[str, Any]
 

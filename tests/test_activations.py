@@ -8,8 +8,9 @@ from conftest import TEXTS, tiny_model, word_tokenizer
 import lib.activations as activations
 from lib.activations import SaveSettings, preflight, save_activations
 from lib.environment import InputError
+from lib.files import write_text
 from lib.hooks import resolve
-from lib.store import open_run, write_text
+from lib.store import open_run
 from lib.texts import length_batches, pad, split_texts, tokenise
 
 MANY = [text + " and then " * (i % 7) for i, text in enumerate(TEXTS * 5)]

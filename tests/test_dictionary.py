@@ -15,7 +15,7 @@ from lib.dictionary import (
     write_concepts,
 )
 from lib.environment import InputError
-from lib.store import read_json
+from lib.files import read_json
 
 HEADER = {"sae_hash": "aa", "run_id": "r", "model_id": "m", "hook": "h", "n_latents": 8}
 MADE = {"name": "dog, cat", "description": "Fires on dog", "source": "offline", "score": 0.75, "rule": [["word", "dog"]], "model": None}

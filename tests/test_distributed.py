@@ -21,10 +21,11 @@ from lib.classifier import trained_state
 from lib.distributed import add_up, own_part, rank, ranks, world_size
 from lib.environment import InputError
 from lib.fast_step import Workspace, fast_step
+from lib.files import read_json
 from lib.fine_tuning import Targets, TuneSettings, fine_tune
 from lib.rows import epoch_batches
 from lib.sae_step import init_state, whitening
-from lib.store import open_run, read_json
+from lib.store import open_run
 
 SAVE = "experiments/verify_sae_training/01_save_activations.py"
 TRAIN = "experiments/verify_sae_training/02_train_sae.py"

@@ -9,7 +9,7 @@ from scipy import stats
 
 from lib.comparison import COLUMNS, by_seed, choose_cycle, compare, holm, interval, match_latents, paired, result_table, summary
 from lib.environment import InputError
-from lib.store import write_json
+from lib.files import write_json
 
 
 def series(*values):

@@ -11,8 +11,8 @@ from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 from lib.bench import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Bench, stage_constants
 from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import InputError
+from lib.files import read_json, read_tensors
 from lib.labelled import load_task, read_idx
-from lib.store import read_json, read_tensors
 from lib.task_evaluation import GROUPS
 
 SCRIPTS = PROJECT / "experiments" / "sae_ception"

@@ -22,9 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib.activations import SaveSettings, save_activations
 from lib.constants import override
 from lib.environment import run
+from lib.files import write_json
 from lib.hooks import resolve
 from lib.models import load_model, load_tokenizer
-from lib.store import Run, experiment_dir, provenance, write_json
+from lib.store import Run, experiment_dir, provenance
 from lib.texts import load_documents
 
 MODEL: str | None = None  # directory of a model; None: random weights of the shape below, with the embedded tokenizer

@@ -19,7 +19,8 @@ from side_by_side import Trainer, sparse_features
 from lib.constants import override
 from lib.environment import run
 from lib.fast_step import choose_precision
-from lib.store import experiment_dir, provenance, write_json
+from lib.files import write_json
+from lib.store import experiment_dir, provenance
 
 SHAPES: tuple = ((288, 1152, 8, 1024), (288, 1152, 8, 4096), (768, 6144, 32, 1024), (768, 6144, 32, 4096),
                  (768, 24576, 32, 1024), (768, 24576, 32, 4096))  # (width, latents, k, rows of a step)

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from lib.constants import override
 from lib.environment import run
-from lib.store import experiment_dir, fingerprint, provenance, read_json, write_json
+from lib.files import fingerprint, read_json, write_json
+from lib.store import experiment_dir, provenance
 
 PRESET = "small"     # small, wide or synth_sae_bench
 SOURCE = "features"  # features: independent ones; synth_sae_bench: hierarchical and correlated ones, made by SAELens

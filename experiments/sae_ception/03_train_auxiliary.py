@@ -16,9 +16,9 @@ from lib.constants import override
 from lib.cycles import train_model
 from lib.distributed import rank
 from lib.environment import log, log_to, run
+from lib.files import read_json
 from lib.guards import in_use
 from lib.sharpening import NO_TARGET, method
-from lib.store import read_json
 
 PRESET = "tiny"              # as in step 1
 SETTING: str | None = None   # as in step 1

@@ -13,10 +13,11 @@ from lib import plots
 from lib.activations import SaveSettings
 from lib.constants import override
 from lib.environment import InputError, choose_device, run
+from lib.files import write_json
 from lib.hooks import blocks, resolve
 from lib.models import choose_dtype, load_model, load_tokenizer
 from lib.probe import probe_layers, recommend_layer
-from lib.store import experiment_dir, write_json
+from lib.store import experiment_dir
 from lib.texts import load_documents
 
 MODEL = "store/embedded/model"     # hub name or directory of a transformers model

@@ -15,10 +15,11 @@ from lib.constants import override
 from lib.dictionary import read_concepts
 from lib.effects import direct_view, promoted_ids
 from lib.environment import InputError, choose_device, run
+from lib.files import read_tensors, write_json
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.steering import Edit, skipped_ids, sweep
-from lib.store import experiment_dir, open_run, read_tensors, write_json
+from lib.store import experiment_dir, open_run
 
 LATENT: int | None = None          # the latent to edit; None: chosen by SEARCH
 SEARCH: str | None = None          # a word in the concept's name; None: the name with the best F1

@@ -17,9 +17,10 @@ from lib.concepts import encode_run
 from lib.constants import override
 from lib.effects import contexts, divergence, draw_firings, next_logits
 from lib.environment import InputError, choose_device, run
+from lib.files import read_json, write_json
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
-from lib.store import experiment_dir, open_run, read_json, write_json
+from lib.store import experiment_dir, open_run
 
 MIN_F1 = 0.8                       # of the best latent on held-out tokens, over its best threshold
 SAMPLES = 40                       # held-out tokens for each concept

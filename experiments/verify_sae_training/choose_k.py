@@ -12,10 +12,11 @@ Writes store/verify_sae_training/choose_k.json
 from lib.constants import override
 from lib.environment import InputError, choose_device, run
 from lib.evaluation import loss_recovered
+from lib.files import write_json
 from lib.models import model_of_run
 from lib.probe import recommend_k, sweep_k
 from lib.rows import rows_of_run
-from lib.store import experiment_dir, open_run, write_json
+from lib.store import experiment_dir, open_run
 from lib.training import TrainSettings
 
 RUN_ID: str | None = None          # None: the run that 01_save_activations.py finished last

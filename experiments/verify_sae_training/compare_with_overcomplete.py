@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import lib.environment  # noqa: F401  (its import guard comes before overcomplete)
 from lib.constants import override
 from lib.environment import run
+from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
 from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae
-from lib.store import experiment_dir, open_run, read_json
+from lib.store import experiment_dir, open_run
 from lib.training import score
 
 LR = 1e-3                          # of the reference experiment

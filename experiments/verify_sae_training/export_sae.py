@@ -23,10 +23,11 @@ from lib.dictionary import read_concepts
 from lib.effects import direct_view
 from lib.environment import InputError, run
 from lib.exchange import FORMATS, fold
+from lib.files import read_tensors
 from lib.hub import facts_of, push, write_card
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
-from lib.store import experiment_dir, open_run, read_tensors
+from lib.store import experiment_dir, open_run
 
 FORMAT = "all"                     # sae_lens, dictionary_learning (which SAEBench reads too), sparsify; all: these; delphi; neuronpedia
 OUT: str | None = None             # folder to write to; None: exports/ beside the SAE
