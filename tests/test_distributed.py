@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pytest
@@ -46,12 +47,13 @@ def sae_steps(folder: Path) -> dict[str, torch.Tensor]:
 
 def sae_training(folder: Path) -> dict[str, torch.Tensor]:
     """A whole training with a checkpoint after every step; with DIE_AT the second rank is lost before that step."""
-    training.CHECKPOINT_SECONDS, training.CHECKPOINT_SHARE = 0.0, float("inf")
-    if rank() == 1 and "DIE_AT" in os.environ:
-        training.fast_step = lambda state, *args, **options: (
-            os.kill(os.getpid(), signal.SIGKILL) if int(state["step"]) == int(os.environ["DIE_AT"]) else fast_step(state, *args, **options)
-        )
-    sae, history = training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), folder, progress=False)
+    def step(state, *args, **options):
+        if rank() == 1 and str(int(state["step"])) == os.environ.get("DIE_AT"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        fast_step(state, *args, **options)
+
+    with mock.patch.multiple(training, CHECKPOINT_SECONDS=0.0, CHECKPOINT_SHARE=float("inf"), fast_step=step):
+        sae, history = training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), folder, progress=False)
     return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]), "loss": torch.tensor(history["train"]["loss"])}
 
 
@@ -83,9 +85,11 @@ def sharded_tuning(folder: Path) -> dict[str, torch.Tensor]:
 
 def main(folder: Path, what: list[str]) -> None:
     """Run scenarios by name and keep what each gives, for every rank."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name in what:
         torch.save(globals()[name](folder / f"{name}_{world_size()}"), folder / f"{name}_{world_size()}_{rank()}.pt")
+    torch.set_num_threads(threads)
 
 
 def torchrun(*command: str | Path, store: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
