@@ -9,6 +9,7 @@ are computed again in float32, so codes, losses and gradients are those of `dens
 Rows then meet only the dictionary rows that fired, and one pass over the latents does gradient, Adam and unit norm.
 With numba on a CPU the loops are compiled (lib.kernels); elsewhere the same steps are made of torch operations.
 """
+import math
 import time
 
 import numpy as np
@@ -30,6 +31,7 @@ except ImportError:  # numba is not installed, or has no build for this machine
 TILE_ROWS = 512  # at least so many rows to a tile: thinner products run at half the rate
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
+ALIGNED = 32  # columns of a bfloat16 product: at D = 288 two more than a multiple of it doubled one thread's time
 WORTH = 1.3  # bfloat16 is chosen if its product is this many times faster
 SMALL = 1 << 18  # weights of an encoder whose product costs so little that nothing is measured: one seed, one result
 
@@ -63,7 +65,7 @@ class Workspace:
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor that is the same memory at every call: new memory costs as much as filling it."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size, dtype=dtype, device=like.device)
         return self._buffers[name][:size].view(shape)
@@ -99,9 +101,14 @@ def _seconds(work, device: torch.device) -> float:
 
 
 def low_precision(weight: Tensor, bias: Tensor) -> Tensor:
-    """bfloat16 [F, D + 2]: the rows, and the bias as the sum of two columns; times [x, 1, 1] this is x W^T + bias."""
-    high = bias.bfloat16()
-    return torch.cat([weight.bfloat16(), high[:, None], (bias - high.float()).bfloat16()[:, None]], dim=1)
+    """bfloat16 [F, D + 2, filled up to a multiple of ALIGNED]: the rows, the bias as the sum of two columns, zeros.
+
+    Times [x, 1, 1, 0 ...] this is x W^T + bias.
+    """
+    width, high = weight.shape[1], bias.bfloat16()
+    low = torch.zeros(len(weight), -(-(width + 2) // ALIGNED) * ALIGNED, dtype=torch.bfloat16, device=weight.device)
+    low[:, :width], low[:, width], low[:, width + 1] = weight, high, bias - high.float()
+    return low
 
 
 def fast_step(
@@ -133,9 +140,8 @@ def scores(state: dict[str, Tensor], x: Tensor, work: Workspace):
         if work.low is None:
             torch.addmm(state["bias"], part, state["enc"].T, out=out)
         else:
-            low_x = work.buffer("low_x", (len(part), width + 2), x, dtype)
-            low_x[:, :width] = part
-            low_x[:, width:] = 1
+            low_x = work.buffer("low_x", (len(part), work.low.shape[1]), x, dtype)
+            low_x[:, :width], low_x[:, width : width + 2], low_x[:, width + 2 :] = part, 1, 0
             torch.mm(low_x, work.low.T, out=out)
         yield start, out
 
@@ -188,11 +194,12 @@ def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio,
     first = np.empty(n_latents + 1, np.int64)
     pairs = (first, np.empty(rows * k, np.int32), np.empty(rows * k, np.float32), np.empty(rows * k, np.float32))
     kernels.sort_by_latent(index, code, slope, *pairs)
-    found = aux_gradients(state, x, error, error.square().sum(), dead_after, aux_weight)
+    total = loss.sum()
+    found = aux_gradients(state, x, error, total, dead_after, aux_weight)
     auxk, aux = _aux_arrays(found, n_latents, width)
     norm = _update(state, arrays, rows_in, e, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces)
     fired = torch.from_numpy(first[1:] > first[:-1])
-    return rows, torch.tensor(float(first[-1])), (loss.double().sum() / rows).float(), auxk, fired, norm
+    return rows, torch.tensor(float(first[-1])), total / rows, auxk, fired, norm
 
 
 def _aux_arrays(found, n_latents, width):

@@ -172,7 +172,7 @@ def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, 
 
     x, error [B, D]. pairs: `sort_by_latent`. aux: (slot [F] or -1, gradients of dec, enc [A, D], bias [A]).
     weights: dec, enc [F, D], gain [F or 0], bias [F]; moments: m and v of each in this order. low: bfloat16 bits of
-    the encoder and of the bias in two columns, uint16 [F, D + 2], or [0, 0]. factor: times the gradient.
+    the encoder and of the bias in two columns, uint16 [F, D + 2 or more], or [0, 0]. factor: times the gradient.
     lr: of dec and enc, gain, bias, each over 1 - beta1^t; rates: see `_adam`.
     """
     dec, enc, gain, bias = weights

@@ -169,7 +169,8 @@ def test_low_precision_product_includes_the_bias():
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((9, 5), (9,), (4, 5)))
     low = low_precision(weight, bias)
-    ones = torch.cat([x, torch.ones(4, 2)], dim=1)
+    assert low.shape == (9, 32) and not low[:, 7:].any()
+    ones = torch.cat([x, torch.ones(4, 27)], dim=1)
     assert torch.allclose(ones @ low.float().T, x @ weight.bfloat16().float().T + bias, atol=1e-4)
 
 

@@ -30,6 +30,7 @@ from lib.texts import load_documents
 
 MODEL: str | None = None  # directory of a model; None: random weights of the shape below, with the embedded tokenizer
 WIDTH, DEPTH, HEADS, MLP = 288, 6, 6, 768  # of that model; these are the shape of a 15M Llama
+VOCABULARY = 32_000  # rows of its embedding and its head
 LAYER = 3            # block whose output is saved
 DATASET = "store/embedded/stories/train.jsonl"
 N_TEXTS = 2000
@@ -74,7 +75,7 @@ def make_model(tokenizer, folder: Path) -> Path:
     if MODEL:
         return Path(MODEL)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=DEPTH,
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=DEPTH,
                          num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=CONTEXT)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -51,7 +51,10 @@ def time_shape(shape: tuple, folder: Path) -> dict:
     settings = {"n_latents": n_latents, "k": k, "batch": batch, "lr": 1e-3, "n_steps": 10_000, "seed": 0,
                 "threads": THREADS, "dead_after": 10_000_000}
     trainers = [Trainer(name, rows, settings) for name in TRAINERS]
-    steps = {t.name: max(1, round(SECONDS / t.ask(steps=2)["seconds"] * 2)) for t in trainers}
+    steps = {}
+    for trainer in trainers:
+        trainer.ask(steps=2)  # the first steps pay for set-up
+        steps[trainer.name] = max(1, round(SECONDS / trainer.ask(steps=1)["seconds"]))
     turns: dict[str, list[dict[str, float]]] = {t.name: [] for t in trainers}
     floors = []
     for _ in range(ROUNDS):

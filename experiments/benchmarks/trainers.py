@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all alike: idle threads of one process must not slow the next
 
+if sys.argv[1:2] == ["ours"]:
+    import lib  # noqa: F401  (before torch, as in every script: it decides how idle threads wait)
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
