@@ -5,7 +5,8 @@
 Writes x [n_rows + n_held_out, width], features [n_features, width] and, for the held-out rows, the pairs (row, feature) that fire.
 The model is drawn here with the paper's structure, because its own weights lie on a hub: Zipfian firing probabilities
 of exponent 0.5 from 0.4 to 5e-4, 128 trees of branching 4 and depth 3 with exclusive siblings, correlations of rank 25.
-Magnitudes, bias and the short orthogonalisation are this script's choice.
+Magnitudes are this script's choice, and so is leaving the directions random: 20 steps of its orthogonalisation took four
+minutes and lowered their overlap by 1 %.
 """
 import json
 import sys
@@ -15,7 +16,6 @@ from sae_lens.synthetic import (
     HierarchyConfig,
     LinearMagnitudeConfig,
     LowRankCorrelationConfig,
-    OrthogonalizationConfig,
     SyntheticModel,
     SyntheticModelConfig,
     ZipfianFiringProbabilityConfig,
@@ -33,7 +33,7 @@ def main() -> None:
         firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=5e-4),
         hierarchy=HierarchyConfig(total_root_nodes=128, branching_factor=4, max_depth=3, mutually_exclusive_portion=1.0,
                                   compensate_probabilities=True),
-        orthogonalization=OrthogonalizationConfig(num_steps=20, lr=3e-4),
+        orthogonalization=None,
         correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
         mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0), std_firing_magnitudes=0.5, seed=order["seed"]))  # fmt: skip
     parts, pairs, done = [], [], 0
