@@ -109,12 +109,7 @@ def train_sae(
     if not agree(progress_made is not None):
         raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
     if progress_made is None:
-        state = init_state(transform, settings.n_latents, settings.seed, settings.aligned, settings.kind)
-        history = _empty_history(rate, dead_after, n_steps)
-        work = Workspace(state, settings.precision if settings.kind == "topk" else "float32")
-        log.info(work.choice)
-        precision = work.precision if agree(work.precision == "bfloat16") else "float32"
-        progress_made = {"key": key, "settings": asdict(settings), "state": state, "history": history, "best": {}, "precision": precision}
+        progress_made = {"key": key, "history": _empty_history(rate, dead_after, n_steps), **_start(transform, settings)}
         if checkpoint:  # keeps the precision, which "auto" chooses by measuring
             _save_checkpoint(checkpoint, progress_made)
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
@@ -149,6 +144,15 @@ def train_sae(
         _save_checkpoint(checkpoint, progress_made)
     sae = _sae_of(best, rows, settings, device)
     return sae, {**history, "settings": asdict(settings), "units": UNITS, "best_epoch": best["epoch"]}
+
+
+def _start(transform: Tensor, settings: TrainSettings) -> dict[str, Any]:
+    """What a training begins with: its state, and the encoder product's precision, the same on all ranks."""
+    state = init_state(transform, settings.n_latents, settings.seed, settings.aligned, settings.kind)
+    work = Workspace(state, settings.precision if settings.kind == "topk" else "float32")
+    log.info(work.choice)
+    precision = work.precision if agree(work.precision == "bfloat16") else "float32"
+    return {"settings": asdict(settings), "state": state, "best": {}, "precision": precision}
 
 
 def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str) -> SAE:

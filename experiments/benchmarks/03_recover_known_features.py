@@ -44,10 +44,10 @@ THREADS = 2
 PRESETS = {
     "small": {},
     "wide": {"WIDTH": 768, "N_FEATURES": 4000, "L0": 32.0, "N_LATENTS": 6144, "TOP_K": 32, "N_ROWS": 204_800, "N_HELD_OUT": 20_000,
-             "LEARNING_RATES": (1e-3, 2e-3, 4e-3), "REPORT_SEEDS": (0, 1, 2)},
+             "LEARNING_RATES": (1e-3, 2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
     "synth_sae_bench": {"SOURCE": "synth_sae_bench", "WIDTH": 768, "N_FEATURES": 16_384, "L0": 34.0, "N_LATENTS": 4096, "TOP_K": 25,
                         "N_ROWS": 204_800, "N_HELD_OUT": 10_000, "TRAINERS": ("ours", "sparsify", "dictionary_learning", "sae_lens"),
-                        "LEARNING_RATES": (1e-3, 2e-3, 4e-3), "REPORT_SEEDS": (0, 1, 2)},
+                        "LEARNING_RATES": (2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
 }  # fmt: skip
 CONSTANTS = override(globals(), PRESETS)
 SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)", "mcc": "MCC", "f1": "F1"}
