@@ -3,7 +3,7 @@
     transform = whitening(covariance)
     state = init_state(transform, n_latents, seed)
     rate = learning_rate(n_latents, n_tokens)
-    work, silence = Workspace(state), aux_after(n_latents, k)
+    work, silence = Workspace(state), aux_after(n_latents, k, batch)
     for i, rows in enumerate(batches):                       # rows: float32 [B, D], x_raw - mean
         x, lr = rows @ state["transform"], rate * schedule(i, n_steps)
         fast_step(state, x, k=k, lr=lr, dead_after=silence, work=work)  # lib.fast_step; dense_step: without work
@@ -89,12 +89,14 @@ def bias_rate(n_latents: int, width: int) -> float:
     return min(1.0, max(0.03, 0.06 * (n_latents / width / 4) ** 1.16))
 
 
-def aux_after(n_latents: int, k: int) -> int:
-    """Tokens of silence after which AuxK works on a latent: 10 F / k, where an average one fires ten times; at least 3,000.
+def aux_after(n_latents: int, k: int, batch: int) -> int:
+    """Tokens of silence beyond which AuxK works on a latent: 10 F / k, at least 3,000 and at least two batches of `batch` rows.
 
+    An average latent fires ten times in 10 F / k tokens. Silence is counted at the end of a batch, so more than two
+    batches means three in a row: the weights have moved twice in between, and one odd batch calls nothing dead.
     Earlier than one would call a latent dead: waiting longer leaves more dead latents at the end, and a higher FVU.
     """
-    return max(3000, 10 * n_latents // k)
+    return max(3000, 10 * n_latents // k, 2 * batch)
 
 
 def schedule(step: int, n_steps: int) -> float:

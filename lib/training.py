@@ -100,8 +100,9 @@ def train_sae(
     _check(rows, settings)
     per_epoch = steps_per_epoch(rows.n_train, settings.batch_size)
     n_steps, n_tokens = settings.epochs * per_epoch, settings.epochs * rows.n_train
-    rate = settings.lr or RATES[settings.kind] * learning_rate(settings.n_latents, n_tokens)
-    dead_after = settings.dead_after or aux_after(settings.n_latents, settings.top_k)
+    rate = RATES[settings.kind] * learning_rate(settings.n_latents, n_tokens) if settings.lr is None else settings.lr
+    batch = min(settings.batch_size, rows.n_train)
+    dead_after = aux_after(settings.n_latents, settings.top_k, batch) if settings.dead_after is None else settings.dead_after
     transform = whitening(rows.covariance, settings.whiten).to(device)
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
@@ -170,6 +171,10 @@ def _check(rows: Rows, settings: TrainSettings) -> None:
     for name in ("epochs", "batch_size", "log_every"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name}={getattr(settings, name)} must be at least 1")
+    if settings.lr is not None and not 0 < settings.lr < math.inf:
+        raise InputError(f"LR={settings.lr} must be a number above 0; None lets a rule choose it")
+    if settings.dead_after is not None and settings.dead_after < 0:
+        raise InputError(f"DEAD_AFTER_TOKENS={settings.dead_after} must be at least 0; None lets a rule choose it")
     if settings.kind not in KINDS:
         raise InputError(f"KIND={settings.kind} is unknown; choose one of {', '.join(KINDS)}")
     if settings.kind != "topk" and world_size() > 1:

@@ -72,8 +72,14 @@ def test_schedule_warms_up_holds_and_falls_to_zero():
 def test_rates_fall_with_latents_and_bias_rate_rises_with_expansion():
     assert learning_rate(1024, 600_000) == pytest.approx(1e-2) and learning_rate(8192, 600_000) == pytest.approx(2.5e-3)
     assert learning_rate(1024, 60_000_000) == pytest.approx(1e-2 * 10**-0.8) and learning_rate(16, 1000) == 3e-2
-    assert aux_after(24576, 32) == 7680 and aux_after(512, 8) == 3000
     assert 0 < bias_rate(1024, 256) < bias_rate(4096, 256) <= 1
+
+
+@pytest.mark.parametrize("shape, tokens", [((24576, 32, 1024), 7680), ((512, 8, 1024), 3000), ((24576, 32, 16384), 32768), ((512, 8, 1), 3000)])
+def test_dead_means_silent_over_tokens_and_over_three_batches(shape, tokens):
+    assert aux_after(*shape) == tokens
+    silent_in_two_batches = 2 * shape[2]
+    assert not silent_in_two_batches > aux_after(*shape)
 
 
 def test_aligned_encoder_gradient_matches_finite_differences_along_the_constraint():

@@ -175,11 +175,27 @@ def test_a_diverging_loss_stops_with_a_word():
         train_sae(rows, TrainSettings(**SMALL), progress=False)
 
 
-@pytest.mark.parametrize("wrong, message", [({"top_k": 49}, "TOP_K=49"), ({"top_k": 0}, "TOP_K=0"), ({"epochs": 0}, "epochs=0"), ({"batch_size": 0}, "batch_size=0")])
+@pytest.mark.parametrize("wrong, message", [({"top_k": 49}, "TOP_K=49"), ({"top_k": 0}, "TOP_K=0"), ({"epochs": 0}, "epochs=0"), ({"batch_size": 0}, "batch_size=0"),
+    ({"lr": 0.0}, "LR=0.0"), ({"lr": -0.1}, "LR=-0.1"), ({"lr": float("nan")}, "LR=nan"), ({"dead_after": -1}, "DEAD_AFTER_TOKENS=-1"),
+])
 def test_settings_that_cannot_work_are_refused(wrong, message):
     rows, _ = make_rows(100)
     with pytest.raises(InputError, match=message):
         train_sae(rows, TrainSettings(**{**SMALL, **wrong}), progress=False)
+
+
+def test_what_is_set_to_0_is_not_taken_for_unset():
+    rows, _ = make_rows(200)
+    _, history = train_sae(rows, TrainSettings(**SMALL, dead_after=0), progress=False)
+    assert history["dead_after"] == 0
+
+
+@pytest.mark.parametrize("batch_size, expected", [(64, 3000), (2000, 4000), (10_000, 4500)])
+def test_a_large_batch_delays_what_counts_as_dead(batch_size, expected):
+    """A batch holds no more than the 2,250 training rows."""
+    rows, _ = make_rows(2500)
+    _, history = train_sae(rows, TrainSettings(**{**SMALL, "epochs": 1, "batch_size": batch_size}), progress=False)
+    assert history["dead_after"] == expected
 
 
 def test_checkpoints_take_at_most_a_share_of_the_time(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def ours(x, s):
     transform = whitening(x.T @ x / len(x))
     state = init_state(transform, s["n_latents"], s["seed"])
     rate = s["lr"] or learning_rate(s["n_latents"], s["n_steps"] * s["batch"])
-    dead_after = s["dead_after"] or aux_after(s["n_latents"], s["k"])
+    dead_after = s["dead_after"] or aux_after(s["n_latents"], s["k"], s["batch"])
     work = Workspace(state, s.get("precision", "auto"))
     print(work.choice, file=sys.stderr)
 
