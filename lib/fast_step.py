@@ -1,6 +1,6 @@
 """The training step of lib.sae_step without autograd and without an array of rows times latents.
 
-    work = Workspace(state)                      # buffers, and the encoder product's precision, measured here
+    work = Workspace(state)                      # buffers, and the encoder product's precision
     print(work.choice)
     fast_step(state, rows @ state["transform"], k=k, lr=rate, dead_after=10_000, work=work)
 
@@ -10,7 +10,7 @@ Rows then meet only the dictionary rows that fired, and one pass over the latent
 With numba on a CPU the loops are compiled (lib.kernels); elsewhere the same steps are made of torch operations.
 """
 import math
-import time
+import sys
 
 import numpy as np
 import torch
@@ -32,15 +32,15 @@ TILE_ROWS = 512  # at least so many rows to a tile: thinner products run at half
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 ALIGNED = 32  # columns of a bfloat16 product: at D = 288 two more than a multiple of it doubled one thread's time
-WORTH = 1.3  # bfloat16 is chosen if its product is this many times faster
-SMALL = 1 << 18  # weights of an encoder whose product costs so little that nothing is measured: one seed, one result
+SMALL = 1 << 18  # weights of an encoder below which bfloat16 gains at most a tenth of the step: it stays in float32
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # of x86 processors that multiply bfloat16, by torch.cpu.get_capabilities
 
 
 class Workspace:
     """What the fast step keeps between steps beside the state: buffers and a bfloat16 copy of the encoder.
 
-    precision: "bfloat16" or "float32" for the encoder product, or "auto": the faster one for this shape on this machine,
-    with float32 unless bfloat16 gains 30 %. Make a new workspace whenever `state` was changed by anything but fast_step;
+    precision: "bfloat16" or "float32" for the encoder product, or "auto": `choose_precision` decides
+    by shape and device. Make a new workspace whenever `state` was changed by anything but fast_step;
     for a resume to the same bytes give it the `precision` that the run began with.
     shared: every rank has a part of the step's rows and the whole state; the loops that add up a latent's gradient and
     apply it at once are then no use, because the other ranks' parts come between.
@@ -71,33 +71,29 @@ class Workspace:
         return self._buffers[name][:size].view(shape)
 
 
-def choose_precision(n_latents: int, width: int, device: torch.device, n_rows: int = 256) -> tuple[str, str]:
-    """(precision, a line that says why): times the encoder product in float32 and bfloat16, and compares the results."""
+def choose_precision(n_latents: int, width: int, device: torch.device) -> tuple[str, str]:
+    """(precision of the encoder product, a line that says why), decided by its shape and what the device can do.
+
+    No clock takes part, so one seed gives one result on one machine.
+    """
     if n_latents * width < SMALL:
         return "float32", "encoder product in float32 (too small for the precision to matter)"
-    generator = torch.Generator().manual_seed(0)
-    n_latents = min(n_latents, 8192)
-    x, enc = (torch.randn(n, width, generator=generator).to(device) for n in (n_rows, n_latents))
-    rate, result = {}, {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        a, b = x.to(dtype), enc.to(dtype)
-        out = torch.empty(n_rows, n_latents, dtype=dtype, device=device)
-        torch.mm(a, b.T, out=out)
-        seconds = min(_seconds(lambda: torch.mm(a, b.T, out=out), device) for _ in range(5))
-        rate[name], result[name] = 2e-9 * n_rows * n_latents * width / seconds, out.float()
-    error = float((result["bfloat16"] - result["float32"]).norm() / result["float32"].norm())
-    precision = "bfloat16" if rate["bfloat16"] > WORTH * rate["float32"] else "float32"
-    rates = ", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in rate.items())
-    return precision, f"encoder product in {precision} ({rates}; bfloat16 errs by {error:.1e}, its candidates are computed again)"
+    if multiplies_bfloat16(device):
+        return "bfloat16", f"encoder product in bfloat16 (the {device.type} has instructions for it); its candidates are computed again in float32"
+    return "float32", f"encoder product in float32 (the {device.type} has no instructions for bfloat16 that are known to be faster)"
 
 
-def _seconds(work, device: torch.device) -> float:
-    wait = getattr(torch, device.type).synchronize if device.type in ("cuda", "mps") else lambda: None
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 products that are faster than float32's: a GPU from compute capability 8.0, a
+    processor with AMX or AVX-512 BF16, an Arm processor with BF16 under Linux. MPS is not known to be, so it is False.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    found = torch.cpu.get_capabilities()
+    # macOS multiplies float32 in a unit of its own, which its bfloat16 products don't reach.
+    return any(found.get(name) for name in BFLOAT16_FLAGS) or bool(found.get("bf16") and sys.platform == "linux")
 
 
 def low_precision(weight: Tensor, bias: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class TrainSettings:
     aligned: bool = True
     """Encoder tied to its dictionary row up to a learnt gain and an orthogonal part; False: free encoder."""
     precision: str = "auto"
-    """Of the encoder product that proposes candidates (their codes are exact): auto, float32 or bfloat16."""
+    """Of the encoder product that proposes candidates (their codes are exact): auto, by shape and device; float32 or bfloat16."""
     log_every: int = 50
     """Steps between two points of the training curve."""
     seed: int = 0
@@ -111,7 +111,7 @@ def train_sae(
         raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
     if progress_made is None:
         progress_made = {"key": key, "history": _empty_history(rate, dead_after, n_steps), **_start(transform, settings)}
-        if checkpoint:  # keeps the precision, which "auto" chooses by measuring
+        if checkpoint:  # keeps the precision, which another machine might choose otherwise
             _save_checkpoint(checkpoint, progress_made)
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
     state |= {name: tensor.to(device) for name, tensor in state.items() if name != "step"}
@@ -144,7 +144,8 @@ def train_sae(
     if checkpoint:
         _save_checkpoint(checkpoint, progress_made)
     sae = _sae_of(best, rows, settings, device)
-    return sae, {**history, "settings": asdict(settings), "units": UNITS, "best_epoch": best["epoch"]}
+    made = {"settings": asdict(settings), "precision": progress_made["precision"], "units": UNITS, "best_epoch": best["epoch"]}
+    return sae, {**history, **made}
 
 
 def _start(transform: Tensor, settings: TrainSettings) -> dict[str, Any]:

@@ -159,10 +159,31 @@ def test_moments_of_latents_that_never_fire_end_at_zero_not_at_subnormal_numbers
     assert all(state[name].abs().max() == 0 for name in ("dec_m", "enc_m"))
 
 
-def test_the_choice_of_precision_names_both_rates_and_the_error():
+@pytest.mark.parametrize(
+    "flags, platform, expected",
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "linux", "bfloat16"),  # Xeon with AMX
+        ({"avx512_bf16": True, "amx_bf16": False}, "linux", "bfloat16"),  # EPYC from Zen 4
+        ({"avx512_f": True, "avx512_bf16": False}, "linux", "float32"),
+        ({"avx2": True}, "linux", "float32"),
+        ({"neon": True, "bf16": True}, "linux", "bfloat16"),
+        ({"neon": True, "bf16": True}, "darwin", "float32"),
+        ({}, "linux", "float32"),
+    ],
+)
+def test_precision_is_chosen_by_what_the_processor_can_do(monkeypatch, flags, platform, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    monkeypatch.setattr(module.sys, "platform", platform)
+    assert not hasattr(module, "time")  # no clock
     precision, line = choose_precision(2048, 128, torch.device("cpu"))
-    assert precision in ("float32", "bfloat16") and precision in line
-    assert line.count("GFLOP/s") == 2 and "errs by" in line
+    assert precision == expected and expected in line
+    assert choose_precision(2048, 127, torch.device("cpu"))[0] == choose_precision(64, 16, torch.device("cpu"))[0] == "float32"
+
+
+@pytest.mark.parametrize("device, capability, expected", [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float32"), ("mps", None, "float32")])
+def test_precision_is_chosen_by_what_the_gpu_can_do(monkeypatch, device, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_precision(4096, 512, torch.device(device))[0] == expected
 
 
 def test_low_precision_product_includes_the_bias():
@@ -172,10 +193,6 @@ def test_low_precision_product_includes_the_bias():
     assert low.shape == (9, 32) and not low[:, 7:].any()
     ones = torch.cat([x, torch.ones(4, 27)], dim=1)
     assert torch.allclose(ones @ low.float().T, x @ weight.bfloat16().float().T + bias, atol=1e-4)
-
-
-def test_a_small_sae_never_depends_on_a_measurement():
-    assert choose_precision(64, 16, torch.device("cpu"))[0] == "float32"
 
 
 def test_a_workspace_leaves_torch_its_number_of_threads():

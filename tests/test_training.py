@@ -106,6 +106,7 @@ def test_history_has_equal_columns_and_plain_numbers():
         assert len({len(column) for column in history[block].values()}) == 1
     assert history["val"]["step"] == [steps, 2 * steps, 3 * steps]
     assert set(history["epochs"]) == {"loss", "recon_mse", "l1", "r2", "l0", "dead_features_pct"}
+    assert history["precision"] == "float32"
     assert history["train"]["step"][-1] == 3 * steps and max(history["train"]["l0"]) <= 4
 
 
