@@ -1,4 +1,4 @@
-"""A trained TopK sparse autoencoder: overcomplete's TopKSAE with the centring and scale of its inputs.
+"""A trained TopK sparse autoencoder: the weights of overcomplete's TopKSAE with the centring and scale of its inputs.
 
     x' = (x - mean) / scale        z = TopK_k(ReLU(W_enc x' + b_enc))        xhat = scale * (z W_dec) + mean
 
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overcomplete.sae import TopKSAE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lib.environment import InputError
@@ -32,50 +31,61 @@ PROBE_ROWS = 64  # rows kept in the file with their codes, which loading must re
 class SAE:
     """Weights, input statistics and origin of one trained SAE. Build it with make_sae() or load_sae()."""
 
-    module: TopKSAE
-    """overcomplete's model on x', in eval mode, without gradients."""
+    W_enc: Tensor
+    """Encoder rows [F, D], acting on x'."""
+    b_enc: Tensor
+    """Encoder bias [F], in x' units."""
+    W_dec: Tensor
+    """Dictionary [F, D], rows of unit norm."""
     mean: Tensor
     """Mean of the training activations, [D]."""
     scale: float
     """Divisor of x - mean, in raw activation units."""
+    top_k: int
+    """Latents that may fire on one row."""
     config: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: model, hook, run_id, data digest, seed, constants, final metrics."""
     threshold: Tensor | None = None
     """[F], in x' units: codes up to it are 0. None: the k largest fire."""
 
     @property
-    def W_enc(self) -> Tensor:
-        """Encoder rows [F, D], acting on x'."""
-        return self.module.encoder.weight
-
-    @property
-    def b_enc(self) -> Tensor:
-        """Encoder bias [F], in x' units."""
-        return self.module.encoder.bias
-
-    @property
-    def W_dec(self) -> Tensor:
-        """Dictionary [F, D], rows of unit norm."""
-        return self.module.get_dictionary()
-
-    @property
-    def top_k(self) -> int:
-        return self.module.top_k
-
-    @property
     def n_latents(self) -> int:
-        return self.module.nb_concepts
+        return len(self.W_dec)
+
+    def overcomplete(self) -> nn.Module:
+        """overcomplete's TopKSAE with these weights, on x', in eval mode, without gradients; it shares their memory.
+
+        Raises InputError where a threshold decides what fires, which that class does not know.
+        """
+        from overcomplete.sae import TopKSAE  # encode and decode do without it
+
+        if self.threshold is not None:
+            raise InputError("overcomplete's TopKSAE has no thresholds; use encode and decode")
+        n_inputs, device = self.W_dec.shape[1], str(self.W_dec.device)
+        # Its start is drawn, on "meta" without memory, and thrown away. After eval(), which normalises the dictionary
+        # into the copy that it decodes with, both are set as they are: normalising anew would change their last digit.
+        with torch.random.fork_rng(devices=[]):
+            module = TopKSAE(n_inputs, nb_concepts=self.n_latents, top_k=self.top_k, device="meta").untied(bias=True).eval()
+        module.encoder.weight, module.encoder.bias = nn.Parameter(self.W_enc), nn.Parameter(self.b_enc)
+        dictionary = module.dictionary
+        dictionary._weights, dictionary._fused_dictionary = nn.Parameter(self.W_dec), self.W_dec
+        dictionary.multiplier = torch.zeros((), device=self.W_dec.device)
+        module.device = dictionary.device = device
+        return module.requires_grad_(False)
 
     def to(self, device: torch.device | str) -> "SAE":
-        """A copy on `device`; overcomplete's fused dictionary would otherwise stay where it was."""
+        """A copy on `device`."""
         return make_sae(self.W_enc, self.b_enc, self.W_dec, self.mean, self.scale, self.top_k, self.config, device, self.threshold)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of raw activations x [N, D]: values [N, k] in x' units, descending, and latent indices [N, k].
 
-        A value of 0 is a slot that did not fire (TopK follows ReLU, so fewer than k may).
+        A value of 0 is a slot that did not fire (TopK follows ReLU, so fewer than k may). Raises InputError for rows
+        of another shape.
         """
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
+            raise InputError(f"this SAE takes rows of shape [N, {len(self.mean)}], not {list(x.shape)}")
         parts = []
         for rows in x.split(ENCODE_ROWS):
             pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
@@ -89,7 +99,7 @@ class SAE:
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Reconstruction [N, D] in raw activation units, from sparse codes [N, k]; costs k rows, not F."""
-        rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+        rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values.to(self.W_dec.dtype), mode="sum")
         return self.scale * rebuilt + self.mean
 
 
@@ -97,7 +107,7 @@ def make_sae(
     W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, mean: Tensor, scale: float, top_k: int,
     config: dict[str, Any] | None = None, device: torch.device | str = "cpu", threshold: Tensor | None = None,
 ) -> SAE:
-    """An SAE from its tensors; see the module for shapes. Rows of W_dec are normalised.
+    """An SAE from copies of its tensors in float32; see the module for shapes. Rows of W_dec are normalised.
 
     threshold [F]: what a code must exceed, at least 0. Raises InputError if shapes disagree, top_k exceeds the number
     of latents or a threshold is negative.
@@ -109,21 +119,14 @@ def make_sae(
         raise InputError(f"TOP_K={top_k} must be between 1 and the number of latents, {n_latents}")
     if threshold is not None and (threshold.shape != b_enc.shape or (threshold < 0).any()):
         raise InputError(f"thresholds of shape {tuple(threshold.shape)} must be {n_latents} numbers from 0 up")
-    module = TopKSAE(n_inputs, nb_concepts=n_latents, top_k=top_k, device=str(device)).untied(bias=True)
-    unit = W_dec.detach().float().to(device, copy=True)
-    if (unit.norm(dim=1) - 1).abs().max() > 1e-6:
-        unit = functional.normalize(unit.double(), dim=1).float()
-    with torch.no_grad():
-        module.encoder.weight.copy_(W_enc)
-        module.encoder.bias.copy_(b_enc)
-    module.requires_grad_(False).eval()
-    # eval() has just normalised the random start into the copy that eval mode decodes with. Both are set here, as
-    # they are: normalising unit rows once more would change their last digit at each save and load.
-    module.dictionary._weights.data = module.dictionary._fused_dictionary = unit
-    kept = None if threshold is None else threshold.detach().float().to(device)
+    # Unit rows are kept as they are: normalising them once more would change their last digit at each save and load.
+    if (W_dec.detach().float().norm(dim=1) - 1).abs().max() > 1e-6:
+        W_dec = functional.normalize(W_dec.detach().cpu().double(), dim=1)
+    encoder, bias, dictionary, centre = (tensor.detach().float().to(device, copy=True) for tensor in (W_enc, b_enc, W_dec, mean))
+    kept = None if threshold is None else threshold.detach().float().to(device, copy=True)
     # The scale as the file keeps it, in float32: the hash of an SAE is then that of its file.
     in_file = float(torch.tensor(scale, dtype=torch.float32))
-    return SAE(module, mean.detach().float().to(device), in_file, dict(config or {}), kept)
+    return SAE(encoder, bias, dictionary, centre, in_file, top_k, dict(config or {}), kept)
 
 
 def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:

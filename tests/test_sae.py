@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.environment import InputError
 from lib.sae import load_sae, make_sae, require_trained_on, sae_hash, save_sae
@@ -34,9 +35,52 @@ def dense(values, indices, n_latents):
 def test_codes_and_reconstruction_are_overcompletes(sae, x):
     values, indices = sae.encode(x)
     scaled = (x - sae.mean) / sae.scale
-    _, codes, rebuilt = sae.module(scaled)
+    _, codes, rebuilt = sae.overcomplete()(scaled)
     torch.testing.assert_close(dense(values, indices, 40), codes, rtol=0, atol=0)
     torch.testing.assert_close(sae.decode(values, indices), sae.scale * rebuilt + sae.mean)
+
+
+def test_overcompletes_module_shares_the_weights_and_refuses_thresholds(sae):
+    module = sae.overcomplete()
+    assert module.get_dictionary().data_ptr() == sae.W_dec.data_ptr() and module.encoder.weight.data_ptr() == sae.W_enc.data_ptr()
+    assert not module.training and not any(p.requires_grad for p in module.parameters()) and module.top_k == 5
+    with pytest.raises(InputError, match="no thresholds"):
+        make_sae(sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, 1.0, 5, threshold=torch.ones(40)).overcomplete()
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the new tensors of a given number of elements."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        self.count += isinstance(out, torch.Tensor) and out.numel() == self.numel and out.untyped_storage().data_ptr() not in known
+        return out
+
+
+def test_making_an_sae_copies_each_matrix_once_and_draws_nothing(sae):
+    before = torch.get_rng_state()
+    with Sizes(40 * 12) as sizes:
+        made = make_sae(sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, sae.scale, 5)
+    assert sizes.count == 2 and made.W_dec.data_ptr() != sae.W_dec.data_ptr()
+    made.overcomplete()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 1), (3, 13), (2, 3, 12)])
+def test_rows_of_another_shape_are_refused(sae, shape):
+    with pytest.raises(InputError, match=r"\[N, 12\]"):
+        sae.encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.double(), lambda x: x.T.contiguous().T, lambda x: torch.stack([x, -x], 1)[:, 0]])
+def test_precision_and_memory_layout_of_the_rows_do_not_matter(sae, x, change):
+    for mine, theirs in zip(sae.encode(change(x)), sae.encode(x)):
+        assert torch.equal(mine, theirs)
 
 
 def test_codes_follow_the_formula(sae, x):
