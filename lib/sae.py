@@ -143,6 +143,7 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     state = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
     content = {
         "schema_version": SCHEMA_VERSION,
+        "sae_hash": sae_hash(sae),
         "config": config,
         "state": state,
         "probe": {"x": probe, "values": values.cpu(), "indices": indices.cpu()},
@@ -152,19 +153,52 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
 
 
 def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
-    """Load what save_sae wrote. Raises InputError if it is missing, damaged, of another schema, or if the codes of
-    its probe rows come out differently."""
+    """Load what save_sae wrote. Raises InputError if it is missing, damaged or of another schema, if its weights are not
+    those that were saved, or if the codes of its probe rows differ by more than rounding explains."""
     content = read_torch(path, "run 02_train_sae.py first")
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is no SAE of schema {SCHEMA_VERSION}; train it again or convert it")
     state, config, probe = content["state"], content["config"], content["probe"]
     weights = (state["W_enc"], state["b_enc"], state["W_dec"], state["mean"])
     sae = make_sae(*weights, state["scale"].item(), config["top_k"], config, device, state.get("threshold"))
-    values, _ = sae.encode(probe["x"].to(device))
-    # Values, not indices: two codes that are equal to the last digit may swap places on another machine.
-    if not torch.allclose(values.cpu(), probe["values"], rtol=1e-3, atol=1e-4):
-        raise InputError(f"{path}: its codes of the {len(values)} stored rows come out differently; the file was altered")
+    if content.get("sae_hash", sae_hash(sae)) != sae_hash(sae):
+        raise InputError(f"{path}: its weights are not those that were saved; the file was altered, so train the SAE again")
+    if not (error := reload_error(sae, probe)) <= 1:
+        raise InputError(
+            f"{path}: the codes of its stored rows come out {error:.3g} times further from the stored ones than float32 rounding"
+            " explains; the file was altered, or this device multiplies float32 in a lower precision"
+        )
     return sae
+
+
+@torch.no_grad()
+def reload_error(sae: SAE, probe: dict[str, Tensor]) -> float:
+    """How far the codes of the probe's rows are from those stored beside them, over what rounding explains: at most 1.
+
+    probe: x [N, D], values and indices [N, k], as save_sae writes them. A float32 sum of n products errs by at most
+    n u / (1 - n u) times the sum of their absolute values, in whatever order it is taken, with u = 2^-24 (Higham 2002,
+    Accuracy and Stability of Numerical Algorithms, section 3.1), so two devices differ by at most twice that; n is D, 1
+    for the bias and 2 for a GPU that divides by multiplying with the inverse. Latents
+    that are equal to rounding may take each other's place: each stored code has to be right, and no other latent may
+    exceed the least of them by more. inf where the number of codes is another.
+    """
+    x, values, indices = (probe[name].to(sae.mean.device) for name in ("x", "values", "indices"))
+    if values.shape[1] != sae.top_k:
+        return float("inf")
+    scaled = (x - sae.mean) / sae.scale
+    pre = functional.linear(scaled, sae.W_enc, sae.b_enc)
+    n_terms = (len(sae.mean) + 3) * 2.0**-24
+    magnitude = functional.linear(scaled.abs(), sae.W_enc.abs(), sae.b_enc.abs()).amax(1, keepdim=True)
+    allowed = 2 * n_terms / (1 - n_terms) * magnitude
+    fired = values > 0
+    wrong = ((pre.gather(1, indices) - values).abs() * fired).amax(1)
+    # What did not fire stays below the least code of a full row, or below its threshold, or below 0.
+    floor = torch.zeros_like(sae.b_enc) if sae.threshold is None else sae.threshold
+    limit = torch.maximum(values.amin(1, keepdim=True), floor)
+    others = torch.ones_like(pre).scatter_reduce(1, indices, (~fired).to(pre), "amin")
+    over = ((pre - limit).clamp(min=0) * others).amax(1)
+    under = ((floor[indices] - values).clamp(min=0) * fired).amax(1)
+    return float((torch.stack([wrong, over, under]).amax(0) / allowed[:, 0].clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
 def sae_hash(sae: SAE) -> str:

@@ -7,7 +7,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.environment import InputError
-from lib.sae import load_sae, make_sae, require_trained_on, sae_hash, save_sae
+from lib.sae import load_sae, make_sae, reload_error, require_trained_on, sae_hash, save_sae
+from lib.verification import check
 
 
 def random_sae(n_inputs=12, n_latents=40, top_k=5, scale=7.0, offset=20.0, seed=0):
@@ -138,15 +139,72 @@ def test_saving_twice_gives_the_same_bytes(sae, x, tmp_path):
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
-@pytest.mark.parametrize("part", ["W_enc", "b_enc", "mean", "scale"])
+def edit_file(path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("n_inputs, n_latents, offset", [(12, 40, 20.0), (768, 1000, 0.1), (64, 8, 1e4)])
+def test_codes_summed_in_another_order_load_and_pass(tmp_path, n_inputs, n_latents, offset):
+    """What a GPU, another processor or another number of threads would have stored."""
+    sae, path = random_sae(n_inputs, n_latents, offset=offset), tmp_path / "topk_sae.pt"
+    x = sae.mean + sae.scale * torch.randn(64, n_inputs, generator=torch.Generator().manual_seed(2))
+    save_sae(sae, path, x)
+    order = torch.randperm(n_inputs, generator=torch.Generator().manual_seed(3))
+    scaled = ((x - sae.mean) / sae.scale)[:, order]
+    for pre in (scaled @ sae.W_enc[:, order].T + sae.b_enc, (scaled.double() @ sae.W_enc[:, order].double().T + sae.b_enc).float()):
+        values, indices = pre.relu().topk(5, dim=1)
+        probe = {"x": x, "values": values, "indices": indices}
+        assert not torch.equal(values, sae.encode(x)[0])
+        assert 0 < reload_error(sae, probe) < 1 and check("reload", reload_error(sae, probe))["verdict"] == "PASS"
+        edit_file(path, lambda content, probe=probe: content.update(probe=probe))
+        load_sae(path)
+
+
+def test_latents_that_tie_may_take_each_others_place():
+    sae = random_sae()
+    sae.W_enc[1], sae.b_enc[1] = sae.W_enc[0], sae.b_enc[0] + 1e-8
+    sae.W_enc[:2] *= 3  # among the largest of many rows, and one of the two the least that fires in some
+    x = sae.mean + sae.scale * torch.randn(64, 12, generator=torch.Generator().manual_seed(1))
+    values, indices = sae.encode(x)
+    swapped = torch.where(indices == 0, 1, torch.where(indices == 1, 0, indices))
+    assert not torch.equal(swapped, indices) and reload_error(sae, {"x": x, "values": values, "indices": swapped}) < 1
+
+
+@pytest.mark.parametrize("part", ["W_enc", "b_enc", "W_dec", "mean", "scale", "top_k"])
 def test_altered_weights_are_noticed(sae, x, tmp_path, part):
     path = tmp_path / "topk_sae.pt"
     save_sae(sae, path, x)
-    content = torch.load(path, weights_only=True)
-    content["state"][part] += 0.1
-    torch.save(content, path)
+
+    def alter(content):
+        if part == "top_k":
+            content["config"]["top_k"] = 6
+        else:
+            content["state"][part].view(-1)[0] += 1e-3
+
+    edit_file(path, alter)
     with pytest.raises(InputError, match="altered"):
         load_sae(path)
+
+
+@pytest.mark.parametrize("part", ["W_enc", "b_enc", "mean", "scale", "threshold"])
+def test_codes_tell_altered_weights_that_the_hash_does_not(sae, x, part):
+    """The check of notebook 03: one number of what each row's largest code is made of, changed by 1e-3."""
+    threshold = torch.full((40,), 0.5)
+    sae = make_sae(sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, sae.scale, 20, threshold=threshold)
+    values, indices = sae.encode(x[:64])
+    probe = {"x": x[:64], "values": values, "indices": indices}
+    assert reload_error(sae, probe) == 0
+    latent = int(indices[0, 0])
+    if part == "scale":
+        sae.scale *= 1.001
+    elif part == "threshold":
+        sae.threshold[latent] = values[indices == latent].max() + 1e-3
+    else:
+        getattr(sae, part)[latent if part != "mean" else 0] += 1e-3
+    assert check("reload", reload_error(sae, probe))["verdict"] == "FAIL"
+    assert reload_error(sae, probe | {"values": values[:, :4]}) == float("inf")
 
 
 def test_missing_damaged_and_foreign_files_are_named(sae, x, tmp_path):
