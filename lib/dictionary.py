@@ -1,140 +1,244 @@
-"""The concept dictionary: concepts.json, its schema, the same as YAML or as a table, two of them merged, and search.
+"""The concept dictionary concepts.json: written, edited, exported, merged, searched; what a person wrote is never lost.
 
-lib/concepts.schema.json is the schema (JSON Schema 2020-12), with a description of every field. A dictionary is about
-one SAE, told by its sae_hash. JSON and YAML hold all of it; a table (CSV) holds what people read and edit.
+    write_concepts(path, header, named)              # what a step made; people's names stay
+    edit_concepts(path, lambda content: ...)         # what a person wants
+    content = read_concepts(path, sae_hash(sae))
+
+A dictionary is about one SAE, told by its sae_hash. Beside it stands the same as a table, concepts.csv, which people
+edit: before anything is written the edits in it are taken in. Formats and checks: lib/concept_formats.py.
 """
-import csv
-import io
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jsonschema
+import filelock
 
+from lib.concept_formats import (
+    EDITABLE,
+    YAML_ENDINGS,
+    Concepts,
+    Line,
+    as_read,
+    as_yaml,
+    check,
+    concepts_to_csv,
+    digest,
+    load,
+    read_table,
+    to_write,
+)  # fmt: skip
 from lib.environment import InputError, log
-from lib.files import read_json, write_json, write_text
+from lib.files import write_json, write_text
 
-SCHEMA = json.loads(Path(__file__).with_name("concepts.schema.json").read_text(encoding="utf-8"))
-SCHEMA_VERSION = SCHEMA["properties"]["schema_version"]["const"]
-CSV_COLUMNS = ("latent", "name", "description", "notes", "edited_by", "source", "backend", "model", "judge", "score")
-EDITABLE = ("name", "description", "notes", "edited_by")
-ENDINGS = (".json", ".yaml", ".yml", ".csv")
-Concepts = dict[int, dict[str, Any]]
+ENDINGS = (".json", *YAML_ENDINGS, ".csv")
+PATIENCE = 120  # seconds that one process waits for another one's change of the same dictionary
 
 
-def write_concepts(path: Path, header: dict[str, Any], named: Concepts) -> Concepts:
-    """Write concepts.json and return what it now holds. header: sae_hash, run_id, model_id, hook, n_latents.
+def write_concepts(path: Path, header: dict[str, Any], named: Concepts, dead: Iterable[int] = ()) -> Concepts:
+    """Write concepts.json and concepts.csv, and return what they now hold.
 
-    Entries with source "human" in the file that is there are kept, unless `named` has a person's own for the same
-    latent. If that file is about another SAE, it is moved aside to concepts_<its sae_hash>.json, so that nothing a
-    person wrote is lost.
+    header: sae_hash, run_id, model_id, hook, n_latents.
+
+    Names by people stay: those in the files that are there, unless `named` has a person's own for the same latent, and
+    those in concepts_<sae_hash>.json, where the dictionary of an SAE is kept while concepts.json is about another one.
     """
-    kept: Concepts = {}
-    if path.exists():
-        old = read_concepts(path)
-        if old["sae_hash"] == header["sae_hash"]:
-            newer = {latent for latent, entry in named.items() if entry["source"] == "human"}
-            kept = {i: entry for i, entry in old["concepts"].items() if entry["source"] == "human" and i not in newer}
+    with _alone(path):
+        kept: Concepts = {}
+        if not path.exists():
+            _keep_edited(path.with_suffix(".csv"))
         else:
-            aside = path.with_name(f"{path.stem}_{old['sae_hash']}.json")
-            os.replace(path, aside)
-            log.info("%s was about another SAE and is now %s", path.name, aside.name)
-    concepts = dict(sorted((named | kept).items()))
-    write_json(path, _content(header, concepts))
-    return concepts
+            old = _present(path, dead, header["sae_hash"])
+            if old["sae_hash"] == header["sae_hash"]:
+                kept = _by_people(old["concepts"])
+            else:
+                aside = _aside(path, old["sae_hash"])
+                _write(aside, _with_aside(path, old))
+                log.warning("%s was about another SAE; its names are now in %s", path.name, aside.name)
+        mine = named | kept | _by_people(named)
+        content = _with_aside(path, {**header, "concepts": dict(sorted(mine.items()))})
+        _write(path, content, dead)
+        concepts_to_csv(content["concepts"], path.with_suffix(".csv"), header["sae_hash"])
+        _aside(path, header["sae_hash"]).unlink(missing_ok=True)
+    return content["concepts"]
+
+
+def edit_concepts(
+    path: Path, change: Callable[[dict[str, Any]], Concepts], dead: Iterable[int] = ()
+) -> dict[str, Any]:  # fmt: skip
+    """Replace the concepts of a dictionary by change(content); two processes do so one after the other.
+
+    The result is checked before anything is written. Returns what the file now holds, as read_concepts does.
+    """
+    with _alone(path):
+        content = _present(path, dead)
+        content |= {"concepts": dict(sorted(change(content).items()))}
+        _write(path, content, dead)
+        concepts_to_csv(content["concepts"], path.with_suffix(".csv"), content["sae_hash"])
+    return content
 
 
 def read_concepts(path: Path, sae_hash: str | None = None, dead: Iterable[int] = ()) -> dict[str, Any]:
     """Read and check a dictionary, .json or .yaml; the keys of "concepts" become int.
 
-    Raises InputError for a missing or damaged file, anything that breaks the schema, a latent the SAE does not have, a
-    file about another SAE than `sae_hash`, and a name for a latent in `dead`.
+    An entry that was edited since a step wrote it comes with source "human". Raises InputError for a missing or damaged
+    file, anything that breaks the schema, a latent the SAE does not have, a file about another SAE than `sae_hash`, and
+    a name for a latent in `dead`.
     """
-    content = _read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"{path} is no concept dictionary of schema {SCHEMA_VERSION}; run 04_name_sae_concepts.ipynb again")
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SCHEMA).iter_errors(content))
-    if error is not None:
-        where = ": ".join(map(str, error.absolute_path)).replace("concepts: ", "latent ", 1) or "top level"
-        raise InputError(f"{path}, {where}: {' '.join(error.message.split())[:200]}; lib/concepts.schema.json has the format")
-    if sae_hash is not None and content["sae_hash"] != sae_hash:
-        other = f"names the latents of another SAE ({content['sae_hash']}, not {sae_hash})"
-        raise InputError(f"{path} {other}; run 04_name_sae_concepts.ipynb again")
-    concepts, dead = {int(key): entry for key, entry in content["concepts"].items()}, set(dead)
-    for latent in concepts:
-        if latent >= content["n_latents"]:
-            raise InputError(f"{path} names latent {latent}, but the SAE has latents 0 to {content['n_latents'] - 1}")
-        if latent in dead:
-            raise InputError(f"{path} names latent {latent}, which never fires; delete that entry")
-    return content | {"concepts": concepts}
+    return as_read(check(load(path), path, sae_hash, dead))
 
 
-def _content(header: dict[str, Any], concepts: Concepts) -> dict[str, Any]:
-    by_key = {str(latent): entry for latent, entry in concepts.items()}
-    return {"schema_version": SCHEMA_VERSION, **header, "concepts": by_key}
-
-
-def _yaml() -> Any:
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a dictionary for this process, so that nothing is written between its reading and its writing."""
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=PATIENCE)
     try:
-        import yaml
-    except ImportError:
-        raise InputError("YAML needs the package PyYAML: pip install pyyaml, or use .json or .csv") from None
-    return yaml
-
-
-def _read_yaml(path: Path) -> Any:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{path} is in use by another process; wait until it ends") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be written ({error.strerror})") from None
     try:
-        content = _yaml().safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except _yaml().YAMLError as error:
-        raise InputError(f"{path} is no YAML ({' '.join(str(error).split())[:160]})") from None
-    if isinstance(content, dict) and isinstance(content.get("concepts"), dict):
-        content["concepts"] = {str(key): entry for key, entry in content["concepts"].items()}
-    return content
+        yield
+    finally:
+        lock.release()
+
+
+def _present(path: Path, dead: Iterable[int] = (), sae_hash: str | None = None) -> dict[str, Any]:
+    """The dictionary at `path` with what a person edited in the table beside it. dead: of `sae_hash`, if it says so.
+
+    A table whose edits can't be taken in is kept under another name; the log says so.
+    """
+    content, table = read_concepts(path), path.with_suffix(".csv")
+    if not table.exists():
+        return content
+    try:
+        lines = read_table(table)
+        edited, conflicts = _edited(content["concepts"], lines, content["sae_hash"], table)
+        if edited != content["concepts"] and not any(line.made for line in lines):
+            raise InputError(f"{table} has no column stamp, which tells edits from old names; set MERGE to it")
+        check(to_write({**content, "concepts": {}}, edited), table, dead=dead if sae_hash in (None, content["sae_hash"]) else ())
+        if conflicts:
+            raise InputError(f"{table} and {path.name} were both edited at latent {conflicts[0].latent}")
+    except InputError as error:
+        _keep(table, str(error))
+        return content
+    changed = sum(content["concepts"].get(latent) != entry for latent, entry in edited.items())
+    if changed:
+        log.warning("%d concepts were edited in %s; they are now in %s, as a person's", changed, table.name, path.name)
+    return content | {"concepts": edited}
+
+
+def _keep_edited(table: Path) -> None:
+    """Keep a table without a dictionary under another name, if a person edited it."""
+    try:
+        if table.exists() and any(line.made != digest(line.latent, line.new) for line in read_table(table)):
+            _keep(table, f"{table} was edited, and the concepts.json that it belongs to is gone")
+    except InputError as error:
+        _keep(table, str(error))
+
+
+def _keep(table: Path, why: str) -> None:
+    kept = _free(table.with_name(f"{table.stem}_edited.csv"))
+    os.replace(table, kept)
+    log.warning("%s; the table is kept as %s, and its edits are not in concepts.json", why, kept.name)
+
+
+def _aside(path: Path, sae_hash: str) -> Path:
+    """Where the dictionary of an SAE is kept while the file at `path` is about another one."""
+    return path.with_name(f"{path.stem}_{sae_hash}.json")
+
+
+def _with_aside(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The content with the people's names that were set aside for its SAE; a file that disagrees gets a free name."""
+    aside = _aside(path, content["sae_hash"])
+    if not aside.exists():
+        return content
+    people, theirs = _by_people(content["concepts"]), _by_people(read_concepts(aside, content["sae_hash"])["concepts"])
+    both = people.keys() & theirs.keys()
+    if any(digest(latent, theirs[latent]) != digest(latent, people[latent]) for latent in both):
+        kept = _free(aside.with_name(f"{aside.stem}_older.json"))
+        os.replace(aside, kept)
+        log.warning("%s has other names by people than %s; it is kept as %s", aside.name, path.name, kept.name)
+    return content | {"concepts": dict(sorted((content["concepts"] | theirs | people).items()))}
+
+
+def _by_people(concepts: Concepts) -> Concepts:
+    return {latent: entry for latent, entry in concepts.items() if entry["source"] == "human"}
+
+
+def _free(path: Path) -> Path:
+    """`path`, or with a number if there is one already."""
+    numbered = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
+
+
+def _write(path: Path, content: dict[str, Any], dead: Iterable[int] = ()) -> None:
+    header = {key: value for key, value in content.items() if key not in ("schema_version", "concepts")}
+    write_json(path, check(to_write(header, content["concepts"]), path, dead=dead))
 
 
 def export_concepts(content: dict[str, Any], path: Path) -> None:
-    """Write a dictionary (what read_concepts returns) as .json, .yaml or .csv, by the path's ending."""
-    header = {key: value for key, value in content.items() if key != "concepts"}
+    """Write a dictionary (what read_concepts returns) as .json, .yaml or .csv, by the path's ending.
+
+    Raises InputError for another ending and for a file that is there: somebody may have edited it.
+    """
+    require_new(path)
     if path.suffix == ".csv":
-        concepts_to_csv(content["concepts"], path)
+        concepts_to_csv(content["concepts"], path, content["sae_hash"])
     elif path.suffix == ".json":
-        write_json(path, _content(header, content["concepts"]))
-    elif path.suffix in ENDINGS:
-        whole = {**header, "concepts": content["concepts"]}
-        write_text(path, _yaml().safe_dump(whole, sort_keys=False, allow_unicode=True, width=120))
+        _write(path, content)
     else:
+        header = {key: value for key, value in content.items() if key != "concepts"}
+        write_text(path, as_yaml(to_write(header, content["concepts"])))
+
+
+def require_new(path: Path) -> None:
+    """Raise InputError if export_concepts would refuse this path."""
+    if path.suffix not in ENDINGS:
         raise InputError(f"{path.name} has no known ending; use {', '.join(ENDINGS)}")
+    if os.path.lexists(path):
+        raise InputError(f"{path} already exists; choose another name, or move it away")
 
 
-def concepts_to_csv(concepts: Concepts, path: Path) -> None:
-    """Write a table that a person can edit: one concept a line."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, CSV_COLUMNS, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows({"latent": latent, **entry} for latent, entry in concepts.items())
-    write_text(path, buffer.getvalue())
+def concepts_from_csv(
+    path: Path | str, concepts: Concepts, sae_hash: str | None = None, conflicts: list["Conflict"] | None = None
+) -> Concepts:
+    """The concepts with a table's edits: where name, description or notes differ, the source becomes "human".
 
-
-def concepts_from_csv(path: Path | str, concepts: Concepts) -> Concepts:
-    """The concepts with the table's changes: where name, description or notes differ, the source becomes "human"."""
-    changed = dict(concepts)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    for line in lines:
-        if not (line.get("latent") or "").isdigit() or not line.get("name"):
-            raise InputError(f"{path}: every line needs a latent's number and a name")
-        entry = changed.get(int(line["latent"]), {})
-        new = {key: line[key] for key in EDITABLE if line.get(key) is not None}
-        if any((entry.get(key) or "") != value for key, value in new.items()):
-            changed[int(line["latent"])] = entry | new | {"source": "human"}
+    A line that nobody edited since it was exported changes nothing. conflicts: gets the latents that another person has
+    renamed since the export; their names stay. Raises InputError for a table that is damaged or about another SAE.
+    """
+    changed, found = _edited(concepts, read_table(Path(path)), sae_hash, Path(path))
+    if conflicts is not None:
+        conflicts.extend(found)
     return changed
+
+
+def _edited(
+    concepts: Concepts, lines: list[Line], sae_hash: str | None, path: Path
+) -> tuple[Concepts, list["Conflict"]]:  # fmt: skip
+    changed, conflicts = dict(concepts), []
+    for line in lines:
+        if line.sae_hash and sae_hash and line.sae_hash != sae_hash:
+            raise InputError(f"{path} names the latents of another SAE ({line.sae_hash}, not {sae_hash})")
+        entry = concepts.get(line.latent, {})
+        old = {key: entry.get(key) or "" for key in EDITABLE}
+        if line.made == digest(line.latent, line.new) or old | line.new == old:
+            continue
+        lossy = {key: text.encode("cp1252", "replace").decode("cp1252") for key, text in old.items()}
+        if any(old[key] != value == lossy[key] for key, value in line.new.items()):
+            lost = f"characters of latent {line.latent} were lost"
+            raise InputError(f"{path}: {lost}; save it in UTF-8 (in Excel: CSV UTF-8)")
+        if line.made and entry.get("source") == "human" and line.made != digest(line.latent, entry):
+            reason = "renamed since that table was exported"
+            conflicts.append(Conflict(line.latent, entry["name"], line.new["name"], reason))
+        else:
+            changed[line.latent] = entry | line.new | {"source": "human"}
+    return changed, conflicts
 
 
 class Conflict(NamedTuple):
@@ -153,6 +257,9 @@ def merge_concepts(mine: dict[str, Any], other: dict[str, Any]) -> tuple[Concept
     """
     if mine["sae_hash"] != other["sae_hash"]:
         raise InputError(f"the dictionaries name different SAEs ({mine['sae_hash']} and {other['sae_hash']})")
+    if mine["n_latents"] != other["n_latents"]:
+        sizes = f"{mine['n_latents']} and of {other['n_latents']}"
+        raise InputError(f"the dictionaries are of {sizes} latents; one is damaged")
     merged, conflicts = other["concepts"] | mine["concepts"], []
     for latent in sorted(mine["concepts"].keys() & other["concepts"].keys()):
         first, second = mine["concepts"][latent], other["concepts"][latent]
@@ -167,8 +274,8 @@ def merge_concepts(mine: dict[str, Any], other: dict[str, Any]) -> tuple[Concept
 
 
 def search_concepts(concepts: Concepts, query: str) -> list[int]:
-    """Latents whose name, description or notes have all words of the query, whatever the case: those whose name has them
-    first, then by score."""
+    """Latents whose name, description or notes have all words of the query, whatever the case: those whose name has
+    them first, then by score."""
     words = query.lower().split()
     found = []
     for latent, entry in concepts.items():

@@ -20,15 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN
+from lib.concept_formats import EDITABLE, STALE, Concepts
 from lib.concept_names import codes_matrix, score_rule, score_words, used_rows
 from lib.concepts import Codes
-from lib.dictionary import Concepts
 from lib.language_models import Chat, ask_json, question_key
 
 N_FIRING, N_SILENT = 10, 6  # contexts from which a name is made
 N_JUDGED = 10  # held-out contexts that fire, and as many silent ones, by which it is scored
 WINDOW = (16, 6)  # tokens before and after the marked one
-STALE = ("rule", "confidence")  # said of the name that was there before a person's
 MAX_NAME, MAX_DESCRIPTION = 80, 400  # characters
 NAME = """A unit inside a language model fires on some tokens of a text and is silent on the others.
 In each line one token is marked <<like this>>. The unit has read the text up to that token only.
@@ -147,6 +146,15 @@ def score_people(
     else:
         scores = {i: judge(chat, contexts, i, e["name"], e.get("description") or "", cache) for i, e in new.items()}
     return {i: {k: v for k, v in e.items() if k not in STALE} | {"scored_name": e["name"]} | scores[i] for i, e in new.items()}
+
+
+def with_scores(concepts: Concepts, scored: Concepts) -> Concepts:
+    """The concepts with what score_people returned, which may have taken hours: a name changed meanwhile stays unscored."""
+    now = dict(concepts)
+    for latent, entry in scored.items():
+        if now.get(latent, {}).get("name") == entry["scored_name"]:
+            now[latent] = entry | {key: now[latent][key] for key in EDITABLE if key in now[latent]}
+    return now
 
 
 def judge(chat: Chat, contexts: Contexts, latent: int, name: str, description: str, cache: Path) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib import chat_servers
+from lib.concept_formats import concepts_to_csv
 from lib.concept_names import score_words
-from lib.dictionary import concepts_from_csv, concepts_to_csv, read_concepts, write_concepts
+from lib.dictionary import concepts_from_csv, read_concepts, write_concepts
 from lib.environment import InputError
 from lib.language_models import ask_json, find_json, open_chat
-from lib.naming import Contexts, check_name, check_verdict, cost_estimate, judge, name_with, score_people
+from lib.naming import Contexts, check_name, check_verdict, cost_estimate, judge, name_with, score_people, with_scores
 
 KEY = "sk-test-0123456789"
 GOOD = {"name": "dogs", "description": "The word dog.", "confidence": 0.9}
@@ -337,6 +338,9 @@ def test_what_a_person_wrote_stays_and_gets_a_score(serve, contexts, tmp_path):
     judged = score_people(concepts, contexts.codes, is_val, chat, contexts, cache)[0]
     assert judged["judge"] == "tiny" and judged["name"] == "dogs and birds" and judged["source"] == "human"
     named = name_with(chat, contexts, [0, 2], cache, progress=False)
+    meanwhile = concepts[0] | {"notes": "seen"}
+    assert with_scores(named | {0: meanwhile}, {0: judged})[0] == judged | {"notes": "seen"}
+    assert with_scores({0: meanwhile | {"name": "other"}}, {0: judged}) == {0: meanwhile | {"name": "other"}}
     concepts = write_concepts(path, HEADER, named | {0: judged})
     assert write_concepts(path, HEADER, named) == concepts == read_concepts(path)["concepts"]
     assert [concepts[i]["name"] for i in (0, 2)] == ["dogs and birds", "dogs"]

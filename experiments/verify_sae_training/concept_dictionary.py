@@ -4,17 +4,26 @@
     python concept_dictionary.py EXPORT=concepts.yaml            # or .csv, .json; people edit these
     python concept_dictionary.py MERGE=concepts.yaml             # an edited one back, or a colleague's
 
-A merged .csv is a table of edits: what it changes becomes a person's. In .yaml and .json an entry that a person edits
-needs `source: human`. Of two names for one latent a person's is kept,
-else the one that is there; every difference is told.
+What a person edited in any of them becomes that person's, with or without `source: human`. Of two names for one latent
+a person's is kept, else the one that is there; every difference is told. A file that is there is never overwritten.
 
 Reads and writes store/verify_sae_training/concepts.json
 """
 from pathlib import Path
 
+from lib.concept_formats import check, to_write
 from lib.constants import override
-from lib.dictionary import concepts_from_csv, export_concepts, merge_concepts, read_concepts, search_concepts, write_concepts
+from lib.dictionary import (
+    concepts_from_csv,
+    edit_concepts,
+    export_concepts,
+    merge_concepts,
+    read_concepts,
+    require_new,
+    search_concepts,
+)  # fmt: skip
 from lib.environment import run
+from lib.files import read_tensors
 from lib.store import experiment_dir
 
 MERGE: str | None = None   # file to merge into concepts.json: .json, .yaml or .csv; None: nothing
@@ -24,20 +33,29 @@ LIMIT = 20                 # concepts that a search shows
 CONSTANTS = override(globals())
 
 
-def merge(content, path, other):
-    """Merge the file `other` into the dictionary at `path`; returns what it now holds."""
+def merge(path, other):
+    """Merge the file `other` into the dictionary at `path`; returns what it now holds. Checks all before it writes."""
+    stats = path.with_name("latent_stats.safetensors")
+    dead = (read_tensors(stats)["fires"] == 0).nonzero()[:, 0].tolist() if stats.exists() else []
     conflicts: list = []
-    if other.suffix == ".csv":
-        merged = concepts_from_csv(other, content["concepts"])
-    else:
-        merged, conflicts = merge_concepts(content, read_concepts(other))
-    changed = sum(content["concepts"].get(latent) != entry for latent, entry in merged.items())
+    changed = 0
+
+    def change(content):
+        nonlocal changed
+        if other.suffix == ".csv":
+            merged = concepts_from_csv(other, content["concepts"], content["sae_hash"], conflicts)
+        else:
+            merged, differences = merge_concepts(content, read_concepts(other))
+            conflicts.extend(differences)
+        check(to_write({**content, "concepts": {}}, merged), other, dead=dead)
+        changed = sum(content["concepts"].get(latent) != entry for latent, entry in merged.items())
+        return merged
+
+    content = edit_concepts(path, change, dead)
     for conflict in conflicts:
         print(f"{conflict.latent}: kept {conflict.kept}, dropped {conflict.dropped} ({conflict.reason})")
-    header = {key: value for key, value in content.items() if key != "concepts"}
-    write_concepts(path, header, merged)
     print(f"merged {other}: {changed} concepts changed or new, {len(conflicts)} differences; {path}")
-    return read_concepts(path)
+    return content
 
 
 def main():
@@ -45,8 +63,10 @@ def main():
     content = read_concepts(path)
     people = sum(entry["source"] == "human" for entry in content["concepts"].values())
     print(f"{len(content['concepts'])} of {content['n_latents']} latents have a name, {people} by a person")
+    if EXPORT:
+        require_new(Path(EXPORT))  # before MERGE writes
     if MERGE:
-        content = merge(content, path, Path(MERGE))
+        content = merge(path, Path(MERGE))
     if EXPORT:
         export_concepts(content, Path(EXPORT))
         print(f"exported to {EXPORT}")
