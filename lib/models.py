@@ -1,5 +1,6 @@
 """Language models and their tokenizers, by hub name or local directory."""
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lib.environment import PROJECT, InputError, log
+from lib.blocks import blocks, input_device, n_embeddings
+from lib.environment import PROJECT, InputError, is_disk_full, is_out_of_memory, log
 from lib.files import fingerprint
-from lib.hooks import HookPoint, blocks
+from lib.hooks import HookPoint, resolve
 from lib.store import Run, store_root
 
 transformers.logging.set_verbosity_error()
@@ -52,7 +54,9 @@ def load_model(
     name: hub name or directory. bits: 8 or 4 quantises the linear layers, but for `whole_modules` (dotted paths).
     device_map: "auto" spreads the model over all GPUs, then memory, then disk; "disk" leaves every block on the disk
     and loads it when it runs, so that memory holds one block and what stands outside the blocks.
-    Raises InputError if the model can't be reached, is no transformers model, or needs a package that is not installed.
+    Of an encoder and decoder (T5, BART) the encoder is loaded.
+    Raises InputError if the model can't be reached, is damaged or incomplete, reads no text, or needs a package that is not
+    installed.
     """
     if bits not in (None, 4, 8):
         raise InputError(f"LOAD_BITS={bits} must be None, 4 or 8")
@@ -64,33 +68,84 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-        if trust_remote_code and hasattr(config, "auto_map"):
-            kind = transformers.AutoModelForCausalLM
+        kind = _class_of(config, name, trust_remote_code)
         if bits:
             options["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=[*whole_modules, "lm_head", "embed_out"],
             )  # fmt: skip
         if bits or device_map:
-            with torch.device("meta"):
-                empty = kind(config)
-            places = blocks_on_disk(empty, device) if device_map == "disk" else device_map or {"": device}
+            places = blocks_on_disk(_empty(kind, config, trust_remote_code), device) if device_map == "disk" else device_map or {"": device}
             options |= {"device_map": places, "offload_folder": store_root() / "offload"}
-        model = kind.from_pretrained(source, config=config, **options)
+        model, info = kind.from_pretrained(source, config=config, output_loading_info=True, **options)
+    except InputError:
+        raise
     except ImportError as error:
-        first = str(error).strip().splitlines()[0][:120]
-        raise InputError(f"LOAD_BITS and DEVICE_MAP need more ({first}); pip install bitsandbytes accelerate") from None
-    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"MODEL={name} needs a package that is missing ({first_line(error)}); LOAD_BITS and DEVICE_MAP: pip install bitsandbytes accelerate") from None
+    except Exception as error:  # transformers, safetensors and torch raise many kinds for what is damaged or unknown
+        if is_out_of_memory(error) or is_disk_full(error):
+            raise
         raise InputError(_reach(f"MODEL={name}", error)) from None
+    _check_complete(name, type(model).__name__, info)
+    if getattr(model.config, "is_encoder_decoder", False):
+        log.info("%s has an encoder and a decoder; its encoder is used", type(model).__name__)
+        model = model.get_encoder()
+    if n_embeddings(model) is None:
+        raise InputError(f"{type(model).__name__} does not read token ids; set MODEL to a language model or a text encoder")
     if not (bits or device_map):
         model.to(device)
+        found = next(model.parameters())
+        if found.device.type != device.type:
+            raise RuntimeError(f"the model is on {found.device}, not on {device}")
     model.eval()
-    found = next(model.parameters())
-    if found.device.type != device.type:
-        raise RuntimeError(f"the model is on {found.device}, not on {device}")
-    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, f"{model.num_parameters():,}", found.dtype, found.device)
+    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, f"{model.num_parameters():,}", model.dtype, input_device(model))
     return model
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160]
+
+
+def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:
+    """The class of model that the config names. Raises InputError if it names none that fits."""
+    if trust_remote_code and hasattr(config, "auto_map"):
+        return transformers.AutoModelForCausalLM
+    named = (getattr(config, "architectures", None) or [None])[0]
+    if named is None:
+        return transformers.AutoModel
+    kind = getattr(transformers, str(named), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        version = transformers.__version__
+        raise InputError(f"MODEL={name} is of the architecture {named}, which transformers {version} does not have; update transformers, or use another model")
+    if kind.config_class is not None and not isinstance(config, kind.config_class):
+        raise InputError(f"MODEL={name}: its config is of the type {config.model_type}, but names the architecture {named}; its config.json is damaged")
+    return kind
+
+
+def _empty(kind: Any, config: Any, trust_remote_code: bool) -> Any:
+    """The model without its weights."""
+    with torch.device("meta"):
+        if issubclass(kind, transformers.PreTrainedModel):
+            return kind(config)
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _check_complete(name: str, kind: str, info: dict[str, Any]) -> None:
+    """Raise InputError if a weight is not in the checkpoint, or in another shape: it would have been drawn at random.
+
+    A pooler is not missed: nothing reads it, and encoders are often saved without. What the checkpoint holds beyond the model is logged.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not re.search(r"(^|\.)pooler\.", key))
+    if missing:
+        raise InputError(f"MODEL={name}: its files lack {len(missing)} of the weights of {kind} ({', '.join(missing[:3])}); download it again, or correct config.json")
+    if info["mismatched_keys"]:
+        key, *shapes = next(iter(sorted(info["mismatched_keys"])))
+        raise InputError(f"MODEL={name}: {key} has the shape {tuple(shapes[0])}, not {tuple(shapes[1])} as config.json says; correct it or download the model again")
+    if info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        log.warning("%s has no place for %d weights of the files (%s ...)", kind, len(extra), ", ".join(extra[:3]))
 
 
 def blocks_on_disk(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -103,25 +158,25 @@ def blocks_on_disk(model: nn.Module, device: torch.device) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """Load a fast tokenizer (character offsets need one); a missing pad token becomes EOS, else 0.
+    """Load a fast tokenizer (character offsets need one); a missing pad token becomes EOS.
 
-    The pad id is only a filler: which tokens are real is told by the attention mask.
+    Without EOS it stays missing: any other token is a real one, and as "pad" would be taken for a special one
+    (lib.texts.filler_id gives an id to fill batches with).
     """
     source = str(local_path(name) or name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises many kinds, bare Exception among them, for files that are damaged
         raise InputError(_reach(f"the tokenizer of MODEL={name}", error)) from None
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {name} has no fast version, so no character offsets; use a model that has one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _reach(what: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{what} can't be loaded ({first[:160]}); set a local directory, or a hub name that this machine can reach"
+    return f"{what} can't be loaded ({first_line(error)}); set a local directory with whole files, or a hub name that this machine can reach"
 
 
 def model_identity(model: Any, name: str) -> dict[str, Any]:
@@ -166,9 +221,11 @@ def model_of_run(run: Run, hook: str, device: torch.device) -> tuple[Any, Any, H
     dtype = choose_dtype(constants["MODEL_DTYPE"], device)
     model = load_model(name, device, dtype, constants["TRUST_REMOTE_CODE"], constants.get("LOAD_BITS"), constants.get("DEVICE_MAP"))
     require_same_model(model, run.meta["model"])
-    return model, load_tokenizer(name, constants["TRUST_REMOTE_CODE"]), hook_of_run(run, hook)
+    point = hook_of_run(run, hook)
+    return model, load_tokenizer(name, constants["TRUST_REMOTE_CODE"]), resolve(model, point.path, point.point)
 
 
 def hook_of_run(run: Run, hook: str) -> HookPoint:
     """The hook point of that name, as the run's meta.json tells it."""
-    return next(HookPoint(**saved) for saved in run.meta["hooks"] if saved["signature"] == hook)
+    saved = next(saved for saved in run.meta["hooks"] if saved["signature"] == hook)
+    return HookPoint(saved["path"], saved["point"], saved["signature"])

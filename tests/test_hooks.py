@@ -58,8 +58,8 @@ def test_every_spelling_means_the_same_point():
         ("llama", "resid_post:3", "has blocks 0 to 2"),
         ("neox", "resid_mid:0", "parallel"),
         ("bert", "resid_mid:0", "resid_post"),
-        ("bert", "attn_out:0", "BertLayer has no attn_out"),
-        ("bert", "mlp_out:0", "BertLayer has no mlp_out"),
+        ("bert", "attn_out:0", "no part of BertLayer"),
+        ("bert", "mlp_out:0", "no part of BertLayer"),
     ],
 )
 def test_wrong_names_say_what_to_do(kind, name, message):
@@ -103,7 +103,7 @@ def test_hooks_are_removed_even_after_an_error():
 
 def test_a_point_that_is_never_reached_is_named():
     model = tiny_model("llama")
-    with pytest.raises(RuntimeError, match="lm_head"), capture(model, [resolve(model, "lm_head")]):
+    with pytest.raises(InputError, match="never reached lm_head"), capture(model, [resolve(model, "lm_head")]):
         model.model(IDS)
 
 

@@ -1,0 +1,190 @@
+"""The blocks of a transformer, what goes in and out of modules, and one trial pass that shows how a model runs."""
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lib.environment import InputError
+
+TEXTS, TOKENS = 2, 6  # of the trial pass
+Arguments = tuple[tuple, dict[str, Any]]
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and modules of the text model's blocks, which may be of several classes.
+
+    With a transformers config: the list as long as the config says, outside any other list (experts, parts of a block)
+    and any part with another config (a vision tower). Without: the longest list of modules of one class.
+    Raises InputError if there is none, as in ALBERT, which runs one block over and over.
+    """
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [(path, module) for path, module in lists if not any(path.startswith(f"{outer}.") for outer, _ in lists)]
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        text = config.get_text_config()
+        n, kinds = getattr(text, "num_hidden_layers", None), (type(text), type(config))
+        lists = [(path, module) for path, module in lists if len(module) == n and isinstance(_config_at(model, path), kinds)]
+    else:
+        lists = [(path, module) for path, module in lists if len({type(m) for m in module}) == 1]
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no list of blocks; name the layer by its dotted path")
+    return max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+
+
+def _config_at(model: nn.Module, path: str) -> Any:
+    """The config of the innermost module on the way to `path` that has one."""
+    found, module = getattr(model, "config", None), model
+    for name in path.split("."):
+        module = getattr(module, name)
+        found = getattr(module, "config", found)
+    return found
+
+
+def hidden_of(value: Any) -> Tensor | None:
+    """The hidden states in what a module gives: the tensor itself, or the first item of a tuple or model output."""
+    first = value if isinstance(value, Tensor) else value[0] if isinstance(value, tuple | list | dict) and len(value) else None
+    return first if isinstance(first, Tensor) else None
+
+
+def hidden_argument(args: tuple, kwargs: dict[str, Any]) -> tuple[str | int, Tensor] | None:
+    """Name or number of the argument that carries the hidden states, and its value: the first tensor of numbers with a width."""
+    numbered: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in numbered:
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point():
+            return key, value
+    return None
+
+
+def with_hidden(args: tuple, kwargs: dict[str, Any], new: Tensor) -> Arguments:
+    """The arguments with `new` in place of the hidden states."""
+    found = hidden_argument(args, kwargs)
+    if found is None:
+        return args, kwargs
+    if isinstance(found[0], str):
+        return args, {**kwargs, found[0]: new}
+    return (*args[: found[0]], new, *args[found[0] + 1 :]), kwargs
+
+
+def with_output(output: Any, new: Tensor) -> Any:
+    """What a module gives, with `new` in place of the hidden states."""
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, dict):  # transformers' model outputs
+        return type(output)(**{**output, next(iter(output)): new})
+    return type(output)([new, *output[1:]])
+
+
+def as_texts(value: Tensor, texts: tuple[int, ...]) -> Tensor:
+    """Hidden states [B * T, D] as [B, T, D], texts = (B, T): OPT's blocks flatten them half-way. Others as they are."""
+    return value.view(*texts, -1) if value.ndim == 2 and len(texts) == 2 and len(value) == texts[0] * texts[1] else value
+
+
+def _embedding(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no transformers model, or one of two towers such as CLIP
+        return None
+
+
+def n_embeddings(model: Any) -> int | None:
+    """How many token ids the model knows; None for a model that does not read token ids."""
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    embedding = _embedding(model)
+    return getattr(embedding, "num_embeddings", None) or getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids and masks go: the device of the embedding; a model over several devices moves the rest itself."""
+    weight = getattr(_embedding(model), "weight", None)
+    device = next(model.parameters()).device if weight is None else weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+class Trial(NamedTuple):
+    """What one pass of a few tokens through the whole model showed."""
+
+    calls: dict[str, int]
+    """How often each module ran, by its dotted path."""
+    arguments: list[Arguments]
+    """What each block was called with."""
+    widths: dict[str, int]
+    """Size of the last dimension of what each module gave."""
+
+
+_trials: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether a trial pass is possible: a model that reads token ids and has its weights, in memory or on the disk."""
+    empty = any(p.is_meta for p in model.parameters()) and not any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hasattr(model, "get_input_embeddings") and not empty
+
+
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients; afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def trial(model: Any) -> Trial:
+    """The trial pass of a model, made once. Raises InputError if the model can't run on token ids alone."""
+    if model in _trials:
+        return _trials[model]
+    calls: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    arguments: list[Arguments] = []
+    device, n_ids = input_device(model), n_embeddings(model)
+    if n_ids is None:
+        raise InputError(f"{type(model).__name__} does not read token ids; use a language model or a text encoder")
+    ids = ((torch.arange(TEXTS * TOKENS) + 3) % n_ids).view(TEXTS, TOKENS).to(device)
+
+    def note(path: str):
+        def after(_module, _args, output):
+            calls[path] = calls.get(path, 0) + 1
+            hidden = hidden_of(output)
+            if hidden is not None and hidden.ndim:
+                widths[path] = hidden.shape[-1]
+
+        return after
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_hook(note(path)).remove)
+        try:
+            stack_of_blocks = blocks(model)[1]
+        except InputError:
+            stack_of_blocks = nn.ModuleList()
+        for block in stack_of_blocks:
+            keep = block.register_forward_pre_hook(lambda _, args, kwargs: arguments.append(copied(args, kwargs)), with_kwargs=True)
+            stack.callback(keep.remove)
+        stack.enter_context(quietly(model))
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(model))
+        except Exception as error:  # another architecture's own complaint
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            raise InputError(f"{type(model).__name__} can't run on token ids alone ({first}); use a language model or a text encoder") from None
+    _trials[model] = Trial(calls, arguments, widths)
+    return _trials[model]
+
+
+def copied(args: tuple, kwargs: dict[str, Any]) -> Arguments:
+    """The arguments with a copy of the hidden states: a block may work in place."""
+    found = hidden_argument(args, kwargs)
+    return (args, kwargs) if found is None else with_hidden(args, kwargs, found[1].clone())
+
+
+def no_cache(model: Any) -> dict[str, Any]:
+    """The argument that turns the model's cache off, where it has one."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

@@ -1,0 +1,155 @@
+"""Every family of tests/zoo.py: its blocks, what the short names mean in numbers, and every step on it."""
+import functools
+
+import pytest
+import torch
+from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks
+
+from lib.blocks import blocks
+from lib.environment import InputError
+from lib.hooks import capture, edit, resolve, resolve_all
+from lib.models import load_model
+from lib.roles import ROLES
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+OTHER = IDS.flip(0).roll(1, 1)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """folder_of(family): where its tiny model is saved."""
+
+    @functools.cache
+    def save(name):
+        folder = tmp_path_factory.mktemp(name)
+        build(name).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def model_of(folder_of):
+    """model_of(family): its tiny model as a user gets it, from a folder."""
+    return functools.cache(lambda name: load_model(str(folder_of(name)), CPU, torch.float32))
+
+
+@torch.no_grad()
+def plain_states(model, ids=IDS):
+    """What goes into and comes out of each block, by hooks of this test's own: two lists of [B, T, D]."""
+    before, after, handles = [], [], []
+    for block in blocks(model)[1]:
+        handles.append(block.register_forward_pre_hook(lambda _, args, kwargs: before.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True))
+        handles.append(block.register_forward_hook(lambda _, args, out: after.append((out if torch.is_tensor(out) else out[0]).clone())))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    for handle in handles:
+        handle.remove()
+    return before, after
+
+
+@torch.no_grad()
+def read(model, *points, ids=IDS):
+    with capture(model, list(points), stop=False) as seen:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return [seen[point.signature] for point in points]
+
+
+def found_roles(name, model, block):
+    """Role -> hook point of a block; what is refused must be what the family is known to lack."""
+    points = {}
+    for role in ROLES:
+        if role in lacks(name, block):
+            with pytest.raises(InputError) as refusal:
+                resolve(model, f"{role}:{block}")
+            assert "\n" not in str(refusal.value) and f"no {role}:{block}" in str(refusal.value)
+        else:
+            points[role] = resolve(model, f"{role}:{block}")
+    return points
+
+
+def test_there_are_at_least_forty_families():
+    assert len(FAMILIES) >= 60 and len(BLOCK_FAMILIES) >= 55
+
+
+@pytest.mark.parametrize("name", BLOCK_FAMILIES)
+def test_roles_add_up_at_every_block(name, model_of):
+    model = model_of(name)
+    before, after = plain_states(model)
+    assert len(before) == len(blocks(model)[1]) == model.config.get_text_config().num_hidden_layers
+    for i in range(len(before)):
+        points = found_roles(name, model, i)
+        states = dict(zip(points, read(model, *points.values())))
+        assert torch.equal(states["resid_pre"], before[i]) and torch.equal(states["resid_post"], after[i])
+        assert all(x.shape == before[i].shape for x in states.values())
+        total = before[i]
+        if "attn_out" in states and "resid_mid" in states:
+            torch.testing.assert_close(total + states["attn_out"], states["resid_mid"], rtol=1e-5, atol=1e-5)
+        if "mlp_out" in states:
+            total = states["resid_mid"] if "resid_mid" in states else total + states["attn_out"]
+            torch.testing.assert_close(total + states["mlp_out"], after[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCK_FAMILIES)
+def test_an_edit_changes_the_stream_and_nothing_else(name, model_of):
+    """Identity: not a bit. The stream between attention and MLP from other texts: their block's result. Zero: the summand is gone."""
+    model = model_of(name)
+    _, other_after = plain_states(model, OTHER)
+    with torch.no_grad():
+        clean = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))[0]
+    for i in range(len(other_after)):
+        points = found_roles(name, model, i)
+        for point in points.values():
+            with torch.no_grad(), edit(model, point, lambda x: x):
+                assert torch.equal(model(input_ids=IDS, attention_mask=torch.ones_like(IDS))[0], clean)
+        # Zamba2's shared block reads the embeddings too, besides the stream.
+        stream = {"resid_mid", "resid_post"} if name == "zamba2" else {"resid_pre", "resid_mid", "resid_post"}
+        for role in stream & set(points):
+            (from_others,) = read(model, points[role], ids=OTHER)
+            with edit(model, points[role], lambda x: from_others):
+                (result,) = read(model, points["resid_post"])
+            torch.testing.assert_close(result, other_after[i], rtol=1e-4, atol=1e-4)
+        for role, before, after in (("attn_out", "resid_pre", "resid_mid"), ("mlp_out", "resid_mid", "resid_post")):
+            if {role, before, after} <= set(points):
+                with edit(model, points[role], torch.zeros_like):
+                    x, y = read(model, points[before], points[after])
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCK_FAMILIES if name not in ("rwkv",)])
+def test_nothing_is_left_of_a_stream_set_to_zero(name, model_of):
+    """Every token enters the MLP as the same vector, so every token leaves the block with the same one."""
+    model = model_of(name)
+    for i in range(len(blocks(model)[1])):
+        points = found_roles(name, model, i)
+        if "resid_mid" in points:
+            with edit(model, points["resid_mid"], torch.zeros_like):
+                (y,) = read(model, points["resid_post"])
+            assert (y - y[0, 0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_models_that_read_no_text_are_refused(name, folder_of):
+    with pytest.raises(InputError, match=NO_TEXT[name]) as refusal:
+        load_model(str(folder_of(name)), CPU, torch.float32)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", WITHOUT_BLOCKS)
+def test_models_without_blocks_say_so(name, model_of):
+    model = model_of(name)
+    with pytest.raises(InputError, match=WITHOUT_BLOCKS[name]):
+        resolve(model, "resid_post:0")
+    with pytest.raises(InputError, match="runs 2 times in one pass"):
+        resolve(model, "encoder.albert_layer_groups.0")
+
+
+@pytest.mark.parametrize("name", BLOCK_FAMILIES)
+def test_every_spelling_means_the_same(name, model_of):
+    model = model_of(name)
+    n = len(blocks(model)[1])
+    for role in set(ROLES) - set().union(*(lacks(name, i) for i in range(n))):
+        point = resolve(model, f"{role}:{n - 1}")
+        spellings = [f"{role}:-1", f"blocks.{n - 1}.hook_{role}", point.signature, f"{point.path}:{point.point}"]
+        assert [resolve(model, spelling) for spelling in spellings] == [point] * len(spellings)
+        assert resolve_all(model, f"{role}:*") == [resolve(model, f"{role}:{i}") for i in range(n)]
