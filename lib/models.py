@@ -75,13 +75,16 @@ def load_model(
                 llm_int8_skip_modules=[*whole_modules, "lm_head", "embed_out"],
             )  # fmt: skip
         if bits or device_map:
-            places = blocks_on_disk(_empty(kind, config, trust_remote_code), device) if device_map == "disk" else device_map or {"": device}
+            places: Any = device_map or {"": device}
+            if device_map == "disk":
+                places = blocks_on_disk(_empty(kind, config, trust_remote_code), device)
             options |= {"device_map": places, "offload_folder": store_root() / "offload"}
         model, info = kind.from_pretrained(source, config=config, output_loading_info=True, **options)
     except InputError:
         raise
     except ImportError as error:
-        raise InputError(f"MODEL={name} needs a package that is missing ({first_line(error)}); LOAD_BITS and DEVICE_MAP: pip install bitsandbytes accelerate") from None
+        how = "; for LOAD_BITS and DEVICE_MAP: pip install bitsandbytes accelerate" if bits or device_map else ""
+        raise InputError(f"MODEL={name} needs a package that is missing ({first_line(error)}){how}") from None
     except Exception as error:  # transformers, safetensors and torch raise many kinds for what is damaged or unknown
         if is_out_of_memory(error) or is_disk_full(error):
             raise
@@ -98,7 +101,8 @@ def load_model(
         if found.device.type != device.type:
             raise RuntimeError(f"the model is on {found.device}, not on {device}")
     model.eval()
-    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, f"{model.num_parameters():,}", model.dtype, input_device(model))
+    size = f"{model.num_parameters():,}"
+    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, size, model.dtype, input_device(model))
     return model
 
 
@@ -117,10 +121,11 @@ def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:
         return transformers.AutoModel
     kind = getattr(transformers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        version = transformers.__version__
-        raise InputError(f"MODEL={name} is of the architecture {named}, which transformers {version} does not have; update transformers, or use another model")
-    if kind.config_class is not None and not isinstance(config, kind.config_class):
-        raise InputError(f"MODEL={name}: its config is of the type {config.model_type}, but names the architecture {named}; its config.json is damaged")
+        version = f"transformers {transformers.__version__}"
+        raise InputError(f"MODEL={name} has the architecture {named}, which {version} does not know; update it, or use another model")
+    expected = getattr(kind, "config_class", None)
+    if expected is not None and not isinstance(config, expected):
+        raise InputError(f"MODEL={name}: config.json is of a {config.model_type}, but names the architecture {named}; download it again")
     return kind
 
 
@@ -135,14 +140,17 @@ def _empty(kind: Any, config: Any, trust_remote_code: bool) -> Any:
 def _check_complete(name: str, kind: str, info: dict[str, Any]) -> None:
     """Raise InputError if a weight is not in the checkpoint, or in another shape: it would have been drawn at random.
 
-    A pooler is not missed: nothing reads it, and encoders are often saved without. What the checkpoint holds beyond the model is logged.
+    A pooler is not missed: nothing reads it, and encoders are often saved without. What the files hold beyond the model
+    is logged.
     """
     missing = sorted(key for key in info["missing_keys"] if not re.search(r"(^|\.)pooler\.", key))
     if missing:
-        raise InputError(f"MODEL={name}: its files lack {len(missing)} of the weights of {kind} ({', '.join(missing[:3])}); download it again, or correct config.json")
+        some = ", ".join(missing[:3])
+        raise InputError(f"MODEL={name}: {len(missing)} weights of {kind} are missing ({some}); download it again, or correct config.json")
     if info["mismatched_keys"]:
         key, *shapes = next(iter(sorted(info["mismatched_keys"])))
-        raise InputError(f"MODEL={name}: {key} has the shape {tuple(shapes[0])}, not {tuple(shapes[1])} as config.json says; correct it or download the model again")
+        stored, wanted = map(tuple, shapes)
+        raise InputError(f"MODEL={name}: {key} has the shape {stored}, but config.json says {wanted}; download the model again")
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         log.warning("%s has no place for %d weights of the files (%s ...)", kind, len(extra), ", ".join(extra[:3]))

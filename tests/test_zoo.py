@@ -3,7 +3,7 @@ import functools
 
 import pytest
 import torch
-from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks
+from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, WITHOUT_BLOCKS, build, lacks
 
 from lib.blocks import blocks
 from lib.environment import InputError
