@@ -1,95 +1,152 @@
 """One block of UPPERCASE constants at the top of a script, replaceable on the command line.
 
-    TOP_K = 8                          # latents that may fire on one token
-    LR: float | None = None            # None: chosen from the length of the run
+    TOP_K: Count = 8            # latents that may fire on one token
+    LR: Rate | None = None      # None: chosen from the length of the run
     PRESETS = {"tiny": {}, "bielik": {"TOP_K": 16}}
     CONSTANTS = override(globals(), PRESETS)
 
-`python script.py TOP_K=16 LR=1e-3` then replaces them by name; what is derived from constants comes
-after the call. A constant's type is its annotation if it has one, else the type of its default.
+`python script.py TOP_K=16 LR=1e-3` then replaces them by name. What is heavy to import, and what is derived from
+constants, comes after the call, so that a wrong value is refused at once. Ranges: lib/ranges.py.
 """
 import ast
-import difflib
 import io
 import sys
 import tokenize
-import types
-import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from lib.environment import guard_imports, refuse_other_project
+from lib.ranges import Unfit, fit, is_tuple, nearest, range_of, shown
 
 Presets = dict[str, dict[str, Any]]
 
 
-def override(namespace: dict[str, Any], presets: Presets | None = None, argv: list[str] | None = None) -> dict[str, Any]:
-    """Replace the constants in `namespace` by the chosen preset and then by NAME=value arguments.
+def override(namespace: dict[str, Any], presets: Presets | None = None, argv: list[str] | None = None, also: Path | None = None) -> dict[str, Any]:
+    """Replace the constants in `namespace` by the chosen preset and then by NAME=value arguments, and check them all.
 
     namespace: the script's globals(); its constants are the UPPERCASE names that its own source assigns, imported
-    ones are left alone. presets: preset name -> {constant: value}, chosen by the constant
-    PRESET. argv: the arguments; None means sys.argv[1:] when the script is run, nothing when it is imported.
+    ones are left alone. presets: preset name -> {constant: value}, chosen by the constant PRESET. argv: the arguments;
+    None means sys.argv[1:] when the script is run, what constants_of() was given when it is read, else nothing.
+    also: another script, whose constants this one takes and returns too.
 
     Returns all constants as they now are. `--help` prints the docstring and the constants with their
-    comments and exits with 0; a wrong argument prints one line and exits with 2.
+    comments and ranges and exits with 0; a wrong argument or value prints one line and exits with 2.
     """
+    is_run = namespace.get("__name__") == "__main__" and argv is None
     if argv is None:
-        argv = sys.argv[1:] if namespace.get("__name__") == "__main__" else []
+        argv = sys.argv[1:] if is_run else namespace.get("__arguments__", [])
+    if is_run:
+        guard_imports()
+        refuse_other_project(Path(namespace["__file__"]))
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
-    names = [name for name in _assigned(source).values() if name in namespace and (presets is None or namespace[name] is not presets)]
+    ours = [name for name in _assigned(source).values() if name in namespace]
+    names = [name for name in ours if presets is None or namespace[name] is not presets]
+    kinds = kinds_of(source, namespace, names)
     if "-h" in argv or "--help" in argv:
-        print(_help(namespace, names, presets, _comments(source)))
+        print(_help(namespace, names, presets, _comments(source), kinds), flush=True)
+        if also:
+            print(f"\nand those of {also.name}:\n")
+            constants_of(also, ["--help"])
         sys.exit(0)
+    theirs: dict[str, Any] = {}
+    if also:
+        theirs = constants_of(also, [argument for argument in argv if argument.partition("=")[0] not in names])["CONSTANTS"]
+        argv = [argument for argument in argv if argument.partition("=")[0] in names]
     try:
-        given = dict(_parse(argument, namespace, names) for argument in argv)
-        preset = given.get("PRESET", namespace.get("PRESET"))
+        given = dict(_parse(argument, names, kinds) for argument in argv)
         if presets is not None:
+            preset = given.get("PRESET", namespace.get("PRESET"))
             if preset not in presets:
-                raise ValueError(f"PRESET={preset!r} is none of {', '.join(presets)}{_nearest(str(preset), list(presets))}")
-            namespace.update(presets[preset])
+                raise ValueError(f"PRESET={shown(preset)} must be one of {', '.join(presets)}{nearest(str(preset), list(presets))}")
+            namespace.update({name: _fit(name, value, kinds[name]) for name, value in presets[preset].items()})
+        namespace.update(given)
+        namespace.update({name: _fit(name, namespace[name], kinds[name]) for name in names})
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    namespace.update(given)
-    return {name: namespace[name] for name in names}
+        refuse(str(error))
+    return theirs | {name: namespace[name] for name in names}
 
 
-def _parse(argument: str, namespace: dict[str, Any], names: list[str]) -> tuple[str, Any]:
+def refuse(message: str) -> NoReturn:
+    """End the script with one line and exit code 2: for constants that do not fit together."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def constants_of(script: Path, argv: list[str] | None = None) -> dict[str, Any]:
+    """The namespace of a script after its call of override() with these arguments; what comes below is not run."""
+    source = script.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    calls = [i for i, node in enumerate(tree.body) if any(isinstance(part, ast.Name) and part.id == "override" for part in ast.walk(node))]
+    tree.body = tree.body[: calls[0] + 1]
+    namespace: dict[str, Any] = {"__name__": script.stem, "__file__": str(script), "__arguments__": argv or []}
+    sys.path.insert(0, str(script.parent))  # as when it is run
+    try:
+        exec(compile(tree, str(script), "exec"), namespace)
+    finally:
+        sys.path.remove(str(script.parent))
+    return namespace
+
+
+def kinds_of(source: str, namespace: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Constant -> its annotation, else the type of its default; Any for an unannotated None.
+
+    Annotations are read from the source: Python 3.14 keeps none in a script's globals.
+    """
+    kinds = {name: Any if namespace[name] is None else type(namespace[name]) for name in names}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in kinds:
+            kinds[node.target.id] = eval(compile(ast.Expression(node.annotation), "annotation", "eval"), namespace)
+    return kinds
+
+
+def _parse(argument: str, names: list[str], kinds: dict[str, Any]) -> tuple[str, Any]:
     name, equals, text = argument.partition("=")
     if not equals:
-        raise ValueError(f"{argument!r} is not NAME=value; --help lists the constants")
+        raise ValueError(f"{shown(argument)!r} is not NAME=value; --help lists the constants")
     if name not in names:
-        raise ValueError(f"there is no constant {name}{_nearest(name.upper(), names)}; --help lists them")
-    types_allowed = _types(namespace, name)
-    if types_allowed == {str}:
-        return name, text
+        raise ValueError(f"there is no constant {shown(name)}{nearest(name.upper(), names)}; --help lists them")
+    return name, _fit_text(name, text, kinds[name])
+
+
+def _fit_text(name: str, text: str, kind: Any) -> Any:
+    """The value that a text on the command line stands for.
+
+    A Python literal is tried first, then the text itself, then its parts between commas: 007 is a text where one is
+    wanted, and ARMS=lambda0,per_class needs no quotes.
+    """
+    readings: list[Any] = [text]
+    if kind is not str:
+        try:
+            value = ast.literal_eval(text)
+            is_list = isinstance(value, list | tuple) and is_tuple(kind)
+            readings = [value] if is_list else [value, text]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            readings = [text, tuple(part.strip() for part in text.split(","))]
+    faults = []
+    for reading in readings:
+        try:
+            return fit(reading, kind)
+        except Unfit as error:
+            faults.append(f"{name}={shown(text)} {error}")
+    raise ValueError(faults[0])
+
+
+def _fit(name: str, value: Any, kind: Any) -> Any:
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text  # a bare word: right for a string, refused below for anything else
-    if float in types_allowed and type(value) is int:
-        value = float(value)
-    if types_allowed and type(value) not in types_allowed:
-        wanted = " or ".join(sorted(t.__name__.replace("NoneType", "None") for t in types_allowed))
-        raise ValueError(f"{name}={text} is not of type {wanted}")
-    return name, value
+        return fit(value, kind)
+    except Unfit as error:
+        raise ValueError(f"{name}={shown(value)} {error}") from None
 
 
-def _types(namespace: dict[str, Any], name: str) -> set[type]:
-    """The types a constant may have; empty for one that is None and not annotated: anything goes."""
-    annotation = namespace.get("__annotations__", {}).get(name)
-    if annotation is None:
-        return set() if namespace[name] is None else {type(namespace[name])}
-    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return {typing.get_origin(part) or part for part in parts}
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _help(namespace: dict[str, Any], names: list[str], presets: Presets | None, comments: dict[str, str]) -> str:
+def _help(namespace: dict[str, Any], names: list[str], presets: Presets | None, comments: dict[str, str], kinds: dict[str, Any]) -> str:
     width = max(len(f"{name}={namespace[name]!r}") for name in names)
-    lines = [f"  {f'{name}={namespace[name]!r}':<{min(width, 44)}}  {comments.get(name, '')}".rstrip() for name in names]
+    lines = []
+    for name in names:
+        told, text = range_of(kinds[name]), comments.get(name, "")
+        if all(choice in text for choice in told.removeprefix("one of ").split(", ")):
+            told = ""  # the comment names the choices
+        line = f"  {f'{name}={namespace[name]!r}':<{min(width, 44)}}  {text}{f' ({told})' if told else ''}"
+        lines.append(line.rstrip())
     for preset, values in (presets or {}).items():
         lines.append(f"  PRESET={preset}: " + (", ".join(f"{k}={v!r}" for k, v in values.items()) or "the values above"))
     return "\n".join([(namespace.get("__doc__") or "").strip(), "", "Constants (NAME=value):", *lines])

@@ -14,15 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lib.environment import InputError
+
 PATIENCE = timedelta(hours=12)  # that a rank waits for slower ones; where one dies, torchrun ends all at once
 
 
 @contextmanager
 def ranks() -> Iterator[None]:
-    """Join the group that torchrun has started, and leave it when the block ends."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join the group that torchrun has started, and leave it when the block ends.
+
+    Raises InputError where torchrun's variables are set in part, or hold no numbers.
+    """
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
         yield
         return
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            raise InputError(f"{name}={os.environ.get(name, '')} must be a number where WORLD_SIZE is set; start the script with torchrun, or unset WORLD_SIZE")
+    if not os.environ.get("MASTER_ADDR") or int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise InputError("MASTER_ADDR is missing, or RANK is not below WORLD_SIZE; start the script with torchrun, or unset WORLD_SIZE")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # "cuda" now means this one
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)

@@ -1,35 +1,17 @@
-"""The ground every script stands on: import guards, device choice, and how a script ends.
-
-Import this module before transformers or overcomplete. It is the only place that touches `sys.modules`.
-"""
+"""The ground every script stands on: its device, its log, and how it ends: with one line, never with a traceback of ours."""
 import errno
-import importlib.util
 import logging
 import os
+import select
+import signal
 import sys
-import types
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# A torchvision that does not match torch breaks every transformers model class on import, and nothing
-# here needs images through it. None makes `import torchvision` an ImportError and find_spec return None.
-sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
-# Fast tokenizers warn on every fork once they have run threads; nothing here tokenises in a fork.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-# `import overcomplete` would load its vision half (timm, OpenCV ...). A bare module with the package's
-# path lets `overcomplete.sae` be imported without running the package's own __init__.
-if "overcomplete" not in sys.modules:
-    _spec = importlib.util.find_spec("overcomplete")
-    if _spec is None or _spec.submodule_search_locations is None:
-        raise ImportError("overcomplete is not installed: pip install -r requirements.txt")
-    _bare = types.ModuleType("overcomplete")
-    _bare.__path__ = list(_spec.submodule_search_locations)
-    sys.modules["overcomplete"] = _bare
-
-import torch  # noqa: E402  (the guards above come first)
-
-from lib.distributed import rank, ranks  # noqa: E402
+if TYPE_CHECKING:  # imported where it is needed: constants are checked before anything heavy is loaded
+    import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("workbench")
@@ -46,38 +28,135 @@ def is_disk_full(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of a device, or of the machine, is full."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    torch = sys.modules.get("torch")  # an error of torch's has imported it
+    ours = (MemoryError, torch.OutOfMemoryError) if torch and hasattr(torch, "OutOfMemoryError") else MemoryError
+    return isinstance(error, ours) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+# What an error of the operating system means; any other is told in its own words.
+MEANING = {
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.ENOENT: "no such file or folder",
+    errno.ENAMETOOLONG: "the path is too long",
+    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows; raise that, then rerun the same command to resume",
+    errno.EMFILE: "too many open files; raise `ulimit -n`, then rerun the same command to resume",
+    errno.EIO: "the disk can't be read or written; check it, then rerun the same command to resume",
+}
+
+
+def in_one_line(error: BaseException) -> str | None:
+    """What to tell the user about an error that is not a fault of the program; None for any other."""
+    if isinstance(error, InputError):
+        return str(error)
+    if is_disk_full(error):
+        return f"the disk is full ({error}); make room, then rerun the same command to resume"
+    if is_out_of_memory(error):
+        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "MemoryError"
+        return f"out of memory ({first}); lower the constants that set batch or buffer sizes, or use a smaller model"
+    if isinstance(error, OSError):
+        place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        said = MEANING.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
+        store = os.environ.get("STORE_DIR")
+        advice = "; set STORE_DIR to a folder that you can write" if store and place.startswith(os.path.expanduser(store)) else ""
+        return f"{place}: {said}{advice}" if place else said
+    return None
+
+
+def end(error: BaseException) -> None:
+    """Leave the process with one line for what a user can put right, and for Ctrl-C; returns if it is neither."""
+    cause: BaseException | None = error
+    while cause is not None:  # what an import raises may hide a Ctrl-C
+        if isinstance(cause, KeyboardInterrupt):
+            print("\nstopped; rerun the same command to resume", file=sys.stderr)
+            sys.exit(130)
+        cause = cause.__cause__ or cause.__context__
+    line, quiet = in_one_line(error), isinstance(error, BrokenPipeError) and _reader_left()
+    if line is None:
+        return
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # what is still unwritten has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if quiet:
+        sys.exit(141)
+    print("error: " + " ".join(line.split("\n")), file=sys.stderr)
+    sys.exit(2)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads this process's output any more: `| head` has what it wanted."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def guard_imports() -> None:
+    """For the time from a script's first line to run(): errors and Ctrl-C in the imports end it with one line.
+
+    Also makes a console that is not UTF-8 show what it lacks as escapes instead of failing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        end(error)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_at_once)
+
+
+def _stop_at_once(*_: Any) -> None:
+    """Nothing is written yet; an exception could be swallowed or dressed up by whatever is being imported."""
+    os.write(2, b"\nstopped; rerun the same command to resume\n")
+    os._exit(130)
+
+
+def refuse_other_project(script: Path) -> None:
+    """End a script of another copy of the project: it would run with the lib of this one."""
+    for folder in script.resolve().parents:
+        if (folder / "lib" / "constants.py").exists():
+            if folder != PROJECT:
+                print(f"error: {script} belongs to {folder}, but this Python has lib from {PROJECT}; use the .venv that `make` builds there, "
+                      f"or set PYTHONPATH={folder}", file=sys.stderr)  # fmt: skip
+                sys.exit(2)
+            return
 
 
 def run(main: Callable[[], None], parallel: bool = False) -> None:
-    """Run a script's main(): InputError, a full disk and full memory end with one line and exit code 2, Ctrl-C with 130.
+    """Run a script's main(); what a user can put right ends with one line and exit code 2, Ctrl-C with 130.
 
     parallel: torchrun may start it as several processes that share the work; any other script refuses that.
     """
+    sys.excepthook = sys.__excepthook__
+    if signal.getsignal(signal.SIGINT) is _stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if not parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from lib.distributed import ranks
+
+        if not parallel and (os.environ.get("WORLD_SIZE") or "1") != "1":
             raise InputError(f"{Path(sys.argv[0]).name} runs in one process; start it without torchrun")
         with ranks():
             main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        if is_disk_full(error):
-            print(f"error: the disk is full ({error}); make room, then the same command goes on", file=sys.stderr)
-        elif is_out_of_memory(error):
-            first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "MemoryError"
-            print(f"error: the memory is full ({first}); lower the constants that set batch or buffer sizes, or use a smaller model", file=sys.stderr)
-        else:
-            raise
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues where it was", file=sys.stderr)
-        sys.exit(130)
+        print(end="", flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        end(error)
+        raise
 
 
 def log_to(path: Path) -> None:
-    """Send the log to the console and append it to the file `path`; of several ranks the first one does, the others only warn."""
+    """Send the log to the console and append it to the file `path`; with several ranks only rank 0 does, the others only warn."""
+    from lib.distributed import rank
+
     if rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +171,13 @@ def log_to(path: Path) -> None:
     log.addHandler(file)
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
+def choose_device(wanted: str = "auto") -> "torch.device":
     """The device named by `wanted`, or for "auto" CUDA, then MPS, then the CPU; logs the choice.
 
     Raises InputError if `wanted` is not available here.
     """
+    import torch
+
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -108,7 +189,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise InputError(f"DEVICE={wanted!r} is no device; use one of auto, {', '.join(available)}") from None
+        raise InputError(f"DEVICE={wanted!r} must be one of auto, {', '.join(available)}") from None
     if device.type not in available or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise InputError(f"DEVICE={wanted!r} is not available here; use one of auto, {', '.join(available)}")
     return device

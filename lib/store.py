@@ -34,15 +34,19 @@ ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")
 
 
 def store_root() -> Path:
-    """The folder of all outputs: the environment variable STORE_DIR, else store/ in the project."""
-    return Path(os.environ.get("STORE_DIR") or PROJECT / "store")
+    """The folder of all outputs: the environment variable STORE_DIR, else store/ in the project.
+
+    Raises InputError for a STORE_DIR in the home of nobody.
+    """
+    path = os.path.expanduser(os.environ.get("STORE_DIR") or PROJECT / "store")
+    if str(path).startswith("~"):
+        raise InputError(f"STORE_DIR={path} is in the home folder of an unknown user; set it to another folder")
+    return Path(path)
 
 
 def experiment_dir(experiment: str) -> Path:
-    """store/<experiment>, created if need be."""
-    path = store_root() / experiment
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """store/<experiment>; what is written there makes the folder."""
+    return store_root() / experiment
 
 
 def provenance() -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _from_datasets(source: str, is_local: bool, split: str, limit: int | None) -
     if is_local:
         loaded = datasets.load_from_disk(source)
         rows = loaded[split] if isinstance(loaded, dict) else loaded
-        return [dict(rows[i]) for i in range(min(len(rows), limit or len(rows)))]
+        return [dict(rows[i]) for i in range(len(rows) if limit is None else min(len(rows), limit))]
     # Streaming reads only the documents that are asked for, not the whole data set.
     rows = datasets.load_dataset(source, split=split, streaming=limit is not None)
     return [dict(row) for row in (rows.take(limit) if limit is not None else rows)]

@@ -88,7 +88,7 @@ def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
     other = tmp_path / "other"
     FORMATS["sparsify"].write(other, folded._replace(b=folded.b + 1), {})
     for name, arguments, message in (
-        ("export_sae.py", ["FORMAT=onnx"], "FORMAT=onnx is none of sae_lens, dictionary_learning, sparsify, delphi, neuronpedia, all"),
+        ("export_sae.py", ["FORMAT=onnx"], "FORMAT=onnx must be one of all, sae_lens, dictionary_learning, sparsify, delphi, neuronpedia"),
         ("export_sae.py", ["PUSH_TO=user/name"], "PUSH_TO takes an SAE in one format"),
         ("export_sae.py", ["FORMAT=sparsify", "PUSH_TO=user/name"], "PUSH_TO=user/name: "),  # the tests are offline
         ("export_sae.py", ["FORMAT=neuronpedia"], "top_texts.json is missing"),

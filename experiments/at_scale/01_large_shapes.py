@@ -15,12 +15,25 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Annotated, Literal
+
+from lib.constants import override
+from lib.ranges import Size, at_least, at_most
+
+Shape = Literal["bielik_1.5b", "gpt_neox_20b_3_layers"]
+MODELS: tuple[Shape, ...] | tuple[()] = ("bielik_1.5b", "gpt_neox_20b_3_layers")
+SAES: tuple[tuple[Size, Size, Size], ...] | tuple[()] = ((1536, 6144, 8), (6144, 24576, 64))  # width, latents, k
+N_TEXTS: Annotated[int, at_least(2), at_most(5376)] = 24  # stories of at most 128 tokens
+BATCH_TOKENS: Size = 2048                 # tokens of one forward pass
+SAE_BATCH: Size = 4096                    # tokens of one SAE step
+SAE_STEPS: Size = 3                       # timed steps, after one that is not
+CONSTANTS = override(globals())
 
 import torch
+import transformers
 
 from lib.activations import SaveSettings, save_activations
-from lib.constants import override
-from lib.environment import InputError, run
+from lib.environment import run
 from lib.fast_step import Workspace, fast_step
 from lib.files import write_json
 from lib.hooks import resolve
@@ -28,16 +41,6 @@ from lib.models import load_model, load_tokenizer
 from lib.sae_step import init_state
 from lib.store import experiment_dir
 from lib.texts import load_documents, split_texts
-
-import transformers  # after lib.environment, for its import guards
-
-MODELS = ("bielik_1.5b", "gpt_neox_20b_3_layers")
-SAES = ((1536, 6144, 8), (6144, 24576, 64))  # width, latents, k
-N_TEXTS = 24                       # stories of at most 128 tokens
-BATCH_TOKENS = 2048                # tokens of one forward pass
-SAE_BATCH = 4096                   # tokens of one SAE step
-SAE_STEPS = 3                      # timed steps, after one that is not
-CONSTANTS = override(globals())
 
 SHAPES = {
     # speakleash/Bielik-1.5B-v3.0-Instruct; activations are saved in the middle, as by PRESET=bielik
@@ -103,9 +106,6 @@ def train(width: int, n_latents: int, k: int, batch: int, n_steps: int) -> dict:
 
 
 def main():
-    unknown = [name for name in MODELS if name not in SHAPES]
-    if unknown:
-        raise InputError(f"MODELS has no shape {unknown[0]!r}; use {', '.join(SHAPES)}")
     root = experiment_dir("at_scale")
     threads = torch.get_num_threads()
     measured: dict = {"threads": threads, "models": {}, "saes": []}

@@ -9,27 +9,32 @@ utilisation, for an SAE step also the bytes of weights, gradients and moments ov
 the store over the disks' bandwidth; the slowest counts.
 Reads store/at_scale/measured.json
 """
+from typing import Annotated, Literal
+
 from lib.constants import override
+from lib.ranges import Count, Positive, Size, above, at_least, at_most
+
+Efficiency = Annotated[float, above(0), at_most(1)]
+TOKENS: tuple[Annotated[int, at_least(1), at_most(10**18)], ...] = (10**6, 10**9, 10**12)
+# width: parameters of a language model of that width; half of them are below the middle layer, where activations are saved
+MODELS: dict[Size, Positive] = {1536: 1.6e9, 4096: 8.0e9, 12288: 1.75e11}
+N_LATENTS_MULTIPLIER: Size = 4            # latents per dimension of the SAE
+BYTES_PER_NUMBER: Literal[1, 2, 4, 8] = 2  # of the store: bfloat16
+PEAK_FLOPS: Positive = 9.89e14            # of one GPU, bfloat16 without sparsity: an H100
+HBM_BYTES_PER_S: Positive = 3.35e12       # its memory's bandwidth
+USE_OF_PEAK_SAVING: Efficiency = 0.4      # assumed share of the peak in the forward pass
+USE_OF_PEAK_SAE: Efficiency = 0.3         # assumed share of peak and bandwidth in an SAE step
+GPU_BATCH: Count = 16384                  # tokens of one SAE step on all GPUs together
+DISK_BYTES_PER_S: Positive = 5e9          # assumed bandwidth of the store, for each node
+NODE_GPUS: Size = 8
+MANY_NODES: Size = 8
+EFFICIENCY_NODE: Efficiency = 0.9         # assumed speed of 8 GPUs over 8 times one
+EFFICIENCY_NODES: Efficiency = 0.75       # the same for 64
+CONSTANTS = override(globals())
+
 from lib.environment import run
 from lib.files import read_json
 from lib.store import experiment_dir
-
-TOKENS = (10**6, 10**9, 10**12)
-# width: parameters of a language model of that width; half of them are below the middle layer, where activations are saved
-MODELS = {1536: 1.6e9, 4096: 8.0e9, 12288: 1.75e11}
-N_LATENTS_MULTIPLIER = 4      # latents per dimension of the SAE
-BYTES_PER_NUMBER = 2          # of the store: bfloat16
-PEAK_FLOPS = 9.89e14          # of one GPU, bfloat16 without sparsity: an H100
-HBM_BYTES_PER_S = 3.35e12     # its memory's bandwidth
-USE_OF_PEAK_SAVING = 0.4      # assumed share of the peak in the forward pass
-USE_OF_PEAK_SAE = 0.3         # assumed share of peak and bandwidth in an SAE step
-GPU_BATCH = 16384             # tokens of one SAE step on all GPUs together
-DISK_BYTES_PER_S = 5e9        # assumed bandwidth of the store, for each node
-NODE_GPUS = 8
-MANY_NODES = 8
-EFFICIENCY_NODE = 0.9         # assumed speed of 8 GPUs over 8 times one
-EFFICIENCY_NODES = 0.75       # the same for 64
-CONSTANTS = override(globals())
 
 
 def flops_to_save(width: int) -> float:

@@ -15,30 +15,36 @@ import tempfile
 import time
 from pathlib import Path
 
+from lib.constants import override
+from lib.ranges import Location, NotNegative, Size, Threads
+
+MODEL: Location | None = None             # directory of a model; None: random weights of the shape below, with the
+                                          # embedded tokenizer
+WIDTH: Size = 288                         # of that model; this and the next three are the shape of a 15M Llama
+DEPTH: Size = 6                           # its blocks
+HEADS: Size = 6                           # its attention heads per block
+MLP: Size = 768                           # width inside its blocks' MLPs
+VOCABULARY: Size = 32_000                 # rows of its embedding and its head
+LAYER: NotNegative = 3                    # block whose output is saved
+DATASET: Location = "store/embedded/stories/train.jsonl"
+N_TEXTS: Size = 2000
+CONTEXT: Size = 256                       # tokens of a text at most; the naive way pads to it
+NAIVE_BATCH: Size = 32                    # texts of a batch, for the naive way and SAELens
+ROUNDS: Size = 3                          # turns of each way; medians count
+THREADS: Threads = 2
+CONSTANTS = override(globals())
+
 import torch
 from side_by_side import peers_python
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.activations import SaveSettings, save_activations
-from lib.constants import override
 from lib.environment import run
 from lib.files import write_json
 from lib.hooks import resolve
 from lib.models import load_model, load_tokenizer
 from lib.store import Run, experiment_dir, provenance
 from lib.texts import load_documents
-
-MODEL: str | None = None  # directory of a model; None: random weights of the shape below, with the embedded tokenizer
-WIDTH, DEPTH, HEADS, MLP = 288, 6, 6, 768  # of that model; these are the shape of a 15M Llama
-VOCABULARY = 32_000  # rows of its embedding and its head
-LAYER = 3            # block whose output is saved
-DATASET = "store/embedded/stories/train.jsonl"
-N_TEXTS = 2000
-CONTEXT = 256        # tokens of a text at most; the naive way pads to it
-NAIVE_BATCH = 32     # texts of a batch, for the naive way and SAELens
-ROUNDS = 3           # turns of each way; medians count
-THREADS = 2
-CONSTANTS = override(globals())
 
 
 def naive(model, tokenizer, texts: list[str], folder: Path) -> int:

@@ -11,24 +11,31 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated, Literal
+
+from lib.constants import override
+from lib.ranges import Positive, Size, Threads, at_least, at_most
+
+Trained = Literal["ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens"]
+SHAPES: tuple[tuple[Size, Size, Size, Size], ...] = (  # (width, latents, k, rows of a step)
+    (288, 1152, 8, 1024), (288, 1152, 8, 4096), (768, 6144, 32, 1024), (768, 6144, 32, 4096), (768, 24576, 32, 1024),
+    (768, 24576, 32, 4096),
+)  # fmt: skip
+TRAINERS: tuple[Trained, ...] = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
+ROUNDS: Annotated[int, at_least(2), at_most(1000)] = 7  # turns of each trainer; the median counts, the first is left
+                                          # out
+SECONDS: Positive = 1.0                   # of one turn, at least one step
+THREADS: Threads = 2                      # processor cores each may use
+CONSTANTS = override(globals())
 
 import torch
 from safetensors.torch import save_file
 from side_by_side import Trainer, sparse_features
 
-from lib.constants import override
 from lib.environment import run
 from lib.fast_step import choose_precision
 from lib.files import write_json
 from lib.store import experiment_dir, provenance
-
-SHAPES: tuple = ((288, 1152, 8, 1024), (288, 1152, 8, 4096), (768, 6144, 32, 1024), (768, 6144, 32, 4096),
-                 (768, 24576, 32, 1024), (768, 24576, 32, 4096))  # (width, latents, k, rows of a step)
-TRAINERS: tuple = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
-ROUNDS = 7     # turns of each trainer; the median counts, the first is left out
-SECONDS = 1.0  # of one turn, at least one step
-THREADS = 2    # processor cores each may use
-CONSTANTS = override(globals())
 
 
 def encoder_floor(n_latents: int, width: int, batch: int) -> float:

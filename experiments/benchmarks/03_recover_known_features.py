@@ -13,33 +13,29 @@ Writes store/benchmarks/known_features_<preset>.json
 import statistics
 import tempfile
 from pathlib import Path
-
-from safetensors.torch import save_file
-from scipy.stats import t as student
-from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
-from tqdm.auto import tqdm
+from typing import Annotated, Literal
 
 from lib.constants import override
-from lib.environment import run
-from lib.files import fingerprint, read_json, write_json
-from lib.store import experiment_dir, provenance
+from lib.ranges import Count, Positive, Rate, Seed, Size, Threads, at_least, at_most
 
-PRESET = "small"     # small, wide or synth_sae_bench
-SOURCE = "features"  # features: independent ones; synth_sae_bench: hierarchical and correlated ones, made by SAELens
-WIDTH = 288          # dimensions of the activations
-N_FEATURES = 1000    # that they are made of
-L0 = 8.0             # features on a row, on average
-N_LATENTS = 1152
-TOP_K = 8
-N_ROWS = 819_200     # training rows, one pass
-N_HELD_OUT = 50_000  # rows that score
-BATCH_SIZE = 1024    # rows of a step
-DEAD_AFTER = 10_000  # tokens of silence before AuxK acts, for every peer that has AuxK
-TRAINERS: tuple = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
-LEARNING_RATES: tuple = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-CHOOSE_SEED = 100
-REPORT_SEEDS: tuple = (0, 1, 2, 3, 4)
-THREADS = 2
+Trained = Literal["ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens"]
+PRESET = "small"                          # small, wide or synth_sae_bench
+SOURCE: Literal["features", "synth_sae_bench"] = "features"  # features: independent ones; synth_sae_bench:
+                                          # hierarchical and correlated ones, made by SAELens
+WIDTH: Size = 288                         # dimensions of the activations
+N_FEATURES: Size = 1000                   # that they are made of
+L0: Positive = 8.0                        # features on a row, on average
+N_LATENTS: Size = 1152
+TOP_K: Size = 8
+N_ROWS: Count = 819_200                   # training rows, one pass
+N_HELD_OUT: Annotated[int, at_least(2), at_most(10**9)] = 50_000  # rows that score
+BATCH_SIZE: Size = 1024                   # rows of a step
+DEAD_AFTER: Count = 10_000                # tokens of silence before AuxK acts, for every peer that has AuxK
+TRAINERS: tuple[Trained, ...] = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
+LEARNING_RATES: tuple[Rate, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+CHOOSE_SEED: Seed = 100
+REPORT_SEEDS: tuple[Seed, ...] = (0, 1, 2, 3, 4)
+THREADS: Threads = 2
 
 PRESETS = {
     "small": {},
@@ -50,6 +46,16 @@ PRESETS = {
                         "LEARNING_RATES": (2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
 }  # fmt: skip
 CONSTANTS = override(globals(), PRESETS)
+
+from safetensors.torch import save_file
+from scipy.stats import t as student
+from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
+from tqdm.auto import tqdm
+
+from lib.environment import run
+from lib.files import fingerprint, read_json, write_json
+from lib.store import experiment_dir, provenance
+
 SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)", "mcc": "MCC", "f1": "F1"}
 NOT_OF_A_RUN = ("PRESET", "TRAINERS", "LEARNING_RATES", "REPORT_SEEDS", "CHOOSE_SEED", "THREADS")
 

@@ -13,37 +13,50 @@ import json
 import random
 from pathlib import Path
 
+from lib.constants import override, refuse
+from lib.ranges import Count, Part, Seed, Share
+
+N_STORIES: Count = 6400                   # stories in all three splits together
+VAL_FRAC: Share = 0.08                    # share of the stories in val.jsonl
+TEST_FRAC: Share = 0.08                   # share of the stories in test.jsonl
+MIN_WORDS: Count = 40                     # a story with fewer words is written again
+MAX_WORDS: Count = 90                     # and one with more
+SAME_MOOD_FRAC: Part = 0.3                # stories that end in the mood they began in; the others turn, so that order
+                                          # decides
+OTHER_TOPIC_FRAC: Part = 0.3              # stories with one sentence out of another topic
+SEED: Seed = 0
+CONSTANTS = override(globals())
+if MIN_WORDS > MAX_WORDS:
+    refuse(f"MIN_WORDS={MIN_WORDS} must be at most MAX_WORDS={MAX_WORDS}")
+if VAL_FRAC + TEST_FRAC >= 1:
+    refuse(f"VAL_FRAC={VAL_FRAC} and TEST_FRAC={TEST_FRAC} leave no story to train on; lower one of them")
+if N_STORIES * min(VAL_FRAC, TEST_FRAC) < 2:
+    refuse(f"N_STORIES={N_STORIES} leaves hardly a story to validate and test on; raise N_STORIES")
+
 import grammar
 import stories
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from lib.constants import override
 from lib.environment import InputError, run
 from lib.files import list_files, sha256, write_json, write_text
 from lib.guards import in_use, up_to_date
 from lib.store import experiment_dir
 
-N_STORIES = 6400            # stories in all three splits together
-VAL_FRAC = 0.08             # share of the stories in val.jsonl
-TEST_FRAC = 0.08            # share of the stories in test.jsonl
-MIN_WORDS = 40              # a story with fewer words is written again
-MAX_WORDS = 90              # and one with more
-SAME_MOOD_FRAC = 0.3        # stories that end in the mood they began in; the others turn, so that order decides
-OTHER_TOPIC_FRAC = 0.3      # stories with one sentence out of another topic
-SEED = 0
-CONSTANTS = override(globals())
+ATTEMPTS = 10_000            # to write one story; the longest of the default settings takes some dozens
+
 
 def write_story(number: int, seed: int, taken: set[str]) -> dict:
     """Story `number`, unlike all in `taken`; its own generator makes it independent of the others."""
     rng = random.Random(f"{seed}/{number}")
     mood, topic = number % 2, number // 2 % len(grammar.TOPICS)
-    while True:
+    for _ in range(ATTEMPTS):
         text, numbers = stories.join(stories.sentences(stories.new_story(rng, topic), mood == 1, SAME_MOOD_FRAC, OTHER_TOPIC_FRAC))
         if MIN_WORDS <= len(numbers) <= MAX_WORDS and text not in taken:
             taken.add(text)
             return {"text": text, "mood": mood, "topic": topic, "concepts": numbers}
+    raise InputError(f"no new story of {MIN_WORDS} to {MAX_WORDS} words in {ATTEMPTS:,} attempts; lower MIN_WORDS, raise MAX_WORDS, or lower N_STORIES")
 
 
 def mood_baselines(train: list[dict], test: list[dict]) -> dict[str, float]:
@@ -87,8 +100,6 @@ def main() -> None:
 
 def write(out: Path, names: tuple[str, ...], made_from: dict) -> dict:
     """Write all files; the report, which makes them complete, comes last and is returned."""
-    if N_STORIES * min(VAL_FRAC, TEST_FRAC) < 2:
-        raise InputError(f"N_STORIES={N_STORIES} leaves hardly a story to validate and test on; raise N_STORIES")
     taken: set[str] = set()
     written = [write_story(i, SEED, taken) for i in tqdm(range(N_STORIES), desc="stories", unit="story")]
     n_val, n_test = int(N_STORIES * VAL_FRAC), int(N_STORIES * TEST_FRAC)

@@ -13,11 +13,27 @@ import math
 import shutil
 from pathlib import Path
 
-from lib.constants import override
-from lib.environment import InputError, run
-from lib.files import list_files, read_torch, sha256, write_json, write_torch
-from lib.guards import differences, in_use, up_to_date
-from lib.store import experiment_dir
+from lib.constants import override, refuse
+from lib.ranges import Amount, Count, NotNegative, Rate, Seed, Size, Threads
+
+HIDDEN: Size = 128                        # width of the residual stream
+LAYERS: Size = 4                          # blocks
+HEADS: Size = 4                           # attention heads per block
+MLP_WIDTH: Size = 320                     # width inside a block's MLP
+N_MERGES: NotNegative = 300               # byte pairs merged before whole words are added
+MIN_WORD_COUNT: Size = 3                  # a word this frequent in the training stories is a token of its own
+EPOCHS: Size = 4                          # passes over the training stories
+BATCH_SIZE: Size = 32                     # stories per step
+LR: Rate = 4e-3                           # peak of a schedule that rises over WARMUP steps and falls to 0 on a cosine
+WARMUP: Size = 100                        # steps
+WEIGHT_DECAY: Amount = 1.0                # on all matrices, embeddings too: words used alike become alike
+SAVE_EVERY: Count = 100                   # steps between checkpoints
+THREADS: Threads = 1                      # CPU threads; sums, and so the last digits, depend on it
+PROBE_TOKENS: Size = 20                   # last tokens of a story that the mood probe reads
+SEED: Seed = 0
+CONSTANTS = override(globals())
+if HIDDEN % HEADS or HIDDEN // HEADS % 2:
+    refuse(f"HIDDEN={HIDDEN} must be a multiple of HEADS={HEADS}, and of twice that")
 
 import story_model
 import torch
@@ -26,22 +42,10 @@ from story_model import Encoded
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HIDDEN = 128                # width of the residual stream
-LAYERS = 4                  # blocks
-HEADS = 4                   # attention heads per block
-MLP_WIDTH = 320             # width inside a block's MLP
-N_MERGES = 300              # byte pairs merged before whole words are added
-MIN_WORD_COUNT = 3          # a word this frequent in the training stories is a token of its own
-EPOCHS = 4                  # passes over the training stories
-BATCH_SIZE = 32             # stories per step
-LR = 4e-3                   # peak of a schedule that rises over WARMUP steps and falls to 0 on a cosine
-WARMUP = 100                # steps
-WEIGHT_DECAY = 1.0          # on all matrices, embeddings too: words used alike become alike
-SAVE_EVERY = 100            # steps between checkpoints
-THREADS = 1                 # CPU threads; sums, and so the last digits, depend on it
-PROBE_TOKENS = 20           # last tokens of a story that the mood probe reads
-SEED = 0
-CONSTANTS = override(globals())
+from lib.environment import InputError, run
+from lib.files import list_files, read_torch, sha256, write_json, write_torch
+from lib.guards import differences, in_use, up_to_date
+from lib.store import experiment_dir
 
 
 def read_stories(folder: Path, split: str) -> list[dict]:
@@ -103,8 +107,6 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    if HIDDEN % HEADS or HIDDEN // HEADS % 2:
-        raise InputError(f"HIDDEN={HIDDEN} must be a multiple of HEADS={HEADS}, and of twice that")
     folder = experiment_dir("embedded")
     splits = {split: read_stories(folder / "stories", split) for split in ("train", "val", "test")}
     out = folder / "model"

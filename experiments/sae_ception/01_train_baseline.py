@@ -7,53 +7,66 @@
 
 Writes store/sae_ception/<setting>/baseline/seed_<s>/checkpoints/model_cycle_0_best.pt, history_cycle_0.json
 """
-from presets import presets_for
+from typing import Literal
+
+from presets import TargetLayer, presets_for
+
+from lib.constants import override
+from lib.ranges import Amount, Count, Device, FileName, Location, Name, NotNegative, Positive, Precision, Rate, Seed, Share, Size, Tracker
+
+PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news,
+                                          # gpt_neox_20b
+SETTING: FileName | None = None           # folder of the outputs; None: the preset's name. Other constants need
+                                          # another one
+SEED: Seed = 0                            # start of the weights, order of the examples, cut of the validation split
+DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a
+                                          # hub name
+TRAIN_SPLIT: Name = "train"               # hub data sets: split to train on
+VAL_DATASET: Location | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
+VAL_SPLIT: Name | None = None             # hub data sets: split to validate on; None: cut from training
+TEST_DATASET: Location | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET
+TEST_SPLIT: Name = "test"                 # hub data sets: split that is only reported
+TEXT_FIELD: Name = "text"                 # column of the text
+TEXT_FIELD_HELD_OUT: Name | None = None   # its name in the validation and test files; None: the same
+LABEL_FIELD: Name = "mood"                # column of the class
+ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
+LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups,
+                                          # measure the classes too
+DATA_LIMIT: Count | None = 600            # training examples; None: all
+VAL_FRAC: Share = 0.1                     # share of the training examples that validates, where there is no
+                                          # validation set
+MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
+PIXEL_SCALE: Positive = 1.0               # images: pixels are multiplied by this
+MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
+MODEL_DTYPE: Precision = "float32"        # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are
+                                          # float32
+LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
+DEVICE_MAP: Literal["auto"] | None = None  # auto: spread the model over the devices (needs accelerate)
+FSDP = False                              # under torchrun: each rank keeps a share of the weights, for models beyond
+                                          # one GPU
+TARGET_LAYER: TargetLayer = "last"        # whose output is pulled: last, a block's number, or a layer signature
+TRAIN_BELOW = False                       # also train what stands below the target layer
+GRADIENT_CHECKPOINTING = False            # less memory, one more forward pass
+CACHE_ENTRIES = True                      # keep what enters the first trained block, so that an epoch costs the
+                                          # trained layers
+EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples; the best one by validation is kept
+BATCH_SIZE: Size = 32                     # examples of one pass
+ACCUMULATE: Size = 1                      # passes of one optimiser step
+LR: Rate = 1e-3                           # peak learning rate
+OPTIMIZER: Literal["adamw", "adam"] = "adamw"  # adamw, or adam without weight decay
+WEIGHT_DECAY: Amount = 0.01
+WARMUP_STEPS: NotNegative = 10            # steps of linear warm-up
+LR_DECAY = True                           # linear to 0 after the warm-up
+CLIP_NORM: Positive | None = 1.0          # gradient norm; None: off
+TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow; the history is always written
+                                          # as JSON
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+CONSTANTS = override(globals(), presets_for(globals()))
 
 from lib.bench import Bench
-from lib.constants import override
 from lib.cycles import train_model
 from lib.environment import log, log_to, run
 from lib.guards import in_use
-
-PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
-SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
-SEED = 0                           # start of the weights, order of the examples, cut of the validation split
-DATASET = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a hub name
-TRAIN_SPLIT = "train"              # hub data sets: split to train on
-VAL_DATASET: str | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
-VAL_SPLIT: str | None = None       # hub data sets: split to validate on; None: cut from training
-TEST_DATASET: str | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET
-TEST_SPLIT = "test"                # hub data sets: split that is only reported
-TEXT_FIELD = "text"                # column of the text
-TEXT_FIELD_HELD_OUT: str | None = None  # its name in the validation and test files; None: the same
-LABEL_FIELD = "mood"               # column of the class
-ATTRIBUTE_FIELD: str | None = "topic"  # a label never trained on, whose selectivity is measured too; None: none
-LABEL_GROUPS: tuple | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups, measure the classes too
-DATA_LIMIT: int | None = 600       # training examples; None: all
-VAL_FRAC = 0.1                     # share of the training examples that validates, where there is no validation set
-MAX_LENGTH = 128                   # tokens of a text, special tokens included
-PIXEL_SCALE = 1.0                  # images: pixels are multiplied by this
-MODEL = "store/embedded/model"     # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
-MODEL_DTYPE = "float32"            # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are float32
-LOAD_BITS: int | None = None       # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
-DEVICE_MAP: str | None = None      # auto: spread the model over the devices (needs accelerate)
-FSDP = False                       # under torchrun: each rank keeps a share of the weights, for models beyond one GPU
-TARGET_LAYER = "last"              # whose output is pulled: last, a block's number, or a layer signature
-TRAIN_BELOW = False                # also train what stands below the target layer
-GRADIENT_CHECKPOINTING = False     # less memory, one more forward pass
-CACHE_ENTRIES = True               # keep what enters the first trained block, so that an epoch costs the trained layers
-EPOCHS_PER_CYCLE = 3               # passes over the training examples; the best one by validation is kept
-BATCH_SIZE = 32                    # examples of one pass
-ACCUMULATE = 1                     # passes of one optimiser step
-LR = 1e-3                          # peak learning rate
-OPTIMIZER = "adamw"                # adamw, or adam without weight decay
-WEIGHT_DECAY = 0.01
-WARMUP_STEPS = 10                  # steps of linear warm-up
-LR_DECAY = True                    # linear to 0 after the warm-up
-CLIP_NORM: float | None = 1.0      # gradient norm; None: off
-TRACKER = "local"                  # local, tensorboard, wandb, trackio, mlflow; the history is always written as JSON
-DEVICE = "auto"                    # auto, cpu, cuda, mps
-CONSTANTS = override(globals(), presets_for(globals()))
 
 
 def main():

@@ -8,27 +8,32 @@ Data, model and layer are those of the setting's step 1.
 Reads  store/sae_ception/<setting>/<arm>/seed_<s>/checkpoints/model_cycle_<n>_best.pt
 Writes .../checkpoints/sae_cycle_<n>_best.pt and .json
 """
-from presets import presets_for
+from typing import Literal
+
+from presets import Arm, presets_for
+
+from lib.constants import override
+from lib.ranges import Device, FileName, NotNegative, Rate, Seed, Size
+
+PRESET = "tiny"                           # as in step 1
+SETTING: FileName | None = None           # as in step 1
+SEED: Seed = 0                            # as in step 1
+CYCLE: NotNegative = 0                    # which cycle's model
+ARM: Arm = "per_class"                    # whose model; cycle 0 is the same for all arms
+N_LATENTS_MULTIPLIER: Size = 4            # latents per activation dimension
+TOP_K: Size = 8                           # latents that may fire on one token; the same for all arms and cycles
+SAE_EPOCHS: Size = 3                      # passes over the activations; the best one by validation is kept
+SAE_BATCH_SIZE: Size = 512                # activations of one step
+SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape (lib/sae_step.py)
+SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # tokens: all real tokens; pooled: only the position that the
+                                          # head reads
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+CONSTANTS = override(globals(), presets_for(globals()))
 
 from lib.bench import Bench, inherited
-from lib.constants import override
 from lib.cycles import train_cycle_sae
 from lib.environment import log, log_to, run
 from lib.guards import in_use
-
-PRESET = "tiny"              # as in step 1
-SETTING: str | None = None   # as in step 1
-SEED = 0                     # as in step 1
-CYCLE = 0                    # which cycle's model
-ARM = "per_class"            # whose model; cycle 0 is the same for all arms
-N_LATENTS_MULTIPLIER = 4     # latents per activation dimension
-TOP_K = 8                    # latents that may fire on one token; the same for all arms and cycles
-SAE_EPOCHS = 3               # passes over the activations; the best one by validation is kept
-SAE_BATCH_SIZE = 512         # activations of one step
-SAE_LR: float | None = None  # peak learning rate; None: a rule over the SAE's shape (lib/sae_step.py)
-SAE_POSITIONS = "tokens"     # tokens: all real tokens; pooled: only the position that the head reads
-DEVICE = "auto"              # auto, cpu, cuda, mps
-CONSTANTS = override(globals(), presets_for(globals()))
 
 
 def main():

@@ -9,32 +9,37 @@ L_total = L_task + AUX_WEIGHT * mean(1 - cos(h, target)). Data, model and SAE ar
 Reads  store/sae_ception/<setting>/<arm>/seed_<s>/checkpoints/{model,sae}_cycle_<n>_best.pt
 Writes .../targets_cycle_<n>.safetensors, checkpoints/model_cycle_<n+1>_best.pt, history_cycle_<n+1>.json
 """
-from presets import presets_for
+from typing import Literal
+
+from presets import Arm, ForArm, Weight, presets_for
+
+from lib.constants import override
+from lib.ranges import Device, FileName, NotNegative, Percent, Seed, Size, Tracker
+
+PRESET = "tiny"                           # as in step 1
+SETTING: FileName | None = None           # as in step 1
+SEED: Seed = 0                            # as in step 1
+CYCLE: NotNegative = 0                    # the cycle that gives the targets; its successor is trained
+ARM: Arm = "per_class"                    # way of making targets; README.md lists all
+AUX_WEIGHT: Weight | tuple[Weight, ...] = 1.0  # lambda; a tuple gives each cycle its own
+AUX_CENTRED = False                       # True: cosine about the mean activation; README.md says why it matters
+KEEP_PCT: Percent = 2.0                   # latents that a class keeps, in percent of all
+KEEP_PER_EXAMPLE: Size | None = None      # per_example: codes that an example keeps; None: half of TOP_K
+INIT: Literal["continue", "scratch"] = "continue"  # start of the next model: continue (from this cycle's) or scratch
+                                          # (as cycle 0 started)
+SHARPEN_SEED: Seed = 42                   # draws random targets and permutations
+ARM_CONSTANTS: dict[Arm, ForArm] = {}     # constants above for single arms, e.g. {"class_mean": {"AUX_WEIGHT": 0.3}}
+TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+CONSTANTS = override(globals(), presets_for(globals()))
 
 from lib.bench import Bench, inherited
-from lib.constants import override
 from lib.cycles import train_model
 from lib.distributed import rank
 from lib.environment import log, log_to, run
 from lib.files import read_json
 from lib.guards import in_use
 from lib.sharpening import NO_TARGET, method
-
-PRESET = "tiny"              # as in step 1
-SETTING: str | None = None   # as in step 1
-SEED = 0                     # as in step 1
-CYCLE = 0                    # the cycle that gives the targets; its successor is trained
-ARM = "per_class"            # way of making targets; README.md lists all
-AUX_WEIGHT: float | tuple = 1.0  # lambda; a tuple gives each cycle its own
-AUX_CENTRED = False          # True: cosine about the mean activation; README.md says why it matters
-KEEP_PCT = 2.0               # latents that a class keeps, in percent of all
-KEEP_PER_EXAMPLE: int | None = None  # per_example: codes that an example keeps; None: half of TOP_K
-INIT = "continue"            # start of the next model: continue (from this cycle's) or scratch (as cycle 0 started)
-SHARPEN_SEED = 42            # draws random targets and permutations
-ARM_CONSTANTS: dict = {}     # constants above for single arms, e.g. {"class_mean": {"AUX_WEIGHT": 0.3}}
-TRACKER = "local"            # local, tensorboard, wandb, trackio, mlflow
-DEVICE = "auto"              # auto, cpu, cuda, mps
-CONSTANTS = override(globals(), presets_for(globals()))
 
 
 def main():

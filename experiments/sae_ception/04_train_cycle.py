@@ -8,81 +8,116 @@
 Started again after an interruption it goes on where it was. The outputs of steps 1 to 3 are used if they fit.
 Writes store/sae_ception/<setting>/<arm>/seed_<s>/..., results.csv and summary.json
 """
-from presets import presets_for
+from typing import Annotated, Literal
+
+from presets import Arm, ForArm, Metric, TargetLayer, Weight, presets_for
+
+from lib.constants import override
+from lib.ranges import (
+    Amount,
+    Count,
+    Device,
+    FileName,
+    Location,
+    Name,
+    NotNegative,
+    Percent,
+    Positive,
+    Precision,
+    Rate,
+    Seed,
+    Share,
+    Size,
+    Tracker,
+    at_least,
+    at_most,
+)
+
+PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news,
+                                          # gpt_neox_20b
+SETTING: FileName | None = None           # folder of the outputs; None: the preset's name. Other constants need
+                                          # another one
+ARMS: tuple[Arm, ...] = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # README.md lists
+                                          # all
+SEEDS: tuple[Seed, ...] = (0, 1, 2)       # each: start, order, validation cut, SAE seed; arms are paired by seed
+CYCLES: Size = 1                          # auxiliary cycles after the baseline
+DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a
+                                          # hub name
+TRAIN_SPLIT: Name = "train"               # hub data sets: split to train on
+VAL_DATASET: Location | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
+VAL_SPLIT: Name | None = None             # hub data sets: split to validate on; None: cut from training
+TEST_DATASET: Location | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET
+TEST_SPLIT: Name = "test"                 # hub data sets: split that is only reported
+TEXT_FIELD: Name = "text"                 # column of the text
+TEXT_FIELD_HELD_OUT: Name | None = None   # its name in the validation and test files; None: the same
+LABEL_FIELD: Name = "mood"                # column of the class
+ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
+LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups,
+                                          # measure the classes too
+DATA_LIMIT: Count | None = 600            # training examples; None: all
+VAL_FRAC: Share = 0.1                     # share of the training examples that validates, where there is no
+                                          # validation set
+MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
+PIXEL_SCALE: Positive = 1.0               # images: pixels are multiplied by this
+MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
+MODEL_DTYPE: Precision = "float32"        # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are
+                                          # float32
+LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
+DEVICE_MAP: Literal["auto"] | None = None  # auto: spread the model over the devices (needs accelerate)
+TARGET_LAYER: TargetLayer = "last"        # whose output is pulled: last, a block's number, or a layer signature
+TRAIN_BELOW = False                       # also train what stands below the target layer
+GRADIENT_CHECKPOINTING = False            # less memory, one more forward pass
+CACHE_ENTRIES = True                      # keep what enters the first trained block, so that an epoch costs the
+                                          # trained layers
+EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples; the best one by validation is kept
+BATCH_SIZE: Size = 32                     # examples of one pass
+ACCUMULATE: Size = 1                      # passes of one optimiser step
+LR: Rate = 1e-3                           # peak learning rate
+OPTIMIZER: Literal["adamw", "adam"] = "adamw"  # adamw, or adam without weight decay
+WEIGHT_DECAY: Amount = 0.01
+WARMUP_STEPS: NotNegative = 10            # steps of linear warm-up
+LR_DECAY = True                           # linear to 0 after the warm-up
+CLIP_NORM: Positive | None = 1.0          # gradient norm; None: off
+N_LATENTS_MULTIPLIER: Size = 4            # latents per activation dimension
+TOP_K: Size = 8                           # latents that may fire on one token; the same for all arms and cycles
+SAE_EPOCHS: Size = 3                      # passes over the activations; the best one by validation is kept
+SAE_BATCH_SIZE: Size = 512                # activations of one step
+SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape (lib/sae_step.py)
+SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # tokens: all real tokens; pooled: only the position that the
+                                          # head reads
+N_SAE_SEEDS: Size = 1                     # SAEs per model; metrics are averaged over them before arms are compared
+AUX_WEIGHT: Weight | tuple[Weight, ...] = 1.0  # lambda; a tuple gives each cycle its own
+AUX_CENTRED = False                       # True: cosine about the mean activation; README.md says why it matters
+KEEP_PCT: Percent = 2.0                   # latents that a class keeps, in percent of all
+KEEP_PER_EXAMPLE: Size | None = None      # per_example: codes that an example keeps; None: half of TOP_K
+INIT: Literal["continue", "scratch"] = "continue"  # start of a cycle's model: continue (from the last), or scratch
+                                          # (as cycle 0 did)
+SHARPEN_SEED: Seed = 42                   # draws random targets and permutations
+ARM_CONSTANTS: dict[Arm, ForArm] = {}     # auxiliary constants for single arms, e.g. {"class_mean": {"AUX_WEIGHT":
+                                          # 0.3}}
+EVAL_LIMIT: Count | None = 1000           # examples of a split that are scored; None: all
+PROBE_LIMIT: Count | None = 1000          # training examples of thresholds and probes; None: all
+SILHOUETTE_ROWS: Annotated[int, at_least(2), at_most(10_000)] = 1000  # examples of the silhouettes, at most 10,000:
+                                          # they need all pairs
+ROBUST_LIMIT: NotNegative = 64            # examples under attack, and texts of the perplexity; 0: none
+ROBUST_EPS: tuple[Positive, ...] = (0.05, 0.1)  # attack budgets: of the pixel range, or of the median embedding norm
+                                          # per token
+ABSORPTION_TOKENS: NotNegative = 2000     # validation tokens of the absorption score; 0: none
+METRICS: tuple[Metric, ...] | tuple[()] = ("probes", "clustering", "language")  # on test, beside task, SAE and
+                                          # selectivity; "robustness" costs most
+TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow; the history is always written
+                                          # as JSON
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+CONSTANTS = override(globals(), presets_for(globals()))
+
 from tqdm.auto import tqdm
 
 from lib.bench import Bench, setting_root
 from lib.comparison import by_seed, interval, result_table, summary
-from lib.constants import override
 from lib.cycles import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
-from lib.environment import InputError, log, log_to, run
+from lib.environment import log, log_to, run
 from lib.files import write_json, write_text
 from lib.guards import in_use
-from lib.sharpening import ARMS as KNOWN_ARMS
-from lib.sharpening import method
-
-PRESET = "tiny"                    # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
-SETTING: str | None = None         # folder of the outputs; None: the preset's name. Other constants need another one
-ARMS = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # README.md lists all
-SEEDS = (0, 1, 2)                  # each: start, order, validation cut, SAE seed; arms are paired by seed
-CYCLES = 1                         # auxiliary cycles after the baseline
-DATASET = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a hub name
-TRAIN_SPLIT = "train"              # hub data sets: split to train on
-VAL_DATASET: str | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
-VAL_SPLIT: str | None = None       # hub data sets: split to validate on; None: cut from training
-TEST_DATASET: str | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET
-TEST_SPLIT = "test"                # hub data sets: split that is only reported
-TEXT_FIELD = "text"                # column of the text
-TEXT_FIELD_HELD_OUT: str | None = None  # its name in the validation and test files; None: the same
-LABEL_FIELD = "mood"               # column of the class
-ATTRIBUTE_FIELD: str | None = "topic"  # a label never trained on, whose selectivity is measured too; None: none
-LABEL_GROUPS: tuple | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups, measure the classes too
-DATA_LIMIT: int | None = 600       # training examples; None: all
-VAL_FRAC = 0.1                     # share of the training examples that validates, where there is no validation set
-MAX_LENGTH = 128                   # tokens of a text, special tokens included
-PIXEL_SCALE = 1.0                  # images: pixels are multiplied by this
-MODEL = "store/embedded/model"     # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
-MODEL_DTYPE = "float32"            # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are float32
-LOAD_BITS: int | None = None       # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
-DEVICE_MAP: str | None = None      # auto: spread the model over the devices (needs accelerate)
-TARGET_LAYER = "last"              # whose output is pulled: last, a block's number, or a layer signature
-TRAIN_BELOW = False                # also train what stands below the target layer
-GRADIENT_CHECKPOINTING = False     # less memory, one more forward pass
-CACHE_ENTRIES = True               # keep what enters the first trained block, so that an epoch costs the trained layers
-EPOCHS_PER_CYCLE = 3               # passes over the training examples; the best one by validation is kept
-BATCH_SIZE = 32                    # examples of one pass
-ACCUMULATE = 1                     # passes of one optimiser step
-LR = 1e-3                          # peak learning rate
-OPTIMIZER = "adamw"                # adamw, or adam without weight decay
-WEIGHT_DECAY = 0.01
-WARMUP_STEPS = 10                  # steps of linear warm-up
-LR_DECAY = True                    # linear to 0 after the warm-up
-CLIP_NORM: float | None = 1.0      # gradient norm; None: off
-N_LATENTS_MULTIPLIER = 4           # latents per activation dimension
-TOP_K = 8                          # latents that may fire on one token; the same for all arms and cycles
-SAE_EPOCHS = 3                     # passes over the activations; the best one by validation is kept
-SAE_BATCH_SIZE = 512               # activations of one step
-SAE_LR: float | None = None        # peak learning rate; None: a rule over the SAE's shape (lib/sae_step.py)
-SAE_POSITIONS = "tokens"           # tokens: all real tokens; pooled: only the position that the head reads
-N_SAE_SEEDS = 1                    # SAEs per model; metrics are averaged over them before arms are compared
-AUX_WEIGHT: float | tuple = 1.0    # lambda; a tuple gives each cycle its own
-AUX_CENTRED = False                # True: cosine about the mean activation; README.md says why it matters
-KEEP_PCT = 2.0                     # latents that a class keeps, in percent of all
-KEEP_PER_EXAMPLE: int | None = None  # per_example: codes that an example keeps; None: half of TOP_K
-INIT = "continue"                  # start of a cycle's model: continue (from the last), or scratch (as cycle 0 did)
-SHARPEN_SEED = 42                  # draws random targets and permutations
-ARM_CONSTANTS: dict = {}           # auxiliary constants for single arms, e.g. {"class_mean": {"AUX_WEIGHT": 0.3}}
-EVAL_LIMIT: int | None = 1000      # examples of a split that are scored; None: all
-PROBE_LIMIT: int | None = 1000     # training examples of thresholds and probes; None: all
-SILHOUETTE_ROWS = 1000             # examples of the silhouettes, at most 10,000: they need all pairs
-ROBUST_LIMIT = 64                  # examples under attack, and texts of the perplexity; 0: none
-ROBUST_EPS = (0.05, 0.1)           # attack budgets: of the pixel range, or of the median embedding norm per token
-ABSORPTION_TOKENS = 2000           # validation tokens of the absorption score; 0: none
-METRICS = ("probes", "clustering", "language")  # on test, beside task, SAE and selectivity; "robustness" costs most
-TRACKER = "local"                  # local, tensorboard, wandb, trackio, mlflow; the history is always written as JSON
-DEVICE = "auto"                    # auto, cpu, cuda, mps
-CONSTANTS = override(globals(), presets_for(globals()))
-
 
 WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u": "SAE U"}
 MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp", "clustering_ari": "ARI",
@@ -122,11 +157,6 @@ def print_comparison(found) -> None:
 def main():
     root = setting_root(CONSTANTS)
     log_to(root / "04_train_cycle.log")
-    unknown = [arm for arm in ARMS if method(arm) not in KNOWN_ARMS]
-    if unknown:
-        raise InputError(f"unknown arm {unknown[0]}; use {', '.join(KNOWN_ARMS)}")
-    if not SEEDS or CYCLES < 1 or N_SAE_SEEDS < 1:
-        raise InputError("SEEDS, CYCLES and N_SAE_SEEDS must not be empty or 0")
     with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
         for seed in SEEDS:
             bench = Bench(CONSTANTS, seed)

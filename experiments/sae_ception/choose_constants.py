@@ -7,38 +7,32 @@ Trains one auxiliary cycle of every point on seeds that the report does not use.
 is within 0.5 points of lambda0's, the one with the largest validation base U. Takes every constant of 04_train_cycle.py.
 Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for 04_train_cycle.py
 """
-import runpy
-import sys
 from pathlib import Path
 
-from presets import presets_for
+from presets import Arm, Weight
+
+from lib.constants import override
+from lib.ranges import Percent, Seed
+
+GRID_ARMS: tuple[Arm, ...] = ("per_class", "class_mean")  # every arm that competes gets the same grid of lambda
+GRID_KEEP_PCT: tuple[Percent, ...] = (1.0, 2.0, 4.0, 10.0)  # latents a class keeps, in percent; arms without
+                                          # sharpening skip it
+GRID_AUX_WEIGHT: tuple[Weight, ...] = (0.1, 0.3, 1.0, 3.0)  # lambda
+SELECT_SEEDS: tuple[Seed, ...] = (100, 101, 102)  # disjoint from the SEEDS of the report
+CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py"))
+
 from tqdm.auto import tqdm
 
 from lib.bench import Bench
 from lib.comparison import MAX_ACCURACY_LOSS
-from lib.constants import override
 from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import log, log_to, run
 from lib.files import write_json
 from lib.guards import in_use
 
-GRID_ARMS = ("per_class", "class_mean")    # every arm that competes gets the same grid of lambda
-GRID_KEEP_PCT = (1.0, 2.0, 4.0, 10.0)      # latents a class keeps, in percent; arms without sharpening skip it
-GRID_AUX_WEIGHT = (0.1, 0.3, 1.0, 3.0)     # lambda
-SELECT_SEEDS = (100, 101, 102)             # disjoint from the SEEDS of the report
-GRID = ("GRID_ARMS", "GRID_KEEP_PCT", "GRID_AUX_WEIGHT", "SELECT_SEEDS", "--help", "-h")
-ARGUMENTS = sys.argv[1:] if __name__ == "__main__" else []
-override(globals(), argv=[argument for argument in ARGUMENTS if argument.partition("=")[0] in GRID])
+GRID = ("GRID_ARMS", "GRID_KEEP_PCT", "GRID_AUX_WEIGHT", "SELECT_SEEDS")
 SHARPENED = ("per_class", "contrast", "complement", "shuffled_labels", "global_mask", "random_latents", "permuted",
              "permuted_in_class")  # fmt: skip
-
-
-def main_constants() -> dict:
-    """The constants of 04_train_cycle.py, with the preset and the other arguments of this command."""
-    script = runpy.run_path(str(Path(__file__).with_name("04_train_cycle.py")), run_name="constants")
-    rest = [argument for argument in ARGUMENTS if argument.partition("=")[0] not in GRID]
-    given = override(script, presets_for(script), rest)
-    return {name: given[name] for name in script["CONSTANTS"]}
 
 
 def points() -> dict[str, dict[str, float]]:
@@ -56,7 +50,7 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean validation accuracy and base U over the selection seeds, of every point and of lambda0."""
     arms = ["lambda0", *grid]
     sums = {arm: {"task_accuracy": 0.0, "base_u": 0.0, "sae_features_u": 0.0} for arm in arms}
-    constants = main_constants()
+    constants = {name: value for name, value in CONSTANTS.items() if name not in GRID}  # those of 04_train_cycle.py
     setting = f"{constants['SETTING'] or constants['PRESET']}_choice"
     constants |= {"ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": setting}
     with tqdm(total=len(SELECT_SEEDS) * len(arms), unit="model", desc="grid") as bar:

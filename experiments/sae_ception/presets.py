@@ -1,5 +1,34 @@
-"""The settings of the experiment: preset -> the constants that differ from the scripts' defaults ("tiny")."""
-from typing import Any
+"""The settings of the experiment: preset -> the constants that differ from the scripts' defaults ("tiny"); and what its constants may be."""
+from typing import Annotated, Any, Literal, TypedDict
+
+from lib.ranges import Name, Percent, Rule, Seed, Size, at_least, at_most, like
+
+# The ways of making targets, as lib/sharpening.py has them; an arm may carry a label: per_class@weak.
+ARMS = (
+    "lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "permuted_in_class",
+    "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast",
+)  # fmt: skip
+Arm = Annotated[
+    str,
+    Rule(f"one of {', '.join(ARMS)}; a label may follow, as in per_class@weak", lambda arm: arm.partition("@")[0] in ARMS),
+    like(r"[a-z0-9_]+(@[A-Za-z0-9_.\-]{1,100})?", "an arm's name, or that with a label of letters, digits, '_', '-' and '.'")._replace(shown=False),
+]
+Metric = Literal["probes", "clustering", "robustness", "language"]
+TargetLayer = Name  # "last", a block's number, or a layer signature: the model knows which there are
+Weight = Annotated[float, at_least(0), at_most(10**6)]
+
+
+class ForArm(TypedDict, total=False):
+    """Constants of a single arm."""
+
+    AUX_WEIGHT: Weight | tuple[Weight, ...]
+    AUX_CENTRED: bool
+    KEEP_PCT: Percent
+    KEEP_PER_EXAMPLE: Size | None
+    SHARPEN_SEED: Seed
+    INIT: Literal["continue", "scratch"]
+
+
 
 # SAE_LR: at a width of 16 the rule's 2e-2 leaves 88 % of 256 latents dead (EV .985); 3e-3 leaves 21 % (EV .978).
 

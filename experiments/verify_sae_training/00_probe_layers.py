@@ -9,9 +9,36 @@ each layer; the embedded stories have the concept of every word.
 
 Writes store/verify_sae_training/layers.json and figures/layers.png
 """
+from typing import Annotated
+
+from lib.constants import override
+from lib.ranges import Device, Location, Name, NotNegative, Precision, Size, at_least, at_most, like
+
+Points = Annotated[
+    str,
+    like(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)(\s*,\s*(resid_pre|resid_mid|resid_post|attn_out|mlp_out))*",
+         "resid_pre, resid_mid, resid_post, attn_out, mlp_out, or several of them separated by commas"),
+]  # fmt: skip
+MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model
+DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
+DATA_SPLIT: Name = "train"                # split of a hub data set; a file has none
+TEXT_FIELD: Name = "text"                 # the column that holds the text
+LABEL_FIELD: Name | None = None           # a class for each text, or a list of one for each word; None: "concepts" or
+                                          # "label", where the data have it
+N_TEXTS: Annotated[int, at_least(10), at_most(10**6)] = 500  # texts of the sample; all their activations at all
+                                          # points are held in memory
+MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included; the rest is cut
+POINTS: Points = "resid_post"             # kinds of hook points, separated by commas: resid_pre, resid_mid,
+                                          # resid_post, attn_out, mlp_out; each at every block
+BATCH_SIZE_SAVE: Size = 16                # texts of MAX_LENGTH in one forward pass
+SKIP_FIRST: NotNegative = 0               # tokens to drop at the start of each text; 1 where there is no BOS
+MODEL_DTYPE: Precision = "auto"           # precision of the model: auto, float32, bfloat16, float16
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
+CONSTANTS = override(globals())
+
 from lib import plots
 from lib.activations import SaveSettings
-from lib.constants import override
 from lib.environment import InputError, choose_device, run
 from lib.files import write_json
 from lib.hooks import blocks, resolve
@@ -20,22 +47,6 @@ from lib.probe import probe_layers, recommend_layer
 from lib.store import experiment_dir
 from lib.texts import load_documents
 
-MODEL = "store/embedded/model"     # hub name or directory of a transformers model
-DATASET = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
-DATA_SPLIT = "train"               # split of a hub data set; a file has none
-TEXT_FIELD = "text"                # the column that holds the text
-LABEL_FIELD: str | None = None     # a class for each text, or a list of one for each word; None: "concepts" or "label",
-                                   # where the data have it
-N_TEXTS = 500                      # texts of the sample; all their activations at all points are held in memory
-MAX_LENGTH = 128                   # tokens of a text, special tokens included; the rest is cut
-POINTS = "resid_post"              # kinds of hook points, separated by commas: resid_pre, resid_mid, resid_post,
-                                   # attn_out, mlp_out; each at every block
-BATCH_SIZE_SAVE = 16               # texts of MAX_LENGTH in one forward pass
-SKIP_FIRST = 0                     # tokens to drop at the start of each text; 1 where there is no BOS
-MODEL_DTYPE = "auto"               # precision of the model: auto, float32, bfloat16, float16
-DEVICE = "auto"                    # auto, cpu, cuda, mps
-TRUST_REMOTE_CODE = False          # run code that comes with a hub model; only for authors you trust
-CONSTANTS = override(globals())
 COLUMNS = {
     "width": "{:>6d}", "median_norm": "{:>8.2f}", "gamma": "{:>6.2f}", "outlier_frac": "{:>8.2%}", "outlier_dims": "{:>8d}",
     "participation": "{:>8.1f}", "probe_accuracy": "{:>7.3f}", "gb_per_million": "{:>7.2f}", "seconds_per_million": "{:>7.0f}",
@@ -62,8 +73,6 @@ def show(table):
 
 
 def main():
-    if N_TEXTS < 10:
-        raise InputError(f"N_TEXTS={N_TEXTS} must be at least 10")
     folder, device = experiment_dir("verify_sae_training"), choose_device(DEVICE)
     texts, field, labels = read_texts()
     model, tokenizer = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE), load_tokenizer(MODEL, TRUST_REMOTE_CODE)

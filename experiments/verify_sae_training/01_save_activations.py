@@ -13,46 +13,44 @@ Writes store/verify_sae_training/runs/<run_id>/ and, when it is complete, run_id
 """
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
 from lib.constants import Presets, override
-from lib.distributed import rank
-from lib.environment import InputError, choose_device, log, log_to, run
-from lib.files import fingerprint, write_text
-from lib.guards import bytes_in, in_use, require_room
-from lib.hooks import blocks, layer_signatures, resolve
-from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity
-from lib.store import experiment_dir, open_run, provenance
-from lib.streaming import fingerprint_texts, stream_texts
-from lib.texts import load_documents, split_texts
+from lib.ranges import Count, Device, Location, Name, NotNegative, Positive, Precision, Seed, Share, Size, at_least, at_most
 
-PRESET = "standard"                # standard: the values below; quick, full and large: fewer or all texts;
-                                   # bielik: the original experiment, needs the hub and a GPU
-MODEL = "store/embedded/model"     # hub name or directory of a transformers model
-DATASET = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
-DATA_SPLIT = "train"               # split of a hub data set; a file has none
-TEXT_FIELD = "text"                # the column that holds the text
-DATA_LIMIT: int | None = 5000      # texts; None: all
-STREAM = False                     # copy the texts to the store block by block, for data sets larger than memory or disk
-MAX_LENGTH = 128                   # tokens of a text, special tokens included; the rest is cut
-LAYER_SIGNATURE = "resid_post:0"   # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N, mlp_out:N,
-                                   # a dotted module path, or class_path_with_underscores; ?: list them
-HOOK_POINT = "output"              # input or output of the module, where the signature does not say
-BATCH_SIZE_SAVE = 16               # texts of MAX_LENGTH in one forward pass; shorter texts: more of them
-STORE_DTYPE = "float32"            # float32, bfloat16 (half the disk, 3 digits) or float16 (range 65504)
-SHARD_ROWS = 65536                 # tokens in one file
-SKIP_SPECIAL = True                # keep BOS, EOS and other control tokens out
-SKIP_FIRST = 0                     # tokens to drop at the start of each text; 1 where there is no BOS
-MAX_NORM_MULTIPLE: float | None = None  # drop tokens whose norm is over this multiple of the median; None: keep all
-PADDING_SIDE = "right"             # right or left; both store the same rows
-VAL_FRAC = 0.1                     # share of the texts that training never sees
-PREFLIGHT = True                   # report norm, gamma, outliers and cost of every block before saving
-MODEL_DTYPE = "auto"               # precision of the model: auto, float32, bfloat16, float16
-LOAD_BITS: int | None = None       # 8 or 4: the model's linear layers quantised on loading (needs bitsandbytes and CUDA)
-DEVICE_MAP: str | None = None      # auto: model spread over GPUs, memory, disk; disk: each block read when it runs
-DEVICE = "auto"                    # auto, cpu, cuda, mps
-TRUST_REMOTE_CODE = False          # run code that comes with a hub model; only for authors you trust
-SEED = 0                           # draws the validation texts
+PRESET = "standard"                       # standard: the values below; quick, full and large: fewer or all texts;
+                                          # bielik: the original experiment, needs the hub and a GPU
+MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model
+DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
+DATA_SPLIT: Name = "train"                # split of a hub data set; a file has none
+TEXT_FIELD: Name = "text"                 # the column that holds the text
+DATA_LIMIT: Annotated[int, at_least(2), at_most(10**12)] | None = 5000           # texts, one or more of them for validation; None: all
+STREAM = False                            # copy the texts to the store block by block, for data sets larger than
+                                          # memory or disk
+MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included; the rest is cut
+LAYER_SIGNATURE: Name = "resid_post:0"    # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N,
+                                          # mlp_out:N, a dotted module path, or class_path_with_underscores; ?: list
+                                          # them
+HOOK_POINT: Literal["input", "output"] = "output"  # input or output of the module, where the signature does not say
+BATCH_SIZE_SAVE: Size = 16                # texts of MAX_LENGTH in one forward pass; shorter texts: more of them
+STORE_DTYPE: Literal["float32", "bfloat16", "float16"] = "float32"  # float32, bfloat16 (half the disk, 3 digits) or
+                                          # float16 (range 65504)
+SHARD_ROWS: Count = 65536                 # tokens in one file
+SKIP_SPECIAL = True                       # keep BOS, EOS and other control tokens out
+SKIP_FIRST: NotNegative = 0               # tokens to drop at the start of each text; 1 where there is no BOS
+MAX_NORM_MULTIPLE: Positive | None = None  # drop tokens whose norm is over this multiple of the median; None: keep
+                                          # all
+PADDING_SIDE: Literal["left", "right"] = "right"  # right or left; both store the same rows
+VAL_FRAC: Share = 0.1                     # share of the texts that training never sees
+PREFLIGHT = True                          # report norm, gamma, outliers and cost of every block before saving
+MODEL_DTYPE: Precision = "auto"           # precision of the model: auto, float32, bfloat16, float16
+LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: the model's linear layers quantised on loading (needs bitsandbytes
+                                          # and CUDA)
+DEVICE_MAP: Literal["auto", "disk"] | None = None  # auto: model spread over GPUs, memory, disk; disk: each block read
+                                          # when it runs
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
+SEED: Seed = 0                            # draws the validation texts
 
 PRESETS: Presets = {
     "quick": {"DATA_LIMIT": 1000},
@@ -66,22 +64,19 @@ PRESETS: Presets = {
     },
 }  # fmt: skip
 CONSTANTS = override(globals(), PRESETS)
+
+from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
+from lib.distributed import rank
+from lib.environment import choose_device, log, log_to, run
+from lib.files import fingerprint, write_text
+from lib.guards import bytes_in, in_use, require_room
+from lib.hooks import blocks, layer_signatures, resolve
+from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity
+from lib.store import experiment_dir, open_run, provenance
+from lib.streaming import fingerprint_texts, stream_texts
+from lib.texts import load_documents, split_texts
+
 FOLDER = experiment_dir("verify_sae_training")
-
-
-def check_constants():
-    """Refuse what could only fail later."""
-    if STORE_DTYPE not in STORE_DTYPES:
-        raise InputError(f"STORE_DTYPE={STORE_DTYPE} is none of {', '.join(STORE_DTYPES)}")
-    if PADDING_SIDE not in ("left", "right"):
-        raise InputError(f"PADDING_SIDE={PADDING_SIDE} must be left or right")
-    for name in ("MAX_LENGTH", "BATCH_SIZE_SAVE", "SHARD_ROWS"):
-        if CONSTANTS[name] < 1:
-            raise InputError(f"{name}={CONSTANTS[name]} must be at least 1")
-    if DATA_LIMIT is not None and DATA_LIMIT < 2:
-        raise InputError(f"DATA_LIMIT={DATA_LIMIT} must be at least 2, one text of which is for validation")
-    if not 0 < VAL_FRAC < 1:
-        raise InputError(f"VAL_FRAC={VAL_FRAC} must be between 0 and 1")
 
 
 def list_layers(model):
@@ -119,7 +114,6 @@ def report(model, tokenizer, points, texts, settings):
 
 
 def main():
-    check_constants()
     log_to(FOLDER / "01_save_activations.log")
     device = choose_device(DEVICE)
     model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE, LOAD_BITS, DEVICE_MAP)

@@ -12,38 +12,36 @@ Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and traini
 that is there is kept as sae_model_<its hash>/
 """
 import shutil
+from typing import Annotated, Literal
 
 from lib.constants import override
-from lib.distributed import rank
-from lib.environment import InputError, choose_device, log, log_to, run
-from lib.files import atomic_write, read_json, read_torch, write_json
-from lib.guards import differences, in_use
-from lib.rows import rows_of_run, sample_rows
-from lib.sae import load_sae, sae_hash, save_sae
-from lib.store import experiment_dir, open_run, provenance
-from lib.trackers import open_tracker
-from lib.training import TrainSettings, score, train_sae
+from lib.ranges import Count, Device, FileName, Name, Part, Rate, Seed, Size, Tracker, at_least, at_most
 
-PRESET = "standard"                # standard: the values below; quick, full, large: smaller, longer, wider; bielik: the
-                                   # sizes of the original experiment
-RUN_ID: str | None = None          # None: the run that 01_save_activations.py finished last
-LAYER: str | None = None           # which of the run's hook points, by its folder's name; None: the first
-N_LATENTS_MULTIPLIER = 8           # latents per activation dimension
-TOP_K = 4                          # latents that may fire on one token
-KIND = "topk"                      # topk, batchtopk, jumprelu or matryoshka; only topk has the fast step
-EPOCHS = 10                        # passes over the training tokens; the best one by validation is kept
-BATCH_SIZE_TRAIN = 1024            # tokens per step; larger is faster but learns less per token
-LR: float | None = None            # peak learning rate; None: a rule over shape and length of the run
-DEAD_AFTER_TOKENS: int | None = None  # silence after which a latent is revived; None: max(3000, 10 F / k, 2 batches)
-AUXK_ALPHA = 1 / 32                # weight of the loss that revives dead latents; 0: off
-WHITEN = 1 / 8                     # power of the partial whitening, folded away at the end; 0: off
-ALIGNED = True                     # encoder aligned with the dictionary up to a learnt gain; False: free encoder
-PRECISION = "auto"                 # of the product that proposes candidates: auto (by shape and processor), float32, bfloat16
-LOG_EVERY = 50                     # steps between two points of the training curve
-VERIFY = False                     # compare the checksums of all activations first: reads the whole run once
-TRACKER = "local"                  # local, tensorboard, wandb, trackio, mlflow; the history is always written as JSON
-DEVICE = "auto"                    # auto, cpu, cuda, mps
-SEED = 0                           # start of the weights and order of the tokens
+PRESET = "standard"                       # standard: the values below; quick, full, large: smaller, longer, wider;
+                                          # bielik: the sizes of the original experiment
+RUN_ID: FileName | None = None            # None: the run that 01_save_activations.py finished last
+LAYER: Name | None = None                 # which of the run's hook points, by its folder's name; None: the first
+N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension
+TOP_K: Size = 4                           # latents that may fire on one token
+KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # topk, batchtopk, jumprelu or matryoshka; only
+                                          # topk has the fast step
+EPOCHS: Size = 10                         # passes over the training tokens; the best one by validation is kept
+BATCH_SIZE_TRAIN: Size = 1024             # tokens per step; larger is faster but learns less per token
+LR: Rate | None = None                    # peak learning rate; None: a rule over shape and length of the run
+DEAD_AFTER_TOKENS: Count | None = None    # silence after which a latent is revived; None: max(3000, 10 F / k, 2 batches)
+AUXK_ALPHA: Annotated[float, at_least(0), at_most(100)] = 1 / 32  # weight of the loss that revives dead latents; 0:
+                                          # off
+WHITEN: Part = 1 / 8                      # power of the partial whitening, folded away at the end; 0: off
+ALIGNED = True                            # encoder aligned with the dictionary up to a learnt gain; False: free
+                                          # encoder
+PRECISION: Literal["auto", "float32", "bfloat16"] = "auto"  # of the product that proposes candidates: auto
+                                          # (by shape and processor), float32, bfloat16
+LOG_EVERY: Count = 50                     # steps between two points of the training curve
+VERIFY = False                            # compare the checksums of all activations first: reads the whole run once
+TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow; the history is always written
+                                          # as JSON
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+SEED: Seed = 0                            # start of the weights and order of the tokens
 
 PRESETS = {
     "quick": {"N_LATENTS_MULTIPLIER": 4, "EPOCHS": 3},
@@ -53,6 +51,17 @@ PRESETS = {
     "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS": 100},
 }  # fmt: skip
 CONSTANTS = override(globals(), PRESETS)
+
+from lib.distributed import rank
+from lib.environment import choose_device, log, log_to, run
+from lib.files import atomic_write, read_json, read_torch, write_json
+from lib.guards import differences, in_use
+from lib.rows import rows_of_run, sample_rows
+from lib.sae import load_sae, sae_hash, save_sae
+from lib.store import experiment_dir, open_run, provenance
+from lib.trackers import open_tracker
+from lib.training import TrainSettings, score, train_sae
+
 FOLDER = experiment_dir("verify_sae_training")
 SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"
 MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in ("VERIFY", "TRACKER")}
@@ -103,8 +112,6 @@ def forget_checkpoint():
 
 
 def main():
-    if N_LATENTS_MULTIPLIER < 1:
-        raise InputError(f"N_LATENTS_MULTIPLIER={N_LATENTS_MULTIPLIER} must be at least 1")
     log_to(FOLDER / "02_train_sae.log")
     saved = open_run("verify_sae_training", RUN_ID, VERIFY)
     hook = saved.hook(LAYER)

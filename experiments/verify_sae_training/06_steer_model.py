@@ -9,9 +9,27 @@ Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) n
 Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of step 4
 Writes store/verify_sae_training/steering.json
 """
-import torch
+from typing import Annotated, Literal
 
 from lib.constants import override
+from lib.ranges import Device, Name, NotNegative, Seed, Size, at_least, at_most
+
+Strength = Annotated[float, at_least(-1000), at_most(1000)]
+LATENT: NotNegative | None = None         # the latent to edit; None: chosen by SEARCH
+SEARCH: Name | None = None                # a word in the concept's name; None: the name with the best F1
+MODE: Literal["add", "scale", "clamp"] = "add"  # add, scale, clamp; what a strength means is told in lib/steering.py
+STRENGTHS: tuple[Strength, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+PROMPTS: tuple[Name, ...] = ("One day", "Once upon a time", "The little girl", "In the park")
+FAVOURED: Size = 20                       # tokens that the latent's direction raises most, counted in what is written
+SAMPLES: Size = 4                         # continuations of each prompt
+N_TOKENS: Size = 40                       # tokens to write
+TEMPERATURE: Annotated[float, at_least(0), at_most(100)] = 0.7  # 0: greedy, then one sample is enough
+DEVICE: Device = "auto"
+SEED: Seed = 0
+CONSTANTS = override(globals())
+
+import torch
+
 from lib.dictionary import read_concepts
 from lib.effects import direct_view, promoted_ids
 from lib.environment import InputError, choose_device, run
@@ -21,18 +39,6 @@ from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.steering import Edit, skipped_ids, sweep
 from lib.store import experiment_dir, open_run
 
-LATENT: int | None = None          # the latent to edit; None: chosen by SEARCH
-SEARCH: str | None = None          # a word in the concept's name; None: the name with the best F1
-MODE = "add"                       # add, scale, clamp; what a strength means is told in lib/steering.py
-STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-PROMPTS = ("One day", "Once upon a time", "The little girl", "In the park")
-FAVOURED = 20                      # tokens that the latent's direction raises most, counted in what is written
-SAMPLES = 4                        # continuations of each prompt
-N_TOKENS = 40                      # tokens to write
-TEMPERATURE = 0.7                  # 0: greedy, then one sample is enough
-DEVICE = "auto"
-SEED = 0
-CONSTANTS = override(globals())
 FOLDER = experiment_dir("verify_sae_training")
 
 

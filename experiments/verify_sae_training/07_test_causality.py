@@ -10,11 +10,19 @@ is taken away instead. The KL divergence of the next-token distribution from the
 Reads  store/verify_sae_training/: the run, the SAE, verification.json of notebook 03
 Writes store/verify_sae_training/causality.json
 """
+from lib.constants import override
+from lib.ranges import Device, Part, Seed, Size
+
+MIN_F1: Part = 0.8                        # of the best latent on held-out tokens, over its best threshold
+SAMPLES: Size = 40                        # held-out tokens for each concept
+DEVICE: Device = "auto"
+SEED: Seed = 0                            # draws the tokens and the random latents
+CONSTANTS = override(globals())
+
 import torch
 from scipy.stats import wilcoxon
 
 from lib.concepts import encode_run
-from lib.constants import override
 from lib.effects import contexts, divergence, draw_firings, next_logits
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
@@ -22,11 +30,6 @@ from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
 
-MIN_F1 = 0.8                       # of the best latent on held-out tokens, over its best threshold
-SAMPLES = 40                       # held-out tokens for each concept
-DEVICE = "auto"
-SEED = 0                           # draws the tokens and the random latents
-CONSTANTS = override(globals())
 FOLDER = experiment_dir("verify_sae_training")
 
 

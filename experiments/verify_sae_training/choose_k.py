@@ -10,6 +10,19 @@ Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
 Writes store/verify_sae_training/choose_k.json
 """
 from lib.constants import override
+from lib.ranges import Device, FileName, Name, NotNegative, Seed, Size
+
+RUN_ID: FileName | None = None            # None: the run that 01_save_activations.py finished last
+LAYER: Name | None = None                 # which of the run's hook points, by its folder's name; None: the first
+KS: tuple[Size, ...] = (2, 4, 8, 16)      # values of TOP_K to try
+N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension, as in step 2
+EPOCHS: Size = 3                          # passes over the training tokens, each of the two times; step 2 makes more
+BATCH_SIZE_TRAIN: Size = 1024             # tokens per step
+N_TEXTS: NotNegative = 200                # held-out texts on which the language-model loss is measured; 0: not at all
+DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+SEED: Seed = 0                            # of the first training; the second has the next one
+CONSTANTS = override(globals())
+
 from lib.environment import InputError, choose_device, run
 from lib.evaluation import loss_recovered
 from lib.files import write_json
@@ -18,17 +31,6 @@ from lib.probe import recommend_k, sweep_k
 from lib.rows import rows_of_run
 from lib.store import experiment_dir, open_run
 from lib.training import TrainSettings
-
-RUN_ID: str | None = None          # None: the run that 01_save_activations.py finished last
-LAYER: str | None = None           # which of the run's hook points, by its folder's name; None: the first
-KS = (2, 4, 8, 16)                 # values of TOP_K to try
-N_LATENTS_MULTIPLIER = 8           # latents per activation dimension, as in step 2
-EPOCHS = 3                         # passes over the training tokens, each of the two times; step 2 makes more
-BATCH_SIZE_TRAIN = 1024            # tokens per step
-N_TEXTS = 200                      # held-out texts on which the language-model loss is measured; 0: not at all
-DEVICE = "auto"                    # auto, cpu, cuda, mps
-SEED = 0                           # of the first training; the second has the next one
-CONSTANTS = override(globals())
 
 
 def recovery(saved, hook, rows, device):
@@ -46,8 +48,8 @@ def main():
     hook = saved.hook(LAYER)
     rows = rows_of_run(saved, hook)
     n_latents = N_LATENTS_MULTIPLIER * len(rows.mean)
-    if not all(isinstance(k, int) and 1 <= k <= n_latents for k in KS) or not KS:
-        raise InputError(f"KS={KS} must be numbers between 1 and the number of latents, {n_latents}")
+    if max(KS) > n_latents:
+        raise InputError(f"KS={KS} must be at most the number of latents, {n_latents}")
     settings = TrainSettings(n_latents, KS[0], epochs=EPOCHS, batch_size=BATCH_SIZE_TRAIN, seed=SEED)
     table = sweep_k(rows, settings, KS, recovery(saved, hook, rows, device), device)
     k, reason = recommend_k(table)

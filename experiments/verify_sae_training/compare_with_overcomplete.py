@@ -8,12 +8,18 @@ Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training
 """
 import time
 
+from lib.constants import override
+from lib.ranges import Rate, Seed, Size
+
+LR: Rate = 1e-3                           # of the reference experiment
+EPOCHS: Size | None = None                # None: as many as step 2 made
+SEED: Seed = 0                            # start of the weights and order of the tokens
+CONSTANTS = override(globals())
+
 import torch
 from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
 
-import lib.environment  # noqa: F401  (its import guard comes before overcomplete)
-from lib.constants import override
 from lib.environment import run
 from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
@@ -22,10 +28,6 @@ from lib.sae import load_sae
 from lib.store import experiment_dir, open_run
 from lib.training import score
 
-LR = 1e-3                          # of the reference experiment
-EPOCHS: int | None = None          # None: as many as step 2 made
-SEED = 0                           # start of the weights and order of the tokens
-CONSTANTS = override(globals())
 FOLDER = experiment_dir("verify_sae_training")
 
 

@@ -11,8 +11,16 @@ Reads and writes store/verify_sae_training/concepts.json
 """
 from pathlib import Path
 
-from lib.concept_formats import check, to_write
 from lib.constants import override
+from lib.ranges import Count, Location, Name
+
+MERGE: Location | None = None             # file to merge into concepts.json: .json, .yaml or .csv; None: nothing
+EXPORT: Location | None = None            # file to write the whole dictionary to, by its ending; None: nothing
+SEARCH: Name | None = None                # words to look for in names, descriptions and notes; None: nothing
+LIMIT: Count = 20                         # concepts that a search shows
+CONSTANTS = override(globals())
+
+from lib.concept_formats import check, to_write
 from lib.dictionary import (
     concepts_from_csv,
     edit_concepts,
@@ -25,12 +33,6 @@ from lib.dictionary import (
 from lib.environment import run
 from lib.files import read_tensors
 from lib.store import experiment_dir
-
-MERGE: str | None = None   # file to merge into concepts.json: .json, .yaml or .csv; None: nothing
-EXPORT: str | None = None  # file to write the whole dictionary to, by its ending; None: nothing
-SEARCH: str | None = None  # words to look for in names, descriptions and notes; None: nothing
-LIMIT = 20                 # concepts that a search shows
-CONSTANTS = override(globals())
 
 
 def merge(path, other):

@@ -12,12 +12,26 @@ Writes store/verify_sae_training/exports/<format>/, with a model card beside eac
 """
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated, Literal
+
+from lib.constants import override
+from lib.ranges import FileName, Location, like
+
+Format = Literal["all", "sae_lens", "dictionary_learning", "sparsify", "delphi", "neuronpedia"]
+Repository = Annotated[str, like(r"[\w.\-]{1,96}/[\w.\-]{1,96}", "user/name of a hub repository")]
+FORMAT: Format = "all"                    # sae_lens, dictionary_learning (which SAEBench reads too), sparsify; all:
+                                          # these; delphi; neuronpedia
+OUT: Location | None = None               # folder to write to; None: exports/ beside the SAE
+PUSH_TO: Repository | None = None         # "user/name" of a hub repository for an SAE in one FORMAT; None: nothing
+                                          # leaves this machine
+PRIVATE = True                            # a repository that PUSH_TO makes is private
+NAME: FileName = "sae-workbench"          # of the source set in a Neuronpedia export
+CONSTANTS = override(globals())
 
 import torch
 
 from lib.concept_files import read_top_texts
 from lib.concepts import encode_run
-from lib.constants import override
 from lib.dashboards import write_delphi, write_neuronpedia
 from lib.dictionary import read_concepts
 from lib.effects import direct_view
@@ -29,12 +43,6 @@ from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
 
-FORMAT = "all"                     # sae_lens, dictionary_learning (which SAEBench reads too), sparsify; all: these; delphi; neuronpedia
-OUT: str | None = None             # folder to write to; None: exports/ beside the SAE
-PUSH_TO: str | None = None         # "user/name" of a hub repository for an SAE in one FORMAT; None: nothing leaves this machine
-PRIVATE = True                     # a repository that PUSH_TO makes is private
-NAME = "sae-workbench"             # of the source set in a Neuronpedia export
-CONSTANTS = override(globals())
 FOLDER = experiment_dir("verify_sae_training")
 SAE_FILE = FOLDER / "sae_model" / "topk_sae.pt"
 
@@ -73,9 +81,6 @@ def export_firings(kind, root, sae, saved, facts):
 
 
 def main():
-    known = [*FORMATS, "delphi", "neuronpedia"]
-    if FORMAT not in (*known, "all"):
-        raise InputError(f"FORMAT={FORMAT} is none of {', '.join(known)}, all")
     if PUSH_TO and FORMAT not in FORMATS:
         raise InputError(f"PUSH_TO takes an SAE in one format; set FORMAT to one of {', '.join(FORMATS)}")
     sae = load_sae(SAE_FILE)

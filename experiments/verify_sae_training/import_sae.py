@@ -10,6 +10,14 @@ Reads  store/verify_sae_training/runs/<run_id>/
 Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
 """
 from lib.constants import override
+from lib.ranges import FileName, Location, Name
+
+SOURCE: Location | None = None            # folder of one SAE, or a hub repository
+SUBFOLDER: str = ""                            # folder of the SAE inside SOURCE
+RUN_ID: FileName | None = None            # activations to look at it with; None: the run that step 1 finished last
+LAYER: Name | None = None                 # which of the run's hook points; None: the first
+CONSTANTS = override(globals())
+
 from lib.environment import InputError, log, log_to, run
 from lib.exchange import read_foreign, unfold
 from lib.hub import pull
@@ -19,11 +27,6 @@ from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.training import score
 
-SOURCE: str | None = None          # folder of one SAE, or a hub repository
-SUBFOLDER = ""                     # folder of the SAE inside SOURCE
-RUN_ID: str | None = None          # activations to look at it with; None: the run that step 1 finished last
-LAYER: str | None = None           # which of the run's hook points; None: the first
-CONSTANTS = override(globals())
 FOLDER = experiment_dir("verify_sae_training")
 
 
