@@ -9,23 +9,27 @@
 | anthropic    | ANTHROPIC_API_KEY, NAMING_MODEL; ANTHROPIC_BASE_URL for another address                     |
 | transformers | NAMING_MODEL: hub name or directory of a chat model                                         |
 
-A key goes into the request's header and nowhere else: not into messages, the cache or any output.
+A key goes into the request's header and nowhere else: not into messages, the cache or any output, even where a server
+repeats it.
 """
 import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lib import chat_servers
-from lib.chat_servers import ANSWER_TOKENS, Messages, Reply
+from lib.chat_keys import Secret
+from lib.chat_servers import ANSWER_TOKENS, Messages, NoAnswer, Reply
 from lib.environment import InputError, choose_device
 from lib.files import fingerprint, read_json, write_json
 
 BACKENDS = ("openai", "anthropic", "transformers")
 ATTEMPTS = 3  # answers that are asked for until one is valid
+MAX_BRACES = 1000  # in one answer, from each of which JSON is tried
 
 
 @dataclass
@@ -35,19 +39,21 @@ class Chat:
     backend: str
     model: str
     send: Callable[[Messages], Reply]
-    """Messages of the roles user and assistant, in turns -> the next reply."""
+    """Messages of the roles user and assistant, in turns -> the next reply; raises NoAnswer."""
+    secret: Secret = field(default_factory=lambda: Secret(""), repr=False)
+    """The key, to be taken out of replies."""
     calls: int = 0
     cached: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
 
     def ask(self, messages: Messages) -> str:
-        """The reply's text; counts its tokens."""
+        """The reply's text, without the key; counts its tokens."""
         reply = self.send(messages)
         self.calls += 1
         self.tokens_in += reply.tokens_in
         self.tokens_out += reply.tokens_out
-        return reply.text
+        return self.secret.removed(reply.text)
 
     def spent(self) -> str:
         """One line for people: what has been used so far."""
@@ -61,12 +67,15 @@ def open_chat(backend: str) -> Chat:
     Raises InputError for an unknown backend and for settings that are missing or can't work.
     """
     if backend not in BACKENDS:
-        raise InputError(f"NAME_BACKEND={backend!r} is none of offline, {', '.join(BACKENDS)}")
+        raise InputError(f"NAME_BACKEND={backend!r} must be one of offline, {', '.join(BACKENDS)}")
     model = os.environ.get("NAMING_MODEL", "").strip()
     if not model:
         raise InputError(f"NAME_BACKEND={backend} needs a model: set the environment variable NAMING_MODEL")
+    if not model.isprintable() or len(model) > 400:
+        raise InputError("NAMING_MODEL has characters that no name has; set it again")
     make = {"openai": chat_servers.openai, "anthropic": chat_servers.anthropic, "transformers": _transformers}[backend]
-    return Chat(backend, model, make(model))
+    send, secret = make(model)
+    return Chat(backend, model, send, secret=secret)
 
 
 def ask_json(
@@ -76,20 +85,21 @@ def ask_json(
 
     check: returns the object, cleaned, or raises ValueError with what is wrong, which the model is then told.
     cache: folder of answers by the hash of question and model; a question that was answered is not sent again.
+    Raises NoAnswer if the server gives none.
     """
     path = cache / f"{question_key(chat, question)}.json"
     if path.exists():
         try:
-            answer = check(read_json(path)["answer"])
+            answer = check(dict(chat.secret.removed(read_json(path)["answer"])))
             chat.cached += 1
             return answer
-        except (ValueError, KeyError, TypeError):  # damaged, or valid by older rules only: ask again
+        except (ValueError, KeyError, TypeError, RecursionError):  # damaged, or valid by older rules only: ask again
             pass
     messages: Messages = [{"role": "user", "content": question}]
     for _ in range(ATTEMPTS):
         text = chat.ask(messages)
         try:
-            answer = check(find_json(text))
+            answer = check(chat.secret.removed(find_json(text)))
         except ValueError as error:
             again = f"That can't be used: {error}. Answer with the one JSON object alone."
             messages += [{"role": "assistant", "content": text[:500] or "-"}, {"role": "user", "content": again}]
@@ -109,16 +119,30 @@ def find_json(text: str) -> dict[str, Any]:
 
     Raises ValueError if there is none.
     """
-    text = re.sub(r"(?s)<think>.*?</think>", "", text)
-    for brace in re.finditer("{", text):
+    said = _aloud(text)
+    for brace in islice(re.finditer("{", said), MAX_BRACES):
         try:
-            return json.JSONDecoder().raw_decode(text, brace.start())[0]
-        except ValueError:
+            return json.JSONDecoder().raw_decode(said, brace.start())[0]
+        except (ValueError, RecursionError):
             continue
     raise ValueError("there is no JSON object in it")
 
 
-def _transformers(name: str) -> Callable[[Messages], Reply]:
+def _aloud(text: str) -> str:
+    """A text without what stands between <think> and </think>, or behind a <think> that never ends.
+
+    Some servers put the <think> into the prompt, so that all before a </think> alone was thought too.
+    """
+    said, at, thinking = "", 0, False
+    for tag in re.finditer(r"<(/?)think(?:ing)?>", text, re.IGNORECASE):
+        if not tag[1]:
+            said, thinking = said if thinking else said + text[at : tag.start()], True
+        else:
+            said, at, thinking = said if thinking else "", tag.end(), False
+    return said if thinking else said + text[at:]
+
+
+def _transformers(name: str) -> tuple[Callable[[Messages], Reply], Secret]:
     from lib.models import choose_dtype, load_model, load_tokenizer  # slow to import, and only needed here
 
     device = choose_device("auto")
@@ -127,13 +151,21 @@ def _transformers(name: str) -> Callable[[Messages], Reply]:
     if not tokenizer.chat_template or not model.can_generate():
         raise InputError(f"NAMING_MODEL={name} is no chat model (no chat template); choose an instruction-tuned one")
 
+    def template(messages: Messages) -> Any:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).to(device)
+        except Exception as error:  # a template is a program of its own, and raises what it likes
+            first = " ".join(str(error).split())[:120] or type(error).__name__
+            raise NoAnswer(f"NAMING_MODEL={name}: its chat template fails ({first}); choose another model") from None
+
     def send(messages: Messages) -> Reply:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(device)
+        inputs = template(messages)
         n_in = inputs["input_ids"].shape[1]
         pad = tokenizer.pad_token_id
         said = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=pad)[0, n_in:]
         return Reply(tokenizer.decode(said, skip_special_tokens=True), n_in, len(said))
 
-    return send
+    template([{"role": "user", "content": "Hello"}])
+    return send, Secret("")

@@ -19,15 +19,17 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN
+from lib.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN, NoAnswer
 from lib.concept_formats import EDITABLE, STALE, Concepts
 from lib.concept_names import codes_matrix, score_rule, score_words, used_rows
 from lib.concepts import Codes
+from lib.environment import log
 from lib.language_models import Chat, ask_json, question_key
 
 N_FIRING, N_SILENT = 10, 6  # contexts from which a name is made
 N_JUDGED = 10  # held-out contexts that fire, and as many silent ones, by which it is scored
 WINDOW = (16, 6)  # tokens before and after the marked one
+GIVE_UP = 3  # latents in a row without an answer, after which a server is not asked any more
 MAX_NAME, MAX_DESCRIPTION = 80, 400  # characters
 NAME = """A unit inside a language model fires on some tokens of a text and is silent on the others.
 In each line one token is marked <<like this>>. The unit has read the text up to that token only.
@@ -118,15 +120,31 @@ def name_with(
 ) -> Concepts:
     """Ask for the name of each latent and score it; latent -> an entry of concepts.json.
 
-    A latent for which no valid answer came is left out. Started again, it takes from `cache` what was answered before.
+    A latent for which no valid answer came is left out, and so are those that remain after GIVE_UP latents in a row
+    without any answer. Started again, it takes from `cache` what was answered before. Raises NoAnswer if none ever came.
     """
     named: Concepts = {}
+    failed = 0
     for latent in tqdm(list(latents), desc=f"naming by {chat.model}", unit="latent", disable=not progress):
         question = contexts.for_name(latent)
-        answer = ask_json(chat, question, check_name, cache) if question else None
-        if question is None or answer is None:
+        if question is None:
             continue
-        named[latent] = answer | judge(chat, contexts, latent, answer["name"], answer["description"], cache) | {
+        try:
+            answer = ask_json(chat, question, check_name, cache)
+            if answer is None:
+                continue
+            scores = judge(chat, contexts, latent, answer["name"], answer["description"], cache)
+            failed = 0
+        except NoAnswer as error:
+            if not chat.calls + chat.cached:
+                raise
+            failed += 1
+            log.warning("latent %d keeps its offline name: %s", latent, error)
+            if failed == GIVE_UP:
+                log.warning("no answer for %d latents in a row: all that remain keep their offline names", failed)
+                break
+            continue
+        named[latent] = answer | scores | {
             "backend": chat.backend, "model": chat.model, "prompt_hash": question_key(chat, question),
             "n_examples": len(contexts.firing(latent, held_out=False)[0]), "source": "llm", "edited_by": None, "notes": "",
         }  # fmt: skip
@@ -138,14 +156,20 @@ def score_people(
 ) -> Concepts:
     """The names that people gave and that have no score yet, scored: by the chat model, or without one by their words.
 
-    Returns those entries only; everything that a person wrote in them stays as it is.
+    Returns the scored entries only; everything that a person wrote in them stays as it is.
     """
     new = {i: e for i, e in concepts.items() if e["source"] == "human" and e.get("scored_name") != e["name"]}
+    scores: Concepts = {}
     if chat is None or contexts is None:
         scores = score_words(codes, is_val, {i: entry["name"] for i, entry in new.items()}) if new else {}
     else:
-        scores = {i: judge(chat, contexts, i, e["name"], e.get("description") or "", cache) for i, e in new.items()}
-    return {i: {k: v for k, v in e.items() if k not in STALE} | {"scored_name": e["name"]} | scores[i] for i, e in new.items()}
+        try:
+            for i, e in new.items():
+                scores[i] = judge(chat, contexts, i, e["name"], e.get("description") or "", cache)
+        except NoAnswer as error:
+            log.warning("%d names by people stay without a score: %s", len(new) - len(scores), error)
+    fresh = {i: {key: value for key, value in new[i].items() if key not in STALE} for i in scores}
+    return {i: entry | {"scored_name": entry["name"]} | scores[i] for i, entry in fresh.items()}
 
 
 def with_scores(concepts: Concepts, scored: Concepts) -> Concepts:

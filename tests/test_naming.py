@@ -2,6 +2,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -292,7 +293,7 @@ def test_wrong_settings_are_told_before_anything_is_sent(serve, monkeypatch, var
     with pytest.raises(InputError, match=message) as error:
         open_chat("openai")
     assert KEY not in str(error.value) and server.seen == []
-    with pytest.raises(InputError, match="is none of offline, openai, anthropic, transformers"):
+    with pytest.raises(InputError, match="must be one of offline, openai, anthropic, transformers"):
         open_chat("opanai")
 
 
@@ -403,6 +404,16 @@ def test_a_chat_model_in_this_process(chat_model, contexts, tmp_path, monkeypatc
     monkeypatch.setenv("NAMING_MODEL", str(saved_model[0]))
     with pytest.raises(InputError, match="is no chat model"):
         open_chat("transformers")
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ raise_exception('never\\nmind') }}", "{{ messages[3]['content'] }}", "{{ 1 / 0 }}"])
+def test_a_broken_chat_template_is_one_line(chat_model, tmp_path, monkeypatch, template):
+    shutil.copytree(chat_model, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    monkeypatch.setenv("NAMING_MODEL", str(tmp_path / "model"))
+    with pytest.raises(InputError, match="its chat template fails") as error:
+        open_chat("transformers")
+    assert "\n" not in str(error.value)
 
 
 SERVING = PROJECT / ".venv-serve"  # made by `make serving`
