@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lib import schemas
 from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, is_out_of_memory, log
 from lib.files import read_json, read_note, write_json, write_tensors
@@ -133,7 +134,7 @@ class _Writer:
         self.n_shards, block, rows_before_block = 0, 0, 0
         while (path := self.shard("rows", self.n_shards)).exists():
             self.n_shards += 1
-            block, rows_before_block = read_note(path)
+            block, rows_before_block = read_note(path, schemas.SHARD_NOTE)
         self.start_at(self.n_shards, block, rows_before_block)
 
     def shard(self, name: str, number: int) -> Path:

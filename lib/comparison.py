@@ -9,6 +9,7 @@ from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lib import schemas
 from lib.environment import InputError
 from lib.files import read_json
 
@@ -27,7 +28,7 @@ def result_table(root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycl
     for seed in seeds:
         for arm in ("baseline", *arms):
             for cycle in [0] if arm == "baseline" else range(1, cycles + 1):
-                found = read_json(root / arm / f"seed_{seed}" / f"results_cycle_{cycle}.json")
+                found = read_json(root / arm / f"seed_{seed}" / f"results_cycle_{cycle}.json", schemas.RESULTS)
                 for result in ({"sae_seed": 0, **found}, *found.get("other_sae_seeds", [])):
                     for split in ("val", "test"):
                         place = (root.name, arm, seed, result["sae_seed"], cycle, split)

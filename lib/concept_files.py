@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib import schemas
 from lib.concepts import Codes, Firings, codes_at
-from lib.files import read_json, write_text
+from lib.environment import InputError
+from lib.files import read_json, read_tensors, write_text
 
 SCHEMA_VERSION = 1
 WINDOW = (20, 10)  # stored tokens shown before and after the peak of an example
@@ -70,7 +72,16 @@ def read_top_texts(path: Path) -> tuple[dict[str, Any], Examples, Examples]:
 
     A file that has nothing but latents reads as well. Raises InputError if it is missing or damaged.
     """
-    content = read_json(path)
-    top = {int(key): value for key, value in content.items() if key.isdigit()}
+    content = read_json(path, schemas.TOP_TEXTS)
+    top = {int(key): value for key, value in content.items() if key not in ("meta", "middle")}
     middle = {int(key): value for key, value in content.get("middle", {}).items()}
-    return content.get("meta", {}), top, middle
+    meta = content.get("meta", {})
+    n_latents = meta.get("n_latents")
+    if n_latents is not None and not top.keys() == middle.keys() == set(range(n_latents)):
+        raise InputError(f"{path} is damaged: it has not the examples of {n_latents} latents; {schemas.TOP_TEXTS.remedy}")
+    return meta, top, middle
+
+
+def read_latent_stats(path: Path, n_latents: int) -> dict[str, Tensor]:
+    """latent_stats.safetensors of step 4: the columns of Firings.stats(), [n_latents] each. InputError if it is damaged or another SAE's."""
+    return read_tensors(path, schemas.LATENT_STATS, finite=True, F=n_latents)

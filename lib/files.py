@@ -1,7 +1,9 @@
 """How every file is written and read: whole or not at all, and told apart from one that was damaged since.
 
-JSON, safetensors and torch archives; nothing but tensors and plain values is unpickled.
+JSON, safetensors and torch archives; nothing but tensors and plain values is unpickled. What a file must hold is
+described in lib/schemas.py; what does not fit is an InputError of one line.
 """
+import contextlib
 import glob
 import hashlib
 import io
@@ -9,6 +11,7 @@ import json
 import os
 import platform
 import re
+import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,32 +22,37 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from lib.checking import Misfit, Schema, check, check_tensors
 from lib.distributed import add_up, own_part
 from lib.environment import InputError, is_disk_full
 
 HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # processes are told apart by machine and number
+ANYTHING = Schema(Any)
 SMALL_FILE = 8 << 20  # bytes; the checksum of a smaller file is compared whenever it is listed
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename to `path`: a reader sees the old file or the whole new one.
 
-    Raises InputError if the disk is full; the old file stays.
+    Raises InputError if it can't be written; the old file stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp")
     temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp")
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:  # safetensors and torch raise kinds of their own
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            raise InputError(f"the disk of {path.parent} is full; make room, then rerun the same command to resume") from None
+        if not isinstance(error, OSError):
             raise
-        raise InputError(f"the disk of {path.parent} is full; make room, then the same command goes on") from None
+        raise InputError(f"{path} can't be written ({error.strerror or error}); make it writable, or set another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp") -> None:
@@ -76,24 +84,72 @@ def write_json(path: Path, value: Any, sealed: bool = False) -> None:
     sealed: a dict that nobody edits by hand; it gets an entry "sha256" over all others, which read_json checks.
     """
     if sealed:
+        value = json.loads(json.dumps(value))  # the digest is of what is read back: keys become strings
         value = {**value, "sha256": _json_digest(value)}
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file, without its seal; a missing, damaged or altered one is an InputError that names it."""
+def read_json(path: Path, schema: Schema = ANYTHING) -> Any:
+    """What a JSON file holds, without its seal. Raises InputError, which names file and place, if it does not fit."""
+    value = parse_json(read_bytes(path, schema.limit, schema.remedy), path, schema.remedy)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run its step again") from None
-    # A seal is known by its name and by its value, so that it is missed wherever one of the two was altered.
-    sealed = [name for name in value if name == "sha256" or str(value[name]).startswith("sha256:")] if isinstance(value, dict) else []
-    seals = {name: value.pop(name) for name in sealed}
-    if seals and seals != {"sha256": _json_digest(value)}:
-        raise InputError(f"{path} was altered since it was written; delete it and run its step again")
+        if schema.sealed and (not isinstance(value, dict) or "sha256" not in value):
+            raise InputError(f"{path} has no seal, so it was altered since it was written; {schema.remedy}")
+        # A seal is known by its name and by its value, so that it is missed wherever one of the two was altered.
+        entries = value.items() if isinstance(value, dict) else ()
+        found = [name for name, inner in entries if name == "sha256" or isinstance(inner, str) and inner.startswith("sha256:")]
+        seals = {name: value.pop(name) for name in found}
+        if seals and seals != {"sha256": _json_digest(value)}:
+            raise InputError(f"{path} was altered since it was written; {schema.remedy}")
+        check(value, schema.content)
+    except Misfit as misfit:
+        raise InputError(f"{path} is damaged: {misfit}; {schema.remedy}") from None
+    except RecursionError:
+        raise InputError(f"{path} is damaged: it is nested too deep; {schema.remedy}") from None
     return value
+
+
+def parse_json(data: bytes, path: Path, remedy: str) -> Any:
+    """One JSON value. NaN, infinity, duplicate keys and too many brackets are an InputError, as is what is no JSON."""
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
+        raise InputError(f"{path} is damaged ({why}); {remedy}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_bytes(path: Path, limit: int, remedy: str = "delete it and run its step again") -> bytes:
+    """A file's bytes. Raises InputError if it is missing, larger than `limit` bytes, no regular file, or unreadable."""
+    require_file(path, limit, remedy)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); make it readable") from None
+
+
+def require_file(path: Path, limit: int | None = None, remedy: str = "delete it and run its step again") -> None:
+    """Raise InputError if there is no regular file; a pipe would be waited for for ever."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {remedy.removeprefix('delete it and ')}") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); make it readable") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is not a file; {remedy}")
+    if limit is not None and found.st_size > limit:
+        raise InputError(f"{path} has {found.st_size:,} bytes, {limit:,} at most are read; {remedy}")
 
 
 def _json_digest(value: Any) -> str:
@@ -111,20 +167,32 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> N
     atomic_write(path, lambda temporary: temporary.write_bytes(save(contiguous, metadata)))
 
 
-def read_note(path: Path) -> Any:
-    """The note in a safetensors file's header."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["note"])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, memory-mapped; a missing or damaged one is an InputError that names it."""
-    if not path.exists():
-        raise InputError(f"{path} is missing")
+def read_note(path: Path, wanted: Any = str) -> Any:
+    """The note in a safetensors file's header. Raises InputError if there is none that fits `wanted` (lib/checking.py)."""
+    require_file(path)
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            note = json.loads((file.metadata() or {})["note"])
+        check(note, wanted)
     except Exception as error:  # safetensors raises its own type, which is not exported
-        raise InputError(f"{path} is damaged ({error}); delete it and run its step again") from None
+        raise _damaged(path, error, "delete it and run its step again") from None
+    return note
+
+
+def read_tensors(path: Path, wanted: dict[str, str] | None = None, finite: bool = False, **sizes: int) -> dict[str, Tensor]:
+    """A safetensors file, memory-mapped. Raises InputError if it is missing, damaged or not as described (lib/checking.py)."""
+    require_file(path)
+    try:
+        tensors = load_file(path)
+        check_tensors(tensors, wanted or {}, finite, **sizes)
+    except Exception as error:  # safetensors raises its own type, which is not exported
+        raise _damaged(path, error, "delete it and run its step again") from None
+    return tensors
+
+
+def _damaged(path: Path, error: Exception, remedy: str) -> InputError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return InputError(f"{path} is damaged ({first}); {remedy}")
 
 
 def write_sealed(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -132,9 +200,9 @@ def write_sealed(path: Path, tensors: dict[str, Tensor]) -> None:
     write_tensors(path, tensors, note=_tensors_digest(tensors))
 
 
-def read_sealed(path: Path) -> dict[str, Tensor]:
+def read_sealed(path: Path, wanted: dict[str, str] | None = None, **sizes: int) -> dict[str, Tensor]:
     """What write_sealed wrote; a missing, damaged or altered file is an InputError that names it."""
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, wanted, False, **sizes)
     if read_note(path) != _tensors_digest(tensors):
         raise InputError(f"{path} was altered since it was written; delete it and run its step again")
     return tensors
@@ -151,21 +219,25 @@ def write_torch(path: Path, value: Any) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
-def read_torch(path: Path, otherwise: str) -> Any:
+def read_torch(path: Path, otherwise: str, wanted: Any = None) -> Any:
     """What write_torch wrote, on the CPU; nothing but tensors and plain values is unpickled.
 
-    Raises InputError for a missing or damaged file, with what to do `otherwise`. torch itself does not compare the
-    checksums that the archive holds.
+    wanted: a description of its plain values (lib/checking.py). Raises InputError for a missing or damaged file, with what
+    to do `otherwise`. torch itself does not compare the checksums that the archive holds, and unpacks what is packed.
     """
-    if not path.exists():
-        raise InputError(f"there is no {path}; {otherwise}")
+    require_file(path, remedy=otherwise)
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile("it is packed")
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if wanted is not None:
+            check(content, wanted)
     except Exception as error:  # torch and zipfile raise many kinds for a damaged archive
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it, then {otherwise}") from None
+        raise _damaged(path, error, f"delete it, then {otherwise}") from None
+    return content
 
 
 def sha256(path: Path) -> str:
@@ -177,16 +249,17 @@ def sha256(path: Path) -> str:
 def fingerprint(value: Any) -> str:
     """Sixteen hex digits of anything JSON can hold, or of a tensor's bytes and shape."""
     if isinstance(value, Tensor):
-        data = str((tuple(value.shape), value.dtype)).encode() + value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest = hashlib.sha256(str((tuple(value.shape), value.dtype)).encode())
+        digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     else:
-        data = json.dumps(value, sort_keys=True, default=str).encode()
-    return hashlib.sha256(data).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def safe_name(name: str) -> str:
     """`name` if it is a plain file name; anything that could leave its folder is an InputError."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
-        raise InputError(f"{name!r} is no file name; use letters, digits, '_', '-' and '.'")
+        raise InputError(f"{name[:60]!r} is no file name; use letters, digits, '_', '-' and '.'")
     return name
 
 
@@ -202,10 +275,12 @@ def list_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
 
 
 def check_files(folder: Path, entries: list[dict[str, Any]], verify: bool = False) -> None:
-    """Raise InputError for the first listed file that is missing, has another size or (verify, or small) another sha256."""
+    """Raise InputError for the first listed file that is missing, outside, has another size or (verify, or small) another sha256."""
+    whole = folder.resolve()
     for entry in entries:
         path = folder / entry["file"]
-        if not path.exists():
-            raise InputError(f"{path} is missing; delete {folder} and make it again")
+        require_file(path, remedy=f"delete {folder} and make it again")
+        if not path.resolve().is_relative_to(whole):
+            raise InputError(f"{path} is a link that leaves {folder}; put the file itself there")
         if path.stat().st_size != entry["bytes"] or ((verify or entry["bytes"] <= SMALL_FILE) and sha256(path) != entry["sha256"]):
             raise InputError(f"{path} was altered or truncated since it was written; delete {folder} and make it again")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lib import schemas
 from lib.distributed import rank, wait_for_all
 from lib.environment import InputError, log
 from lib.files import check_files, read_json
@@ -86,7 +87,7 @@ def up_to_date(report: Path, made_from: dict[str, Any]) -> bool:
     """
     if not report.exists():
         return False
-    found = read_json(report)
+    found = read_json(report, schemas.REPORT)
     if why := differences({name: found.get(name) for name in made_from}, json.loads(json.dumps(made_from))):
         raise InputError(f"{report.parent} was made with other constants ({why}); set STORE_DIR to another folder, or delete {report} to make it anew")
     check_files(report.parent, found["files"], verify=True)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lib import schemas
+from lib.checking import Misfit, check, check_tensors
 from lib.environment import InputError
 from lib.files import fingerprint, read_torch, write_json, write_torch
 from lib.store import Run
@@ -132,7 +134,8 @@ def make_sae(
 def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     """Write `path` (topk_sae.pt, loads with weights_only=True) and the same without tensors as .json.
 
-    probe: raw activations [N, D]; the first 64 and their codes go into the file, and loading checks them.
+    probe: raw activations [N, D]; the first 64 and their codes go into the file, and loading checks them. Raises InputError,
+    and writes nothing, if a weight or a score is not finite.
     """
     probe = probe[:PROBE_ROWS].float().cpu().clone()
     values, indices = sae.encode(probe.to(sae.mean.device))
@@ -141,6 +144,11 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     if sae.threshold is not None:
         state["threshold"] = sae.threshold
     state = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
+    try:  # of what can't be read back nothing is written
+        check(config, schemas.SAE_CONFIG)
+        check_tensors(state, schemas.SAE_STATE)
+    except Misfit as misfit:
+        raise InputError(f"this SAE can't be saved: {misfit}; lower its learning rate, or take another SAE") from None
     content = {
         "schema_version": SCHEMA_VERSION,
         "sae_hash": sae_hash(sae),
@@ -155,10 +163,16 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
 def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
     """Load what save_sae wrote. Raises InputError if it is missing, damaged or of another schema, if its weights are not
     those that were saved, or if the codes of its probe rows differ by more than rounding explains."""
-    content = read_torch(path, "run 02_train_sae.py first")
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+    content = read_torch(path, "run 02_train_sae.py first", dict)
+    if content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is no SAE of schema {SCHEMA_VERSION}; train it again or convert it")
-    state, config, probe = content["state"], content["config"], content["probe"]
+    try:
+        check(content, {"config": schemas.SAE_CONFIG})
+        state, config, probe = content.get("state"), content["config"], content.get("probe")
+        sizes = check_tensors(state, schemas.SAE_STATE, F=config["n_latents"], D=config["n_inputs"])
+        check_tensors(probe, schemas.SAE_PROBE, D=sizes["D"], K=config["top_k"])
+    except Misfit as misfit:
+        raise InputError(f"{path} is damaged: {misfit}; delete it, then run 02_train_sae.py again") from None
     weights = (state["W_enc"], state["b_enc"], state["W_dec"], state["mean"])
     sae = make_sae(*weights, state["scale"].item(), config["top_k"], config, device, state.get("threshold"))
     if content.get("sae_hash", sae_hash(sae)) != sae_hash(sae):

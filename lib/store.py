@@ -12,7 +12,6 @@ A run is a folder `store/<experiment>/runs/<run_id>/`:
 Row r of a hook's shard i is row r of rows/shard i, so row -> token -> text needs no language model.
 """
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -26,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib import schemas
+from lib.checking import Misfit, check
 from lib.environment import PROJECT, InputError
-from lib.files import check_files, fingerprint, read_json, read_tensors, safe_name
+from lib.files import check_files, fingerprint, parse_json, read_bytes, read_json, read_tensors, require_file, safe_name
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")
@@ -50,11 +51,14 @@ def experiment_dir(experiment: str) -> Path:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and code revision that an output is stamped with. No time: equal runs give equal bytes."""
+    """Versions and code revision (None without git) that an output is stamped with. No time: equal runs give equal bytes."""
     packages = ("torch", "transformers", "datasets", "overcomplete", "numpy", "scikit-learn")
-    git = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        git = ""
     return {
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -94,26 +98,55 @@ class Run:
     @cached_property
     def texts(self) -> list[dict[str, Any]]:
         """text_id -> {"text_id", "text", "split"}."""
-        with open(self.path / "texts.jsonl", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return list(self._read_texts())
+
+    def _read_texts(self) -> Iterator[dict[str, Any]]:
+        """The lines of texts.jsonl one by one: the texts may be more than memory holds."""
+        path, count = self.path / "texts.jsonl", -1
+        require_file(path, remedy=schemas.RUN_AGAIN)
+        with open(path, "rb") as file:
+            for count, line in enumerate(file):
+                found = parse_json(line, path, schemas.RUN_AGAIN)
+                try:
+                    check(found, schemas.RUN_TEXT | {"text_id": count})
+                except Misfit as misfit:
+                    raise InputError(f"{path} is damaged: line {count + 1}: {misfit}; {schemas.RUN_AGAIN}") from None
+                yield found
+        if count + 1 != self.meta["n_texts"]:
+            raise InputError(f"{path} has {count + 1} texts, meta.json says {self.meta['n_texts']}; {schemas.RUN_AGAIN}")
+
+    def _row_shards(self) -> Iterator[dict[str, Tensor]]:
+        wanted = dict.fromkeys(ROW_COLUMNS, "int32 R")
+        for shard in self.manifest["rows"]:
+            columns = read_tensors(self.path / shard["file"], wanted, R=shard["rows"])
+            text_id = columns["text_id"]
+            if int(text_id.min()) < 0 or int(text_id.max()) >= self.meta["n_texts"]:
+                raise InputError(f"{self.path / shard['file']} is damaged: it names a text that is not there; {schemas.RUN_AGAIN}")
+            yield columns
 
     @cached_property
     def rows(self) -> dict[str, Tensor]:
         """The columns text_id, pos, token_id, char_start, char_end over all rows, int32 [n_rows] each."""
-        shards = [read_tensors(self.path / shard["file"]) for shard in self.manifest["rows"]]
-        return {column: torch.cat([shard[column] for shard in shards]) for column in ROW_COLUMNS}
+        shards = list(self._row_shards())
+        rows = {column: torch.cat([shard[column] for shard in shards]) for column in ROW_COLUMNS}
+        length = torch.tensor([len(text["text"]) for text in self.texts])[rows["text_id"]]
+        if (rows["char_start"] < 0).any() or (rows["char_start"] > rows["char_end"]).any() or (rows["char_end"] > length).any() or (rows["pos"] < 0).any():
+            raise InputError(f"{self.path / 'rows'} is damaged: a token stands outside its text; {schemas.RUN_AGAIN}")
+        return rows
 
     @cached_property
     def is_val(self) -> Tensor:
         """bool [n_rows]: the row belongs to a validation text."""
-        with open(self.path / "texts.jsonl", encoding="utf-8") as file:  # the texts may be more than memory holds
-            val_text = torch.tensor([json.loads(line)["split"] == "val" for line in file])
-        text_ids = (read_tensors(self.path / shard["file"])["text_id"] for shard in self.manifest["rows"])
-        return torch.cat([val_text[text_id] for text_id in text_ids])
+        val_text = torch.tensor([text["split"] == "val" for text in self._read_texts()])
+        return torch.cat([val_text[shard["text_id"]] for shard in self._row_shards()])
 
     def shards(self, hook: str) -> list[Tensor]:
         """The hook's shards, memory-mapped, [R_i, D] each in the stored precision."""
-        return [read_tensors(self.path / shard["file"])["x"] for shard in self.manifest["hooks"][hook]]
+        found: list[Tensor] = []
+        for shard in self.manifest["hooks"][hook]:
+            width = {"D": found[0].shape[1]} if found else {}
+            found.append(read_tensors(self.path / shard["file"], {"x": "float R D"}, False, R=shard["rows"], **width)["x"])
+        return found
 
     def batches(self, hook: str, batch_rows: int = 8192, part: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
         """All rows in order, or those of a part of the shards: (number of the first row, float32 [<= batch_rows, D])."""
@@ -131,8 +164,9 @@ class Run:
 
     def stats(self, hook: str) -> dict[str, Any]:
         """Statistics of the hook's training rows: mean, covariance, scale, median_norm, max_abs, gamma ..."""
-        folder = self.path / hook
-        return read_json(folder / "stats.json") | read_tensors(folder / "stats.safetensors")
+        folder, width = self.path / hook, self.shards(hook)[0].shape[1]
+        tensors = read_tensors(folder / "stats.safetensors", {"mean": "float32 D", "covariance": "float32 D D"}, finite=True, D=width)
+        return read_json(folder / "stats.json", schemas.STATS) | tensors
 
     def digest(self, hook: str) -> str:
         """One hash over the hook's shards: what an SAE records as the data that it was trained on."""
@@ -155,12 +189,24 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
     if run_id is None:
         if not (folder / "run_id.txt").exists():
             raise InputError(f"there are no saved activations under {folder}; run 01_save_activations.py first")
-        run_id = (folder / "run_id.txt").read_text(errors="replace").strip()
+        run_id = read_bytes(folder / "run_id.txt", 1000).decode(errors="replace").strip()
     path = folder / "runs" / safe_name(run_id)
     if not (path / "manifest.json").exists():
         raise InputError(f"run {run_id} is missing or unfinished; run 01_save_activations.py to finish it")
-    run = Run(path, read_json(path / "meta.json"), read_json(path / "manifest.json"))
-    if run.meta.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"run {run_id} has schema {run.meta.get('schema_version')}, this code reads {SCHEMA_VERSION}; save it again")
+    run = Run(path, read_json(path / "meta.json", schemas.META), read_json(path / "manifest.json", schemas.MANIFEST))
+    if run.meta["schema_version"] != SCHEMA_VERSION:
+        raise InputError(f"run {run_id} has schema {run.meta['schema_version']}, this code reads {SCHEMA_VERSION}; save it again")
+    _check_manifest(run)
     check_files(path, run.manifest["files"], verify)
     return run
+
+
+def _check_manifest(run: Run) -> None:
+    """Raise InputError if the manifest's parts disagree: rows, hooks and the files whose checksums it holds."""
+    manifest, stated = run.manifest, {entry["file"] for entry in run.manifest["files"]}
+    sizes = [shard["rows"] for shard in manifest["rows"]]
+    needed = {"meta.json", "texts.jsonl", *(f"{hook}/stats.{ending}" for hook in manifest["hooks"] for ending in ("json", "safetensors"))}
+    needed |= {shard["file"] for shards in (manifest["rows"], *manifest["hooks"].values()) for shard in shards}
+    same = all([shard["rows"] for shard in shards] == sizes for shards in manifest["hooks"].values())
+    if not manifest["hooks"] or not needed <= stated or not same or sum(sizes) != manifest["n_rows"]:
+        raise InputError(f"{run.path / 'manifest.json'} is damaged: its files and rows don't fit together; {schemas.RUN_AGAIN}")

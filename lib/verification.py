@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lib import schemas
 from lib.environment import run
 from lib.files import read_json
 from lib.store import experiment_dir
@@ -80,7 +81,7 @@ def format_table(checks: list[Check]) -> str:
 def main() -> None:
     """Print the verification table of experiments/verify_sae_training."""
     path = experiment_dir("verify_sae_training") / "verification.json"
-    print(format_table(read_json(path)["checks"]))
+    print(format_table(read_json(path, schemas.VERIFICATION)["checks"]))
 
 
 if __name__ == "__main__":
