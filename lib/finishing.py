@@ -10,6 +10,8 @@ from lib.environment import InputError
 from lib.files import list_files, write_json, write_tensors
 from lib.store import Run
 
+ALIKE = 1e-6  # spread of the rows over the norm of their mean, up to which it is rounding
+
 
 def finish(folder: Path, meta: dict[str, Any], hooks: list[str], n_shards: int) -> Run:
     """Write the statistics of each hook point and the manifest, which makes the run complete. Ranks share the reading."""
@@ -37,6 +39,7 @@ def write_stats(run: Run, hook: str) -> None:
 
     scale = sqrt(mean squared norm of x - mean), so that x' = (x - mean) / scale has mean squared norm 1. Each rank reads
     its part of the shards; the order of the sums, and with it the last digits, depends on how many ranks there are.
+    Raises InputError if there is no training row, or if all are alike.
     """
     train = ~run.is_val
     n = int(train.sum())
@@ -61,6 +64,8 @@ def write_stats(run: Run, hook: str) -> None:
     covariance /= n
     norm = norms[train]
     scale = covariance.trace().sqrt()
+    if not scale > ALIKE * mean.norm():
+        raise InputError(f"all tokens have the same activation at {hook}, so there is nothing to learn; use more texts, or another LAYER_SIGNATURE")
     if rank():
         return
     write_tensors(run.path / hook / "stats.safetensors", {"mean": mean.float(), "covariance": covariance.float()})

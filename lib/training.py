@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib import schemas
+from lib.checking import Misfit, check, check_tensors
 from lib.distributed import agree, rank, world_size
 from lib.environment import InputError, log
 from lib.fast_step import Workspace, fast_step
@@ -38,6 +40,10 @@ UNITS = {
     "l0": "codes per token",
     "dead_pct": "0-100; in the block train and in epochs: silent for more than dead_after tokens; else: never fired on the scored rows",
 }
+
+
+class Diverged(InputError):
+    """A training that came to nothing: what it left is of no use to anyone."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +209,8 @@ def _append(block: dict[str, list[float]], **values: float) -> None:
 
 def _log_point(block: dict[str, list[float]], state: dict[str, Tensor], settings: TrainSettings, lr: float) -> None:
     stats, step = read_stats(state), int(state["step"])
-    if not math.isfinite(stats["loss"]):
-        raise InputError(f"the loss is no longer finite at step {step}; lower LR (now {lr:.1e} at this step) or check the activations")
+    if not all(map(math.isfinite, stats.values())):
+        raise Diverged(f"the loss is no longer finite at step {step}; lower LR (now {lr:.1e} at this step) or check the activations")
     _append(block, step=step, tokens=step * settings.batch_size, lr=lr, dead_pct=100 * stats.pop("dead") / settings.n_latents, **stats)
 
 
@@ -228,6 +234,8 @@ def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSetting
         history["epochs"], loss=sum(losses) / len(losses), recon_mse=val["mse"], l1=val["l1_mean"], r2=val["ev"], l0=val["l0_mean"],
         dead_features_pct=history["train"]["dead_pct"][-1],
     )  # fmt: skip
+    if not all(map(math.isfinite, (val["ev"], val["mse"], val["l1_mean"]))):
+        raise Diverged(f"the SAE of epoch {len(history['val']['ev'])} rebuilds nothing (EV {val['ev']}); lower LR (now {history['lr']:.1e})")
     if not best or val["ev"] > best["ev"]:
         best |= {name: w.cpu() for name, w in weights.items()} | {"ev": val["ev"], "epoch": len(history["val"]["ev"])}
 
@@ -236,7 +244,7 @@ def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> float:
     """Write a checkpoint; returns when the next one is due, so that they take at most CHECKPOINT_SHARE of the time."""
     state = progress_made["state"]
     if not all(torch.isfinite(state[name]).all() for name in ("enc", "dec")):
-        raise InputError(f"the weights are no longer finite at step {int(state['step'])}; lower LR or check the activations")
+        raise Diverged(f"the weights are no longer finite at step {int(state['step'])}; lower LR or check the activations")
     start = time.monotonic()
     if rank() == 0:
         write_torch(path, progress_made)
@@ -244,12 +252,28 @@ def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> float:
     return end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What _save_checkpoint wrote. Raises InputError if it is damaged, or its parts do not fit together."""
+    found = read_torch(path, "train again", schemas.CHECKPOINT)
+    settings, state, best = found["settings"], found["state"], found["best"]
+    try:
+        check(settings, schemas.TRAINING)
+        names = init_state(torch.eye(2), 2, 0, settings["aligned"], settings["kind"])
+        check_tensors(state, {name: schemas.STATE[name.removesuffix("_m").removesuffix("_v")] for name in names}, F=settings["n_latents"])
+        if best:
+            check(best, schemas.BEST)
+            check_tensors(best, schemas.BEST_WEIGHTS, F=settings["n_latents"], D=len(state["transform"]))
+    except Misfit as misfit:
+        raise InputError(f"{path} is damaged: {misfit}; delete it, then train again") from None
+    return found
+
+
 def _load_checkpoint(path: Path, key: str, settings: TrainSettings) -> dict[str, Any] | None:
     """What _save_checkpoint wrote, or None if it is of another training that has hardly begun.
 
     Raises InputError if it is of another training: its work is not thrown away unasked.
     """
-    found = read_torch(path, "train again")
+    found = read_checkpoint(path)
     step = int(found["state"]["step"])
     if found["key"] == key:
         log.info("continuing at step %d", step)

@@ -9,7 +9,7 @@ Started again after an interruption, it continues from its last checkpoint.
 
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/
 Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and training_history.json; an SAE of other constants
-that is there is kept as sae_model_<its hash>/
+that is there is kept as sae_model_<its hash>/, and taken back when its constants come again
 """
 import shutil
 from typing import Annotated, Literal
@@ -52,34 +52,20 @@ PRESETS = {
 }  # fmt: skip
 CONSTANTS = override(globals(), PRESETS)
 
-from lib.distributed import rank
+from lib import kept_saes, schemas
+from lib.distributed import rank, wait_for_all
 from lib.environment import choose_device, log, log_to, run
-from lib.files import atomic_write, read_json, read_torch, write_json
-from lib.guards import differences, in_use
+from lib.files import read_json, write_json
+from lib.guards import in_use
 from lib.rows import rows_of_run, sample_rows
-from lib.sae import load_sae, sae_hash, save_sae
+from lib.sae import sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
-from lib.training import TrainSettings, score, train_sae
+from lib.training import Diverged, TrainSettings, read_checkpoint, score, train_sae
 
 FOLDER = experiment_dir("verify_sae_training")
 SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"
 MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in ("VERIFY", "TRACKER")}
-
-
-def finished(data_digest) -> bool:
-    """Whether the SAE on disk is already what these constants would train; one that is not is kept under another name."""
-    if not (SAE_PATH.exists() and HISTORY_PATH.exists()):
-        return False
-    history, sae = read_json(HISTORY_PATH), load_sae(SAE_PATH)
-    if history["constants"] == MADE_WITH and sae.config.get("data_digest") == data_digest:
-        return True
-    if rank() == 0 and history["constants"] == sae.config["constants"]:  # else a killed run left the new SAE beside the old history
-        kept = FOLDER / f"sae_model_{sae_hash(sae)}"
-        for path in (SAE_PATH, SAE_PATH.with_suffix(".json"), HISTORY_PATH):
-            atomic_write(kept / path.name, lambda temporary: shutil.copyfile(path, temporary))
-        log.info("the SAE that is there has other constants (%s); a copy is kept in %s", differences(history["constants"], MADE_WITH) or "or data", kept)
-    return False
 
 
 def train(saved, hook, rows):
@@ -89,7 +75,12 @@ def train(saved, hook, rows):
         LOG_EVERY, SEED,
     )  # fmt: skip
     with open_tracker("local" if rank() else TRACKER, FOLDER / "tracker", MADE_WITH) as track:
-        sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE), track=track)
+        try:
+            sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE), track=track)
+        except Diverged:  # nobody will resume it, and it must not bar other constants
+            if rank() == 0:
+                shutil.rmtree(SAE_PATH.parent / "checkpoints")
+            raise
     if rank():
         return
     final = score(sae, sample_rows(rows, validation=True, limit=None))
@@ -98,8 +89,10 @@ def train(saved, hook, rows):
         model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook), tokens_trained=EPOCHS * rows.n_train,
         constants=MADE_WITH, provenance=provenance(), final=final,
     )  # fmt: skip
+    kept_saes.keep(FOLDER, MADE_WITH, saved.digest(hook))
     save_sae(sae, SAE_PATH, probe=next(sample_rows(rows, validation=True, limit=None)))
-    write_json(HISTORY_PATH, {"schema_version": 1, "run_id": saved.run_id, "constants": MADE_WITH, **history, "final": final}, sealed=True)
+    about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae), "constants": MADE_WITH}
+    write_json(HISTORY_PATH, {**about, **history, "final": final}, sealed=True)
     dead, n_rows = final["dead_pct"], f"{final['n_rows']:,}"
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"], dead, n_rows)
 
@@ -107,7 +100,7 @@ def train(saved, hook, rows):
 def forget_checkpoint():
     """Remove the checkpoint of the training whose SAE is saved; that of another, unfinished one stays."""
     checkpoint = SAE_PATH.parent / "checkpoints" / "last.pt"
-    if checkpoint.exists() and read_torch(checkpoint, "train again")["history"]["val"] == read_json(HISTORY_PATH)["val"]:
+    if checkpoint.exists() and read_checkpoint(checkpoint)["history"]["val"] == read_json(HISTORY_PATH, schemas.HISTORY)["val"]:
         shutil.rmtree(checkpoint.parent)
 
 
@@ -119,10 +112,16 @@ def main():
     width = len(rows.mean)
     log.info("run %s: %s training tokens at %s, width %d, k=%d", saved.run_id, f"{rows.n_train:,}", hook, width, TOP_K)
     with in_use(SAE_PATH.parent):
-        if finished(saved.digest(hook)):
-            log.info("this SAE is already trained")
-        else:
+        found = kept_saes.find(FOLDER, MADE_WITH, saved.digest(hook))
+        wait_for_all()  # all have looked before one moves anything
+        if found is None:
             train(saved, hook, rows)
+        elif found == SAE_PATH.parent:
+            log.info("this SAE is already trained")
+        elif rank() == 0:
+            kept_saes.keep(FOLDER, MADE_WITH, saved.digest(hook))
+            kept_saes.put_back(FOLDER, found)
+            log.info("this SAE was trained before; it is taken back from %s", found)
         if rank() == 0:
             forget_checkpoint()
     log.info("%s and %s", SAE_PATH, HISTORY_PATH)

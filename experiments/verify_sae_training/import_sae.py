@@ -18,6 +18,7 @@ RUN_ID: FileName | None = None            # activations to look at it with; None
 LAYER: Name | None = None                 # which of the run's hook points; None: the first
 CONSTANTS = override(globals())
 
+from lib import kept_saes
 from lib.environment import InputError, log, log_to, run
 from lib.exchange import read_foreign, unfold
 from lib.hub import pull
@@ -55,6 +56,7 @@ def main():
         model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
         imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS, provenance=provenance(), final=final,
     )  # fmt: skip
+    kept_saes.keep(FOLDER, CONSTANTS, saved.digest(hook))  # a history may lie there whose SAE was moved away
     save_sae(sae, path, probe=next(sample_rows(rows, validation=True, limit=None)))
     log.info("%s: %d latents, k=%d, on %s of %s", kind, sae.n_latents, sae.top_k, hook, saved.meta["model"]["name"])
     tokens = f"{final['n_rows']:,} tokens"
