@@ -4,8 +4,8 @@
     bench.key("model", "per_class", 2)      # one hash of constants, data, seed and everything that came before
     bench.load("per_class", 2)              # puts that model's weights into bench.model
 
-Every checkpoint has a stamp beside it: its key and the constants it was made with. An output with another key is
-stale: it is named, with the constants that differ, and never used.
+Every output has a stamp beside it: its key, its checksum and the constants it was made with. An output with another key
+is stale: it is named, with the constants that differ, and never used; one with another checksum is not what was stamped.
 """
 import json
 from pathlib import Path
@@ -16,14 +16,15 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib import schemas
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.distributed import own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, choose_device
-from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, safe_name, write_json, write_sealed
+from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, safe_name, sha256, write_json, write_sealed
 from lib.guards import differences
 from lib.hooks import blocks
 from lib.labelled import load_task
-from lib.models import choose_dtype, load_model, load_tokenizer, local_path
+from lib.models import choose_dtype, load_model, load_tokenizer, local_path, weights_of
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir, provenance
 
@@ -32,6 +33,7 @@ RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLE
 SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_LR", "SAE_POSITIONS"}
 AUX_ONLY = {"AUX_WEIGHT", "AUX_CENTRED", "KEEP_PCT", "KEEP_PER_EXAMPLE", "SHARPEN_SEED", "INIT", "ARM_CONSTANTS"}
 EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS", "METRICS"}
+PLACES = ("MODEL", "DATASET", "VAL_DATASET", "TEST_DATASET")  # constants that may be a file or directory
 ENTRY_SHARD_TEXTS = 2048
 Constants = dict[str, Any]
 
@@ -78,7 +80,7 @@ class Bench:
             self.model = MLP(self.task.n_pixels, self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
         self.initial = trained_state(self.model)
         self.task_key = self.task.identity()
-        self.model_key = fingerprint([fingerprint(p.detach().float().flatten()[:64]) for p in self.model.parameters()])
+        self.model_key = weights_of(self.model)
         if self.is_text and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
             self.entries = cached_entries(self)
         if self.is_text and fsdp:
@@ -99,11 +101,15 @@ class Bench:
         made_from = [self.key("model", arm, cycle - 1), self.key("sae", arm, cycle - 1)]
         return fingerprint([base, arm, cycle, stage_constants(self.c, "aux", arm), made_from])
 
+    def finished(self, path: Path, key: str) -> bool:
+        """Whether `path` is there, made of what `key` tells. Raises InputError if it was made of something else."""
+        return finished(path, key, self.c, self.task_key, self.model_key)
+
     def load(self, arm: str, cycle: int) -> None:
         """Put the finished model of this arm and cycle into self.model."""
         path = self.folder(arm, cycle) / "checkpoints" / f"model_cycle_{cycle}_best.pt"
         step = "01_train_baseline.py" if cycle == 0 else "03_train_auxiliary.py"
-        if not finished(path, self.key("model", arm, cycle), self.c):
+        if not self.finished(path, self.key("model", arm, cycle)):
             raise InputError(f"{path} is missing; run {step} first")
         load_trained(self.model, read_torch(path, f"run {step} first"))
         self.model.eval()
@@ -111,7 +117,7 @@ class Bench:
     def sae(self, arm: str, cycle: int, sae_seed: int = 0) -> SAE:
         """The finished SAE of this arm and cycle."""
         path = sae_path(self.folder(arm, cycle), cycle, sae_seed)
-        if not finished(path, self.key("sae", arm, cycle, sae_seed), self.c):
+        if not self.finished(path, self.key("sae", arm, cycle, sae_seed)):
             raise InputError(f"{path} is missing; run 02_train_sae.py CYCLE={cycle} first")
         return load_sae(path, self.device)
 
@@ -156,7 +162,11 @@ def inherited(c: Constants, seed: int, arm: str) -> Constants:
         command = f"01_train_baseline.py PRESET={c['PRESET']} SEED={seed}"
         raise InputError(f"{baseline.parent} holds no baseline; run {command} first")
     own = root / safe_arm(arm) / f"seed_{seed}" / "constants.json"
-    return read_json(baseline) | (read_json(own) if own.exists() else {})
+    found = read_json(baseline, schemas.SETTING) | (read_json(own, schemas.SETTING) if own.exists() else {})
+    for name, then in read_json(baseline.with_name("meta.json"), schemas.ORIGIN)["paths"].items():
+        if local_path(found[name]) is None:  # it would be asked from the hub
+            raise InputError(f"{name}={found[name]} was {then} when step 1 ran; put it back there, or start this step where step 1 was started")
+    return found
 
 
 def sae_path(folder: Path, cycle: int, sae_seed: int = 0) -> Path:
@@ -169,18 +179,25 @@ def stamp_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.stamp.json")
 
 
-def finished(path: Path, key: str, c: Constants) -> bool:
-    """Whether `path` is there with the wanted key. Raises InputError if it was made with other constants or inputs."""
+def finished(path: Path, key: str, c: Constants, data: str = "", model: str = "") -> bool:
+    """Whether `path` is there with the wanted key. Raises InputError if it was made with other constants or inputs.
+
+    data, model: Bench.task_key and .model_key, to say which of them has changed.
+    """
     stamp = stamp_path(path)
     if not path.exists() or not stamp.exists():
         return False
-    found = read_json(stamp)
+    found = read_json(stamp, schemas.STAMP)
+    if found["file"] != sha256(path):
+        raise InputError(f"{path} is not the file that its stamp was made for; delete both and run its step again")
     if found["key"] == key:
         return True
     present = {k: v for k, v in fingerprintable(c).items() if k not in RUN_ONLY}
     stored = found["constants"]
     why = differences({k: v for k, v in stored.items() if k in present}, {k: v for k, v in present.items() if k in stored})
-    why = why or "its data, model or an earlier step"
+    if not why:
+        changed = [name for name, then, now in (("data or tokenizer", found["data"], data), ("weights of MODEL", found["model"], model)) if then != now]
+        why = f"the {' and the '.join(changed)} have changed" if changed and data else "an earlier step's output has changed"
     raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete {bench_root(path)}")
 
 
@@ -199,16 +216,17 @@ def write_stamp(bench: Bench, path: Path, key: str) -> None:
     folder = path.parent if path.parent.name != "checkpoints" else path.parent.parent
     constants = fingerprintable(bench.c)
     write_json(folder / "constants.json", constants, sealed=True)
-    meta = {"constants_hash": fingerprint(constants), "data": bench.task_key, "model": bench.model_key, "seed": bench.seed}
+    made_from = {"data": bench.task_key, "model": bench.model_key}
+    paths = {name: str(local) for name in PLACES if (value := constants.get(name)) not in (None, "mlp", "digits") and (local := local_path(value))}
+    meta = {"constants_hash": fingerprint(constants), "seed": bench.seed, "paths": paths, **made_from}
     write_json(folder / "meta.json", meta | provenance(), sealed=True)
-    write_json(stamp_path(path), {"key": key, "constants": constants}, sealed=True)
+    write_json(stamp_path(path), {"key": key, "file": sha256(path), **made_from, "constants": constants}, sealed=True)
 
 
 def cached_entries(bench: Bench) -> Entries:
     """What enters the first trained block for every example, computed once per data set and base model."""
     task, model = bench.task, bench.model
-    frozen = [fingerprint(p.detach().float().flatten()[:64]) for p in model.lm.parameters() if not p.requires_grad]
-    key = fingerprint([bench.c["MODEL"], frozen, [t.ids for t in task.tokens], model.first_trained, bench.c["MODEL_DTYPE"]])
+    key = fingerprint([bench.c["MODEL"], weights_of(model.lm), [t.ids for t in task.tokens], model.first_trained, bench.c["MODEL_DTYPE"]])
     folder = bench.root / "cache" / key
     lengths = [len(item.ids) for item in task.tokens]
     shards = [range(i, min(i + ENTRY_SHARD_TEXTS, len(lengths))) for i in range(0, len(lengths), ENTRY_SHARD_TEXTS)]

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from lib import schemas
 from lib.activations import SaveSettings, save_activations
-from lib.bench import Bench, Constants, finished, sae_path, stage_constants, write_stamp
+from lib.bench import Bench, Constants, sae_path, stage_constants, write_stamp
 from lib.classifier import MLP, load_trained, outputs, trained_state
 from lib.distributed import rank
 from lib.environment import InputError, log
@@ -56,7 +57,7 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     path = folder / "checkpoints" / f"model_cycle_{cycle}_best.pt"
     unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
     key = bench.key("model", arm, cycle)
-    if finished(path, key, bench.c):
+    if bench.finished(path, key):
         unfinished.unlink(missing_ok=True)
         return
     aux = stage_constants(bench.c, "aux", arm) if cycle else {}
@@ -76,7 +77,7 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     trained = trained_state(bench.model)
     if rank():
         return
-    write_json(folder / f"history_cycle_{cycle}.json", history, sealed=True)
+    write_json(folder / f"history_cycle_{cycle}.json", {"key": key, **history}, sealed=True)
     write_torch(path, trained)
     write_stamp(bench, path, key)
     unfinished.unlink(missing_ok=True)
@@ -125,7 +126,7 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
     folder = bench.folder(arm, cycle)
     path, key = sae_path(folder, cycle, sae_seed), bench.key("sae", arm, cycle, sae_seed)
     work = folder / f"activations_cycle_{cycle}"
-    if finished(path, key, bench.c):
+    if bench.finished(path, key):
         shutil.rmtree(work, ignore_errors=True)
         return
     bench.load(arm, cycle)
@@ -163,10 +164,13 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
     c = bench.c
     keys = [bench.key("sae", arm, cycle, s) for s in range(c["N_SAE_SEEDS"])]
     key = fingerprint([keys, stage_constants(c, "eval", arm)])
-    if finished(path, key, c):
-        return read_json(path)
+    if bench.finished(path, key):
+        return read_json(path, schemas.RESULTS)
     bench.load(arm, cycle)
-    aux = read_json(folder / f"history_cycle_{cycle}.json").get("aux", {})
+    history = read_json(folder / f"history_cycle_{cycle}.json", schemas.CYCLE_HISTORY)
+    if history["key"] != bench.key("model", arm, cycle):
+        raise InputError(f"{folder / f'history_cycle_{cycle}.json'} is another model's; delete it with its model and run their step again")
+    aux = history.get("aux", {})
     results: dict[str, Any] = {"meta": {"arm": arm, "cycle": cycle, "seed": bench.seed, "key": key}}
     for sae_seed in range(c["N_SAE_SEEDS"]):
         sae = bench.sae(arm, cycle, sae_seed)
@@ -184,7 +188,7 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
                     "set SAE_POSITIONS=pooled or train it longer", arm, cycle, results["val"]["sae_explained_variance_pooled"])  # fmt: skip
     write_json(path, drop_undefined(results), sealed=True)
     write_stamp(bench, path, key)
-    return read_json(path)
+    return read_json(path, schemas.RESULTS)
 
 
 def drop_undefined(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Language models and their tokenizers, by hub name or local directory."""
+import hashlib
 import json
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from lib.blocks import blocks, input_device, n_embeddings
 from lib.environment import PROJECT, InputError, is_disk_full, is_out_of_memory, log
@@ -188,52 +188,94 @@ def _reach(what: str, error: Exception) -> str:
 
 
 def model_identity(model: Any, name: str) -> dict[str, Any]:
-    """What tells this model from another one: name, revision, class, precision, fingerprint of its weights."""
+    """What tells this model from another one: name, place, revision, class, precision, a hash over all values of its weights."""
+    path = local_path(name)
     return {
         "name": name,
+        "path": None if path is None else str(path),
         "revision": getattr(model.config, "_commit_hash", None),
         "class": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "fingerprint": fingerprint(torch.cat(list(_first_values(model)))),
+        "weights": weights_of(model),
         "config": fingerprint(json.loads(model.config.to_json_string(use_diff=False)) | {"_name_or_path": None}),
     }
 
 
-def _first_values(model: nn.Module) -> Iterator[Tensor]:
-    """The first 64 values of every parameter, float32; weights that lie on the disk are read one module at a time."""
-    seen = set()
-    for module in model.modules():
+def weights_of(model: nn.Module) -> str:
+    """Sixteen hex digits over every value of every parameter and stored buffer; 0.7 s a GB on the CPU.
+
+    Weights that lie on the disk are read one module at a time.
+    """
+    digest, seen = hashlib.sha256(), set()
+    for path, module in model.named_modules():
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if id(p) not in seen]
         seen |= {id(p) for _, p in own}
+        own += [(name, b) for name, b in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
         with ExitStack() as stack:
             if any(p.is_meta for _, p in own):
                 from accelerate.utils import align_module_device
 
                 stack.enter_context(align_module_device(module))
-            yield from (getattr(module, name).detach().flatten()[:64].float().cpu() for name, _ in own)
+            for name, _ in own:
+                digest.update(f"{path}.{name} {fingerprint(getattr(module, name))}".encode())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
+    """What tells this tokenizer from another one: its class, and a hash of its whole state (vocabulary, merges, rules, special tokens)."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}  # these change with every call
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {"class": type(tokenizer).__name__, "fingerprint": fingerprint([state, special])}
 
 
 def require_same_model(model: nn.Module, saved: dict[str, Any]) -> None:
     """Raise InputError if the model's weights are others than those of `saved`, a run's meta["model"]."""
-    present = model_identity(model, saved["name"])
-    if present["dtype"] == saved["dtype"] and present["fingerprint"] != saved["fingerprint"]:
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if "weights" not in saved:
+        raise InputError("the run was saved before all weights were compared; run step 1 again")
+    if dtype == saved.get("dtype", dtype) and weights_of(model) != saved["weights"]:
         raise InputError(f"the weights of {saved['name']} have changed since its activations were saved; run step 1 again")
 
 
-def model_of_run(run: Run, hook: str, device: torch.device) -> tuple[Any, Any, HookPoint]:
+def source_of_run(saved: dict[str, Any]) -> str:
+    """What to load for a run's meta["model"] (or ["dataset"]): a hub name, or the path where it lay or lies in this project.
+
+    Raises InputError for a directory that is gone: its name must not become that of somebody's repository.
+    """
+    if saved.get("path") is None:
+        return saved["name"]
+    for path in (Path(saved["path"]), PROJECT / saved["name"]):
+        if path.exists():
+            return str(path)
+    raise InputError(f"{saved['name']} lay in {saved['path']} when the run was saved and is gone; put it back, or run step 1 again")
+
+
+def model_of_run(run: Run, hook: str, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any, HookPoint]:
     """The model and tokenizer that a run was saved from, and its hook point of that name.
 
-    Raises InputError if they can't be reached or the weights have changed since.
+    trust_remote_code: of the user, not of the run: whoever wrote the store could have set that. Raises InputError if they
+    can't be reached, have changed since, or come with code that is not trusted.
     """
-    name, constants = run.meta["model"]["name"], run.meta["constants"]
+    saved, constants = run.meta.get("model"), run.meta.get("constants", {})
+    if not isinstance(saved, dict) or "MODEL_DTYPE" not in constants:
+        raise InputError(f"{run.path / 'meta.json'} names no model; run 01_save_activations.py again")
+    if constants.get("TRUST_REMOTE_CODE") and not trust_remote_code:
+        raise InputError(f"the run was saved with code that comes with {saved['name']}; set TRUST_REMOTE_CODE=True if you trust its author")
+    source = source_of_run(saved)
     dtype = choose_dtype(constants["MODEL_DTYPE"], device)
-    model = load_model(name, device, dtype, constants["TRUST_REMOTE_CODE"], constants.get("LOAD_BITS"), constants.get("DEVICE_MAP"))
-    require_same_model(model, run.meta["model"])
+    model = load_model(source, device, dtype, trust_remote_code, constants.get("LOAD_BITS"), constants.get("DEVICE_MAP"))
+    require_same_model(model, saved)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    if tokenizer_identity(tokenizer) != run.meta.get("tokenizer"):
+        raise InputError(f"the tokenizer of {saved['name']} has changed since its activations were saved; run step 1 again")
     point = hook_of_run(run, hook)
-    return model, load_tokenizer(name, constants["TRUST_REMOTE_CODE"]), resolve(model, point.path, point.point)
+    return model, tokenizer, resolve(model, point.path, point.point)
 
 
 def hook_of_run(run: Run, hook: str) -> HookPoint:
     """The hook point of that name, as the run's meta.json tells it."""
-    saved = next(saved for saved in run.meta["hooks"] if saved["signature"] == hook)
+    saved = next((point for point in run.meta["hooks"] if point["signature"] == hook), None)
+    if saved is None:
+        raise InputError(f"{run.path / 'meta.json'} does not tell where {hook} is; run 01_save_activations.py again")
     return HookPoint(saved["path"], saved["point"], saved["signature"])

@@ -33,6 +33,7 @@ TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, 
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
+from lib import schemas
 from lib.bench import Bench, inherited
 from lib.cycles import train_model
 from lib.distributed import rank
@@ -49,7 +50,7 @@ def main():
         train_model(bench, ARM, CYCLE + 1)
     folder = bench.folder(ARM, CYCLE + 1)
     if method(ARM) not in NO_TARGET and rank() == 0:
-        for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json")["aux"].items():
+        for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json", schemas.CYCLE_HISTORY)["aux"].items():
             log.info("  %-18s %.4f", name, value)
     log.info("%s", folder / "checkpoints" / f"model_cycle_{CYCLE + 1}_best.pt")
 

@@ -11,6 +11,7 @@ Started again after an interruption, it continues; a finished run with the same 
 
 Writes store/verify_sae_training/runs/<run_id>/ and, when it is complete, run_id.txt
 """
+import json
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -67,11 +68,11 @@ CONSTANTS = override(globals(), PRESETS)
 
 from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
 from lib.distributed import rank
-from lib.environment import choose_device, log, log_to, run
+from lib.environment import InputError, choose_device, log, log_to, run
 from lib.files import fingerprint, write_text
-from lib.guards import bytes_in, in_use, require_room
+from lib.guards import bytes_in, differences, in_use, require_room
 from lib.hooks import blocks, layer_signatures, resolve
-from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity
+from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity, tokenizer_identity
 from lib.store import experiment_dir, open_run, provenance
 from lib.streaming import fingerprint_texts, stream_texts
 from lib.texts import load_documents, split_texts
@@ -113,6 +114,24 @@ def report(model, tokenizer, points, texts, settings):
     return size
 
 
+def contents_of(meta):
+    """What a run was made from, wherever it lay: model, tokenizer, data."""
+    return [{key: value for key, value in meta[part].items() if key != "path"} for part in ("model", "tokenizer", "dataset")]
+
+
+def say_what_changed(meta, run_id):
+    """One line if the last run had these constants, but another model, tokenizer or data behind the same names."""
+    try:
+        last = open_run("verify_sae_training").meta
+    except InputError:
+        return
+    if last["constants"] != json.loads(json.dumps(meta["constants"])) or not isinstance(last["tokenizer"], dict):
+        return
+    changed = [part for part, then, now in zip(("model", "tokenizer", "data set"), contents_of(last), contents_of(meta)) if differences(then, now)]
+    if changed:
+        log.warning("the %s changed since the last run was saved, so this is a new run: %s", " and the ".join(changed), run_id)
+
+
 def main():
     log_to(FOLDER / "01_save_activations.log")
     device = choose_device(DEVICE)
@@ -121,16 +140,19 @@ def main():
         return list_layers(model) if rank() == 0 else None
     points = [resolve(model, name.strip(), HOOK_POINT) for name in LAYER_SIGNATURE.split(",")]
     tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
-    texts = load_texts()
+    texts, path = load_texts(), local_path(DATASET)
     meta = {
         "model": model_identity(model, MODEL),
-        "tokenizer": type(tokenizer).__name__,
-        "dataset": {"name": DATASET, "split": DATA_SPLIT, "field": TEXT_FIELD, "limit": DATA_LIMIT, "fingerprint": fingerprint_texts(texts)},
+        "tokenizer": tokenizer_identity(tokenizer),
+        "dataset": {
+            "name": DATASET, "path": path and str(path), "split": DATA_SPLIT, "field": TEXT_FIELD, "limit": DATA_LIMIT,
+            "fingerprint": fingerprint_texts(texts),
+        },
         "constants": {key: value for key, value in CONSTANTS.items() if key != "STREAM"},  # the run is the same
         "provenance": provenance(),
     }
     what = {key: value for key, value in CONSTANTS.items() if key not in ("PREFLIGHT", "PRESET", "STREAM")}
-    run_id = f"{points[0].path.replace('.', '_')}-{fingerprint([what, meta['model'], meta['dataset']])[:8]}"
+    run_id = f"{points[0].path.replace('.', '_')}-{fingerprint([what, *contents_of(meta)])[:8]}"
     folder = FOLDER / "runs" / run_id
     settings = SaveSettings(
         MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, STORE_DTYPE, SHARD_ROWS, SKIP_SPECIAL, SKIP_FIRST, MAX_NORM_MULTIPLE, PADDING_SIDE
@@ -139,6 +161,7 @@ def main():
         saved = open_run("verify_sae_training", run_id)
         log.info("this run is already complete")
     else:
+        say_what_changed(meta, run_id)
         size = report(model, tokenizer, points, texts, settings) if rank() == 0 else 0
         with in_use(folder):
             require_room(folder, size - bytes_in(folder))

@@ -24,16 +24,18 @@ FAVOURED: Size = 20                       # tokens that the latent's direction r
 SAMPLES: Size = 4                         # continuations of each prompt
 N_TOKENS: Size = 40                       # tokens to write
 TEMPERATURE: Annotated[float, at_least(0), at_most(100)] = 0.7  # 0: greedy, then one sample is enough
+TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 DEVICE: Device = "auto"
 SEED: Seed = 0
 CONSTANTS = override(globals())
 
 import torch
 
+from lib.concept_files import read_latent_stats
 from lib.dictionary import read_concepts
 from lib.effects import direct_view, promoted_ids
 from lib.environment import InputError, choose_device, run
-from lib.files import read_tensors, write_json
+from lib.files import write_json
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.steering import Edit, skipped_ids, sweep
@@ -57,8 +59,8 @@ def main():
     saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
     require_trained_on(sae, saved, hook)
     concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
-    maxima = read_tensors(FOLDER / "latent_stats.safetensors")["max"]
-    model, tokenizer, point = model_of_run(saved, hook, sae.mean.device)
+    maxima = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents)["max"]
+    model, tokenizer, point = model_of_run(saved, hook, sae.mean.device, TRUST_REMOTE_CODE)
     latent, view = choose_latent(concepts), direct_view(model, len(sae.mean))
     favoured = [] if view is None else promoted_ids(sae, view, torch.tensor([latent]), FAVOURED)[0].tolist()
     table = sweep(

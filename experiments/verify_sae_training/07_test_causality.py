@@ -15,6 +15,7 @@ from lib.ranges import Device, Part, Seed, Size
 
 MIN_F1: Part = 0.8                        # of the best latent on held-out tokens, over its best threshold
 SAMPLES: Size = 40                        # held-out tokens for each concept
+TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 DEVICE: Device = "auto"
 SEED: Seed = 0                            # draws the tokens and the random latents
 CONSTANTS = override(globals())
@@ -22,6 +23,7 @@ CONSTANTS = override(globals())
 import torch
 from scipy.stats import wilcoxon
 
+from lib import schemas
 from lib.concepts import encode_run
 from lib.effects import contexts, divergence, draw_firings, next_logits
 from lib.environment import InputError, choose_device, run
@@ -33,12 +35,13 @@ from lib.store import experiment_dir, open_run
 FOLDER = experiment_dir("verify_sae_training")
 
 
-def found_concepts(run_id):
+def found_concepts(run_id, sae):
     """Latent -> the ground-truth concept that it finds best."""
-    verification = read_json(FOLDER / "verification.json")
-    rows = [row for row in verification["concept_recovery"] if row["latent"]["f1"] > MIN_F1] if verification["run_id"] == run_id else []
+    verification = read_json(FOLDER / "verification.json", schemas.VERIFICATION)
+    ours = (verification["run_id"], verification["sae_hash"]) == (run_id, sae_hash(sae))
+    rows = [row for row in verification["concept_recovery"] if ours and row["latent"]["f1"] > MIN_F1]
     if not rows:
-        raise InputError(f"verification.json holds no concept of this run with an F1 over {MIN_F1}; run notebook 03 on the embedded stories, or lower MIN_F1")
+        raise InputError(f"verification.json holds no concept of this SAE with an F1 over {MIN_F1}; run notebook 03 on the embedded stories, or lower MIN_F1")
     best = sorted(rows, key=lambda row: row["latent"]["f1"])
     return {row["latent"]["unit"]: row["concept"] for row in best}  # a latent that finds several stands for the best
 
@@ -61,8 +64,8 @@ def main():
     sae = load_sae(FOLDER / "sae_model" / "topk_sae.pt", choose_device(DEVICE))
     saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
     require_trained_on(sae, saved, hook)
-    concepts = found_concepts(saved.run_id)
-    model, tokenizer, point = model_of_run(saved, hook, sae.mean.device)
+    concepts = found_concepts(saved.run_id, sae)
+    model, tokenizer, point = model_of_run(saved, hook, sae.mean.device, TRUST_REMOTE_CODE)
     firings = draw_firings(encode_run(saved, hook, sae), concepts, SAMPLES, saved.is_val, SEED)
     own, other = measure(model, tokenizer, point, sae, saved, firings)
     table = [

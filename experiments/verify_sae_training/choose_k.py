@@ -19,6 +19,7 @@ N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension, as
 EPOCHS: Size = 3                          # passes over the training tokens, each of the two times; step 2 makes more
 BATCH_SIZE_TRAIN: Size = 1024             # tokens per step
 N_TEXTS: NotNegative = 200                # held-out texts on which the language-model loss is measured; 0: not at all
+TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 SEED: Seed = 0                            # of the first training; the second has the next one
 CONSTANTS = override(globals())
@@ -37,7 +38,7 @@ def recovery(saved, hook, rows, device):
     """A function from an SAE to the share of the language-model loss that it recovers; None with N_TEXTS=0."""
     if not N_TEXTS:
         return None
-    model, tokenizer, point = model_of_run(saved, hook, device)
+    model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
     texts = [text["text"] for text in saved.texts if text["split"] == "val"][:N_TEXTS]
     return lambda sae: loss_recovered(model, tokenizer, point, sae, texts, rows.mean, saved.meta["settings"])["loss_recovered"]
 

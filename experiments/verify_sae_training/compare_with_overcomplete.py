@@ -20,6 +20,7 @@ import torch
 from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
 
+from lib import schemas
 from lib.environment import run
 from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
@@ -53,7 +54,7 @@ def score_theirs(model, x, k):
 
 
 def main():
-    history = read_json(FOLDER / "training_history.json")
+    history = read_json(FOLDER / "training_history.json", schemas.HISTORY)
     saved, sae = open_run("verify_sae_training", history["run_id"]), load_sae(FOLDER / "sae_model" / "topk_sae.pt")
     rows, settings = rows_of_run(saved, sae.config["hook"]), history["settings"]
     train, val = saved.select(sae.config["hook"], ~saved.is_val), saved.select(sae.config["hook"], saved.is_val)

@@ -26,18 +26,18 @@ PUSH_TO: Repository | None = None         # "user/name" of a hub repository for 
                                           # leaves this machine
 PRIVATE = True                            # a repository that PUSH_TO makes is private
 NAME: FileName = "sae-workbench"          # of the source set in a Neuronpedia export
+TRUST_REMOTE_CODE = False                 # delphi, neuronpedia: run code that comes with a hub model; only for authors you trust
 CONSTANTS = override(globals())
 
 import torch
 
-from lib.concept_files import read_top_texts
+from lib.concept_files import read_latent_stats, read_top_texts
 from lib.concepts import encode_run
 from lib.dashboards import write_delphi, write_neuronpedia
 from lib.dictionary import read_concepts
 from lib.effects import direct_view
 from lib.environment import InputError, run
 from lib.exchange import FORMATS, fold
-from lib.files import read_tensors
 from lib.hub import facts_of, push, write_card
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
@@ -64,7 +64,7 @@ def export_sae(kind, root, sae, facts):
 
 
 def export_firings(kind, root, sae, saved, facts):
-    model, tokenizer, _ = model_of_run(saved, sae.config["hook"], torch.device("cpu"))
+    model, tokenizer, _ = model_of_run(saved, sae.config["hook"], torch.device("cpu"), TRUST_REMOTE_CODE)
     codes = encode_run(saved, sae.config["hook"], sae)
     if kind == "delphi":
         folder = root / sae_folder(kind, facts)
@@ -75,7 +75,7 @@ def export_firings(kind, root, sae, saved, facts):
             raise InputError("top_texts.json is about another SAE; run 04_name_sae_concepts.ipynb again")
         concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
         created = datetime.fromtimestamp(SAE_FILE.stat().st_mtime).isoformat(timespec="seconds")
-        stats, view = read_tensors(FOLDER / "latent_stats.safetensors"), direct_view(model, len(sae.mean))
+        stats, view = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents), direct_view(model, len(sae.mean))
         folder = write_neuronpedia(root, NAME, created, facts, sae, codes, stats, top, concepts, view, tokenizer)
     print(f"{kind:<20} {folder}")
 
