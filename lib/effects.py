@@ -104,9 +104,12 @@ def next_logits(model: Any, point: HookPoint, texts: Sequence[list[int]], deltas
 
 
 def divergence(clean: Tensor, edited: Tensor) -> Tensor:
-    """KL(clean || edited) of the two next-token distributions in nats, [N]; logits [N, V] each."""
-    before, after = clean.double().log_softmax(1), edited.double().log_softmax(1)
-    return (before.exp() * (before - after)).sum(1)
+    """KL(clean || edited) of the two next-token distributions in nats, float64 [N] on the CPU; logits [N, V] each."""
+    found = []
+    for part in zip(clean.split(GROUP), edited.split(GROUP)):  # in float64, which only the CPU is sure to have
+        before, after = (logits.cpu().double().log_softmax(1) for logits in part)
+        found.append((before.exp() * (before - after)).sum(1))
+    return torch.cat(found)
 
 
 def next_token_effects(
@@ -154,7 +157,7 @@ def _sums(
         for name, logits in zip(amounts, edited):
             change = (logits - clean).cpu()
             sums.setdefault(name, torch.zeros(n_latents, change.shape[1])).index_add_(0, place[lines], change - change.mean(1, keepdim=True))
-            kl[name].index_add_(0, place[lines], divergence(clean, logits).cpu())
+            kl[name].index_add_(0, place[lines], divergence(clean, logits))
     return sums, kl
 
 

@@ -140,7 +140,7 @@ def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoi
         with edit(model, point, replace):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return float(each.double() @ mask[:, 1:].flatten().double())
+    return float(each.cpu().double() @ mask[:, 1:].flatten().cpu().double())
 
 
 def concept_recovery(sae: SAE, x: Tensor, labels: Tensor, is_val: Tensor, principal: Tensor) -> list[dict[str, dict[str, float]]]:

@@ -206,13 +206,22 @@ def probe(
             aux = targets.loss(h, part).sum()
             (settings.aux_weight * aux).backward()
             cosines = cosine_similarity(h, targets.at(part, device), dim=1)
-            sums += torch.stack([aux.detach(), cosines.detach().sum(), (h.norm(dim=1) == 0).sum()]).double().cpu()
+            sums += torch.stack([aux.detach(), cosines.detach().sum(), (h.norm(dim=1) == 0).sum()]).cpu().double()
         gradients.append([p.grad for p in parameters])
         model.zero_grad(set_to_none=True)
     reached = [(task_g, aux_g) for task_g, aux_g in zip(*gradients) if task_g is not None and aux_g is not None]
-    task_norm, aux_norm = (sum(float(whole(pair[i].double().square().sum())) for pair in reached) ** 0.5 for i in (0, 1))
+    task_norm, aux_norm = (sum(_square_sum(pair[i]) for pair in reached) ** 0.5 for i in (0, 1))
     loss, cos, zero = (sums / len(ids)).tolist()
     return {"loss": loss, "cos": cos, "zero_norm_frac": zero, "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
+
+
+def _square_sum(gradient: Tensor) -> float:
+    """Sum of squares in float64, which only the CPU is sure to have; of the whole where each rank holds a share."""
+    own = gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined, operator]
+    total = own.detach().cpu().double().square().sum()
+    if is_sharded(gradient):
+        add_up(total)
+    return float(total)
 
 
 def _aux_summary(progress: dict[str, Any], end: dict[str, float], settings: TuneSettings) -> dict[str, float]:

@@ -132,13 +132,13 @@ def sweep_k(
 
 def mean_cosine(W: Tensor, chunk: int = 1024) -> float:
     """Mean |cosine| over all pairs of different rows of W [F, D], unit rows; never holds F x F."""
-    total = sum(float((part @ W.T).abs().double().sum()) for part in W.split(chunk))
+    total = sum(float((part @ W.T).abs().sum(1).cpu().double().sum()) for part in W.split(chunk))
     return (total - float(W.square().sum())) / (len(W) * (len(W) - 1))
 
 
 def agreement(A: Tensor, B: Tensor, chunk: int = 1024) -> float:
     """Mean over the rows of A [F, D] of the largest cosine to a row of B [G, D], unit rows; 1: the same directions."""
-    return float(torch.cat([(part @ B.T).max(1).values for part in A.split(chunk)]).double().mean())
+    return float(torch.cat([(part @ B.T).max(1).values for part in A.split(chunk)]).cpu().double().mean())
 
 
 def recommend_k(table: Table) -> tuple[int, str]:

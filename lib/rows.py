@@ -28,7 +28,7 @@ class Rows:
     @property
     def scale(self) -> float:
         """sqrt(mean squared norm of x - mean), the divisor of x'."""
-        return float(self.covariance.double().trace().sqrt())
+        return float(self.covariance.cpu().double().trace().sqrt())
 
     @property
     def n_train(self) -> int:
@@ -43,7 +43,7 @@ def rows_of_run(run: Run, hook: str) -> Rows:
 
 def rows_of_tensor(x: Tensor, is_val: Tensor) -> Rows:
     """Rows from memory: x [N, D] raw activations, is_val bool [N]."""
-    train = x[~is_val].double()
+    train = x[~is_val].cpu().double()
     mean = train.mean(0)
     centred = train - mean
     return Rows([x], is_val, mean.float(), (centred.T @ centred / len(train)).float())

@@ -32,6 +32,7 @@ from lib.variants import FORGET, WITH_THRESHOLD, codes_of, errors_of, first_thre
 
 GAIN_RATE = 0.3  # learning rate of the gain over that of the dictionary
 EPS = 1e-8
+FOLD_ROWS = 8192  # latents folded at one time in float64
 STATS = ("loss", "recon", "auxk", "l0", "dead", "grad_norm")
 
 
@@ -41,12 +42,12 @@ def whitening(covariance: Tensor, power: float = 1 / 8, floor: float = 1e-5) -> 
     power 0 is the plain recipe (one scalar). Eigenvalues are floored at `floor` times the largest.
     Raises InputError if the covariance is zero or not finite.
     """
-    C = covariance.double()
+    C = covariance.cpu().double()
     if not torch.isfinite(C).all() or C.diagonal().sum() <= 0:
         raise InputError("the activations do not vary or are not finite; check the hook point and the saved run")
     values, vectors = torch.linalg.eigh((C + C.T) / 2)
     T = (vectors * values.clamp(min=float(values[-1]) * floor) ** -power) @ vectors.T
-    return (T / (T @ C @ T).diagonal().sum().sqrt()).to(covariance.dtype)
+    return (T / (T @ C @ T).diagonal().sum().sqrt()).to(covariance.dtype).to(covariance.device)
 
 
 def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = True, kind: str = "topk") -> dict[str, Tensor]:
@@ -67,7 +68,8 @@ def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = Tru
         state[f"{name}_m"], state[f"{name}_v"] = torch.zeros_like(state[name]), torch.zeros_like(state[name])
     state["silent"] = torch.zeros(n_latents, dtype=torch.int64, device=device)
     state["step"] = torch.zeros((), dtype=torch.int64)
-    state["sums"] = torch.zeros(len(STATS) + 1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    # float64 stays on the CPU: MPS has none, and some dozens of steps lose nothing in float32
+    state["sums"] = torch.zeros(len(STATS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     return state
 
 
@@ -122,20 +124,31 @@ def folded_weights(state: dict[str, Tensor], scale: float) -> tuple[Tensor, Tens
     With n_j = |dec_j T^-1| / scale, latent j's code becomes n_j times what it was in training, for the same
     activation, and the same set of latents gives the same reconstruction. The order of the codes moves with n_j,
     so the k largest may differ near the boundary; without whitening every n_j is the same and nothing changes.
+    On the CPU, in float64 for FOLD_ROWS latents at a time, wherever the state lies.
     """
-    T = state["transform"].double()
-    dec = torch.linalg.solve(T, state["dec"].double(), left=False) / scale
-    norms = dec.norm(dim=1, keepdim=True)
-    W_enc = norms * scale * (state["enc"].double() @ T.T)
-    return W_enc.float(), (norms[:, 0] * state["bias"].double()).float(), (dec / norms).float()
+    T = state["transform"].cpu().double()
+    parts = []
+    for dec, enc, bias in zip(*(state[name].split(FOLD_ROWS) for name in ("dec", "enc", "bias"))):
+        rows = _raw_rows(T, dec, scale)
+        norms = rows.norm(dim=1, keepdim=True)
+        W_enc = norms * scale * (enc.cpu().double() @ T.T)
+        parts.append((W_enc.float(), (norms[:, 0] * bias.cpu().double()).float(), (rows / norms).float()))
+    W_enc, b_enc, W_dec = (torch.cat(column) for column in zip(*parts))
+    return W_enc, b_enc, W_dec
+
+
+def _raw_rows(T: Tensor, dec: Tensor, scale: float) -> Tensor:
+    """dec T^-1 / scale, float64 [n, D] on the CPU: dictionary rows for x' from those of the training space."""
+    return torch.linalg.solve(T, dec.cpu().double(), left=False) / scale
 
 
 def folded_threshold(state: dict[str, Tensor], scale: float) -> Tensor | None:
     """Thresholds [F] for the codes of `folded_weights`, or None where the k largest of a row fire."""
     if "log_threshold" not in state:
         return None
-    dec = torch.linalg.solve(state["transform"].double(), state["dec"].double(), left=False) / scale
-    return (dec.norm(dim=1) * state["log_threshold"].double().exp()).float()
+    T = state["transform"].cpu().double()
+    norms = torch.cat([_raw_rows(T, dec, scale).norm(dim=1) for dec in state["dec"].split(FOLD_ROWS)])
+    return (norms * state["log_threshold"].cpu().double().exp()).float()
 
 
 def dense_step(

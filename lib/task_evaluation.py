@@ -106,7 +106,7 @@ def reconstruction(
         for start in range(0, len(h), 4096):
             part = slice(start, start + 4096)
             sums.add(h[part], sae.decode(values[part], indices[part]), values[part], indices[part])
-    r, l0 = sums.result(), (values > 0).sum(1).double()
+    r, l0 = sums.result(), (values > 0).sum(1).cpu().double()
     return {
         "sae_reconstruction_loss": r["mse"],
         "sae_explained_variance": r["ev"],
@@ -116,7 +116,7 @@ def reconstruction(
         "sae_feature_usage_entropy": r["usage_entropy"],
         "sparsity_l0_mean": float(l0.mean()),
         "sparsity_l0_std": float(l0.std(correction=0)),
-        "sparsity_l1_mean": float(values.sum(1).double().mean()),
+        "sparsity_l1_mean": float(values.sum(1).cpu().double().mean()),
     }
 
 
@@ -137,13 +137,13 @@ def robustness(model: Model, sae: SAE, task: Task, ids: Tensor, c: dict[str, Any
         run, x, settings, unit = _attackable(model, task, batch, part)
         y, (h, logits) = batch["y"], run(x)
         clean = dense_codes(sae, h.detach().cpu())
-        found = {"clean": (logits.argmax(1) == y).double()}
+        found = {"clean": (logits.argmax(1) == y).cpu().double()}
         for eps in c["ROBUST_EPS"]:
             for name, attack in (("fgsm", fgsm), ("pgd", partial(pgd, generator=generator))):
                 moved = attack(lambda z: run(z)[1], x, y, eps * unit, **settings)
                 with torch.no_grad():
                     h, logits = run(moved)
-                found[f"{name}_eps{eps:g}"] = (logits.argmax(1) == y).double()
+                found[f"{name}_eps{eps:g}"] = (logits.argmax(1) == y).cpu().double()
             found[f"jaccard_eps{eps:g}"] = active_jaccard(clean, dense_codes(sae, h.cpu()))
         for name, values in found.items():
             sums[f"robust_{name}"] = sums.get(f"robust_{name}", 0.0) + float(values.sum())

@@ -82,8 +82,8 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, i
     A pair counts only if both positions are real tokens by mask [B, T].
     """
     real = (mask[:, :-1] * mask[:, 1:]).bool()
-    loss = cross_entropy(logits[:, :-1][real].double(), ids[:, 1:][real], reduction="sum")
-    return float(loss), int(real.sum())
+    losses = cross_entropy(logits[:, :-1][real], ids[:, 1:][real], reduction="none")
+    return float(losses.cpu().double().sum()), int(real.sum())
 
 
 def perplexity(losses: list[tuple[float, int]]) -> float:

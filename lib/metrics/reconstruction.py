@@ -30,7 +30,7 @@ class Reconstruction:
 
         A zero in `values` is a slot that did not fire; its index is ignored.
         """
-        x, xhat, values = x.detach().double().cpu(), xhat.detach().double().cpu(), values.detach().double().cpu()
+        x, xhat, values = (t.detach().cpu().double() for t in (x, xhat, values))  # no float64 but on the CPU: MPS has none
         if self._shift is None:
             self._shift = x.mean(0)
             self._sum, self._square_sum = torch.zeros_like(self._shift), torch.zeros_like(self._shift)
@@ -78,17 +78,17 @@ class Reconstruction:
 
 def explained_variance(x: Tensor, xhat: Tensor) -> float:
     """1 - SSE/SST of xhat [N, D] for x [N, D], SST about x's per-dimension mean; nan if x has no variance."""
-    x, xhat = x.detach().double(), xhat.detach().double()
+    x, xhat = x.detach().cpu().double(), xhat.detach().cpu().double()
     sst = (x - x.mean(0)).square().sum()
     return float(1 - (x - xhat).square().sum() / sst) if sst > 0 else float("nan")
 
 
 def dead_pct(fires: Tensor) -> float:
     """Share, 0-100, of latents that never fired; fires [F] counts firings over one stated set of rows."""
-    return 100.0 * (fires == 0).double().mean().item()
+    return 100.0 * (fires == 0).cpu().double().mean().item()
 
 
 def usage_entropy(fires: Tensor) -> float:
     """-sum p ln p in nats with p_j = firings of latent j / all firings; 0 if nothing fired."""
-    p = fires.double() / max(1, int(fires.sum()))
+    p = fires.cpu().double() / max(1, int(fires.sum()))
     return float(-torch.special.xlogy(p, p).sum()) + 0.0
