@@ -4,6 +4,7 @@ Both take codes in raw activation units, those of an exported SAE: ours times it
 """
 import gzip
 import json
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from lib.concepts import Codes
 from lib.dictionary import Concepts
 from lib.effects import token_text
 from lib.environment import InputError
-from lib.files import atomic_write, fingerprint, write_json, write_text
+from lib.files import atomic_write, fingerprint, safe_name, write_json, write_text
+from lib.hub import public_name
 from lib.sae import SAE
 from lib.store import Run
 from lib.texts import tokenise
@@ -52,8 +54,10 @@ def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: 
         atomic_write(folder / f"{first}_{beyond - 1}.safetensors", partial(safetensors.numpy.save_file, arrays))
     dataset = run.meta["dataset"]
     write_json(folder / "config.json", {
-        "dataset_repo": dataset["name"], "dataset_split": dataset["split"], "dataset_name": "", "dataset_column": dataset["field"], "batch_size": 1,
-        "ctx_len": tokens.shape[1], "cache_ctx_len": tokens.shape[1], "n_tokens": tokens.size, "n_splits": SPLITS, "model_name": run.meta["model"]["name"],
+        "dataset_repo": public_name(dataset["name"]), "dataset_split": dataset["split"],
+        "dataset_name": "", "dataset_column": dataset["field"], "batch_size": 1,
+        "ctx_len": tokens.shape[1], "cache_ctx_len": tokens.shape[1], "n_tokens": tokens.size, "n_splits": SPLITS,
+        "model_name": public_name(run.meta["model"]["name"]),
     })  # fmt: skip
 
 
@@ -84,13 +88,14 @@ def write_neuronpedia(
     root: Path, name: str, created: str, facts: dict[str, Any], sae: SAE, codes: Codes, stats: dict[str, Tensor], top: Examples,
     concepts: Concepts, view: Tensor | None, tokenizer: Any,
 ) -> Path:  # fmt: skip
-    """Write a Neuronpedia export to root/<model>/<layer>-<name>/ and return that folder.
+    """Write a Neuronpedia export to root/<model>/<layer>-<name>/ and return that folder. InputError for an odd `name`.
 
     Files: release, model, source set and source, one record each, and in batches features, activations and explanations.
     name: of the source set; created: a time in ISO format. stats, top, concepts: of step 4. view: lib.effects.direct_view, or None.
     """
-    layer = facts["hook_name"].split(".")[1] if facts["hook_name"].startswith("blocks.") else "0"
-    source, model = f"{layer}-{name}", facts["model_name"].rstrip("/").split("/")[-1]
+    block = re.match(r"blocks\.([0-9]+)\.", facts["hook_name"])
+    source = f"{block[1] if block else 0}-{safe_name(name)}"
+    model = re.sub("[^A-Za-z0-9_.-]", "-", facts["model_name"].split("/")[-1]).lstrip(".-") or "model"
     folder = root / model / source
     by = {"creatorId": "sae-workbench", "createdAt": created}
     whose = {"modelId": model, "layer": source}

@@ -142,7 +142,7 @@ def _keep_edited(table: Path) -> None:
 
 
 def _keep(table: Path, why: str) -> None:
-    kept = _free(table.with_name(f"{table.stem}_edited.csv"))
+    kept = free_name(table.with_name(f"{table.stem}_edited.csv"))
     os.replace(table, kept)
     log.warning("%s; the table is kept as %s, and its edits are not in concepts.json", why, kept.name)
 
@@ -160,7 +160,7 @@ def _with_aside(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     people, theirs = _by_people(content["concepts"]), _by_people(read_concepts(aside, content["sae_hash"])["concepts"])
     both = people.keys() & theirs.keys()
     if any(digest(latent, theirs[latent]) != digest(latent, people[latent]) for latent in both):
-        kept = _free(aside.with_name(f"{aside.stem}_older.json"))
+        kept = free_name(aside.with_name(f"{aside.stem}_older.json"))
         os.replace(aside, kept)
         log.warning("%s has other names by people than %s; it is kept as %s", aside.name, path.name, kept.name)
     return content | {"concepts": dict(sorted((content["concepts"] | theirs | people).items()))}
@@ -170,7 +170,7 @@ def _by_people(concepts: Concepts) -> Concepts:
     return {latent: entry for latent, entry in concepts.items() if entry["source"] == "human"}
 
 
-def _free(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     """`path`, or with a number if there is one already."""
     numbered = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
     return path if not path.exists() else next(other for other in numbered if not other.exists())

@@ -1,6 +1,7 @@
 """delphi's cache and Neuronpedia's files hold the codes of the run, at the tokens where they are."""
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -100,6 +101,14 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
     for activation, example in zip(mine, top[latent]):
         assert activation["tokens"][activation["maxValueTokenIndex"]] == example["token_str"] and len(activation["tokens"]) == len(activation["values"])
     assert [(e["index"], e["description"], e["typeName"]) for e in lines("explanations")] == [(str(latent), "something", "human")]
+    outside = set(tmp_path.rglob("*"))
+    for name, change in (("../x", {}), ("/abs", {}), ("..", {}), ("", {})):
+        with pytest.raises(InputError, match="use letters"):
+            write_neuronpedia(tmp_path / "out", name, arguments[1], FACTS | change, *arguments[3:])
+    for change in ({"model_name": ".."}, {"model_name": "../../x"}, {"model_name": "a/<b>\x00"}, {"hook_name": "blocks.../../x"}):
+        there = write_neuronpedia(tmp_path / "odd", "set", arguments[1], FACTS | change, *arguments[3:])
+        assert there.parent.parent == tmp_path / "odd" and re.fullmatch(r"[\w.-]+/\d+-set", str(there.relative_to(tmp_path / "odd")))
+    assert {path for path in tmp_path.rglob("*") if tmp_path / "odd" not in (path, *path.parents)} == outside
     first = (folder / "activations" / "batch-0.jsonl.gz").read_bytes()
     write_neuronpedia(tmp_path / "again", *arguments)
     assert (tmp_path / "again" / "model" / "1-set" / "activations" / "batch-0.jsonl.gz").read_bytes() == first

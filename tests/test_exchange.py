@@ -2,6 +2,7 @@
 import json
 import subprocess
 import textwrap
+import zipfile
 
 import pytest
 import torch
@@ -263,3 +264,107 @@ def test_shapes_that_disagree_are_refused(tmp_path):
     FORMATS["sparsify"].write(tmp_path, wrong, ABOUT)
     with pytest.raises(InputError, match="disagree"):
         read_foreign(tmp_path)
+
+
+def respell(folder, name, change):
+    """The SAE's configuration with one change, in the place where its format has it."""
+    path = folder / ("config.json" if name == "dictionary_learning" else "cfg.json")
+    config = json.loads(path.read_text())
+    inner = config["trainer"] if name == "dictionary_learning" else config
+    path.write_text(json.dumps(change(config, inner) or config))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("k", [0, -1, 65, 4.0, 10**30, True, "4", None, [4], {}, float("inf")])
+def test_a_k_that_is_none_is_one_line(sae, tmp_path, name, k):
+    FORMATS[name].write(tmp_path, fold(sae), ABOUT)
+    if name == "dictionary_learning":  # whose weights tell k first
+        state = torch.load(tmp_path / "ae.pt")
+        state["k"] = k
+        torch.save(state, tmp_path / "ae.pt")
+    respell(tmp_path, name, lambda _, inner: inner.update(k=k))
+    with pytest.raises(InputError, match="k is .*whole number from 1 to 64|can't be read|is damaged") as error:
+        read_foreign(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda config, inner: [1], "must hold a JSON object"), (lambda config, inner: "x", "must hold a JSON object"),
+    (lambda config, inner: inner.update(d_in=3, activation_dim=3), "is 3, but the weights have 16"),
+    (lambda config, inner: inner.update(d_sae="many", dict_size="many", num_latents="many"), '"many", but the weights have 64'),
+])  # fmt: skip
+def test_configurations_of_other_shapes_are_one_line(sae, tmp_path, name, change, message):
+    FORMATS[name].write(tmp_path, fold(sae), ABOUT)
+    respell(tmp_path, name, change)
+    with pytest.raises(InputError, match=message):
+        read_foreign(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("sae_lens", {"apply_b_dec_to_input": "yes"}, "must be true or false"), ("sae_lens", {"rescale_acts_by_decoder_norm": 1}, "must be true or false"),
+    ("sae_lens", {"architecture": {"a": [1] * 500}}, "architecture is"), ("sae_lens", {"architecture": "jumprelu", "metadata": 3}, "threshold"),
+    ("sae_lens", {"architecture": "jumprelu", "metadata": {}}, "need 'threshold', which is missing"), ("sparsify", {"signed": True}, "signed is true"),
+    ("dictionary_learning", {"trainer": []}, "has no object trainer"), ("sae_lens", {"architecture": "standard"}, '"standard"; only "topk"'),
+])  # fmt: skip
+def test_values_that_ours_cannot_be_are_one_line(sae, tmp_path, name, changes, message):
+    FORMATS[name].write(tmp_path, fold(sae), ABOUT)
+    rewrite(tmp_path / ("config.json" if name == "dictionary_learning" else "cfg.json"), **changes)
+    with pytest.raises(InputError, match=message) as error:
+        read_foreign(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+TENSORS = {
+    "a number": lambda x: torch.tensor(1.0), "no rows": lambda x: x[:0], "another dimension": lambda x: x[None], "whole numbers": lambda x: x.int(),
+    "complex numbers": lambda x: x.to(torch.complex64), "half of it": lambda x: x[: len(x) // 2].clone(), "infinite": lambda x: x.clone().fill_(torch.inf),
+    "beyond float32": lambda x: x.double() * 1e60,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TENSORS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_of_other_shapes_and_kinds_are_one_line(jumping, sae, tmp_path, name, what):
+    FORMATS[name].write(tmp_path, fold(jumping if name == "sae_lens" else sae), ABOUT)
+    path = tmp_path / FORMATS[name].file
+    load, save = (torch.load, torch.save) if name == "dictionary_learning" else (load_file, save_file)
+    whole = load(path)
+    for key in [key for key in whole if key not in ("k",) and (key, name) != ("threshold", "dictionary_learning")]:
+        save(whole | {key: TENSORS[what](whole[key]).contiguous()}, path)
+        with pytest.raises(InputError) as error:
+            read_foreign(tmp_path)
+        assert "\n" not in str(error.value), key
+
+
+def test_archives_that_claim_or_unpack_to_more_than_they_are(sae, tmp_path):
+    FORMATS["dictionary_learning"].write(tmp_path, fold(sae), ABOUT)
+    path, state = tmp_path / "ae.pt", torch.load(tmp_path / "ae.pt")
+    torch.save(state | {"encoder.weight": torch.zeros(1).expand(64, 16)}, path)
+    with pytest.raises(InputError, match="claims more numbers than its file holds"):
+        read_foreign(tmp_path)
+    torch.save(state, path)
+    entries = {entry: zipfile.ZipFile(path).read(entry) for entry in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    with pytest.raises(InputError, match="can't be read .it is compressed"):
+        read_foreign(tmp_path)
+
+
+class Harm:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("old_format", [True, False])
+def test_nothing_is_unpickled(sae, tmp_path, old_format):
+    FORMATS["dictionary_learning"].write(tmp_path, fold(sae), ABOUT)
+    torch.save({"k": Harm(tmp_path / "harm")}, tmp_path / "ae.pt", _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(InputError, match="can't be read") as error:
+        read_foreign(tmp_path)
+    assert not (tmp_path / "harm").exists() and "\n" not in str(error.value)

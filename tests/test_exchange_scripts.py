@@ -1,5 +1,6 @@
 """export_sae.py and import_sae.py as a user runs them, and the hub as a server on loopback."""
 import base64
+import gzip
 import json
 import os
 import re
@@ -15,7 +16,9 @@ from conftest import PROJECT, run_notebook
 from test_exchange import PEERS
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
 
+from lib.environment import InputError
 from lib.exchange import FORMATS, read_foreign
+from lib.hub import public_name, pull, push, write_card
 from lib.sae import load_sae
 from lib.store import open_run
 
@@ -95,11 +98,67 @@ def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
         ("import_sae.py", [], "SOURCE is missing"),
         ("import_sae.py", [f"SOURCE={tmp_path}/empty"], "holds none of"),
         ("import_sae.py", ["SOURCE=nobody/nothing"], "set a local folder, or a repository that this machine can reach"),
+        ("import_sae.py", [f"SOURCE={narrow}", "SUBFOLDER=../other"], "must be a folder inside SOURCE"),
         ("import_sae.py", [f"SOURCE={narrow}"], "the SAE is for activations of width 4, llamaforcausallm_model_layers_1 has 16"),
         ("import_sae.py", [f"SOURCE={other}"], "holds another SAE; move the folder sae_model away"),
     ):
         code, _, err = script(name, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1, (name, arguments, err)
+
+
+def test_nothing_that_is_exported_names_a_path(script, trained, tmp_path):  # noqa: F811
+    """Model and data set are local files here: only the last parts of their paths are told."""
+    run_notebook(FOLDER / "04_name_sae_concepts.ipynb")
+    for kind in ("all", "delphi", "neuronpedia"):
+        assert script("export_sae.py", f"FORMAT={kind}")[0] == 0
+    written = [path for path in (trained / "exports").rglob("*") if path.is_file()]
+    assert len(written) > 15
+    for path in written:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        assert str(tmp_path).encode() not in content, path
+    assert "| model name | model |" in (trained / "exports/sae_lens/README.md").read_text()
+
+
+def test_an_edited_card_is_kept(script, trained):  # noqa: F811
+    card, kept = trained / "exports/sparsify/README.md", trained / "exports/sparsify/README_edited.md"
+    for _ in range(2):
+        assert script("export_sae.py", "FORMAT=sparsify")[0] == 0 and not kept.exists()
+    made = card.read_text()
+    card.write_text(made.replace("latents, at most", "fine latents, at most"))
+    assert script("export_sae.py", "FORMAT=sparsify")[0] == 0
+    assert card.read_text() == made and "fine latents" in kept.read_text()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Cannot connect\nto host"), KeyError("token"), OSError(""), type("ConnectError", (Exception,), {})("late")])
+def test_whatever_the_hubs_client_raises_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    (tmp_path / "a").write_text("x")
+    for call in (lambda: push(tmp_path, [tmp_path / "a"], "user/name"), lambda: pull("user/name")):
+        with pytest.raises(InputError, match="=user/name: ") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "public"), [
+    ("gpt2", "gpt2"), ("user/model", "user/model"), ("/home/ann/customers/acme", "acme"), ("/home/ann/customers/acme/", "acme"), ("~/secret/model", "model"),
+    ("./customers/acme", "acme"), ("customers/acme/texts", "texts"), ("customers/acme.jsonl", "acme.jsonl"), ("C:\\Users\\ann\\model", "model"), ("../..", None),
+    ("store/embedded/model", "embedded/model"), ("store/embedded/stories/train.jsonl", "embedded/stories/train.jsonl"), ("/", "local"), ("lib/metrics", "metrics"),
+])  # fmt: skip
+def test_what_others_are_told_of_a_name(name, public, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = public_name(name)
+    assert told == (public if public is not None else tmp_path.parents[1].name)
+
+
+def test_a_card_is_text_and_not_markup(tmp_path):
+    evil = "<img src=x onerror=alert(1)> | x [a](javascript:1) `b`\n# c"
+    facts = {"model_name": evil, "hook_name": evil, "n_latents": 1, "k": 1, "note": evil}
+    text = write_card(tmp_path, "sae_lens", "folder", facts).read_text()
+    assert "<img" not in text and "\n# c" not in text and "[a](" not in text and text.count("\n|") == 3 + 4
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -166,10 +225,15 @@ def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
     def run(name, *arguments, **more):
         return subprocess.run([sys.executable, str(PROJECT / FOLDER / name), *arguments], capture_output=True, text=True, env=os.environ | own | more)
 
+    folder = "blocks.1.hook_resid_post"
+    others = [trained / "exports/sae_lens" / name for name in (".env", "notes.md", "blocks.0.hook_mlp_out/cfg.json", f"{folder}/mine.txt")]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("a secret of " + str(tmp_path))
     done = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name")
     assert done.returncode == 0, done.stderr
     assert "/user/name/commit/" in done.stdout
-    folder = "blocks.1.hook_resid_post"
+    assert not [name for name, content in Hub.files.items() if str(tmp_path).encode() in content], "no path of this machine"
     assert set(Hub.files) == {"README.md", f"{folder}/cfg.json", f"{folder}/sae_weights.safetensors"}
     assert b'from_pretrained("user/name"' in Hub.files["README.md"]
     before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")

@@ -38,6 +38,7 @@ from lib.dictionary import read_concepts
 from lib.effects import direct_view
 from lib.environment import InputError, run
 from lib.exchange import FORMATS, fold
+from lib.files import safe_name
 from lib.hub import facts_of, push, write_card
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
@@ -50,17 +51,19 @@ SAE_FILE = FOLDER / "sae_model" / "topk_sae.pt"
 def sae_folder(kind, facts):
     """Name of the SAE's folder, as each tool's own files have it: EleutherAI's want the path inside the base model."""
     if kind in ("sparsify", "delphi"):
-        return facts["hf_module_path"].removeprefix("model.").removeprefix("transformer.").removeprefix("gpt_neox.")
-    return facts["hook_name"].replace(":", "_")
+        path = facts["hf_module_path"].removeprefix("model.").removeprefix("transformer.").removeprefix("gpt_neox.")
+    else:
+        path = facts["hook_name"].replace(":", "_")
+    return safe_name(path)
 
 
 def export_sae(kind, root, sae, facts):
     folder = sae_folder(kind, facts)
-    FORMATS[kind].write(root / folder, fold(sae), facts)
-    write_card(root, kind, folder, facts, PUSH_TO or "user/repository")
+    written = FORMATS[kind].write(root / folder, fold(sae), facts)
+    written.append(write_card(root, kind, folder, facts, PUSH_TO or "user/repository"))
     print(f"{kind:<20} {root / folder}")
     if PUSH_TO:
-        print(f"{'':<20} {push(root, PUSH_TO, PRIVATE)}")
+        print(f"{'':<20} {push(root, written, PUSH_TO, PRIVATE)}")
 
 
 def export_firings(kind, root, sae, saved, facts):

@@ -4,11 +4,14 @@
     python import_sae.py SOURCE=/path/to/folder
     python import_sae.py SOURCE=user/repository SUBFOLDER=blocks.8.hook_resid_post
 
-Takes TopK SAEs in the files of SAELens, dictionary_learning and sparsify. It never replaces an SAE that is there.
+Takes TopK SAEs in the files of SAELens, dictionary_learning and sparsify, and JumpReLU SAEs in those of SAELens. It never replaces an SAE that is there.
 
 Reads  store/verify_sae_training/runs/<run_id>/
 Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
 """
+import math
+from pathlib import Path
+
 from lib.constants import override
 from lib.ranges import FileName, Location, Name
 
@@ -35,6 +38,8 @@ def source_folder():
     """The folder that SOURCE and SUBFOLDER mean, fetched from the hub if it is no local one."""
     if not SOURCE:
         raise InputError("SOURCE is missing; set the folder of an SAE, or a hub repository")
+    if Path(SUBFOLDER).is_absolute() or ".." in Path(SUBFOLDER).parts:
+        raise InputError(f"SUBFOLDER={SUBFOLDER} must be a folder inside SOURCE")
     path = local_path(SOURCE)
     return pull(SOURCE, SUBFOLDER) if path is None else path / SUBFOLDER
 
@@ -52,6 +57,8 @@ def main():
     if path.exists() and sae_hash(load_sae(path)) != sae_hash(sae):
         raise InputError(f"{path} holds another SAE; move the folder sae_model away, or set STORE_DIR to another store")
     final = score(sae, sample_rows(rows, validation=True, limit=None))
+    if not all(math.isfinite(value) for value in final.values() if isinstance(value, float)):
+        raise InputError("the SAE's reconstructions are not finite; its weights are not those of a trained SAE")
     sae.config.update(
         model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
         imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS, provenance=provenance(), final=final,
