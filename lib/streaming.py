@@ -10,15 +10,19 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from lib.distributed import rank, wait_for_all
 from lib.environment import InputError, log
 from lib.files import atomic_write
 from lib.models import local_path
+from lib.texts import drawn_from_stream, drawn_rows
 
 COPY_TEXTS = 1000  # documents that are written together
 
@@ -55,14 +59,14 @@ class TextFile(Sequence[str]):
 
 
 def stream_texts(dataset: str, split: str, text_field: str, limit: int | None, path: Path) -> TextFile:
-    """The texts of the first `limit` documents (None: all), copied to `path` a block at a time if they are not there yet.
+    """The texts of `limit` documents (None: all), drawn as load_documents draws them, copied to `path` a block at a time if they are not there yet.
 
     dataset: a hub name, or a local .jsonl or .parquet file. A copy that was interrupted goes on where it was.
     Of several ranks the first one copies. Raises InputError if the data can't be reached or read, or lacks the field.
     """
     if rank() == 0 and not path.exists():
         try:
-            _copy(_open_stream(dataset, split), dataset, text_field, limit, path)
+            _copy(_drawn(dataset, _open_stream(dataset, split), limit), dataset, text_field, limit, path)
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as error:  # datasets raises many kinds for what can't be reached or read
@@ -88,13 +92,30 @@ def _open_stream(dataset: str, split: str) -> Any:
     return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True)
 
 
-def _copy(stream: Any, dataset: str, text_field: str, limit: int | None, path: Path) -> None:
+def _drawn(dataset: str, stream: Any, limit: int | None) -> Any:
+    """The documents that the limit leaves: of a file, whose length can be known, the very ones that load_documents draws."""
+    path = local_path(dataset)
+    if limit is None:
+        return stream
+    if path is None:
+        return drawn_from_stream(stream, limit)
+    if path.suffix == ".parquet":
+        n = pyarrow.parquet.read_metadata(path).num_rows
+    else:
+        with open(path, "rb") as file:
+            n = sum(1 for line in file if line.strip())
+    wanted = np.zeros(n, dtype=bool)
+    wanted[drawn_rows(n, limit)] = True
+    return (document for document, keep in zip(stream, wanted) if keep)
+
+
+def _copy(documents: Any, dataset: str, text_field: str, limit: int | None, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     done = _whole_lines(part)
     if done:
         log.info("continuing after document %s of the stream", f"{done:,}")
-    documents = stream.skip(done) if limit is None else stream.take(limit).skip(done)
+    documents = documents.skip(done) if hasattr(documents, "skip") else islice(documents, done, None)
     with open(part, "a", encoding="utf-8") as file:
         lines = []
         for document in tqdm(documents, initial=done, total=limit, unit="text", desc="copying the texts"):

@@ -1,20 +1,27 @@
 """Documents in, tokens out: data sets by hub name or local file, and batches of like length."""
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas
 import torch
 from torch import Tensor
 
-from lib.environment import InputError
+from lib.environment import InputError, log
 from lib.models import local_path
 
 Documents = list[dict[str, Any]]
+DRAW_SEED = 0  # of the documents that a limit leaves: the same ones for every SEED, so that cached activations serve all
+CHUNK_ROWS = 10_000  # rows of a file in memory at one time while some are drawn
+STREAM_BUFFER = 10_000  # a hub data set is not read to its end: what is drawn comes from so many documents more than asked for
 
 
 def load_documents(dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None) -> Documents:
-    """The first `limit` documents (None: all), each a dict whose `text_field` is its text.
+    """`limit` documents drawn at random (None: all), in their order, each a dict whose `text_field` is its text.
+
+    The draw is the same at every call: a file that is sorted by anything gives a fair sample, not its head. Of a hub
+    data set it is made from the first limit + 10,000 documents (and its shards in random order), as in lib.streaming.
 
     dataset: a local .jsonl, .json, .csv, .tsv, .parquet or .txt (one document a paragraph) file, a folder
     written by datasets' save_to_disk, or a hub name. split is used for folders and hub names only.
@@ -41,17 +48,48 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
 def _from_file(path, text_field: str, limit: int | None) -> Documents:
     if path.suffix == ".txt":
         paragraphs = (part.strip() for part in path.read_text(encoding="utf-8").split("\n\n"))
-        return [{text_field: part} for part in paragraphs if part][:limit]
-    readers = {
-        ".jsonl": lambda: pandas.read_json(path, lines=True, nrows=limit, dtype=False),
+        documents = [{text_field: part} for part in paragraphs if part]
+        return [documents[i] for i in drawn_rows(len(documents), limit)]
+    csv = {"keep_default_na": False, "low_memory": False}  # else a column's type may change from one part of a large file to the next
+    readers: dict[str, Callable[..., Any]] = {
+        ".jsonl": lambda **chunks: pandas.read_json(path, lines=True, dtype=False, **chunks),
         ".json": lambda: pandas.read_json(path, dtype=False),
-        ".csv": lambda: pandas.read_csv(path, nrows=limit, keep_default_na=False),
-        ".tsv": lambda: pandas.read_csv(path, sep="\t", nrows=limit, quoting=3, keep_default_na=False),
+        ".csv": lambda **chunks: pandas.read_csv(path, **csv, **chunks),
+        ".tsv": lambda **chunks: pandas.read_csv(path, sep="\t", quoting=3, **csv, **chunks),
         ".parquet": lambda: pandas.read_parquet(path),
     }
     if path.suffix not in readers:
         raise InputError(f"{path.name} has no known ending; use {', '.join(readers)} or .txt")
-    return readers[path.suffix]().head(limit if limit is not None else None).to_dict("records")
+    read = readers[path.suffix]
+    if limit is None:
+        return read().to_dict("records")
+    if path.suffix in (".json", ".parquet"):
+        frame = read()
+        return frame.iloc[drawn_rows(len(frame), limit)].to_dict("records")
+    return _drawn_from(read(chunksize=CHUNK_ROWS), limit)
+
+
+def drawn_rows(n: int, limit: int | None) -> list[int]:
+    """The rows, ascending, that a limit leaves of n: those with the smallest random keys, so that parts can be drawn one by one."""
+    if limit is None or n <= limit:
+        return list(range(n))
+    log.info("%s of %s documents drawn at random", f"{limit:,}", f"{n:,}")
+    return np.sort(np.random.default_rng(DRAW_SEED).random(n).argsort(kind="stable")[:limit]).tolist()
+
+
+def _drawn_from(chunks: Any, limit: int) -> Documents:
+    """The documents of drawn_rows, with at most limit + CHUNK_ROWS of them in memory."""
+    keys = np.random.default_rng(DRAW_SEED)
+    kept: list[tuple[float, int, dict[str, Any]]] = []
+    n = 0
+    for chunk in chunks:
+        of_rows = keys.random(len(chunk))
+        kept += [(key, n + i, document) for i, (key, document) in enumerate(zip(of_rows.tolist(), chunk.to_dict("records")))]
+        n += len(chunk)
+        kept = sorted(kept, key=lambda item: item[:2])[:limit]
+    if n > limit:
+        log.info("%s of %s documents drawn at random", f"{limit:,}", f"{n:,}")
+    return [document for _, _, document in sorted(kept, key=lambda item: item[1])]
 
 
 def _from_datasets(source: str, is_local: bool, split: str, limit: int | None) -> Documents:
@@ -61,10 +99,15 @@ def _from_datasets(source: str, is_local: bool, split: str, limit: int | None) -
     if is_local:
         loaded = datasets.load_from_disk(source)
         rows = loaded[split] if isinstance(loaded, dict) else loaded
-        return [dict(rows[i]) for i in range(len(rows) if limit is None else min(len(rows), limit))]
+        return [dict(rows[i]) for i in drawn_rows(len(rows), limit)]
     # Streaming reads only the documents that are asked for, not the whole data set.
     rows = datasets.load_dataset(source, split=split, streaming=limit is not None)
-    return [dict(row) for row in (rows.take(limit) if limit is not None else rows)]
+    return [dict(row) for row in (rows if limit is None else drawn_from_stream(rows, limit))]
+
+
+def drawn_from_stream(rows: Any, limit: int) -> Any:
+    """`limit` documents of a stream of datasets, drawn from a buffer: its length is not known before its end."""
+    return rows.shuffle(seed=DRAW_SEED, buffer_size=limit + STREAM_BUFFER).take(limit)
 
 
 class Tokens(NamedTuple):

@@ -25,7 +25,7 @@ MODEL: Location = "store/embedded/model"  # hub name or directory of a transform
 DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
 DATA_SPLIT: Name = "train"                # split of a hub data set; a file has none
 TEXT_FIELD: Name = "text"                 # the column that holds the text
-DATA_LIMIT: Annotated[int, at_least(2), at_most(10**12)] | None = 5000           # texts, one or more of them for validation; None: all
+DATA_LIMIT: Annotated[int, at_least(2), at_most(10**12)] | None = 5000           # texts, drawn at random; None: all
 STREAM = False                            # copy the texts to the store block by block, for data sets larger than
                                           # memory or disk
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included; the rest is cut
