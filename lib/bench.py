@@ -23,7 +23,7 @@ from lib.environment import InputError, choose_device
 from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, safe_name, sha256, write_json, write_sealed
 from lib.guards import differences
 from lib.hooks import blocks
-from lib.labelled import load_task
+from lib.labelled import load_task, own_data
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, weights_of
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir, provenance
@@ -55,6 +55,7 @@ class Bench:
 
     def __init__(self, c: Constants, seed: int):
         """Raises InputError for data or models that can't be reached, and for constants that do not fit together."""
+        c = own_data(c)
         self.c, self.seed = c, seed
         self.device = choose_device(c["DEVICE"])
         self.root = setting_root(c)

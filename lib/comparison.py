@@ -14,7 +14,7 @@ from lib.environment import InputError
 from lib.files import read_json
 
 COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
-PRIMARY = ("base_u", "sae_features_u")  # all other metrics are secondary
+PRIMARY = ("base_u", "sae_features_u_weighted")  # all other metrics are secondary
 MAX_ACCURACY_LOSS = 0.005  # of validation accuracy against lambda0, for a cycle or a constant to be chosen
 BOOTSTRAP_BELOW = 6  # seeds under which a bootstrap interval is given beside the t interval
 

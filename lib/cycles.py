@@ -22,8 +22,8 @@ from lib.bench import Bench, Constants, sae_path, stage_constants, write_stamp
 from lib.classifier import MLP, load_trained, outputs, trained_state
 from lib.distributed import rank
 from lib.environment import InputError, log
-from lib.files import fingerprint, read_json, write_json, write_sealed, write_torch
-from lib.fine_tuning import Targets, TuneSettings, fine_tune
+from lib.files import fingerprint, read_json, read_sealed, write_json, write_sealed, write_torch
+from lib.fine_tuning import Targets, TuneSettings, fine_tune, probe_ids
 from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import save_sae
 from lib.sharpening import NO_TARGET, method, n_kept, targets
@@ -42,6 +42,7 @@ def tune_settings(bench: Bench, arm: str, cycle: int, aux: Constants) -> TuneSet
         epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"], weight_decay=c["WEIGHT_DECAY"],
         warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"], accumulate=c["ACCUMULATE"],
         aux_weight=aux_weight(aux, cycle) if method(arm) not in NO_TARGET and cycle else 0.0, seed=order,
+        select=c["SELECT_EPOCH"],
     )  # fmt: skip
 
 
@@ -81,10 +82,11 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     write_torch(path, trained)
     write_stamp(bench, path, key)
     unfinished.unlink(missing_ok=True)
-    if made is not None and (history["aux"]["cos_start"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
-        log.warning("%s: the auxiliary loss hardly pulls; keep fewer latents or raise AUX_WEIGHT before reading a null result", arm)
-    best = history["epochs"][history["best_epoch"] - 1]
-    log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, bench.seed, cycle, best["val_accuracy"])
+    if made is not None and (share["cos_source"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
+        log.warning("%s: the auxiliary loss hardly pulls (the model that made the targets has a cosine of %.3f to them, gradient ratio %.3f); "
+                    "keep fewer latents or raise AUX_WEIGHT before reading a null result", arm, share["cos_source"], history["aux"]["grad_ratio"])  # fmt: skip
+    kept = history["epochs"][history["kept_epoch"] - 1]
+    log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, bench.seed, cycle, kept["val_accuracy"])
 
 
 def start_from(bench: Bench, arm: str, cycle: int, aux: Constants) -> None:
@@ -110,14 +112,33 @@ def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Ta
     values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
     sae = sae.to("cpu")
     per_example = aux["KEEP_PER_EXAMPLE"] or sae.top_k // 2
+    centre = None
+    if aux["AUX_CENTRED"]:  # an SAE over all tokens knows their mean, which is not that of the position that is pulled
+        centre = h.mean(0) if bench.is_text and bench.c["SAE_POSITIONS"] == "tokens" else sae.mean
     t, share = targets(
         arm, h, values, indices, sae.decode, bench.task.y[ids], ids, n_classes=bench.task.n_classes, n_latents=sae.n_latents,
-        keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example, seed=aux["SHARPEN_SEED"] + bench.seed,
+        keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example, seed=aux["SHARPEN_SEED"] + bench.seed, centre=centre,
     )  # fmt: skip
+    made = Targets(ids, t, centre)
+    share["cos_source"] = 1 - float(made.loss(h, ids).double().mean())
     folder = bench.root / arm / f"seed_{bench.seed}"
     if rank() == 0:
-        write_sealed(folder / f"targets_cycle_{cycle}.safetensors", {"example_id": ids, "t": t.float()})
-    return Targets(ids, t, sae.mean if aux["AUX_CENTRED"] else None), share
+        content = {"example_id": ids, "t": t.float()} | ({} if centre is None else {"centre": centre})
+        write_sealed(folder / f"targets_cycle_{cycle}.safetensors", content)
+    return made, share
+
+
+def lambda0_cosine(bench: Bench, arm: str, cycle: int) -> float:
+    """Mean cosine of lambda0's model of a cycle to the targets that `arm` was pulled to: what the arm's end cosine is worth.
+
+    Over the same examples and about the same centre as the arm's own (lib.fine_tuning.probe).
+    """
+    stored = read_sealed(bench.root / arm / f"seed_{bench.seed}" / f"targets_cycle_{cycle - 1}.safetensors")
+    made = Targets(stored["example_id"], stored["t"], stored.get("centre"))
+    bench.load("lambda0", cycle)
+    ids = probe_ids(bench.task)
+    h, _ = outputs(bench.model, bench.task, ids, bench.c["BATCH_SIZE"], bench.entries)
+    return 1 - float(made.loss(h, ids).double().mean())
 
 
 def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> None:
@@ -143,7 +164,8 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
         h, _ = outputs(bench.model, task, ids, c["BATCH_SIZE"], bench.entries)
         rows = rows_of_tensor(h, is_val)
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
-    start = 10 * bench.seed + sae_seed
+    # Each cycle's SAE starts elsewhere, alike in all arms: latents that live on from cycle to cycle then owe it to the model.
+    start = 1_000_000 * cycle + 10 * bench.seed + sae_seed
     settings = TrainSettings(n_latents, c["TOP_K"], epochs=c["SAE_EPOCHS"], batch_size=c["SAE_BATCH_SIZE"], lr=c["SAE_LR"], seed=start)
     threads = torch.get_num_threads()
     sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
@@ -184,8 +206,9 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
         else:
             results.setdefault("other_sae_seeds", []).append({"sae_seed": sae_seed, **found})
     if results["val"]["sae_explained_variance_pooled"] < 0.7:
-        log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; "
-                    "set SAE_POSITIONS=pooled or train it longer", arm, cycle, results["val"]["sae_explained_variance_pooled"])  # fmt: skip
+        remedy = "set SAE_POSITIONS=pooled or raise SAE_EPOCHS" if bench.is_text and c["SAE_POSITIONS"] == "tokens" else "raise SAE_EPOCHS"
+        log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; %s",
+                    arm, cycle, results["val"]["sae_explained_variance_pooled"], remedy)  # fmt: skip
     write_json(path, drop_undefined(results), sealed=True)
     write_stamp(bench, path, key)
     return read_json(path, schemas.RESULTS)

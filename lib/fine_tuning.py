@@ -1,4 +1,4 @@
-"""The training loop of a classifier: task loss, auxiliary loss, best validation epoch, resume.
+"""The training loop of a classifier: task loss, auxiliary loss, the epoch that is kept, resume.
 
     history = fine_tune(model, task, TuneSettings(epochs=3, aux_weight=1.0), Targets(ids, t), checkpoint=path)
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from lib.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, own_examples, trained_state
@@ -19,6 +19,7 @@ from lib.environment import InputError
 from lib.files import fingerprint, read_torch, write_torch
 from lib.guards import differences
 from lib.labelled import Task
+from lib.labels import draw
 
 PROBE_EXAMPLES = 256  # training examples on which the auxiliary loss and its gradient are compared at start and end
 GROUPED_BATCHES = 20  # text batches whose examples are sorted by length together: less padding
@@ -44,6 +45,8 @@ class TuneSettings:
     """lambda."""
     seed: int = 0
     """Draws the order of the examples and dropout."""
+    select: str = "last"
+    """Whose weights the model ends with: of the last epoch, or of the best one by validation."""
 
 
 class Targets:
@@ -102,23 +105,26 @@ def _optimizer(model: nn.Module, settings: TuneSettings) -> torch.optim.Optimize
 def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Targets | None = None,
               entries: Entries | None = None, checkpoint: Path | None = None, key: str = "",
               log: Callable[[dict[str, float]], None] | None = None, label: str = "training") -> dict[str, Any]:
-    """Train `model` in place on the training split and leave it with the weights of its best validation epoch.
+    """Train `model` in place on the training split and leave it with the weights of its last or best epoch (settings.select).
 
-    The best epoch has the highest validation accuracy, the earlier one on a tie. targets: what h is pulled to
+    The best epoch has the highest validation accuracy, the earlier one on a tie; it ends one arm's training sooner than
+    another's, so arms that are compared take the last. targets: what h is pulled to
     with settings.aux_weight; None: task loss only. entries: cached states below the first trained block.
     checkpoint: a file from which an interrupted call goes on, if it has the same `key`, with the same result.
 
     Several ranks share every batch: their gradients are added up, and only the first writes the checkpoint.
 
-    Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "aux": {..., see probe()}}.
+    Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "kept_epoch", "aux": {..., see probe()}}.
     """
+    if settings.select not in ("last", "best"):
+        raise InputError(f"SELECT_EPOCH={settings.select!r} must be 'last' or 'best'")
     device = next(model.parameters()).device
     key = fingerprint([key, asdict(settings)])
     optimizer = _optimizer(model, settings)
     progress = _load(checkpoint, key, settings, model, optimizer)
     if progress is None:
         start = probe(model, task, targets, settings, entries) if targets is not None else {}
-        progress = {"epochs": [], "best_epoch": 0, "best": trained_state(model), "start": start, "sums": [0.0, 0.0]}
+        progress = {"epochs": [], "best_epoch": 0, "best": {}, "start": start, "sums": [0.0, 0.0]}
     per_epoch = -(-len(task.splits["train"].split(settings.batch_size)) // settings.accumulate)
     for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False):
         means = _one_epoch(model, task, settings, targets, entries, optimizer, epoch, per_epoch * settings.epochs, device)
@@ -130,14 +136,16 @@ def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Tar
         progress["epochs"].append(record)
         progress["sums"] = [a + b for a, b in zip(progress["sums"], (means["loss"], means["aux_loss"]))]
         if record["val_accuracy"] > best:
-            progress |= {"best_epoch": epoch + 1, "best": trained_state(model)}
+            progress |= {"best_epoch": epoch + 1, "best": trained_state(model) if settings.select == "best" else {}}
         if log is not None:
             log({"epoch": epoch + 1, **record})
         if checkpoint is not None and epoch + 1 < settings.epochs:
             _save(checkpoint, key, settings, progress, model, optimizer)
-    load_trained(model, progress["best"])
+    if settings.select == "best":
+        load_trained(model, progress["best"])
     model.eval()
-    history = {"epochs": progress["epochs"], "best_epoch": progress["best_epoch"]}
+    kept = progress["best_epoch"] if settings.select == "best" else settings.epochs
+    history = {"epochs": progress["epochs"], "best_epoch": progress["best_epoch"], "kept_epoch": kept}
     if targets is not None:
         history["aux"] = _aux_summary(progress, probe(model, task, targets, settings, entries), settings)
     return history
@@ -182,19 +190,24 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
     return {"loss": loss, "aux_loss": aux}
 
 
+def probe_ids(task: Task) -> Tensor:
+    """The training examples on which the auxiliary loss is measured: the same ones for all arms, each class with its share."""
+    return draw(task.splits["train"], task.y, PROBE_EXAMPLES, seed=0)
+
+
 def probe(
     model: nn.Module, task: Task, targets: Targets, settings: TuneSettings, entries: Entries | None = None
 ) -> dict[str, float]:
-    """The state of the auxiliary loss on the first training examples, in eval mode.
+    """The state of the auxiliary loss on probe_ids, in eval mode.
 
-    loss (mean 1 - cos as trained), cos (about the origin), zero_norm_frac (rows of h without direction), and
+    loss (mean 1 - cos as trained), cos (mean, about the same centre as the loss), zero_norm_frac (rows of h without direction), and
     grad_ratio = |weight * grad L_aux| / |grad L_task| over the parameters that L_aux reaches.
     """
     model.eval()
     device = next(model.parameters()).device
-    ids = task.splits["train"][:PROBE_EXAMPLES]
+    ids = probe_ids(task)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     gradients: list[list[Tensor | None]] = []
     for of_task in (True, False):  # a pass for each: the graph of sharded weights can't be walked twice
         for part in ids.split(settings.batch_size):
@@ -205,14 +218,13 @@ def probe(
                 continue
             aux = targets.loss(h, part).sum()
             (settings.aux_weight * aux).backward()
-            cosines = cosine_similarity(h, targets.at(part, device), dim=1)
-            sums += torch.stack([aux.detach(), cosines.detach().sum(), (h.norm(dim=1) == 0).sum()]).cpu().double()
+            sums += torch.stack([aux.detach(), (h.norm(dim=1) == 0).sum()]).cpu().double()
         gradients.append([p.grad for p in parameters])
         model.zero_grad(set_to_none=True)
     reached = [(task_g, aux_g) for task_g, aux_g in zip(*gradients) if task_g is not None and aux_g is not None]
     task_norm, aux_norm = (sum(_square_sum(pair[i]) for pair in reached) ** 0.5 for i in (0, 1))
-    loss, cos, zero = (sums / len(ids)).tolist()
-    return {"loss": loss, "cos": cos, "zero_norm_frac": zero, "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
+    loss, zero = (sums / len(ids)).tolist()
+    return {"loss": loss, "cos": 1 - loss, "zero_norm_frac": zero, "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
 
 
 def _square_sum(gradient: Tensor) -> float:

@@ -7,6 +7,7 @@
 The official test set is the test split where there is one; validation is cut from training by the seed.
 """
 import gzip
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from lib.environment import InputError
+from lib.environment import InputError, log
 from lib.files import fingerprint
+from lib.labels import classes, counts, draw
 from lib.models import local_path
 from lib.texts import Tokens, load_documents, pad, tokenise
 
 DIGITS_TEST_SEED = 0  # scikit-learn's digits come in one piece; their test set is the same for every seed
+DRAW_SEED = 0  # of the training examples that DATA_LIMIT leaves: the same ones for every seed, so that cached states serve all
+STORIES = "store/embedded/stories"  # the scripts' default data; what else belongs to them goes when DATASET changes
 
 
 @dataclass
@@ -42,6 +46,12 @@ class Task:
     tokens: list[Tokens] = field(default_factory=list)
     """Of each text, special tokens included."""
     pad_id: int = 0
+    class_names: list[str] = field(default_factory=list)
+    """Of classes 0..C-1."""
+    attribute_names: list[str] = field(default_factory=list)
+    """Of the attribute's values."""
+    reported: set[str] = field(default_factory=set)
+    """Which samples the log has told of already."""
 
     @property
     def n_pixels(self) -> int:
@@ -59,6 +69,14 @@ class Task:
             batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         return batch
 
+    def sample(self, ids: Tensor, limit: int | None, seed: int, name: str) -> Tensor:
+        """`limit` of the ids, drawn by seed with each class's share (lib.labels.draw); the log tells once what was drawn."""
+        drawn = draw(ids, self.y, limit, seed)
+        if len(drawn) < len(ids) and name not in self.reported:
+            self.reported.add(name)
+            log.info("%s: %s of %s drawn by seed %d: %s", name, f"{len(drawn):,}", f"{len(ids):,}", seed, counts(drawn, self.y, self.class_names))
+        return drawn
+
     def identity(self) -> str:
         """Fingerprint of the examples, labels and splits."""
         content = self.images if self.images is not None else [t.ids for t in self.tokens]
@@ -68,11 +86,10 @@ class Task:
 def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None) -> Task:
     """The task that the constants name; `tokenizer` for texts, None for images. `seed` cuts the validation split.
 
-    Raises InputError for data that can't be reached, labels that are missing or hidden, and classes without examples.
+    Raises InputError for data that can't be reached, labels that are missing, mixed or hidden, and classes without examples.
     """
     if tokenizer is None:
-        images, labels, where = _images(constants["DATASET"], constants["DATA_LIMIT"], constants["PIXEL_SCALE"])
-        task = Task(labels, 0, {}, images=images)
+        task, where = _images(constants)
     else:
         task, where = _texts(constants, tokenizer)
     _group(task, constants["LABEL_GROUPS"])
@@ -98,96 +115,146 @@ def _split(y: Tensor, where: list[str], val_frac: float, seed: int) -> dict[str,
 
 def _group(task: Task, groups: tuple[int, ...] | None) -> None:
     """Merge classes: class c becomes groups[c], and the finer labels become the attribute that is never trained on."""
-    n_classes = int(task.y.max()) + 1
+    n_classes = len(task.class_names)
     if groups is not None:
         if len(groups) != n_classes or set(groups) != set(range(max(groups) + 1)):
             raise InputError(f"LABEL_GROUPS={groups} must give a group, counted from 0, to each of the {n_classes} classes")
-        task.attribute, task.y = task.y, torch.tensor(groups)[task.y]
-        n_classes = max(groups) + 1
+        task.attribute, task.attribute_names = task.y, task.class_names
+        task.y, n_classes = torch.tensor(groups)[task.y], max(groups) + 1
+        task.class_names = ["/".join(name for name, group in zip(task.attribute_names, groups) if group == c) for c in range(n_classes)]
     if n_classes < 2:
         raise InputError("the labels have one value only; set another LABEL_FIELD")
     task.n_classes = n_classes
 
 
-def _images(dataset: str, limit: int | None, scale: float) -> tuple[Tensor, Tensor, list[str]]:
-    """Pixels times scale [N, P], labels [N] and the split of each; limit cuts the training images."""
+def _limited(task: Task, where: list[str], limit: int | None) -> list[int]:
+    """The examples that DATA_LIMIT leaves: all held-out ones, and of the training ones a sample with each class's share."""
+    train = torch.tensor([i for i, w in enumerate(where) if w == "train"])
+    kept = set(task.sample(train, limit, DRAW_SEED, "DATA_LIMIT, training examples").tolist())
+    return [i for i, w in enumerate(where) if w != "train" or i in kept]
+
+
+def _images(c: dict[str, Any]) -> tuple[Task, list[str]]:
+    """Pixels times PIXEL_SCALE with their classes, and the split of each."""
+    dataset = c["DATASET"]
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
         train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=DIGITS_TEST_SEED, stratify=labels)
-        train, test = np.sort(train)[:limit], np.sort(test)
-        parts = [(pixels[train], labels[train], "train"), (pixels[test], labels[test], "test")]
+        parts = [(pixels[ids], labels[ids].tolist(), name) for name, ids in (("train", np.sort(train)), ("test", np.sort(test)))]
     else:
-        parts = [(*_image_split(dataset, w, limit if w == "train" else None), w) for w in ("train", "test")]
-    pixels = torch.from_numpy(np.concatenate([p.reshape(len(p), -1) for p, _, _ in parts]).astype(np.float32))
-    labels = torch.from_numpy(np.concatenate([y for _, y, _ in parts]).astype(np.int64))
-    return pixels * scale, labels, [w for _, y, w in parts for _ in y]
+        parts = [(*_image_split(dataset, name), name) for name in ("train", "test")]
+    shapes = [images.shape[1:] for images, _, _ in parts]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"DATASET={dataset} has training images of {shapes[0]} pixels and test images of {shapes[1]}; they must have one size")
+    where = [name for _, labels, name in parts for _ in labels]
+    y, names = classes([label for _, labels, _ in parts for label in labels], where, f"DATASET={dataset}")
+    task = Task(y, 0, {}, class_names=names)
+    kept = _limited(task, where, c["DATA_LIMIT"])
+    pixels = np.concatenate([images.reshape(len(images), -1) for images, _, _ in parts])[kept].astype(np.float32)
+    task.images, task.y = torch.from_numpy(pixels) * c["PIXEL_SCALE"], y[kept]
+    return task, [where[i] for i in kept]
 
 
-def _image_split(dataset: str, split: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _image_split(dataset: str, split: str) -> tuple[np.ndarray, list[Any]]:
     """Pixels and labels of one split of a folder of idx.gz files, or of a hub data set with image and label columns."""
     folder = local_path(dataset)
     if folder is not None:
         prefix = "t10k" if split == "test" else "train"
-        files = (folder / f"{prefix}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1"))
-        images, labels = (read_idx(path)[:limit] for path in files)
-        return images, labels
+        files = [folder / f"{prefix}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+        images, labels = (read_idx(path, n_dims) for path, n_dims in zip(files, (3, 1)))
+        if len(images) != len(labels):
+            raise InputError(f"{files[0].name} holds {len(images):,} images and {files[1].name} {len(labels):,} labels; get both files again")
+        return images, labels.tolist()
     import datasets
 
     try:
-        rows = datasets.load_dataset(dataset, split=split if limit is None else f"{split}[:{limit}]")
+        rows = datasets.load_dataset(dataset, split=split)
+        return np.stack([np.asarray(row["image"]) for row in rows]), [row["label"] for row in rows]
     except Exception as error:  # datasets raises many kinds for what it can't reach
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise InputError(f"DATASET={dataset} can't be read ({first}); set a folder with MNIST's four idx.gz files") from None
-    return np.stack([np.asarray(row["image"]) for row in rows]), np.array([row["label"] for row in rows])
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An idx.gz file of unsigned bytes, the format of MNIST. Raises InputError if it is missing or damaged."""
+def read_idx(path: Path, n_dims: int) -> np.ndarray:
+    """An idx.gz file of unsigned bytes in n_dims dimensions, the format of MNIST. Raises InputError if it is missing or damaged."""
     try:
         data = gzip.decompress(path.read_bytes())
-        n_dims = data[3]
+        if data[:4] != bytes([0, 0, 8, n_dims]):
+            raise ValueError(f"its first bytes are not those of unsigned bytes in {n_dims} dimension(s)")
         shape = np.frombuffer(data, ">i4", n_dims, 4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; set DATASET to a folder with all four idx.gz files, or a hub name") from None
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        raise InputError(f"{path} is no idx.gz file ({error})") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path} is damaged or not an idx.gz file ({error}); get it again") from None
+
+
+def are_stories(dataset: str | None) -> bool:
+    """Whether a data set is one of the embedded stories' files."""
+    path = local_path(dataset) if dataset else None
+    return path is not None and path.parent == local_path(STORIES)
+
+
+def own_data(c: dict[str, Any]) -> dict[str, Any]:
+    """The constants without the validation and test files of the embedded stories, where DATASET is no longer the stories."""
+    if are_stories(c["DATASET"]):
+        return c
+    left = [name for name in ("VAL_DATASET", "TEST_DATASET") if are_stories(c[name])]
+    if left:
+        log.info("%s: the embedded stories' own file is left out, DATASET=%s is other data", " and ".join(left), c["DATASET"])
+    return c | dict.fromkeys(left)
+
+
+def _sources(c: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(split, constant that names its data, data set, its own split) of training, validation where there is one, and test."""
+    sources = [("train", "DATASET", c["DATASET"], c["TRAIN_SPLIT"])]
+    if c["VAL_DATASET"] or c["VAL_SPLIT"]:
+        sources.append(("val", "VAL_DATASET", c["VAL_DATASET"] or c["DATASET"], c["VAL_SPLIT"] or "validation"))
+    path = local_path(c["DATASET"])
+    if not c["TEST_DATASET"] and path is not None and path.is_file():
+        raise InputError(f"TEST_DATASET is not set, and {path.name} is one file without a test split; set TEST_DATASET to a file of its own")
+    return [*sources, ("test", "TEST_DATASET", c["TEST_DATASET"] or c["DATASET"], c["TEST_SPLIT"])]
 
 
 def _texts(constants: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
     c = constants
-    held_out = c["TEXT_FIELD_HELD_OUT"] or c["TEXT_FIELD"]
-    sources = [("train", c["DATASET"], c["TRAIN_SPLIT"], c["TEXT_FIELD"], c["DATA_LIMIT"])]
-    if c["VAL_DATASET"] or c["VAL_SPLIT"]:
-        sources.append(("val", c["VAL_DATASET"] or c["DATASET"], c["VAL_SPLIT"] or "validation", held_out, None))
-    sources.append(("test", c["TEST_DATASET"] or c["DATASET"], c["TEST_SPLIT"], held_out, None))
-    texts, rows, where = [], [], []
-    for name, dataset, split, column, limit in sources:
-        documents = load_documents(dataset, split, column, limit)
-        texts += [document[column] for document in documents]
+    rows, where, texts = [], [], []
+    for name, constant, dataset, split in _sources(c):
+        hint = "TEXT_FIELD" if name == "train" else "TEXT_FIELD_HELD_OUT"
+        column = c["TEXT_FIELD"] if name == "train" else c["TEXT_FIELD_HELD_OUT"] or c["TEXT_FIELD"]
+        try:
+            documents = load_documents(dataset, split, column)
+        except InputError as error:
+            raise InputError(str(error).replace("DATASET=", f"{constant}=", 1).replace("set TEXT_FIELD", f"set {hint}")) from None
+        for field_name in ("LABEL_FIELD", "ATTRIBUTE_FIELD"):
+            _require_field(documents, c, field_name, f"{constant}={dataset}")
         rows += documents
         where += [name] * len(documents)
-    tokens = tokenise(tokenizer, texts, 0, c["MAX_LENGTH"])
-    filled = [i for i, item in enumerate(tokens) if item.ids]  # a text without a token has no activation to read
-    tokens = [tokens[i]._replace(text_id=new) for new, i in enumerate(filled)]
-    texts, rows, where = [texts[i] for i in filled], [rows[i] for i in filled], [where[i] for i in filled]
-    attribute = _labels(rows, c["ATTRIBUTE_FIELD"], where) if c["ATTRIBUTE_FIELD"] else None
-    y = _labels(rows, c["LABEL_FIELD"], where)
-    task = Task(y, 0, {}, attribute, texts=texts, tokens=tokens, pad_id=tokenizer.pad_token_id)
-    return task, where
+        texts += [document[column] for document in documents]
+    y, names = classes([row.get(c["LABEL_FIELD"]) for row in rows], where, f"LABEL_FIELD={c['LABEL_FIELD']}")
+    task = Task(y, 0, {}, class_names=names, pad_id=tokenizer.pad_token_id)
+    attribute = c["ATTRIBUTE_FIELD"]
+    if attribute and attribute in rows[0]:
+        values = [row.get(attribute) for row in rows]
+        task.attribute, task.attribute_names = classes(values, where, f"ATTRIBUTE_FIELD={attribute}", trained_on=False)
+    kept = _limited(task, where, c["DATA_LIMIT"])
+    tokens = tokenise(tokenizer, [texts[i] for i in kept], 0, c["MAX_LENGTH"])
+    filled = [(i, item) for i, item in zip(kept, tokens) if item.ids]  # a text without a token has no activation to read
+    if len(filled) < len(kept):
+        log.info("%s texts without a token are left out", f"{len(kept) - len(filled):,}")
+    ids = [i for i, _ in filled]
+    task.y, task.texts = y[ids], [texts[i] for i in ids]
+    task.tokens = [item._replace(text_id=new) for new, (_, item) in enumerate(filled)]
+    if task.attribute is not None:
+        task.attribute = task.attribute[ids]
+    return task, [where[i] for i in ids]
 
 
-def _labels(rows: list[dict[str, Any]], field: str, where: list[str]) -> Tensor:
-    """Classes 0..C-1 in the order of the sorted training labels."""
-    if field not in rows[0]:
-        raise InputError(f"the data set has no field {field!r}; it has {', '.join(map(str, rows[0]))}")
-    values: list[Any] = [row.get(field) for row in rows]
-    classes: list[Any] = sorted({value for value, w in zip(values, where) if w == "train"})
-    number = {value: i for i, value in enumerate(classes)}
-    unknown = next((value for value in values if value not in number), None)
-    if unknown is not None:
-        why = "hidden test labels can't be used: set TEST_SPLIT or TEST_DATASET"
-        raise InputError(f"label {unknown!r} of a held-out example is no training label; {why}")
-    return torch.tensor([number[value] for value in values])
+def _require_field(documents: list[dict[str, Any]], c: dict[str, Any], constant: str, source: str) -> None:
+    """Raise InputError if the data set lacks the field; the stories' own attribute is not asked of other data."""
+    wanted = c[constant]
+    is_default = constant == "ATTRIBUTE_FIELD" and wanted == "topic" and not are_stories(c["DATASET"])
+    if wanted and not is_default and not any(wanted in document for document in documents):
+        raise InputError(f"{source} has no field {wanted!r}; it has {', '.join(map(str, documents[0]))}: set {constant}")

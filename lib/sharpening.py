@@ -12,7 +12,7 @@ from lib.environment import InputError
 
 ARMS = (
     "lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "permuted_in_class",
-    "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast",
+    "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant", "to_zero", "complement", "contrast",
 )
 NO_TARGET = ("lambda0", "new_seed")
 
@@ -84,6 +84,17 @@ def random_unit(example_ids: Tensor, width: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(table)[example_ids]
 
 
+def about(centre: Tensor | None, directions: Tensor, h: Tensor) -> Tensor:
+    """Targets [N, D] in the given directions (unit rows) as the cosine will see them: about the centre [D], None: the origin.
+
+    A unit vector about the origin, seen from a centre far away, is the direction to the origin, whatever it was. The step
+    from the centre is as long as an activation's usually is (root mean square), so that the sum keeps its digits.
+    """
+    if centre is None:
+        return directions
+    return centre + directions * (h - centre).square().sum(1).mean().sqrt()
+
+
 def derangement(n: int, generator: torch.Generator) -> Tensor:
     """A random permutation of 0..n-1 without a fixed point (one cycle, Sattolo); n = 1 has none and stays."""
     order = torch.randperm(n, generator=generator)
@@ -134,10 +145,11 @@ def sharpened_codes(arm: str, values: Tensor, indices: Tensor, y: Tensor, n_clas
 
 def targets(arm: str, h: Tensor, values: Tensor, indices: Tensor, decode: Callable[[Tensor, Tensor], Tensor], y: Tensor,
             example_ids: Tensor, *, n_classes: int, n_latents: int, keep: int, keep_per_example: int,
-            seed: int) -> tuple[Tensor, dict[str, float]]:
+            seed: int, centre: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
     """The constant targets t [N, D] of an arm, row i for example_ids[i], and how much sharpening kept.
 
-    h [N, D]: activations; values, indices [N, k]: their codes; decode: codes to raw activations.
+    h [N, D]: activations; values, indices [N, k]: their codes; decode: codes to raw activations; centre [D]: what the
+    cosine is taken about, None: the origin. Raises InputError for an arm without targets, or one that sharpens nothing.
     Returned beside t: kept_codes_frac and kept_energy_frac (sum of squares), both 0-1, of the decoded codes.
     """
     arm = method(arm)
@@ -145,7 +157,13 @@ def targets(arm: str, h: Tensor, values: Tensor, indices: Tensor, decode: Callab
         raise InputError(f"{arm!r} has no targets; use one of {', '.join(a for a in ARMS if a not in NO_TARGET)}")
     generator = torch.Generator().manual_seed(seed)
     if arm == "random_unit":
-        return random_unit(example_ids, h.shape[1], seed), {}
+        return about(centre, random_unit(example_ids, h.shape[1], seed), h), {}
+    if arm == "constant" and centre is not None:  # decode(0) is the centre itself and has no direction from it
+        return about(centre, random_unit(torch.zeros_like(example_ids), h.shape[1], seed), h), {}
+    if arm == "to_zero":
+        if centre is None:
+            raise InputError("to_zero needs AUX_CENTRED=True: from the origin, 0 lies in no direction")
+        return torch.zeros_like(h), {}
     if arm == "class_mean":
         means = torch.zeros(n_classes, h.shape[1], dtype=torch.float64).index_add_(0, y, h.double())
         return (means / torch.bincount(y, minlength=n_classes).clamp(min=1)[:, None])[y].float(), {}

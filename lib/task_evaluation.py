@@ -13,8 +13,9 @@ from torch import Tensor
 from lib.classifier import Entries, make_batch, outputs
 from lib.hooks import edit, resolve
 from lib.labelled import Task
+from lib.labels import draw
 from lib.metrics.clustering import clustering, unit_rows
-from lib.metrics.interpretability import absorption, base_threshold, selectivity
+from lib.metrics.interpretability import absorption, base_threshold, selectivity, selectivity_given
 from lib.metrics.performance import classification, k_sparse_probe, linear_probe, next_token_loss, perplexity
 from lib.metrics.reconstruction import Reconstruction, explained_variance
 from lib.metrics.robustness import active_jaccard, fgsm, pgd
@@ -23,7 +24,7 @@ from lib.sae import SAE
 Model = Any  # MLP or TextClassifier of lib/classifier.py
 Scores = dict[str, float]
 GROUPS = ("probes", "clustering", "robustness", "language")
-HEADLINE = {"csi": "csi", "csi_std": "csi_std", "csi_all": "csi_all", "u": "u", "u_std": "u_std", "u_label": "u_label",
+HEADLINE = {"u_weighted": "u_weighted", "csi": "csi", "csi_std": "csi_std", "csi_all": "csi_all", "u": "u", "u_std": "u_std", "u_label": "u_label",
             "u_adj": "u_adj", "u_all": "u_all", "u_label_all": "u_label_all", "n_supported": "u_n_supported"}
 
 
@@ -35,23 +36,27 @@ def dense_codes(sae: SAE, h: Tensor) -> Tensor:
 
 def evaluate(model: Model, sae: SAE, task: Task, split: str, c: dict[str, Any], seed: int,
              entries: Entries | None = None, groups: tuple[str, ...] = GROUPS) -> Scores:
-    """Metrics of `model` and `sae` on the first c["EVAL_LIMIT"] examples of a split.
+    """Metrics of `model` and `sae` on c["EVAL_LIMIT"] examples of a split, drawn by `seed` with each class's share.
 
     The task, the SAE's reconstruction and the selectivities always, which is what choices need; of the rest the
     `groups` asked for: probes, clustering, robustness, language (texts only).
     """
-    ids = task.splits[split][: c["EVAL_LIMIT"]]
-    train_ids = task.splits["train"][: c["PROBE_LIMIT"]]
+    ids = task.sample(task.splits[split], c["EVAL_LIMIT"], seed, f"EVAL_LIMIT, {split} examples")
+    train_ids = task.sample(task.splits["train"], c["PROBE_LIMIT"], seed, "PROBE_LIMIT, training examples")
     h_train, _ = outputs(model, task, train_ids, c["BATCH_SIZE"], entries)
     h, logits = outputs(model, task, ids, c["BATCH_SIZE"], entries)
     y = task.y[ids]
     codes = dense_codes(sae, h)
     scores = _named("task", classification(logits, y))
     scores |= reconstruction(model, sae, task, ids, h, c, entries)
-    scores |= label_selectivity(h, codes, base_threshold(h_train), y, task.n_classes, "")
+    fired = {"base": h > base_threshold(h_train), "sae_features": codes > 0}
+    scores |= label_selectivity(h, codes, fired, y, task.n_classes, "")
     if task.attribute is not None:
-        n_values = int(task.attribute.max()) + 1
-        scores |= label_selectivity(h, codes, base_threshold(h_train), task.attribute[ids], n_values, "_attribute")
+        attribute, n_values = task.attribute[ids], int(task.attribute.max()) + 1
+        scores |= label_selectivity(h, codes, fired, attribute, n_values, "_attribute")
+        for part, fires in fired.items():
+            given = selectivity_given(fires, attribute, n_values, y, task.n_classes)
+            scores |= {f"{part}_{name}_attribute_given_label": value for name, value in given.items()}
     if "probes" in groups:
         codes_train, y_train = dense_codes(sae, h_train), task.y[train_ids]
         scores |= _named("probe", linear_probe(codes_train, y_train, codes, y))
@@ -61,7 +66,8 @@ def evaluate(model: Model, sae: SAE, task: Task, split: str, c: dict[str, Any], 
             found = clustering(x, y, task.n_classes, seed, c["SILHOUETTE_ROWS"])
             scores |= {f"clustering_{name}{suffix}": value for name, value in found.items()}
     if "robustness" in groups:
-        scores |= robustness(model, sae, task, ids[: c["ROBUST_LIMIT"]], c, seed)
+        attacked = task.sample(ids, c["ROBUST_LIMIT"], seed, f"ROBUST_LIMIT, {split} examples")
+        scores |= robustness(model, sae, task, attacked, c, seed)
     if "language" in groups and task.tokens:
         scores |= language_scores(model, sae, task, ids, c, seed, entries)
     return scores
@@ -71,10 +77,10 @@ def _named(prefix: str, scores: Scores) -> Scores:
     return {f"{prefix}_{name}": value for name, value in scores.items()}
 
 
-def label_selectivity(h: Tensor, codes: Tensor, threshold: Tensor, y: Tensor, n_classes: int, suffix: str) -> Scores:
-    """CSI and U of the base units [N, D] and of the codes [N, F] for labels y [N], under base_* and sae_features_*."""
-    base, latents = selectivity(h, h > threshold, y, n_classes), selectivity(codes, codes > 0, y, n_classes)
-    parts = {"base": base, "sae_features": latents}
+def label_selectivity(h: Tensor, codes: Tensor, fired: dict[str, Tensor], y: Tensor, n_classes: int, suffix: str) -> Scores:
+    """CSI and U of the base units h [N, D] and of the codes [N, F] for labels y [N], under base_* and sae_features_*."""
+    values = {"base": h, "sae_features": codes}
+    parts = {part: selectivity(values[part], fires, y, n_classes) for part, fires in fired.items()}
     return {f"{part}_{HEADLINE[name]}{suffix}": value for part, found in parts.items() for name, value in found.items()}
 
 
@@ -180,13 +186,13 @@ def language_scores(
     if head is not None and not model.reads_first and c["ROBUST_LIMIT"]:
         with torch.no_grad():
             losses = []
-            for part in ids[: c["ROBUST_LIMIT"]].split(c["BATCH_SIZE"]):
+            for part in draw(ids, task.y, c["ROBUST_LIMIT"], seed).split(c["BATCH_SIZE"]):
                 batch = make_batch(task, part, device, entries)
                 logits = head(model.states(batch).to(head.weight.dtype))
                 losses.append(next_token_loss(logits.float(), batch["input_ids"], batch["attention_mask"]))
         scores["task_perplexity"] = perplexity(losses)
     if c["ABSORPTION_TOKENS"]:
-        x, letters, splits = letter_tokens(model, task, c["ABSORPTION_TOKENS"], c["BATCH_SIZE"], seed, entries)
+        x, letters, splits = letter_tokens(model, task, ids, c["ABSORPTION_TOKENS"], c["BATCH_SIZE"], seed, entries)
         values, indices = sae.encode(x.to(sae.mean.device))
         found = absorption(x, (sae.scale * values).cpu(), indices.cpu(), sae.W_dec.cpu(), letters, splits, seed)
         scores |= _named("absorption", found)
@@ -194,14 +200,15 @@ def language_scores(
 
 
 def letter_tokens(
-    model: Model, task: Task, limit: int, batch_size: int, seed: int, entries: Entries | None
+    model: Model, task: Task, ids: Tensor, limit: int, batch_size: int, seed: int, entries: Entries | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to `limit` validation tokens that begin with a letter: x [N, D], letter 0..25 [N], split 0, 1, 2 [N].
+    """Up to `limit` tokens of the examples, in random order, that begin with a letter: x [N, D], letter 0..25 [N], split 0, 1, 2 [N].
 
     The split (60/20/20) is drawn by token type, so that no probe sees a token id twice.
     """
     rows, letters, types = [], [], []
-    for i, states in token_rows(model, task, task.splits["val"], batch_size, entries):
+    generator = torch.Generator().manual_seed(seed)
+    for i, states in token_rows(model, task, ids[torch.randperm(len(ids), generator=generator)], batch_size, entries):
         item, text = task.tokens[i], task.texts[i]
         kept = [pos for pos, keep in enumerate(item.keep) if keep]
         for row, pos in enumerate(kept):
@@ -213,7 +220,7 @@ def letter_tokens(
         if len(rows) >= limit:
             break
     unique, number = torch.tensor(types, dtype=torch.long).unique(return_inverse=True)
-    draw = torch.rand(len(unique), generator=torch.Generator().manual_seed(seed))
-    split = (draw > 0.6).long() + (draw > 0.8).long()
+    lot = torch.rand(len(unique), generator=torch.Generator().manual_seed(seed))
+    split = (lot > 0.6).long() + (lot > 0.8).long()
     x = torch.stack(rows) if rows else torch.zeros(0, len(model.lm.base_model.config.hidden_size))
     return x[:limit], torch.tensor(letters)[:limit], split[number][:limit]

@@ -6,7 +6,16 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 
-from lib.metrics.interpretability import absorption, base_threshold, csi, selectivity, uncertainty
+from lib.metrics import interpretability
+from lib.metrics.interpretability import (
+    absorption,
+    base_threshold,
+    csi,
+    selectivity,
+    selectivity_given,
+    uncertainty,
+    uncertainty_given,
+)
 
 
 def test_u_perfect_is_one():
@@ -73,6 +82,49 @@ def test_selectivity_counts_only_supported_latents():
     assert (empty["u"], empty["n_supported"]) == (0.0, 0)
 
 
+def test_u_of_an_attribute_given_the_label():
+    """Digit given parity: a latent of one digit tells H(b) - I(b;parity) beyond it, a latent of a parity nothing."""
+    digit = torch.arange(10).repeat(100)
+    parity = digit % 2
+    fired = torch.stack([digit == 3, parity == 1, torch.ones_like(digit).bool(), torch.zeros_like(digit).bool()], 1)
+    scores = uncertainty_given(fired, digit, 10, parity, 2)
+    h_b = -0.1 * math.log(0.1) - 0.9 * math.log(0.9)
+    inside = -0.2 * math.log(0.2) - 0.8 * math.log(0.8)  # entropy of firing among the odd digits, half of all
+    assert scores["u"].tolist() == pytest.approx([0.5 * inside / h_b, 0, 0, 0], abs=1e-12)
+    both = [uncertainty(fired, of, n)["u"] for of, n in ((digit, 10), (parity, 2))]
+    assert scores["u"].tolist() == pytest.approx((both[0] - both[1]).tolist(), abs=1e-12)
+    given = selectivity_given(fired[:, :2], digit, 10, parity, 2)
+    assert given["u_weighted"] == pytest.approx((100 * 0.5 * inside / h_b + 0) / 600)
+
+
+def test_u_given_is_the_conditional_information_and_chance_is_zero():
+    """With a label that is no function of the attribute too; firing at random has a positive plug-in u and an adjusted one of 0."""
+    g = np.random.default_rng(0)
+    y, a = g.integers(0, 3, 400), g.integers(0, 4, 400)
+    b = g.random((400, 60)) < 0.15
+    b[:, 0] = (a == 1) & (y != 0)
+    scores = uncertainty_given(torch.from_numpy(b), torch.from_numpy(a), 4, torch.from_numpy(y), 3)
+    for j in (0, 1):
+        expected = mutual_info_score(4 * y + a, b[:, j]) - mutual_info_score(y, b[:, j])
+        assert scores["u"][j].item() == pytest.approx(expected / mutual_info_score(b[:, j], b[:, j]), abs=1e-10)
+    assert scores["u"][1:].mean().item() > 0.02 > abs(scores["u_adj"][1:].mean().item()) and scores["u_adj"][0] > 0.4
+
+
+def test_u_weighted_by_firing():
+    """Latents count as often as they fire: 0.5 * 100 firings of a perfect one, the rest says nothing."""
+    y = torch.tensor([0, 1]).repeat(100)
+    half = torch.arange(200) % 4 < 2  # independent of y
+    rare = torch.zeros(200, dtype=torch.bool)
+    rare[0] = True
+    fired = torch.stack([y == 0, half, rare, torch.zeros(200).bool()], 1)
+    result = selectivity(fired.float(), fired, y, 2)
+    once = uncertainty(rare[:, None], y, 2)["u"].item()
+    assert result["u_weighted"] == pytest.approx((100 * 1 + 100 * 0 + 1 * once) / 201)
+    more_dead = torch.cat([fired, torch.zeros(200, 5).bool()], 1)
+    assert selectivity(more_dead.float(), more_dead, y, 2)["u_weighted"] == result["u_weighted"]
+    assert selectivity(torch.zeros(200, 2), torch.zeros(200, 2).bool(), y, 2)["u_weighted"] == 0
+
+
 def test_base_threshold_is_the_upper_quartile():
     h = torch.stack([torch.arange(101.0), torch.zeros(101)], 1)
     assert base_threshold(h).tolist() == [75.0, 0.0]
@@ -96,7 +148,13 @@ def letters_with_absorption(absorbed: bool):
     return x, values, indices, dictionary, letters, splits
 
 
-def test_absorption_is_zero_without_and_half_with_it():
+def test_absorption_is_left_out_where_it_would_be_noise():
+    assert absorption(*letters_with_absorption(False)) == {"n_letters": 2, "n_tokens": 80}
+
+
+def test_absorption_is_zero_without_and_half_with_it(monkeypatch):
+    monkeypatch.setattr(interpretability, "MIN_LETTERS", 2)
+    monkeypatch.setattr(interpretability, "MIN_TOKENS", 80)
     clean = absorption(*letters_with_absorption(False))
     assert clean["score"] == 0 and clean["n_letters"] == 2 and clean["n_tokens"] == 80
     taken = absorption(*letters_with_absorption(True))

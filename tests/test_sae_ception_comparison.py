@@ -51,8 +51,8 @@ def make_results(root, accuracies):
         for arm, cycle in [("baseline", 0)] + [(arm, n) for arm in ("lambda0", "per_class") for n in (1, 2, 3)]:
             u = 0.05 if arm != "per_class" else (0.1, 0.3, 0.2)[cycle - 1]
             accuracy = 0.9 if arm != "per_class" else accuracies[cycle - 1]
-            val = {"base_u": u + 0.001 * seed, "sae_features_u": u, "task_accuracy": accuracy}
-            other = {"sae_seed": 1, "val": val, "test": {"sae_features_u": u + 0.02}}
+            val = {"base_u": u + 0.001 * seed, "sae_features_u": u, "sae_features_u_weighted": u, "task_accuracy": accuracy}
+            other = {"sae_seed": 1, "val": val, "test": {"sae_features_u": u + 0.02, "sae_features_u_weighted": u + 0.02}}
             folder = root / arm / f"seed_{seed}"
             write_json(folder / f"results_cycle_{cycle}.json", {"meta": {}, "val": val, "test": dict(val), "other_sae_seeds": [other]})
     return result_table(root, ("lambda0", "per_class"), (0, 1, 2), 3)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(SCRIPTS))
 from presets import PRESETS  # noqa: E402
 
 ARMS = ("lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "random_latents",
-        "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast")  # fmt: skip
+        "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast", "to_zero")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def files(folder, but=()):
 
 
 def test_two_cycles_on_digits_with_every_arm(digits):
-    bench = Bench(digits, 0)
+    bench = Bench(digits | {"ARM_CONSTANTS": {"to_zero": {"AUX_CENTRED": True}}}, 0)
     baseline = cycle(bench, "baseline", 0)
     bench.c["METRICS"] = ()
     for arm in ARMS:
@@ -240,7 +240,8 @@ def test_one_whole_cycle_of_each_architecture(defaults, tmp_path, kind, cached):
     test = result["test"]
     assert ("task_perplexity" in test) == (kind != "bert")
     assert 0 <= test["task_accuracy"] <= 1 and 0 < test["sparsity_l0_mean"] <= 4 and "base_u_attribute" in test
-    assert test["robust_pgd_eps0.1"] <= test["robust_clean"] and "absorption_score" in test
+    assert test["robust_pgd_eps0.1"] <= test["robust_clean"] and "absorption_n_tokens" in test
+    assert "sae_features_u_weighted_attribute_given_label" in test and "base_u_adj_weighted_attribute_given_label" in test
     assert result["val"]["aux_cos_end"] > result["val"]["aux_cos_start"] or result["val"]["aux_grad_ratio"] > 0
     assert bench.model.target.path.endswith(".1") and not list(bench.folder("per_class", 1).glob("activations*"))
 
@@ -308,12 +309,19 @@ def test_idx_files(tmp_path):
 
     path = tmp_path / "x.gz"
     path.write_bytes(gzip.compress(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2, 3, 4, 5, 6])))
-    assert read_idx(path).tolist() == [[1, 2, 3], [4, 5, 6]]
-    path.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="no idx.gz"):
-        read_idx(path)
+    assert read_idx(path, 2).tolist() == [[1, 2, 3], [4, 5, 6]]
+    good = path.read_bytes()
+    broken = bytearray(good)
+    broken[12] ^= 0xFF  # a deflate error
+    for content in (b"nothing", good[:-6], bytes(broken), gzip.compress(b""), gzip.compress(gzip.decompress(good)[:-2])):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="damaged or not an idx.gz"):
+            read_idx(path, 2)
+    path.write_bytes(good)
+    with pytest.raises(InputError, match="1 dimension"):
+        read_idx(path, 1)
     with pytest.raises(InputError, match="missing"):
-        read_idx(Path(tmp_path / "y.gz"))
+        read_idx(Path(tmp_path / "y.gz"), 2)
 
 
 def test_quantised_loading_skips_what_is_trained(defaults, tmp_path, monkeypatch):

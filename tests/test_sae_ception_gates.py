@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from lib.classifier import MLP, Entries, TextClassifier, auxiliary_loss, load_trained, make_batch, outputs, trained_state
 from lib.environment import InputError
-from lib.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe
+from lib.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe, probe_ids
 from lib.labelled import Task
 from lib.rows import rows_of_tensor
 from lib.sharpening import derangement
@@ -255,13 +255,19 @@ def test_an_interrupted_training_ends_with_the_same_bits(kind, tmp_path):
     assert all(torch.equal(expected[name], value) for name, value in trained_state(model).items())
 
 
-def test_the_best_validation_epoch_is_kept():
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_the_epoch_that_is_kept(select):
+    """By default every training ends with its last epoch; "best" is the best one by validation, the earlier on a tie."""
     model, task = MLP(6, 3, "layers.1", 0), image_task()
-    history = fine_tune(model, task, TuneSettings(epochs=6, batch_size=8, lr=0.3))
+    history = fine_tune(model, task, TuneSettings(epochs=6, batch_size=8, lr=0.3, select=select))
     accuracies = [e["val_accuracy"] for e in history["epochs"]]
-    assert history["best_epoch"] == accuracies.index(max(accuracies)) + 1
+    assert history["best_epoch"] == accuracies.index(max(accuracies)) + 1 < 6  # the two differ here
+    assert history["kept_epoch"] == (6 if select == "last" else history["best_epoch"])
     y = task.y[task.splits["val"]]
-    assert (outputs(model, task, task.splits["val"], 8)[1].argmax(1) == y).double().mean().item() == max(accuracies)
+    kept = (outputs(model, task, task.splits["val"], 8)[1].argmax(1) == y).double().mean().item()
+    assert kept == accuracies[history["kept_epoch"] - 1] and min(accuracies) < max(accuracies)
+    with pytest.raises(InputError, match="SELECT_EPOCH"):
+        fine_tune(model, task, TuneSettings(epochs=1, select="first"))
 
 
 def test_training_leaves_the_global_stream_alone():
@@ -291,6 +297,17 @@ def test_probe_says_how_strong_the_pull_is():
     assert one["cos"] == pytest.approx(1 - one["loss"], abs=1e-6)
     own = Targets(task.splits["train"], h)
     assert probe(model, task, own, TuneSettings(1, aux_weight=1.0))["loss"] == pytest.approx(0, abs=1e-6)
+    centred = Targets(task.splits["train"], made.t, h.mean(0))
+    found = probe(model, task, centred, TuneSettings(1, aux_weight=1.0))
+    assert found["cos"] == pytest.approx(1 - centred.loss(h, task.splits["train"]).mean().item(), abs=1e-6) != one["cos"]
+
+
+def test_the_probe_draws_from_all_classes(monkeypatch):
+    """Of training examples sorted by class not only the first class is looked at."""
+    monkeypatch.setattr("lib.fine_tuning.PROBE_EXAMPLES", 12)
+    task = image_task()
+    task.splits["train"] = task.splits["train"][task.y[:80].argsort(stable=True)]
+    assert torch.bincount(task.y[probe_ids(task)]).tolist() == [4, 4, 4]
 
 
 def test_learning_rate_schedule():

@@ -16,7 +16,7 @@ def test_notebooks_on_a_small_run(kind, tmp_path, monkeypatch, script, capfd):  
                "ABSORPTION_TOKENS=100", "METRICS=('robustness','language')", *common)  # fmt: skip
     monkeypatch.setenv("SETTING", "small")
     names = run_notebook(SCRIPTS / "05_compare_cycles.ipynb")
-    assert set(names["frame"].control) == {"lambda0", "class_mean"} and set(names["won"]) == {"base_u", "sae_features_u"}
+    assert set(names["frame"].control) == {"lambda0", "class_mean"} and set(names["won"]) == {"base_u", "sae_features_u_weighted"}
     assert sum(names["result"][k] for k in ("kept", "moved", "died")) > 0
     names = run_notebook(SCRIPTS / "06_interpret_features.ipynb")
     assert names["masks"].sum(1).tolist() == [names["keep"]] * names["task"].n_classes

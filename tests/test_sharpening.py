@@ -22,6 +22,7 @@ from lib.sharpening import (
 # four latents; classes 0, 0, 1, 1. Latent 3 is on everywhere, so it is in every per_class mask, but in no contrast mask
 DENSE = torch.tensor([[4.0, 0, 0, 3], [2, 1, 0, 3], [0, 0, 5, 3], [0, 1, 1, 3]])
 Y = torch.tensor([0, 0, 1, 1])
+CENTRE = torch.tensor([30.0, -20.0, 10.0, 5.0])  # far from the origin, as a mean activation is
 INDICES = torch.tensor([[3, 2, 1, 0]] * 4)
 VALUES = DENSE.gather(1, INDICES)
 
@@ -35,9 +36,9 @@ def codes(arm, keep=2, keep_per_example=1, seed=0):
     return sharpened_codes(arm, VALUES, INDICES, Y, 2, 4, keep, keep_per_example, generator)
 
 
-def make_targets(arm, ids=torch.arange(4), seed=0):
+def make_targets(arm, ids=torch.arange(4), seed=0, centre=CENTRE):
     return targets(arm, DENSE, VALUES, INDICES, lambda v, i: dense(v, i), Y, ids, n_classes=2, n_latents=4, keep=2,
-                   keep_per_example=1, seed=seed)
+                   keep_per_example=1, seed=seed, centre=centre)
 
 
 def test_n_kept_is_a_percentage():
@@ -122,12 +123,32 @@ def test_targets_of_the_controls():
     assert share["kept_codes_frac"] == pytest.approx(8 / 10)
     assert share["kept_energy_frac"] == pytest.approx(1 - 2 / DENSE.square().sum().item())
     assert torch.equal(make_targets("full_recon")[0], DENSE) and make_targets("full_recon")[1]["kept_codes_frac"] == 1
-    assert (make_targets("constant")[0] == 0).all()
+    assert (make_targets("constant", centre=None)[0] == 0).all()
     permuted = make_targets("permuted")[0]
     assert sorted(permuted.tolist()) == sorted(method.tolist()) and not torch.equal(permuted, method)
     assert torch.equal(make_targets("permuted_in_class")[0], method[[1, 0, 3, 2]])
     assert make_targets("class_mean")[0].tolist() == [[3, 0.5, 0, 3]] * 2 + [[0, 0.5, 3, 3]] * 2
     assert torch.equal(make_targets("permuted", seed=3)[0], make_targets("permuted", seed=3)[0])
+
+
+def test_random_directions_are_random_about_the_centre():
+    """Unit vectors about the origin, seen from a centre far away, are all the direction to the origin."""
+    ids = torch.arange(200)
+    h = CENTRE + torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    y = ids % 2
+    codes = torch.ones(200, 2), torch.arange(2).expand(200, 2)
+    made = {arm: targets(arm, h, *codes, lambda v, i: None, y, ids, n_classes=2, n_latents=4, keep=1, keep_per_example=1, seed=0, centre=CENTRE)[0] - CENTRE
+            for arm in ("random_unit", "constant", "to_zero")}  # fmt: skip
+    expected = random_unit(ids, 4, 0)
+    assert torch.allclose(torch.nn.functional.normalize(made["random_unit"]), expected, atol=1e-5)
+    assert made["random_unit"].norm(dim=1)[0].item() == pytest.approx((h - CENTRE).square().sum(1).mean().sqrt().item(), rel=1e-4)
+    to_origin = torch.nn.functional.cosine_similarity(made["random_unit"], -CENTRE[None])
+    assert abs(to_origin.mean()) < 0.15 < to_origin.std()
+    assert (made["constant"] == made["constant"][0]).all() and made["constant"][0].norm() > 1
+    assert torch.equal(made["to_zero"], -CENTRE.expand(200, 4))
+    assert torch.equal(make_targets("random_unit", centre=None)[0], random_unit(torch.arange(4), 4, 0))
+    with pytest.raises(InputError, match="AUX_CENTRED=True"):
+        make_targets("to_zero", centre=None)
 
 
 @pytest.mark.parametrize("arm", ["lambda0", "nonsense"])

@@ -49,7 +49,8 @@ TRAIN_BELOW = False                       # also train what stands below the tar
 GRADIENT_CHECKPOINTING = False            # less memory, one more forward pass
 CACHE_ENTRIES = True                      # keep what enters the first trained block, so that an epoch costs the
                                           # trained layers
-EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples; the best one by validation is kept
+EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples
+SELECT_EPOCH: Literal["last", "best"] = "last"  # last: all arms train equally long; best: the best epoch by validation
 BATCH_SIZE: Size = 32                     # examples of one pass
 ACCUMULATE: Size = 1                      # passes of one optimiser step
 LR: Rate = 1e-3                           # peak learning rate

@@ -69,7 +69,8 @@ TRAIN_BELOW = False                       # also train what stands below the tar
 GRADIENT_CHECKPOINTING = False            # less memory, one more forward pass
 CACHE_ENTRIES = True                      # keep what enters the first trained block, so that an epoch costs the
                                           # trained layers
-EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples; the best one by validation is kept
+EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples
+SELECT_EPOCH: Literal["last", "best"] = "last"  # last: all arms train equally long; best: the best epoch by validation
 BATCH_SIZE: Size = 32                     # examples of one pass
 ACCUMULATE: Size = 1                      # passes of one optimiser step
 LR: Rate = 1e-3                           # peak learning rate
@@ -119,7 +120,7 @@ from lib.environment import log, log_to, run
 from lib.files import write_json, write_text
 from lib.guards import in_use
 
-WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u": "SAE U"}
+WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u_weighted": "SAE U"}
 MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp", "clustering_ari": "ARI",
          "probe_test_accuracy": "probe", "sparsity_l0_mean": "L0", "sae_explained_variance": "EV", "sae_dead_features_pct": "dead %"}  # fmt: skip
 
@@ -149,7 +150,7 @@ def print_comparison(found) -> None:
     print(f"\n{found['arm']} at cycle {found['chosen_cycle']} (chosen on validation) minus each control, test, {found['n_seeds']} seeds")
     for row in (*found["primary"], *found["accuracy"]):
         bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
-        print(f"  {row['metric']:<16}{row['control']:<18}{row['mean']:+.4f}  {bounds}  Holm p = {row['p_holm']:.3f}")
+        print(f"  {row['metric']:<24}{row['control']:<18}{row['mean']:+.4f}  {bounds}  Holm p = {row['p_holm']:.3f}")
     if found["n_seeds"] < 3:
         print("  fewer than 3 seeds: no claim can be made")
 

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 MIN_SUPPORT = 20  # examples a latent must fire on, and be silent on: below it plug-in U and CSI are mostly noise
 MIN_POSITIVES = 10  # training tokens a letter needs for an absorption probe
+MIN_LETTERS, MIN_TOKENS = 5, 100  # letters and test tokens below which an absorption score is noise (.62 +- 1.34 over 2 letters)
 
 
 def base_threshold(h_train: Tensor) -> Tensor:
@@ -24,6 +25,37 @@ def uncertainty(fired: Tensor, y: Tensor, n_classes: int) -> dict[str, Tensor]:
     u = I(b;y)/H(b), u_label = I(b;y)/H(y), and u_adj = (I - E[I])/(H(b) - E[I]), where E[I] is the exact
     expectation over all permutations of y (Vinh, Epps and Bailey 2010). Columns with H(b) = 0 score 0.
     """
+    information, fires, sizes = _information(fired, y, n_classes)
+    h_b = _entropy(fires / len(y))
+    q = sizes / len(y)
+    h_y = -torch.special.xlogy(q, q).sum()
+    return {
+        "u": _share(information, h_b),
+        "u_label": information / h_y if h_y > 0 else torch.zeros_like(information),
+        "u_adj": _above_chance(information, h_b, _expected_information(fires, sizes)),
+    }
+
+
+def uncertainty_given(fired: Tensor, attribute: Tensor, n_values: int, y: Tensor, n_classes: int) -> dict[str, Tensor]:
+    """What each column of `fired` (bool [N, F]) tells of an attribute beyond the label y, float64 [F] each.
+
+    u = I(b;attribute|y)/H(b), and u_adj = (I - E[I])/(H(b) - E[I]) with E[I] over all permutations of the attribute within
+    each class of y. Where the label is a function of the attribute (digit and parity), u is U(attribute) - U(label).
+    """
+    information, chance = torch.zeros(2, fired.shape[1], dtype=torch.float64)
+    for c in range(n_classes):
+        rows = y == c
+        if rows.any():
+            inside, fires, sizes = _information(fired[rows], attribute[rows], n_values)
+            share = float(rows.double().mean())
+            information = information + share * inside
+            chance = chance + share * _expected_information(fires, sizes)
+    h_b = _entropy(fired.double().mean(0))
+    return {"u": _share(information, h_b), "u_adj": _above_chance(information, h_b, chance)}
+
+
+def _information(fired: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """I(b;y) in nats of each column of `fired` [N, F] and how often it fires, float64 [F]; the class sizes [C]."""
     n = len(y)
     labels = one_hot(y, n_classes).double()
     sizes = labels.sum(0)
@@ -33,19 +65,20 @@ def uncertainty(fired: Tensor, y: Tensor, n_classes: int) -> dict[str, Tensor]:
     for joint, margin in ((fires_in, fires), (sizes[:, None] - fires_in, n - fires)):
         expected = (sizes[:, None] * margin).clamp(min=1e-12)
         information += torch.special.xlogy(joint, joint * n / expected).sum(0) / n
-    information = information.clamp(min=0)
-    p = fires / n
-    h_b = -torch.special.xlogy(p, p) - torch.special.xlogy(1 - p, 1 - p)
-    q = sizes / n
-    h_y = -torch.special.xlogy(q, q).sum()
-    chance = _expected_information(fires, sizes)
-    live = (fires > 0) & (fires < n)
-    zero = torch.zeros_like(fires)
-    return {
-        "u": torch.where(live, information / h_b.clamp(min=1e-12), zero),
-        "u_label": information / h_y if h_y > 0 else zero,
-        "u_adj": torch.where(live & (h_b - chance > 1e-9), (information - chance) / (h_b - chance).clamp(min=1e-9), zero),
-    }
+    return information.clamp(min=0), fires, sizes
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Entropy in nats of firing with probability p."""
+    return -torch.special.xlogy(p, p) - torch.special.xlogy(1 - p, 1 - p)
+
+
+def _share(information: Tensor, h_b: Tensor) -> Tensor:
+    return torch.where(h_b > 0, information / h_b.clamp(min=1e-12), torch.zeros_like(h_b))
+
+
+def _above_chance(information: Tensor, h_b: Tensor, chance: Tensor) -> Tensor:
+    return torch.where(h_b - chance > 1e-9, (information - chance) / (h_b - chance).clamp(min=1e-9), torch.zeros_like(h_b))
 
 
 def _expected_information(fires: Tensor, sizes: Tensor) -> Tensor:
@@ -87,15 +120,16 @@ def csi(values: Tensor, y: Tensor, n_classes: int) -> Tensor:
 def selectivity(
     values: Tensor, fired: Tensor, y: Tensor, n_classes: int, min_support: int = MIN_SUPPORT
 ) -> dict[str, float]:
-    """Means of CSI and U over the supported columns of `values` [N, F], which fire where `fired` [N, F] holds.
+    """Means of CSI and U over the columns of `values` [N, F], which fire where `fired` [N, F] holds.
 
-    Keys: csi, csi_std, u, u_std, u_label, u_adj over supported columns (0 where there are none), csi_all,
+    Keys: u_weighted over all columns, each weighted by how often it fires, so that arms need not have the same columns
+    alive; csi, csi_std, u, u_std, u_label, u_adj over supported columns (0 where there are none), csi_all,
     u_all, u_label_all over all columns with dead ones as 0, and n_supported.
     """
     fires = fired.sum(0)
     supported = (fires >= min_support) & (len(y) - fires >= min_support)
     scores = uncertainty(fired, y, n_classes) | {"csi": csi(values, y, n_classes)}
-    result = {}
+    result = {"u_weighted": _by_firing(scores["u"], fires)}
     for name, score in scores.items():
         some = score[supported]
         result[name] = float(some.mean()) if len(some) else 0.0
@@ -104,6 +138,18 @@ def selectivity(
         if name != "u_adj":
             result[f"{name}_all"] = float(score.mean())
     return result | {"n_supported": int(supported.sum())}
+
+
+def selectivity_given(fired: Tensor, attribute: Tensor, n_values: int, y: Tensor, n_classes: int) -> dict[str, float]:
+    """uncertainty_given over the columns of `fired` [N, F]: u_weighted, u_adj_weighted by how often each fires."""
+    fires = fired.sum(0)
+    found = uncertainty_given(fired, attribute, n_values, y, n_classes)
+    return {f"{name}_weighted": _by_firing(score, fires) for name, score in found.items()}
+
+
+def _by_firing(scores: Tensor, fires: Tensor) -> float:
+    """Mean of the columns' scores [F], each counted as often as the column fires; 0 if none does."""
+    return float((scores * fires).sum() / fires.sum().clamp(min=1))
 
 
 def absorption(
@@ -117,7 +163,7 @@ def absorption(
     the test tokens that begin with the letter, that the probe calls positive and whose projection q = <x - mu, p> is
     positive, the share of the projection that other latents carry instead of the main ones (0 where these carry q).
 
-    Returns score (mean over tokens, then letters; 0 if no letter qualifies), n_letters and n_tokens.
+    Returns n_letters and n_tokens, and from 5 letters and 100 tokens on score (mean over tokens, then letters).
     """
     mu = x[splits == 0].double().mean(0)
     centred = x.double() - mu
@@ -141,8 +187,10 @@ def absorption(
         share = values[rows].double() * (dictionary.double() @ direction)[indices[rows].long()]
         per_letter.append(_absorbed(share, torch.isin(indices[rows].long(), torch.tensor(main)), q[rows]).mean())
         n_tokens += int(rows.sum())
-    score = float(torch.stack(per_letter).mean()) if per_letter else 0.0
-    return {"score": score, "n_letters": len(per_letter), "n_tokens": n_tokens}
+    size: dict[str, float] = {"n_letters": len(per_letter), "n_tokens": n_tokens}
+    if len(per_letter) < MIN_LETTERS or n_tokens < MIN_TOKENS:
+        return size
+    return {"score": float(torch.stack(per_letter).mean()), **size}
 
 
 def _absorbed(share: Tensor, is_main: Tensor, q: Tensor, n_top: int = 5, least: float = 0.1) -> Tensor:
