@@ -287,7 +287,7 @@ def test_constants_are_chosen_on_validation(script, own_store):
 
 
 @pytest.mark.parametrize("arguments,said", [
-    (["ARMS=('nonsense',)"], "unknown arm nonsense"), (["SEEDS=()"], "must not be empty"), (["PRESET=huge"], "PRESET"),
+    (["ARMS=('nonsense',)"], "holds nonsense, which must be one of"), (["SEEDS=()"], "at least one value"), (["PRESET=huge"], "PRESET"),
     (["DATASET=missing.jsonl"], "missing.jsonl"), (["TRACKER=nothing"], "TRACKER"), (["KEEP_PCT=100", "SAE_EPOCHS=1", "EPOCHS_PER_CYCLE=1"], "keeps every code"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(arguments, said, script):
