@@ -334,7 +334,7 @@ def test_quantised_loading_skips_what_is_trained(defaults, tmp_path, monkeypatch
 
     def load(source, config, **options):
         seen.update(options)
-        return tiny_model("neox")
+        return tiny_model("neox"), {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
 
     c = defaults[0] | write_texts(tmp_path, "neox") | {"LOAD_BITS": 4, "DEVICE_MAP": "auto"}
     monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "from_pretrained", load)
