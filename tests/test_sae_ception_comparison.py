@@ -54,7 +54,9 @@ def make_results(root, accuracies):
             val = {"base_u": u + 0.001 * seed, "sae_features_u": u, "sae_features_u_weighted": u, "task_accuracy": accuracy}
             other = {"sae_seed": 1, "val": val, "test": {"sae_features_u": u + 0.02, "sae_features_u_weighted": u + 0.02}}
             folder = root / arm / f"seed_{seed}"
-            write_json(folder / f"results_cycle_{cycle}.json", {"meta": {}, "val": val, "test": dict(val), "other_sae_seeds": [other]})
+            meta = {"arm": arm, "cycle": cycle, "seed": seed, "key": "0" * 16}
+            found = {"meta": meta, "val": val, "test": dict(val), "other_sae_seeds": [other]}
+            write_json(folder / f"results_cycle_{cycle}.json", found, sealed=True)
     return result_table(root, ("lambda0", "per_class"), (0, 1, 2), 3)
 
 
