@@ -110,7 +110,7 @@ def low_precision(weight: Tensor, bias: Tensor) -> Tensor:
 def fast_step(
     state: dict[str, Tensor], x: Tensor, *, k: int, lr: float, dead_after: int, bias_lr_ratio: float | None = None,
     aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None,
-    work: Workspace | None = None,
+    work: Workspace | None = None, frozen: str | None = None,
 ) -> None:
     """One step, in place: the mathematics and the arguments of `dense_step`.
 
@@ -120,7 +120,7 @@ def fast_step(
     work = work or Workspace(state)
     x = x.float().contiguous()
     step = _compiled_step if work.compiled else _torch_step
-    n_rows, n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip)
+    n_rows, n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip, frozen)
     count_step(state, n_rows, fired, recon, aux_weight, auxk, n_active / n_rows, dead_after, grad_norm)
 
 
@@ -168,7 +168,7 @@ def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, total: Ten
     return value, latents, codes.T @ slope, g_code.T @ x, g_code.sum(0)
 
 
-def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip):
+def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip, frozen):
     rows, width = x.shape
     n_latents = len(state["dec"])
     arrays = {name: value.numpy() for name, value in state.items()}
@@ -193,7 +193,7 @@ def _compiled_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio,
     total = loss.sum()
     found = aux_gradients(state, x, error, total, dead_after, aux_weight)
     auxk, aux = _aux_arrays(found, n_latents, width)
-    norm = _update(state, arrays, rows_in, e, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces)
+    norm = _update(state, arrays, rows_in, e, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces, frozen)
     fired = torch.from_numpy(first[1:] > first[:-1])
     return rows, torch.tensor(float(first[-1])), total / rows, auxk, fired, norm
 
@@ -208,7 +208,7 @@ def _aux_arrays(found, n_latents, width):
     return value, (slot, g_dec.numpy(), g_enc.numpy(), g_bias.numpy())
 
 
-def _update(state, arrays, x, error, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces):
+def _update(state, arrays, x, error, pairs, aux, weights, work, lr, bias_lr_ratio, betas, clip, pieces, frozen):
     """One pass over the latents; with a clip one before it that only measures. Returns the gradient's norm."""
     state["step"] += 1
     step, n_latents = int(state["step"]), len(weights[0])
@@ -218,19 +218,20 @@ def _update(state, arrays, x, error, pairs, aux, weights, work, lr, bias_lr_rati
     bounds = np.searchsorted(cost, cost[-1] * np.arange(pieces + 1) / pieces)
     bounds[-1] = n_latents
     norms, factor = np.empty(n_latents, np.float32), 1.0
+    still = {None: 0, "decoder": kernels.DECODER, "encoder": kernels.ENCODER}[frozen]
     if clip is not None:
-        kernels.gradient_norms(x, error, pairs, aux, *weights[:3], bounds, norms)
+        kernels.gradient_norms(x, error, pairs, aux, *weights[:3], still, bounds, norms)
         factor = clip / max(clip, float(np.sqrt(norms.sum(dtype=np.float64))))
     ratio = bias_rate(*weights[0].shape) if bias_lr_ratio is None else bias_lr_ratio
     rate = lr / (1 - betas[0] ** step)
     rates = tuple(np.float32(value) for value in (1 - betas[0], 1 - betas[1], 1 / (1 - betas[1] ** step), EPS))
     lrs = tuple(np.float32(value) for value in (rate, rate * GAIN_RATE, rate * ratio))
     low = np.empty((0, 0), np.uint16) if work.low is None else work.low.view(torch.uint16).numpy()
-    kernels.update_latents(x, error, pairs, aux, weights, moments, low, bounds, np.float32(factor), lrs, rates, norms)
+    kernels.update_latents(x, error, pairs, aux, weights, moments, low, bounds, np.float32(factor), lrs, rates, norms, still)
     return torch.tensor(float(np.sqrt(norms.sum(dtype=np.float64))))
 
 
-def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip):
+def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip, frozen):
     n_latents = len(state["dec"])
     n_rows = torch.tensor(len(x), device=x.device)
     wanted = candidates_wanted(k, n_latents, work)
@@ -270,7 +271,7 @@ def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, be
         g_dec += state["gain"][:, None] * g_enc - along[:, None] * u
         g_enc -= along[:, None] * state["dec"]
         grads["gain"] = along
-    norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip)
+    norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip, frozen=frozen)
     if work.low is not None:
         work.low.copy_(low_precision(state["enc"], state["bias"]))
     return n_rows, n_active, total / n_rows, auxk, fired[:-1] > 0, norm

@@ -8,6 +8,7 @@ from numba import prange
 
 from lib.compiled import compiled
 
+DECODER, ENCODER = 1, 2  # which rows are frozen
 TINY = np.float32(1e-30)  # moments below it become 0: subnormal numbers are computed a hundred times slower
 
 
@@ -105,7 +106,7 @@ def sort_by_latent(index, code, slope, start, row, weight, slope_sorted):
 
 
 @compiled()
-def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc):
+def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen):
     """Gradient of latent i into g_dec, g_enc [D]; returns those of gain and bias, and the squared norm of all."""
     start, row, weight, slope = pairs
     aux_slot, aux_dec, aux_enc, aux_bias = aux
@@ -136,6 +137,10 @@ def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc):
             u = e_row[d] - s * d_row[d]
             g_dec[d] += s * g_enc[d] - g_gain * u
             g_enc[d] -= g_gain * d_row[d]
+    if frozen == DECODER:
+        g_dec[:] = zero
+    elif frozen == ENCODER:
+        g_enc[:] = zero
     along = _dot(d_row, g_dec)
     total = g_gain * g_gain + g_bias * g_bias
     for d in range(width):
@@ -158,22 +163,23 @@ def _adam(w, g, m, v, rate, rates):
 
 
 @compiled(parallel=True)
-def gradient_norms(x, error, pairs, aux, dec, enc, gain, bounds, norms):
+def gradient_norms(x, error, pairs, aux, dec, enc, gain, frozen, bounds, norms):
     """Squared norm of each latent's gradient into norms [F]; latents bounds[p] : bounds[p + 1] are piece p."""
     for piece in prange(len(bounds) - 1):
         g_dec, g_enc = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
         for i in range(bounds[piece], bounds[piece + 1]):
-            norms[i] = _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc)[2]
+            norms[i] = _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen)[2]
 
 
 @compiled(parallel=True)
-def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, lr, rates, norms):
+def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, lr, rates, norms, frozen):
     """Gradient, Adam, unit norm and constraint of every latent in one pass over its row.
 
     x, error [B, D]. pairs: `sort_by_latent`. aux: (slot [F] or -1, gradients of dec, enc [A, D], bias [A]).
     weights: dec, enc [F, D], gain [F or 0], bias [F]; moments: m and v of each in this order. low: bfloat16 bits of
     the encoder and of the bias in two columns, uint16 [F, D + 2 or more], or [0, 0]. factor: times the gradient.
-    lr: of dec and enc, gain, bias, each over 1 - beta1^t; rates: see `_adam`.
+    lr: of dec and enc, gain, bias, each over 1 - beta1^t; rates: see `_adam`. frozen: DECODER, ENCODER or 0; what is
+    frozen gets a gradient of 0, by which Adam moves nothing, not even the last bit.
     """
     dec, enc, gain, bias = weights
     dec_m, dec_v, enc_m, enc_v, gain_m, gain_v, bias_m, bias_v = moments
@@ -183,7 +189,7 @@ def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, 
         g_dec, g_enc = np.empty(width, np.float32), np.empty(width, np.float32)
         one = np.empty(1, np.float32)
         for i in range(bounds[piece], bounds[piece + 1]):
-            g_gain, g_bias, norms[i] = _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc)
+            g_gain, g_bias, norms[i] = _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen)
             if factor != 1:
                 for d in range(width):
                     g_dec[d] *= factor
@@ -198,9 +204,10 @@ def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, 
             _adam(e_row, g_enc, enc_m[i], enc_v[i], lr_rows, rates)
             one[0] = g_bias * factor
             _adam(bias[i : i + 1], one, bias_m[i : i + 1], bias_v[i : i + 1], lr_bias, rates)
-            shrink = np.float32(1) / np.sqrt(_dot(d_row, d_row))
-            for d in range(width):
-                d_row[d] *= shrink
+            if frozen != DECODER:
+                shrink = np.float32(1) / np.sqrt(_dot(d_row, d_row))
+                for d in range(width):
+                    d_row[d] *= shrink
             if len(gain):
                 along = gain[i] - _dot(e_row, d_row)
                 for d in range(width):

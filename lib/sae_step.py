@@ -30,6 +30,7 @@ from torch.nn.functional import normalize
 from lib.environment import InputError
 from lib.variants import FORGET, WITH_THRESHOLD, codes_of, errors_of, first_threshold
 
+FROZEN = {"decoder": "dec", "encoder": "enc"}  # what a training may leave at its random start: its rows in the state
 GAIN_RATE = 0.3  # learning rate of the gain over that of the dictionary
 EPS = 1e-8
 FOLD_ROWS = 8192  # latents folded at one time in float64
@@ -154,12 +155,14 @@ def folded_threshold(state: dict[str, Tensor], scale: float) -> Tensor | None:
 def dense_step(
     state: dict[str, Tensor], x: Tensor, *, k: int, lr: float, dead_after: int, bias_lr_ratio: float | None = None,
     aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None, kind: str = "topk",
+    frozen: str | None = None,
 ) -> None:
     """One step by autograd on dense arrays, in place: of any kind of SAE, and the reference that the fast step is tested against.
 
     x: float32 [B, D], centred rows times state["transform"]. lr: of this step. dead_after: tokens
     of silence after which AuxK works on a latent.
     bias_lr_ratio: None is `bias_rate`'s rule. clip: bound on the norm of the gradient over all parameters, or None.
+    frozen: "decoder" or "encoder" (a state without a gain only): its rows stay as they are, to the last bit.
     """
     leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state, kind)}
     dec, enc = leaves["dec"], leaves["enc"]
@@ -181,7 +184,7 @@ def dense_step(
     (objective + penalty + aux_weight * auxk).backward()
 
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    grad_norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip)
+    grad_norm = apply_gradients(state, grads, lr=lr, bias_lr_ratio=bias_lr_ratio, betas=betas, clip=clip, frozen=frozen)
     with torch.no_grad():
         fires = codes > 0
         if kind == "batchtopk":
@@ -207,7 +210,7 @@ def dead_in_turn(state: dict[str, Tensor], dead_after: int) -> tuple[Tensor, Ten
 
 def apply_gradients(
     state: dict[str, Tensor], grads: dict[str, Tensor], *, lr: float, bias_lr_ratio: float | None,
-    betas: tuple[float, float], clip: float | None,
+    betas: tuple[float, float], clip: float | None, frozen: str | None = None,
 ) -> Tensor:
     """Adam on every parameter, in place, with the dictionary kept at unit norm; returns the gradient's norm, 0-dim.
 
@@ -216,6 +219,8 @@ def apply_gradients(
     state["step"] += 1
     dec = state["dec"]
     grads = grads | {"dec": grads["dec"] - (grads["dec"] * dec).sum(1, keepdim=True) * dec}
+    if frozen:
+        grads.pop(FROZEN[frozen])
     norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
     factor = 1.0 if clip is None else (clip / norm.clamp(min=clip))
     bias_lr_ratio = bias_rate(*dec.shape) if bias_lr_ratio is None else bias_lr_ratio
@@ -224,7 +229,8 @@ def apply_gradients(
         state["enc"] -= state["gain"][:, None] * dec
     for name, grad in grads.items():
         _adam(state, name, grad * factor, lr * ratios[name], betas)
-    dec.copy_(normalize(dec, dim=1))
+    if frozen != "decoder":
+        dec.copy_(normalize(dec, dim=1))
     if "gain" in state:
         u = state["enc"]
         u += (state["gain"] - (u * dec).sum(1))[:, None] * dec

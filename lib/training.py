@@ -27,7 +27,7 @@ from lib.guards import differences
 from lib.metrics.reconstruction import Reconstruction
 from lib.rows import Rows, epoch_batches, sample_rows, steps_per_epoch
 from lib.sae import SAE, make_sae
-from lib.sae_step import aux_after, dense_step, folded_threshold, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from lib.sae_step import FROZEN, aux_after, dense_step, folded_threshold, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
 from lib.variants import KINDS, RATES, SLOTS
 
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints, or longer:
@@ -76,6 +76,8 @@ class TrainSettings:
     """Steps between two points of the training curve."""
     seed: int = 0
     """Draws the start and the order of the rows."""
+    frozen: str | None = None
+    """decoder or encoder: that part keeps its random start, as a control (arXiv 2602.14111); needs whiten 0 and aligned False."""
 
 
 def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
@@ -132,7 +134,7 @@ def train_sae(
                 if i < done:
                     continue
                 lr = rate * schedule(int(state["step"]), n_steps)
-                arguments: dict[str, Any] = {"k": settings.top_k, "lr": lr, "dead_after": dead_after, "aux_weight": settings.aux_weight}
+                arguments: dict[str, Any] = {"k": settings.top_k, "lr": lr, "dead_after": dead_after, "aux_weight": settings.aux_weight, "frozen": settings.frozen}
                 if settings.kind == "topk":
                     fast_step(state, x, work=work, **arguments)
                 else:
@@ -184,6 +186,10 @@ def _check(rows: Rows, settings: TrainSettings) -> None:
         raise InputError(f"DEAD_AFTER_TOKENS={settings.dead_after} must be at least 0; None lets a rule choose it")
     if settings.kind not in KINDS:
         raise InputError(f"KIND={settings.kind} is unknown; choose one of {', '.join(KINDS)}")
+    if settings.frozen not in (None, *FROZEN):
+        raise InputError(f"frozen={settings.frozen} is unknown; choose one of {', '.join(FROZEN)}")
+    if settings.frozen and (settings.whiten or settings.aligned):
+        raise InputError("a frozen part must be random: train it with whiten=0 and aligned=False, which shape it after the data or the dictionary")
     if settings.kind != "topk" and world_size() > 1:
         raise InputError(f"KIND={settings.kind} trains in one process only; use KIND=topk with several ranks")
     if min(settings.batch_size, rows.n_train) < world_size():

@@ -66,6 +66,47 @@ def test_a_hundred_steps_equal_the_dense_reference(compiled, aligned, k, clip):
 
 
 @pytest.mark.parametrize("compiled", PATHS)
+@pytest.mark.parametrize("frozen, name", [("decoder", "dec"), ("encoder", "enc")])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_frozen_part_keeps_its_bits_and_the_rest_moves_as_in_the_reference(compiled, frozen, name, clip):
+    x = activations()
+    dense, fast = pair_of_states(x, aligned=False)
+    start = {part: fast[part].clone() for part in ("dec", "enc", "bias")}
+    work, generator, dead = Workspace(fast, "float32", compiled), torch.Generator().manual_seed(1), 0
+    for _ in range(60):
+        rows = x[torch.randint(0, len(x), (31,), generator=generator)] @ dense["transform"]
+        dense_step(dense, rows, k=5, lr=1e-3, dead_after=60, clip=clip, frozen=frozen)
+        fast_step(fast, rows, k=5, lr=1e-3, dead_after=60, clip=clip, work=work, frozen=frozen)
+        dead += int((dense["silent"] > 60).sum())
+    assert dead > 100  # AuxK was at work, and it does not move what is frozen either
+    for state in (dense, fast):
+        assert torch.equal(state[name], start[name]) and not state[f"{name}_m"].any()
+        assert all((state[part] - start[part]).abs().max() > 1e-3 for part in start if part != name)
+    assert_close({n: v for n, v in dense.items() if n != "sums"}, {n: v for n, v in fast.items() if n != "sums"})
+    assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", PATHS)
+@pytest.mark.parametrize("frozen", ["decoder", "encoder"])
+def test_the_gradient_of_what_is_not_frozen_is_autograds(compiled, frozen):
+    """Against a loss written out here, not against the reference step."""
+    x = activations()
+    _, state = pair_of_states(x, aligned=False)
+    rows = x[:200] @ state["transform"]
+    leaves = {name: state[name].clone().requires_grad_() for name in ("dec", "enc", "bias")}
+    values, chosen = torch.relu(rows @ leaves["enc"].T + leaves["bias"]).topk(4, dim=1)
+    codes = torch.zeros(200, LATENTS).scatter(1, chosen, values)
+    ((rows - codes @ leaves["dec"]).square().sum() / 200).backward()
+    tangent = leaves["dec"].grad - (leaves["dec"].grad * state["dec"]).sum(1, keepdim=True) * state["dec"]
+    expected = {"dec_m": tangent, "enc_m": leaves["enc"].grad, "bias_m": leaves["bias"].grad}
+    fast_step(state, rows, k=4, lr=0.0, dead_after=10**9, betas=(0.0, 0.0), work=Workspace(state, "float32", compiled), frozen=frozen)
+    still = {"decoder": "dec_m", "encoder": "enc_m"}[frozen]
+    assert not state[still].any()
+    for name in expected.keys() - {still}:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", PATHS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_gradients_equal_autograd_with_and_without_dead_latents(compiled, precision):
     x = activations()

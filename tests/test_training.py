@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 
 import lib.training as training
 from lib.environment import InputError
+from lib.evaluation import untrained_sae
 from lib.metrics.reconstruction import explained_variance
 from lib.rows import Rows, epoch_batches, rows_of_tensor, sample_rows
 from lib.training import TrainSettings, score, train_sae
@@ -213,3 +214,21 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path):
     with pytest.raises(InputError, match="no longer finite at step 7; lower LR"):
         training._save_checkpoint(tmp_path / "last.pt", progress)
     assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("frozen, still, moved", [("decoder", "W_dec", "W_enc"), ("encoder", "W_enc", "W_dec")])
+def test_a_control_with_a_frozen_part_still_learns(frozen, still, moved):
+    rows, _ = make_rows(3000)
+    settings = TrainSettings(**SMALL | {"epochs": 8}, whiten=0, aligned=False, frozen=frozen)
+    sae, history = train_sae(rows, settings, progress=False)
+    start = untrained_sae(rows, settings)
+    torch.testing.assert_close(getattr(sae, still), getattr(start, still), rtol=1e-5, atol=1e-6)
+    assert (getattr(sae, moved) - getattr(start, moved)).norm() > 0.1 * getattr(start, moved).norm()
+    untouched = score(start, sample_rows(rows, validation=True))["ev"]
+    assert history["val"]["ev"][-1] > untouched + 0.05
+
+
+@pytest.mark.parametrize("wrong", [{"frozen": "both", "whiten": 0, "aligned": False}, {"frozen": "decoder", "whiten": 0}, {"frozen": "encoder", "aligned": False}])
+def test_what_is_frozen_must_be_named_and_random(wrong):
+    with pytest.raises(InputError, match="frozen"):
+        train_sae(make_rows(200)[0], TrainSettings(**SMALL, **wrong), progress=False)
