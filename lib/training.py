@@ -134,7 +134,8 @@ def train_sae(
                 if i < done:
                     continue
                 lr = rate * schedule(int(state["step"]), n_steps)
-                arguments: dict[str, Any] = {"k": settings.top_k, "lr": lr, "dead_after": dead_after, "aux_weight": settings.aux_weight, "frozen": settings.frozen}
+                arguments: dict[str, Any] = {"k": settings.top_k, "lr": lr, "dead_after": dead_after, "aux_weight": settings.aux_weight}
+                arguments["frozen"] = settings.frozen
                 if settings.kind == "topk":
                     fast_step(state, x, work=work, **arguments)
                 else:

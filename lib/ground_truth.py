@@ -1,0 +1,137 @@
+"""What the embedded stories say of every token: the concept of its word, the sense of a word that has two, the state of its story.
+
+    concepts, labels = ground_truth(run, folder)     # labels bool [n_rows, C]; None where the data set says nothing
+
+A concept's `part` is "leaf" or "node" of the concept tree, "sense" or "state". A sense is asked for among its word's own
+tokens only (`word`), where the token itself says nothing; everything else among all tokens.
+"""
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib.environment import InputError
+from lib.files import read_json
+from lib.models import local_path
+from lib.store import Run
+from lib.texts import load_documents
+
+FEELINGS = ("feeling/good", "feeling/bad/sad", "feeling/bad/afraid", "feeling/bad/angry")
+PETS = ("animal/pet/dog", "animal/pet/cat", "animal/pet/rabbit")
+NAMES = ("name/girl", "name/boy")
+WORD = re.compile("[A-Za-z]+")
+CLAUSE_END = re.compile(r'[.,!?;:"]|$')
+Span = tuple[int, int, str]  # first character, last character + 1, name of the concept
+
+
+class Concept(NamedTuple):
+    """One ground-truth concept; its column in `labels` has the same number."""
+
+    name: str
+    part: str
+    """leaf, node, sense or state."""
+    word: str | None = None
+    """Of a sense: the word among whose tokens it is asked for."""
+
+
+class Truth(NamedTuple):
+    """The concepts of a run's tokens."""
+
+    concepts: list[Concept]
+    labels: Tensor
+    """bool [n_rows, C]."""
+    words: dict[str, Tensor]
+    """Word of a sense -> its rows, bool [n_rows]."""
+
+
+def ground_truth(run: Run, folder: Path) -> Truth | None:
+    """The concepts that the embedded stories carry; None where the data set has no concepts.json beside it.
+
+    folder: where the data set's name is looked for last. Raises InputError if a text of the run is not in the data set.
+    """
+    found = (local_path(run.meta["dataset"]["name"]) or folder).parent / "concepts.json"
+    if not found.exists():
+        return None
+    tree = read_json(found)
+    paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
+    by_text = {story["text"]: story for story in load_documents(run.meta["dataset"]["name"])}
+    if missing := sum(text["text"] not in by_text for text in run.texts):
+        raise InputError(f"{missing} texts of run {run.run_id} are not in its data set any more; run 01_save_activations.py again")
+    stories = [by_text[text["text"]] for text in run.texts]
+    senses = _senses(stories, paths)
+    parts = {name: "leaf" if name in paths.values() else "node" for path in paths.values() for name in _above(path)}
+    named = [Concept(name, parts[name]) for name in sorted(parts)]
+    named += [Concept(f"{word}: {sense or 'no concept'}", "sense", word) for word, sense in senses.items()]
+    named += [Concept(name, "state") for name in _state_names(tree)]
+    column = {concept.name: i for i, concept in enumerate(named)}
+    word_column = {word: i for i, word in enumerate(senses)}
+    spans, word_spans = [], []
+    for text_id, story in enumerate(stories):
+        spans += [(text_id, start, end, column[name]) for start, end, name in _spans(story, paths, senses, tree)]
+        words = ((match, word_column.get(match[0].lower())) for match in WORD.finditer(story["text"]))
+        word_spans += [(text_id, *match.span(), number) for match, number in words if number is not None]
+    of_word = label_rows(run, torch.tensor(word_spans).view(-1, 4), len(senses))
+    labels = label_rows(run, torch.tensor(spans).view(-1, 4), len(named))
+    return Truth(named, labels, {word: of_word[:, i] for word, i in word_column.items()})
+
+
+def _above(path: str) -> list[str]:
+    """A leaf's path and those of the nodes above it."""
+    steps = path.split("/")
+    return ["/".join(steps[:depth]) for depth in range(1, len(steps) + 1)]
+
+
+def _senses(stories: list[dict[str, Any]], paths: dict[int, str]) -> dict[str, str]:
+    """Word -> the rarer one of its two commonest senses, "" for none, of every word that has more than one."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for story in stories:
+        for match, leaf in zip(WORD.finditer(story["text"]), story["concepts"]):
+            seen[match[0].lower()][paths.get(leaf, "")] += 1
+    return {word: counts.most_common(2)[1][0] for word, counts in sorted(seen.items()) if len(counts) > 1}
+
+
+def _state_names(tree: dict[str, Any]) -> list[str]:
+    last = [f"last named: {path}" for path in (*FEELINGS, *PETS, *NAMES)]
+    return ["in a quotation", "after a negation", *last, *(f"topic: {topic}" for topic in tree["topics"]), *(f"how it ends: {mood}" for mood in tree["moods"])]
+
+
+def _spans(story: dict[str, Any], paths: dict[int, str], senses: dict[str, str], tree: dict[str, Any]) -> Iterator[Span]:
+    """Where each concept holds in a story."""
+    text, words = story["text"], [(match, paths.get(leaf, "")) for match, leaf in zip(WORD.finditer(story["text"]), story["concepts"])]
+    for match, path in words:
+        for name in _above(path) if path else ():
+            yield *match.span(), name
+        word = match[0].lower()
+        if senses.get(word) == path:
+            yield *match.span(), f"{word}: {path or 'no concept'}"
+        if path == "negation" and (end := CLAUSE_END.search(text, match.end())):
+            yield match.end(), end.start(), "after a negation"
+    quotes = [match.start() for match in re.finditer('"', text)]
+    for start, end in zip(quotes[::2], quotes[1::2]):
+        yield start + 1, end, "in a quotation"
+    for group in (FEELINGS, PETS, NAMES):
+        named = [(match.end(), path) for match, path in words if path in group]
+        for (start, path), (end, _) in zip(named, [*named[1:], (len(text), "")]):
+            yield start, end, f"last named: {path}"
+    yield 0, len(text), f"topic: {tree['topics'][story['topic']]}"
+    yield 0, len(text), f"how it ends: {tree['moods'][story['mood']]}"
+
+
+def label_rows(run: Run, spans: Tensor, n_concepts: int) -> Tensor:
+    """Which concepts each row's token belongs to, bool [n_rows, n_concepts].
+
+    spans: int64 [n, 4], (text_id, char_start, char_end, concept); a token belongs to every concept it overlaps.
+    """
+    width = 1 << 32  # of a text in the common order of all characters
+    text_id, start, end = (run.rows[name].long() for name in ("text_id", "char_start", "char_end"))
+    first = torch.searchsorted(text_id * width + end, spans[:, 0] * width + spans[:, 1], right=True)
+    last = torch.searchsorted(text_id * width + start, spans[:, 0] * width + spans[:, 2])
+    labels = torch.zeros(run.n_rows, n_concepts, dtype=torch.bool)
+    for offset in range(int((last - first).max()) if len(spans) else 0):
+        inside = first + offset < last
+        labels[first[inside] + offset, spans[inside, 3]] = True
+    return labels
