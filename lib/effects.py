@@ -103,6 +103,19 @@ def next_logits(model: Any, point: HookPoint, texts: Sequence[list[int]], deltas
         yield lines, found
 
 
+def ablation(sae: SAE, x: Tensor, latents: Tensor) -> Tensor:
+    """What setting the code of latents[m] to 0 adds to activation x[m], [M, D] in raw units; zeros where it does not fire."""
+    latents = latents.to(x.device)
+    values, indices = sae.encode(x)
+    code = (values * (indices == latents[:, None])).sum(1)
+    return -sae.scale * code[:, None] * sae.W_dec[latents]
+
+
+def of_length(directions: Tensor, length: Tensor) -> Tensor:
+    """Directions [M, D], none of them 0, at the given lengths [M]."""
+    return functional.normalize(directions, dim=1) * length[:, None]
+
+
 def divergence(clean: Tensor, edited: Tensor) -> Tensor:
     """KL(clean || edited) of the two next-token distributions in nats, float64 [N] on the CPU; logits [N, V] each."""
     found = []

@@ -111,12 +111,12 @@ def _spans(story: dict[str, Any], paths: dict[int, str], senses: dict[str, str],
         if path == "negation" and (end := CLAUSE_END.search(text, match.end())):
             yield match.end(), end.start(), "after a negation"
     quotes = [match.start() for match in re.finditer('"', text)]
-    for start, end in zip(quotes[::2], quotes[1::2]):
-        yield start + 1, end, "in a quotation"
+    for opening, closing in zip(quotes[::2], quotes[1::2]):
+        yield opening + 1, closing, "in a quotation"
     for group in (FEELINGS, PETS, NAMES):
         named = [(match.end(), path) for match, path in words if path in group]
-        for (start, path), (end, _) in zip(named, [*named[1:], (len(text), "")]):
-            yield start, end, f"last named: {path}"
+        for (begin, path), (until, _) in zip(named, [*named[1:], (len(text), "")]):
+            yield begin, until, f"last named: {path}"
     yield 0, len(text), f"topic: {tree['topics'][story['topic']]}"
     yield 0, len(text), f"how it ends: {tree['moods'][story['mood']]}"
 

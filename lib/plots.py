@@ -36,7 +36,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     axis = axes[0, 0]
     axis.plot(tokens, train["loss"], color=BLUE)
     axis.set_yscale("log")
-    _label(axis, "Loss falls, then flattens", "training tokens (millions)", "loss (whitened units)")
+    _label(axis, "Training loss", "training tokens (millions)", "loss (whitened units)")
     axis = axes[0, 1]
     axis.plot(np.array(sample["tokens"]) / 1e6, sample["ev"], color=BLUE, label="training texts")
     axis.plot(np.array(val["tokens"]) / 1e6, val["ev"], color=ORANGE, label="held-out texts")
@@ -54,7 +54,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     axis.axhline(history["constants"]["TOP_K"], color=GREY, linestyle=":", label="k")
     axis.set_ylim(0, history["constants"]["TOP_K"] * 1.15)
     axis.legend(loc="lower right")
-    _label(axis, "Codes per token stay at or under k", "training tokens (millions)", "L0 (codes per token)")
+    _label(axis, "Codes per token", "training tokens (millions)", "L0 (codes per token)")
     return figure
 
 
@@ -85,9 +85,9 @@ def ev_profile(by_position: Sequence[tuple], by_norm: Sequence[tuple], overall: 
 
 
 WEIGHT_PANELS = {
-    "moved_dictionary": ("Dictionary rows left their start", "|row - start|  (0 same, 1.41 unrelated)"),
+    "moved_dictionary": ("Change of dictionary rows since the start", "|row - start|  (0 same, 1.41 unrelated)"),
     "nearest": ("Nearest other dictionary row", "cosine (over 0.95: a duplicate)"),
-    "alignment": ("Encoder follows dictionary", "cosine of the two rows of a latent"),
+    "alignment": ("Encoder row against dictionary row", "cosine of the two rows of a latent"),
     "gain": ("What a latent reads of itself", "code read for one unit of code added"),
     "bias": ("How much evidence a latent needs", "pre-activation on the mean token (code units)"),
     "encoder_norm": ("Sensitivity of the encoder", "code per unit of raw activation (row norm)"),
@@ -121,35 +121,68 @@ def bars(values: dict[str, float], title: str, unit: str, highlight: str) -> Fig
     return figure
 
 
-def recovery_dots(table: Sequence[dict[str, Any]]) -> Figure:
-    """F1 of the best unit of each kind for each concept. table: {"concept", "latent", "firing", "neuron", "pca"}."""
-    table = sorted(table, key=lambda row: row["latent"])
-    figure, (axis,) = _panels(1, 7.5, 0.16 * len(table) + 1.2)
-    places = np.arange(len(table))
-    kinds = (
-        ("pca", GREY, "s", "principal direction, best threshold"), ("neuron", ORANGE, "D", "neuron, best threshold"),
-        ("firing", "#a9c4e0", "o", "latent, firing at all"), ("latent", BLUE, "o", "latent, best threshold"),
-    )  # fmt: skip
-    for key, colour, marker, name in kinds:
-        axis.plot([row[key] for row in table], places, marker, color=colour, label=name, markersize=4)
-    axis.set_yticks(places, [row["concept"] for row in table], fontsize=7)
-    axis.set_xlim(0, 1.02)
-    axis.set_ylim(-0.7, len(table) - 0.3)
-    axis.axvline(0.8, color=GREY, linestyle=":")
-    axis.legend(loc="lower right")
-    _label(axis, "Ground-truth concepts found by a single unit", "F1 on held-out tokens", "")
+def recovery_boxes(rows: Sequence[dict[str, Any]], kinds: dict[str, str], highlight: str = "latent") -> Figure:
+    """F1 of the best unit of each kind over concepts: word concepts left, context concepts right, kinds in the order of their mean on the left.
+
+    rows: lib.recovery.recover_concepts. kinds: kind -> what it is called.
+    """
+    parts = [[row for row in rows if row["context"] == context] for context in (False, True)]
+    order = sorted((kind for kind in kinds if kind in rows[0]), key=lambda kind: -_mean_f1(parts[0] or rows, kind))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(order) + 1.3), sharey=True, layout="constrained")
+    colours = {kinds[kind]: BLUE if kind == highlight else "#c9ced6" for kind in order}
+    for axis, part, title in zip(axes, parts, ("Word concepts", "Context concepts")):
+        _label(axis, f"{title} ({len(part)})", "F1 on held-out tokens", "")
+        axis.set(xlim=(-0.02, 1.02))
+        if not part:
+            continue
+        values = [row[kind]["f1"] for kind in order for row in part]
+        names = [kinds[kind] for kind in order for _ in part]
+        sns.boxplot(x=values, y=names, hue=names, palette=colours, fliersize=0, width=0.62, linewidth=1, legend=False, ax=axis)
+        sns.stripplot(x=values, y=names, color="#30343b", size=2.4, alpha=0.45, jitter=0.2, ax=axis)
+        means = [_mean_f1(part, kind) for kind in order]
+        axis.plot(means, range(len(order)), "D", color=ORANGE, markersize=6, markeredgecolor="white", label="mean", zorder=5)
+    (axes[0] if parts[0] else axes[1]).legend(loc="lower right")
+    return figure
+
+
+def _mean_f1(rows: Sequence[dict[str, Any]], kind: str) -> float:
+    return float(np.mean([row[kind]["f1"] for row in rows]))
+
+
+def recovery_examples(rows: Sequence[dict[str, Any]], kinds: dict[str, str], n: int = 6) -> Figure:
+    """F1 of a few kinds of unit for n word and n context concepts, evenly spaced by the F1 of the SAE's latent."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * n + 1.7), layout="constrained")
+    styles = {"latent": (BLUE, "o", 9), "frozen_decoder": ("#7c8794", "^", 7), "neuron": (ORANGE, "D", 6), "table": (GREEN, "|", 14)}
+    for axis, context, title in zip(axes, (False, True), ("Word concepts", "Context concepts")):
+        part = sorted((row for row in rows if row["context"] == context), key=lambda row: row["latent"]["f1"])
+        shown = [part[i] for i in np.linspace(0, len(part) - 1, min(n, len(part))).round().astype(int)]
+        for kind in (kind for kind in styles if part and kind in part[0]):
+            colour, marker, size = styles[kind]
+            scores = [row[kind]["f1"] for row in shown]
+            axis.plot(scores, range(len(shown)), marker, color=colour, markersize=size, markeredgewidth=2.5 if marker == "|" else 0.5, label=kinds[kind])
+        axis.set_yticks(range(len(shown)), [row["concept"] for row in shown])
+        axis.set(xlim=(-0.02, 1.05), ylim=(-0.6, len(shown) - 0.4))
+        _label(axis, f"{title}: {len(shown)} of {len(part)}", "F1 on held-out tokens", "")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4)
     return figure
 
 
 def verdict_strip(checks: Sequence[dict[str, Any]]) -> Figure:
-    """The verification at a glance: one coloured cell a check."""
-    figure, (axis,) = _panels(1, 11.0, 1.5)
-    for i, row in enumerate(checks):
-        axis.add_patch(plt.Rectangle((i, 0), 0.92, 1, color=VERDICT_COLOURS[row["verdict"]]))
-        value = "-" if row["value"] is None else f"{row['value']:.3g}"
-        axis.text(i + 0.46, 0.5, f"{row['verdict']}\n{value}", ha="center", va="center", color="white", fontsize=8, fontweight="bold")
-        axis.text(i + 0.46, -0.12, row["check"], ha="right", va="top", rotation=30, fontsize=8)
-    axis.set(xlim=(0, len(checks)), ylim=(-0.1, 1.1), title="Verification")
+    """The verification at a glance: one coloured cell a check, what is evidence first, sanity checks behind a gap."""
+    figure, (axis,) = _panels(1, 12.0, 1.75)
+    parts = [[row for row in checks if row["kind"] == kind] for kind in ("evidence", "sanity")]
+    at = 0.0
+    for part, title in zip(parts, ("evidence", "sanity")):
+        axis.text(at, 1.08, title, ha="left", va="bottom", fontsize=8, color=GREY)
+        for row in part:
+            axis.add_patch(plt.Rectangle((at, 0), 0.92, 1, color=VERDICT_COLOURS[row["verdict"]]))
+            value = "-" if row["value"] is None else f"{row['value']:.2f}"
+            axis.text(at + 0.46, 0.5, f"{row['verdict']}\n{value}", ha="center", va="center", color="white", fontsize=8, fontweight="bold")
+            axis.text(at + 0.46, -0.12, row["check"], ha="right", va="top", rotation=30, fontsize=8)
+            at += 1
+        at += 0.5
+    axis.set(xlim=(0, at), ylim=(-0.1, 1.3), title="Verification")
     axis.axis("off")
     return figure
 
@@ -160,7 +193,7 @@ def layers(table: list[dict[str, Any]], recommended: str) -> Figure:
         "median_norm": ("Size of activations", "median norm"),
         "gamma": ("Mean over spread", "gamma"),
         "participation": ("Effective dimensions", "dimensions"),
-        "probe_accuracy": ("What a linear probe reads", "held-out accuracy"),
+        "probe_accuracy": ("Linear probe on the labels", "held-out accuracy"),
     }
     shown = {name: text for name, text in shown.items() if name in table[0]}
     figure, axes = _panels(len(shown), width=3.6)

@@ -14,6 +14,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from lib.concepts import Codes
 from lib.ground_truth import Truth
 from lib.sae import SAE
 from lib.store import Run
@@ -23,7 +24,12 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # of a latent's largest code, trie
 SAMPLE = 4_000_000  # activations, evenly thinned, that quantiles are taken of
 WORD_F1 = 0.8  # of the token table on training rows: from here on a concept is one of words
 MIN_TOKENS, MIN_SENSE = 20, 5  # held-out tokens with the concept (of a sense also without it), below which it is left out
-TABLES = ("table", "pairs")
+KINDS = {
+    "latent": "latent of the SAE", "firing": "the same, firing at all",
+    "frozen_decoder": "latent, decoder frozen at random", "frozen_encoder": "latent, encoder frozen at random", "untrained": "latent of the untrained SAE",
+    "neuron": "neuron", "pca": "principal direction", "token": "single token", "table": "token table (fitted)", "pairs": "token-pair table (fitted)",
+}  # fmt: skip
+BASELINES = ("frozen_decoder", "frozen_encoder", "untrained", "neuron", "pca", "token")  # units, as latents are
 Counts = Iterable[tuple[Tensor, Tensor]]
 Scores = dict[str, Any]
 
@@ -55,6 +61,41 @@ def recover_concepts(saes: dict[str, SAE], run: Run, hook: str, truth: Truth, pr
             concept = truth.concepts[column]
             context = row["table"]["f1_train"] < WORD_F1
             found.append({"concept": concept.name, "part": concept.part, "context": context, "n_val": n, **row})
+    return found
+
+
+def gains(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What lib.verification asks of recover_concepts' rows, by the name of the check; without those that no concept speaks to."""
+    found = {}
+    for name, context in (("concept_gain", False), ("context_gain", True)):
+        part = [row for row in rows if row["context"] == context]
+        mean = {kind: float(np.mean([row[kind]["f1"] for row in part])) for kind in KINDS if part and kind in part[0]}
+        if mean:
+            found[name] = mean["latent"] - max(mean[kind] for kind in BASELINES if kind in mean)
+        if mean and context:
+            found["context_table"] = mean["latent"] - mean["table"]
+    return found
+
+
+def compositions(codes: Codes, truth: Truth | None, latents: list[int], share: float = 0.8) -> dict[str, list[int]]:
+    """The latents by what makes up at least `share` of their firings: "one token", else "one leaf concept" (with a truth), else "neither"."""
+    ids = codes.rows["token_id"].long()
+    values, indices = (torch.cat(parts) for parts in list(zip(*codes))[1:])
+    found: dict[str, list[int]] = {"one token": [], "one leaf concept": [], "neither": []}
+    leaves = [i for i, concept in enumerate(truth.concepts) if concept.part == "leaf"] if truth else []
+    row, slot = (values > 0).nonzero(as_tuple=True)
+    latent = indices[row, slot].long()
+    order = latent.argsort(stable=True)
+    row, counts = row[order], torch.bincount(latent, minlength=codes.n_latents)
+    ends = counts.cumsum(0)
+    for i in latents:
+        rows = row[ends[i] - counts[i] : ends[i]]
+        if torch.bincount(ids[rows]).max() >= share * len(rows):
+            found["one token"].append(i)
+        elif truth and truth.labels[rows][:, leaves].sum(0).max() >= share * len(rows):
+            found["one leaf concept"].append(i)
+        else:
+            found["neither"].append(i)
     return found
 
 

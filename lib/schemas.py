@@ -62,9 +62,12 @@ BEST = {"ev": float, "epoch": POSITIVE}
 BEST_WEIGHTS = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "threshold?": "float32 F"}
 
 # What notebooks and help scripts leave for later steps.
-CHECKS = [{"check": str, "value": (float, None), "verdict": ("PASS", "WARN", "FAIL"), "threshold": str, "meaning": str}]
+CHECKS = [{"check": str, "value": (float, None), "verdict": ("PASS", "WARN", "FAIL"), "threshold": str, "meaning": str, "kind": ("evidence", "sanity")}]
+UNIT = {"unit": COUNT, "f1": Number(float, 0, 1)}
+RECOVERED = {"concept": str, "part": ("leaf", "node", "sense", "state"), "context": bool, "latent": UNIT}
+RECOVERED |= {"untrained?": UNIT, "frozen_decoder?": UNIT, "frozen_encoder?": UNIT}
 VERIFICATION = Schema({
-    "run_id": NAME, "sae_hash": SHORT_HASH, "checks": CHECKS, "concept_recovery": [{"concept": str, "latent": {"unit": COUNT, "f1": Number(float, 0, 1)}}],
+    "run_id": NAME, "sae_hash": SHORT_HASH, "checks": CHECKS, "concept_recovery": [RECOVERED],
 }, remedy="delete it and run notebook 03 again")  # fmt: skip
 LAYERS = Schema(
     {"constants": {"MODEL": str}, "layers": [{"signature": str}], "recommended": str, "reason": str}, remedy="delete it and run 00_probe_layers.py again"

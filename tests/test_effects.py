@@ -6,7 +6,7 @@ from test_steering import random_sae
 
 from lib.activations import SaveSettings, save_activations
 from lib.concepts import encode_run
-from lib.effects import contexts, direct_view, divergence, draw_firings, next_logits, next_token_effects
+from lib.effects import ablation, contexts, direct_view, divergence, draw_firings, next_logits, next_token_effects, of_length
 from lib.environment import InputError
 from lib.hooks import edit, resolve
 from lib.steering import Edit, steer
@@ -115,3 +115,16 @@ def test_the_direct_view_is_the_derivative_after_the_last_block(kind):
     slope, direct = slope - slope.mean(), direction @ direct_view(model, 16).double().T
     assert torch.cosine_similarity(slope, direct, dim=0) > 1 - 1e-4
     assert direct_view(model, 8) is None and direct_view(tiny_model("bert"), 16) is None
+
+
+def test_an_ablation_takes_the_latents_part_out_of_the_reconstruction():
+    sae, x = random_sae(), torch.randn(40, 16)
+    values, indices = sae.encode(x)
+    latents = indices[:, 0].clone()
+    latents[::4] = (indices[::4, 0] + 1) % 32
+    fires = (indices == latents[:, None]) & (values > 0)
+    without = sae.decode(values.where(~fires, 0), indices)
+    found = ablation(sae, x, latents)
+    torch.testing.assert_close(found, without - sae.decode(values, indices), atol=1e-5, rtol=1e-5)
+    assert not found[~fires.any(1)].any() and found[fires.any(1)].any(1).all()
+    torch.testing.assert_close(of_length(torch.randn(40, 16), torch.arange(40.0)).norm(dim=1), torch.arange(40.0))

@@ -4,18 +4,7 @@ import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 
 from lib.activations import SaveSettings, save_activations
-from lib.evaluation import (
-    THRESHOLDS,
-    concept_recovery,
-    ev,
-    ev_by,
-    label_rows,
-    loss_recovered,
-    pca_ev,
-    row_scores,
-    shuffled,
-    untrained_sae,
-)
+from lib.evaluation import ev, ev_by, loss_recovered, pca_ev, row_scores, shuffled, untrained_sae
 from lib.hooks import resolve
 from lib.metrics.reconstruction import explained_variance
 from lib.rows import rows_of_run, rows_of_tensor
@@ -127,46 +116,6 @@ def test_clean_loss_is_the_models_own_and_independent_of_batches(model):
     for max_tokens in (1, 30, 8192):
         found = loss_recovered(model, tokenizer, point, sae, TEXTS, torch.zeros(16), SETTINGS, max_tokens)
         assert found["ce_clean"] == pytest.approx(total / count, rel=1e-5) and found["n_tokens"] == count
-
-
-def test_labels_mark_the_tokens_that_overlap_a_span(run):
-    text = run.texts[1]["text"]
-    dog, bird = text.index("dog"), text.index("red bird")
-    spans = torch.tensor([[1, dog, dog + 3, 0], [1, bird, bird + 8, 1], [2, 0, 0, 1], [5, 900, 950, 0]])
-    labels = label_rows(run, spans, 2)
-    assert [run.token(int(row)) for row in labels[:, 0].nonzero()] == ["dog"]
-    assert [run.token(int(row)) for row in labels[:, 1].nonzero()] == ["red", "bird"]
-
-
-def test_concept_recovery_finds_the_unit_that_is_the_concept():
-    """Dimension 0 is on for concept 0 alone; concept 1 is the sign of dimension 3; the latents are the dimensions."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.rand(4000, 2, generator=generator) < 0.2
-    x = 0.01 * torch.randn(4000, 6, generator=generator)
-    x[labels[:, 0], 0] += 1
-    x[labels[:, 1], 3] -= 1
-    eye = torch.eye(6)
-    sae = make_sae(torch.cat([eye, -eye]), torch.full((12,), -0.5), torch.cat([eye, -eye]), torch.zeros(6), 1.0, 4)
-    first, second = concept_recovery(sae, x, labels, torch.arange(4000) % 4 == 0, eye)
-    assert first["firing"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
-    assert second["firing"]["unit"] == 6 + 3 and second["firing"]["f1"] == 1.0
-    assert first["neuron"]["unit"] == 0 and first["neuron"]["f1"] > 0.95
-    assert second["neuron"]["unit"] == 3 and second["pca"]["unit"] == 3
-    assert THRESHOLDS == 14
-
-
-def test_a_threshold_finds_a_concept_that_weak_firing_hides():
-    """The latent fires strongly on the concept and weakly on half of everything else."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.rand(2000, 1, generator=generator) < 0.2
-    x = torch.zeros(2000, 2)
-    x[:, 0] = torch.where(labels[:, 0], 1.0, 0.15 * (torch.rand(2000, generator=generator) < 0.5))
-    sae = make_sae(torch.eye(2), torch.zeros(2), torch.eye(2), torch.zeros(2), 1.0, 1)
-    is_val = torch.arange(2000) % 4 == 0
-    (found,) = concept_recovery(sae, x, labels, is_val, torch.eye(2))
-    assert found["latent"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
-    fires, hits = (x[is_val, 0] > 0).sum(), labels[is_val].sum()
-    assert found["firing"]["f1"] == pytest.approx(float(2 * hits / (fires + hits)))
 
 
 @pytest.mark.parametrize(

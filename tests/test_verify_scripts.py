@@ -204,7 +204,8 @@ def test_all_five_steps_on_the_embedded_default(script, own_store):
     assert script("06_steer_model.py", "SEARCH=xylophone")[0] == 2
     code, out, _ = script("07_test_causality.py", "MIN_F1=0.7", "SAMPLES=6")
     causality = json.loads((folder / "causality.json").read_text())
-    assert code == 0 and "Wilcoxon" in out and causality["p_value"] < 0.05
+    assert code == 0 and "Wilcoxon" in out and causality["arms"]["random"]["p_value"] < 0.05
+    assert set(causality["arms"]) >= {"latent", "untrained", "frozen_decoder", "frozen_encoder", "frozen_decoder, same length"}
     names = run_notebook(FOLDER / "08_compare_kinds.ipynb")
     topk = names["frame"].query("kind == 'topk'")
     assert len(names["results"]) == 36 and (topk["l0"] <= topk["top_k"]).all() and names["frame"]["ev"].between(0, 1).all()

@@ -3,11 +3,13 @@
     python 07_test_causality.py                  # needs the concept recovery of notebook 03, so the embedded stories
     python 07_test_causality.py MIN_F1=0.9 SAMPLES=100
 
-For each ground-truth concept that one latent finds with an F1 over MIN_F1: on held-out tokens where the latent fires, its code is set
-to 0 in the running model. Beside it, at the same tokens, a vector of the same length along the row of a latent drawn at random
-is taken away instead. The KL divergence of the next-token distribution from the untouched one is compared, concept by concept.
+For each ground-truth concept that one latent finds with an F1 over MIN_F1, on held-out tokens that carry the concept: the latent's
+code is set to 0 in the running model. Beside it, on the same tokens: a vector of the same length along the row of a latent drawn at
+random; and the latents of the controls of notebook 03 (untrained, decoder or encoder frozen at random) that were chosen for the concept
+in the same way, with their own code, and with their direction at the length of the SAE's. The KL divergence of the next-token
+distribution from the untouched one is compared, concept by concept. The concepts are those that the SAE finds: that favours it.
 
-Reads  store/verify_sae_training/: the run, the SAE, verification.json of notebook 03
+Reads  store/verify_sae_training/: the run, the SAE, verification.json and the controls of notebook 03
 Writes store/verify_sae_training/causality.json
 """
 from lib.constants import override
@@ -24,63 +26,101 @@ import torch
 from scipy.stats import wilcoxon
 
 from lib import schemas
-from lib.concepts import encode_run
-from lib.effects import contexts, divergence, draw_firings, next_logits
+from lib.controls import control_saes
+from lib.effects import ablation, contexts, divergence, next_logits, of_length
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
+from lib.ground_truth import ground_truth
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
+from lib.training import TrainSettings
 
 FOLDER = experiment_dir("verify_sae_training")
 
 
 def found_concepts(run_id, sae):
-    """Latent -> the ground-truth concept that it finds best."""
+    """The rows of notebook 03's concept recovery in which the SAE's latent is good enough."""
     verification = read_json(FOLDER / "verification.json", schemas.VERIFICATION)
     ours = (verification["run_id"], verification["sae_hash"]) == (run_id, sae_hash(sae))
     rows = [row for row in verification["concept_recovery"] if ours and row["latent"]["f1"] > MIN_F1]
     if not rows:
         raise InputError(f"verification.json holds no concept of this SAE with an F1 over {MIN_F1}; run notebook 03 on the embedded stories, or lower MIN_F1")
-    best = sorted(rows, key=lambda row: row["latent"]["f1"])
-    return {row["latent"]["unit"]: row["concept"] for row in best}  # a latent that finds several stands for the best
+    return rows
 
 
-def measure(model, tokenizer, point, sae, saved, firings):
-    """KL in nats of ablating the latent and of the random control, float64 [M] each."""
-    generator = torch.Generator().manual_seed(SEED)
-    others = torch.randint(sae.n_latents - 1, (len(firings.latent),), generator=generator)
-    others += others >= firings.latent  # any latent but the concept's own
-    texts = contexts(saved, tokenizer, firings.row)
-    size = sae.scale * firings.code[:, None].to(sae.mean.device)
-    deltas = [None, *(-size * sae.W_dec[which.to(sae.mean.device)] for which in (firings.latent, others))]
-    kl = torch.zeros(2, len(texts), dtype=torch.double)
-    for lines, (clean, *edited) in next_logits(model, point, texts, deltas):
-        kl[:, lines] = torch.stack([divergence(clean, logits).cpu() for logits in edited])
-    return kl
+def draw_tokens(saved, rows):
+    """(row of the run, number of the concept) of up to SAMPLES held-out tokens of each concept, int64 [M] each."""
+    truth, generator = ground_truth(saved, FOLDER), torch.Generator().manual_seed(SEED)
+    if truth is None:
+        raise InputError(f"run {saved.run_id} has no ground truth any more: concepts.json beside its data set is missing")
+    column = {concept.name: i for i, concept in enumerate(truth.concepts)}
+    if foreign := [row["concept"] for row in rows if row["concept"] not in column]:
+        raise InputError(f"verification.json names a concept {foreign[0]!r} that the stories don't have; run notebook 03 again")
+    tokens = [(truth.labels[:, column[row["concept"]]] & saved.is_val).nonzero()[:, 0] for row in rows]
+    drawn = [found[torch.randperm(len(found), generator=generator)[:SAMPLES]].sort().values for found in tokens]
+    return torch.cat(drawn), torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(found) for found in drawn]))
+
+
+def edits(saes, rows, x, concept):
+    """Name of the arm -> what is added to the activations x [M, D]."""
+    units = {kind: torch.tensor([row[kind]["unit"] for row in rows])[concept] for kind in saes}
+    if any(int(units[kind].max()) >= sae.n_latents for kind, sae in saes.items()):
+        raise InputError("verification.json names a latent that its SAE doesn't have; run notebook 03 again")
+    arms = {kind: ablation(sae, x, units[kind]) for kind, sae in saes.items()}
+    length = arms["latent"].norm(dim=1)
+    others = torch.randint(saes["latent"].n_latents - 1, concept.shape, generator=torch.Generator().manual_seed(SEED))
+    others += others >= units["latent"]  # any latent but the concept's own
+    arms["random"] = of_length(-saes["latent"].W_dec[others.to(x.device)], length)
+    for kind in saes.keys() - {"latent"}:
+        arms[f"{kind}, same length"] = of_length(-saes[kind].W_dec[units[kind].to(x.device)], length)
+    return dict(sorted(arms.items(), key=lambda arm: (arm[0] != "latent", arm[0])))
 
 
 def main():
-    sae = load_sae(FOLDER / "sae_model" / "topk_sae.pt", choose_device(DEVICE))
+    device = choose_device(DEVICE)
+    sae = load_sae(FOLDER / "sae_model" / "topk_sae.pt", device)
     saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
     require_trained_on(sae, saved, hook)
-    concepts = found_concepts(saved.run_id, sae)
-    model, tokenizer, point = model_of_run(saved, hook, sae.mean.device, TRUST_REMOTE_CODE)
-    firings = draw_firings(encode_run(saved, hook, sae), concepts, SAMPLES, saved.is_val, SEED)
-    own, other = measure(model, tokenizer, point, sae, saved, firings)
+    rows = found_concepts(saved.run_id, sae)
+    saes = {"latent": sae}
+    if "frozen_decoder" in rows[0]:
+        settings = TrainSettings(**read_json(FOLDER / "training_history.json", schemas.HISTORY)["settings"])
+        saes |= control_saes(saved, hook, settings, FOLDER / "controls", device)
+    tokens, concept = draw_tokens(saved, rows)
+    model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
+    wanted = torch.zeros(saved.n_rows, dtype=torch.bool)
+    wanted[tokens] = True
+    place = wanted.nonzero()[:, 0]
+    x = saved.select(hook, wanted)[torch.searchsorted(place, tokens)].to(device)
+    arms = edits(saes, rows, x, concept)
+    kl = torch.zeros(len(arms), len(tokens), dtype=torch.double)
+    for lines, (clean, *edited) in next_logits(model, point, contexts(saved, tokenizer, tokens), [None, *arms.values()]):
+        kl[:, lines] = torch.stack([divergence(clean, logits).cpu() for logits in edited])
+    count = torch.bincount(concept, minlength=len(rows))
+    means = torch.zeros(len(rows), len(arms), dtype=torch.double).index_add_(0, concept, kl.T) / count[:, None]
+    report(rows, count, means, {name: float(delta.norm(dim=1).mean()) for name, delta in arms.items()}, sae)
+
+
+def report(rows, count, means, lengths, sae):
+    """Print the arms over all concepts and the SAE's own concept by concept; write all of it. means: KL [concepts, arms]."""
+    names = list(lengths)
     table = [
-        {"latent": i, "concept": name, "n_tokens": int(here.sum()), "kl_ablated": float(own[here].mean()), "kl_random": float(other[here].mean())}
-        for i, name in sorted(concepts.items(), key=lambda item: item[1]) if (here := firings.latent == i).any()
+        {"concept": row["concept"], "part": row["part"], "latent": row["latent"]["unit"], "n_tokens": int(n), "kl": dict(zip(names, line.tolist()))}
+        for row, n, line in zip(rows, count, means)
     ]  # fmt: skip
     print(f"{'concept':<40} {'latent':>6} {'tokens':>6} {'ablated':>9} {'random':>9}   KL of the next token, nats")
-    for row in table:
-        print(f"{row['concept']:<40} {row['latent']:>6} {row['n_tokens']:>6} {row['kl_ablated']:>9.4f} {row['kl_random']:>9.4f}")
-    ablated, random = ([row[key] for row in table] for key in ("kl_ablated", "kl_random"))
-    more = sum(a > b for a, b in zip(ablated, random))
-    p = float(wilcoxon(ablated, random, alternative="greater").pvalue)
-    print(f"mean KL {sum(ablated) / len(table):.4f} ablated, {sum(random) / len(table):.4f} random; larger for {more} of {len(table)} concepts")
-    print(f"Wilcoxon signed-rank test over the concepts, one-sided: p = {p:.2g}")
-    write_json(FOLDER / "causality.json", {"schema_version": 1, "sae_hash": sae_hash(sae), "constants": CONSTANTS, "p_value": p, "concepts": table})
+    for row in sorted(table, key=lambda row: row["concept"]):
+        print(f"{row['concept']:<40} {row['latent']:>6} {row['n_tokens']:>6} {row['kl']['latent']:>9.4f} {row['kl']['random']:>9.4f}")
+    print(f"\n{'over ' + str(len(table)) + ' concepts':<30} {'mean KL':>8} {'length':>7} {'latent moves more in':>21} {'p':>8}")
+    summary = {}
+    for i, name in enumerate(names):
+        more = int((means[:, 0] > means[:, i]).sum())
+        p = float(wilcoxon(means[:, 0], means[:, i], alternative="greater").pvalue) if i else None
+        summary[name] = {"mean_kl": float(means[:, i].mean()), "mean_length": lengths[name], "latent_larger": more, "p_value": p}
+        print(f"{name:<30} {means[:, i].mean():>8.4f} {lengths[name]:>7.3f}" + ("" if p is None else f" {more:>21} {p:>8.2g}"))
+    print("p: Wilcoxon signed-rank test over the concepts, one-sided, uncorrected")
+    write_json(FOLDER / "causality.json", {"schema_version": 2, "sae_hash": sae_hash(sae), "constants": CONSTANTS, "arms": summary, "concepts": table})
 
 
 if __name__ == "__main__":
