@@ -41,7 +41,7 @@ ception: $(VENV)/installed
 PAGE ?= 460
 pictures:
 	mkdir -p $(VERIFY)/pictures
-	for name in verification training_curves concept_recovery baselines; do cp $(STORE_DIR)/verify_sae_training/figures/$$name.png $(VERIFY)/pictures/; done
+	for name in verification training_curves concept_recovery concept_examples baselines; do cp $(STORE_DIR)/verify_sae_training/figures/$$name.png $(VERIFY)/pictures/; done
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,820 --screenshot=$(VERIFY)/pictures/concept_page.png \
 	  "file://$(STORE_DIR)/verify_sae_training/concepts.html#$(PAGE)"
 
