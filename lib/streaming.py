@@ -22,7 +22,7 @@ from lib.distributed import rank, wait_for_all
 from lib.environment import InputError, log
 from lib.files import atomic_write
 from lib.models import local_path
-from lib.texts import drawn_from_stream, drawn_rows
+from lib.texts import drawn_from_stream, drawn_rows, tell_left_out
 
 COPY_TEXTS = 1000  # documents that are written together
 
@@ -31,12 +31,15 @@ class TextFile(Sequence[str]):
     """The strings of a file with one JSON value a line; in memory is only where each begins. Other values are left out."""
 
     def __init__(self, path: Path):
-        self.path, self.starts = path, array("q")
+        self.path, self.starts, self.n_lines = path, array("q"), 0
+        self.left_out = 0  # number of the first line without a string, from 1; 0: there is none
         with open(path, "rb") as file:
             at = 0
-            for line in file:
+            for self.n_lines, line in enumerate(file, 1):
                 if line.startswith(b'"'):
                     self.starts.append(at)
+                else:
+                    self.left_out = self.left_out or self.n_lines
                 at += len(line)
 
     def __len__(self) -> int:
@@ -74,8 +77,10 @@ def stream_texts(dataset: str, split: str, text_field: str, limit: int | None, p
             raise InputError(f"DATASET={dataset} can't be streamed ({first}); set a local file, or a hub name that this machine can reach") from None
     wait_for_all()
     texts = TextFile(path)
-    if not len(texts):
+    if not texts.n_lines:
         raise InputError(f"DATASET={dataset} is empty")
+    if texts.left_out:
+        tell_left_out(dataset, text_field, texts.n_lines, texts.n_lines - len(texts), texts.left_out)
     return texts
 
 

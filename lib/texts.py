@@ -8,10 +8,13 @@ import pandas
 import torch
 from torch import Tensor
 
+from lib.distributed import rank
 from lib.environment import InputError, log
+from lib.files import require_file
 from lib.models import local_path
 
 Documents = list[dict[str, Any]]
+MOST_LEFT_OUT = 0.5  # share of the rows that may have no text
 DRAW_SEED = 0  # of the documents that a limit leaves: the same ones for every SEED, so that cached activations serve all
 CHUNK_ROWS = 10_000  # rows of a file in memory at one time while some are drawn
 STREAM_BUFFER = 10_000  # a hub data set is not read to its end: what is drawn comes from so many documents more than asked for
@@ -25,9 +28,12 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
 
     dataset: a local .jsonl, .json, .csv, .tsv, .parquet or .txt (one document a paragraph) file, a folder
     written by datasets' save_to_disk, or a hub name. split is used for folders and hub names only.
-    Raises InputError if it can't be reached, is empty, or lacks the field.
+    Rows whose field is no text (null, a number, a list ...) are left out, and told in one line.
+    Raises InputError if it can't be reached, is empty, lacks the field, or has no text in most rows.
     """
     path = local_path(dataset)
+    if path is not None and not path.is_dir():
+        require_file(path, remedy="set DATASET to a file of texts")
     try:
         if path is None or path.is_dir():
             documents = _from_datasets(str(path or dataset), path is not None, split, limit)
@@ -42,7 +48,28 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
         raise InputError(f"DATASET={dataset} is empty")
     if text_field not in documents[0]:
         raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has {', '.join(map(str, documents[0]))}: set TEXT_FIELD")
-    return [document for document in documents if isinstance(document[text_field], str)]
+    missing = [row for row, document in enumerate(documents) if not isinstance(document[text_field], str)]
+    if missing:
+        tell_left_out(dataset, text_field, len(documents), len(missing), missing[0] + 1, documents[missing[0]][text_field])
+    for row in reversed(missing):
+        del documents[row]
+    return documents
+
+
+def tell_left_out(dataset: str, text_field: str, n_rows: int, n_missing: int, first: int, example: Any = None) -> None:
+    """Say how many rows have no text, the first of them counted from 1. Raises InputError if they are more than MOST_LEFT_OUT."""
+    what = f"{n_missing:,} of {n_rows:,} rows have no text in {text_field!r}; the first is row {first:,} of these"
+    if example is not None and example == example:  # NaN stands for what is missing
+        what += f", {_kind(example)}"
+    if n_missing > MOST_LEFT_OUT * n_rows:
+        raise InputError(f"DATASET={dataset}: {what}; set TEXT_FIELD to a column of texts, or remove those rows")
+    if rank() == 0:
+        log.warning("DATASET=%s: %s: they are left out", dataset, what)
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", bytes: "binary"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def _from_file(path, text_field: str, limit: int | None) -> Documents:

@@ -1,0 +1,88 @@
+"""Data sets with rows that hold no text: they are counted and told, or the whole is refused in one line."""
+import json
+import logging
+import os
+
+import pandas
+import pytest
+import torch
+from conftest import tiny_model, word_tokenizer
+
+from lib.activations import SaveSettings, save_activations
+from lib.environment import InputError
+from lib.hooks import resolve
+from lib.streaming import stream_texts
+from lib.texts import load_documents
+
+GOOD = ["the cat sat", "a dog ran", "it was sad", "the blue bird"]
+BAD = {"null": None, "number": 3.5, "zero": 0, "flag": True, "list": ["a"], "dict": {"a": 1}}
+
+
+def jsonl(path, values):
+    lines = [json.dumps({"other": 1} if value is ... else {"other": 1, "text": value}) for value in values]
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_row_without_text_is_left_out_with_a_line(tmp_path, caplog, bad):
+    path = jsonl(tmp_path / "x.jsonl", [*GOOD[:2], BAD[bad], *GOOD[2:]])
+    with caplog.at_level(logging.WARNING, "workbench"):
+        assert [document["text"] for document in load_documents(path)] == GOOD
+    assert "1 of 5 rows have no text in 'text'; the first is row 3" in caplog.text and caplog.text.count("\n") == 1
+
+
+def test_a_missing_field_is_left_out_with_a_line(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "workbench"):
+        assert len(load_documents(jsonl(tmp_path / "x.jsonl", [*GOOD, ...]))) == 4
+    assert "the first is row 5 of these: they are left out" in caplog.text
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_mostly_no_text_is_refused(tmp_path, bad):
+    path = jsonl(tmp_path / "x.jsonl", [BAD[bad]] * 3 + GOOD[:2])
+    with pytest.raises(InputError, match="3 of 5 rows have no text in 'text'.*set TEXT_FIELD") as error:
+        load_documents(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("numbers.csv", "text,n\n1,2\n3,4\n"), ("flags.csv", "text,n\nTrue,2\nFalse,4\n"), ("numbers.tsv", "text\tn\n1.5\t2\n2.5\t4\n"),
+])  # fmt: skip
+def test_a_column_of_other_values_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="2 of 2 rows have no text in 'text'"):
+        load_documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("column", [[b"a", b"b"], [{"a": 1}, {"a": 2}], [["a"], ["b"]], [1, 2]])
+def test_a_parquet_column_of_other_values_is_refused(tmp_path, column):
+    pandas.DataFrame({"text": column}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="2 of 2 rows have no text"):
+        load_documents(str(tmp_path / "x.parquet"))
+
+
+def test_a_stream_tells_what_it_leaves_out(tmp_path, caplog):
+    path = jsonl(tmp_path / "x.jsonl", [GOOD[0], None, *GOOD[1:]])
+    with caplog.at_level(logging.WARNING, "workbench"):
+        assert list(stream_texts(path, "train", "text", None, tmp_path / "copy.jsonl")) == GOOD
+    assert "1 of 5 rows have no text in 'text'; the first is row 2" in caplog.text
+    with pytest.raises(InputError, match="2 of 2 rows"):
+        stream_texts(jsonl(tmp_path / "y.jsonl", [None, None]), "train", "text", None, tmp_path / "other.jsonl")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match="is not a file"):
+        load_documents(str(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("texts", [["cat", "cat"], ["a cat"] * 6])
+def test_activations_that_are_all_alike_are_refused_and_leave_no_run(tmp_path, texts):
+    model = tiny_model("llama")
+    with torch.no_grad():  # whatever the token, its activation is the same
+        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[5]
+    splits = ["val"] + ["train"] * (len(texts) - 1)
+    with pytest.raises(InputError, match="same activation at .*, so there is nothing to learn"):
+        save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_pre:0")], texts, splits, SaveSettings(), {})
+    assert not (tmp_path / "run" / "manifest.json").exists()
