@@ -79,7 +79,7 @@ def train(saved, hook, rows):
             sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE), track=track)
         except Diverged:  # nobody will resume it, and it must not bar other constants
             if rank() == 0:
-                shutil.rmtree(SAE_PATH.parent / "checkpoints")
+                shutil.rmtree(SAE_PATH.parent / "checkpoints", ignore_errors=True)
             raise
     if rank():
         return
@@ -95,6 +95,8 @@ def train(saved, hook, rows):
     write_json(HISTORY_PATH, {**about, **history, "final": final}, sealed=True)
     dead, n_rows = final["dead_pct"], f"{final['n_rows']:,}"
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"], dead, n_rows)
+    if final["ev"] <= 0:
+        log.warning("it explains less than the mean of the activations does: lower LR or train longer")
 
 
 def forget_checkpoint():
