@@ -16,12 +16,18 @@ from lib.files import read_json
 COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
 PRIMARY = ("base_u", "sae_features_u_weighted")  # all other metrics are secondary
 MAX_ACCURACY_LOSS = 0.005  # of validation accuracy against lambda0, for a cycle or a constant to be chosen
+CONTROLS = ("lambda0", "permuted", "random_unit", "random_latents", "shuffled_labels", "class_mean")  # success beats them all
+MATCHED = {"sae_explained_variance": 0.02, "sparsity_l0_mean": 0.5}  # how far an SAE may be from lambda0's: share, codes
+LIVE_BELOW, LIVE_RATIO = 0.99, 0.01  # cosine that lambda0 may have to the targets, and least ratio of gradients
 BOOTSTRAP_BELOW = 6  # seeds under which a bootstrap interval is given beside the t interval
 
 
-def result_table(root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycles: int) -> pandas.DataFrame:
+def result_table(
+    root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycles: int, cosines: dict[tuple[str, int, int], float] | None = None
+) -> pandas.DataFrame:  # fmt: skip
     """results_cycle_<n>.json of these arms, seeds and cycles under `root`, one row for each number; COLUMNS.
 
+    cosines: (arm, seed, cycle) -> that of lambda0's model to the arm's targets (lib.cycles), kept as aux_cos_lambda0.
     Raises InputError where one is missing.
     """
     rows = []
@@ -33,6 +39,7 @@ def result_table(root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycl
                     for split in ("val", "test"):
                         place = (root.name, arm, seed, result["sae_seed"], cycle, split)
                         rows += [(*place, metric, value) for metric, value in result[split].items()]
+    rows += [(root.name, arm, seed, 0, cycle, "val", "aux_cos_lambda0", value) for (arm, seed, cycle), value in (cosines or {}).items()]
     return pandas.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -129,6 +136,87 @@ def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, arm: st
         for name, metrics in (("primary", PRIMARY), ("accuracy", ("task_accuracy",))):
             result[name] = compare(table, arm, controls, metrics, cycle).to_dict("records")
     return result
+
+
+def pulls(table: pandas.DataFrame, arms: list[str], cycle: int) -> pandas.DataFrame:
+    """How hard each arm with targets was pulled in a cycle, means over seeds, one row an arm.
+
+    cos_end: mean cosine to its targets at the end, about the centre it was trained with; cos_lambda0: that of lambda0's
+    model to the same targets; rise [low, high]: their paired difference; loss_ratio: lambda L_aux / L_task; grad_ratio.
+    verdict: PASS where the rise is shown, lambda0 is not there already, and the gradient is not negligible.
+    """
+    rows = []
+    for arm in arms:
+        found = {m: by_seed(table, arm, cycle, f"aux_{m}", "val") for m in ("cos_end", "cos_lambda0", "loss_ratio", "grad_ratio")}
+        if not len(found["cos_end"]):
+            continue
+        row = {name: float(values.mean()) if len(values) else float("nan") for name, values in found.items()}
+        rise = paired(found["cos_end"], found["cos_lambda0"])
+        if not rise["n"]:
+            verdict = "WARN: lambda0 was not run"
+        elif row["cos_lambda0"] >= LIVE_BELOW:
+            verdict = "WARN: lambda0 lies at the targets already"
+        else:
+            live = rise["low"] > 0 and row["grad_ratio"] > LIVE_RATIO
+            verdict = "PASS" if live else "WARN: the pull is not shown"
+        rows.append({"arm": arm, **row, "rise": rise["mean"], "low": rise.get("low"), "high": rise.get("high"), "verdict": verdict})
+    return pandas.DataFrame(rows)
+
+
+def trend(
+    table: pandas.DataFrame, arm: str, reference: str, metric: str, cycle: int, margin: float | None = None
+) -> tuple[str, dict[str, float]]:
+    """(PASS, FAIL or WARN, the paired difference to the reference on test).
+
+    PASS where the interval lies above 0 and FAIL where it lies below; with a margin where it lies within it and where it
+    lies outside. WARN: neither is shown.
+    """
+    at = 0 if reference == "baseline" else cycle
+    found = paired(by_seed(table, arm, cycle, metric, "test"), by_seed(table, reference, at, metric, "test"))
+    low, high = found["low"], found["high"]
+    if margin is not None:
+        shown, refuted = -margin < low and high < margin, high < -margin or low > margin
+    else:
+        shown, refuted = low > 0, high < 0
+    return "PASS" if shown else "FAIL" if refuted else "WARN", found
+
+
+def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, cycle: int) -> str:
+    """What the paired differences of `arm` say about one primary metric, on test; the rules of the notebook's last section.
+
+    An effect is an interval clear of 0 with a Holm-corrected p under .05 over all arms and primary metrics. Success asks for
+    one against each of CONTROLS, an accuracy whose interval excludes a loss of half a point, and an SAE as good and as
+    sparse as lambda0's (MATCHED, by intervals).
+    """
+    if table.seed.nunique() < 3:
+        return "no verdict: fewer than 3 seeds"
+    if "lambda0" not in arms or arm not in arms:
+        return f"no verdict: {arm} and lambda0 must both be run"
+    frame = compare(table, arm, [a for a in arms if a != arm], PRIMARY, cycle)
+    rows = frame[frame.metric == metric].set_index("control")
+    first = rows.loc["lambda0"]
+    against = f"{first['mean']:+.4f} [{first['low']:+.4f}, {first['high']:+.4f}] against lambda0"
+    better = [a for a in rows.index if rows.loc[a, "p_holm"] < 0.05 and rows.loc[a, "low"] > 0]
+    if first["high"] < 0 and first["p_holm"] < 0.05:
+        return f"lower: {against}"
+    if "lambda0" not in better:
+        return f"no effect shown: {against}"
+    accuracy = trend(table, arm, "lambda0", "task_accuracy", cycle)[1]
+    points = f"accuracy {100 * accuracy['mean']:+.2f} points [{100 * accuracy['low']:+.2f}, {100 * accuracy['high']:+.2f}]"
+    if accuracy["high"] < -MAX_ACCURACY_LOSS:
+        return f"trade-off: {against}, {points}"
+    tied = [a for a in CONTROLS if a in rows.index and a not in better]
+    if tied:
+        return f"an effect, not specific to the SAE: {against}; not shown against {', '.join(tied)}"
+    missing = [a for a in CONTROLS if a not in rows.index]
+    if missing:
+        return f"an effect: {against}; no success without the controls that were not run: {', '.join(missing)}"
+    if accuracy["low"] < -MAX_ACCURACY_LOSS:
+        return f"an effect: {against}; that accuracy is kept is not shown: {points}"
+    unlike = [m for m, margin in MATCHED.items() if trend(table, arm, "lambda0", m, cycle, margin)[0] != "PASS"]
+    if unlike:
+        return f"an effect: {against}; not shown at equal {' and '.join(unlike)}"
+    return f"success: {against}, every control beaten, {points}"
 
 
 def match_latents(

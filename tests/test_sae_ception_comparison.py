@@ -1,5 +1,6 @@
 """Paired differences, Holm's correction, the choice of a cycle, and matched latents, on cases with known answers."""
 import math
+import re
 
 import numpy as np
 import pandas
@@ -7,7 +8,22 @@ import pytest
 import torch
 from scipy import stats
 
-from lib.comparison import COLUMNS, by_seed, choose_cycle, compare, holm, interval, match_latents, paired, result_table, summary
+from lib.comparison import (
+    COLUMNS,
+    CONTROLS,
+    by_seed,
+    choose_cycle,
+    compare,
+    holm,
+    interval,
+    match_latents,
+    paired,
+    pulls,
+    result_table,
+    summary,
+    trend,
+    verdict,
+)
 from lib.environment import InputError
 from lib.files import write_json
 
@@ -98,3 +114,64 @@ def test_matched_latents():
     assert (found["split"], found["merged"]) == (1, 0)  # latent 0 lives on in two
     with pytest.raises(InputError):
         match_latents(a, b, torch.zeros(5).bool(), alive_b)
+
+
+def table_of(means, seeds=8, noise=0.002, cosines=None):
+    """{arm: {metric: mean}} as a table of cycle 1, test, with a little noise of each seed, which pairing does not remove."""
+    rng = np.random.default_rng(0)
+    level = {"base_u": 0.3, "sae_features_u_weighted": 0.2, "task_accuracy": 0.9, "sae_explained_variance": 0.95, "sparsity_l0_mean": 8.0}
+    rows = []
+    for arm, other in means.items():
+        for metric, value in (level | other).items():
+            split = "val" if metric.startswith("aux_") else "test"
+            rows += [("s", arm, seed, 0, 1, split, metric, value + noise * rng.normal()) for seed in range(seeds)]
+    return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+
+ALL = {arm: {} for arm in CONTROLS}
+ABOVE = {"base_u": 0.34, "sae_features_u_weighted": 0.24}
+
+
+@pytest.mark.parametrize("means,said", [
+    (ALL | {"per_class": ABOVE}, "success: "),
+    ({"lambda0": {}, "per_class": ABOVE}, "an effect: .*were not run: permuted, random_unit, random_latents, shuffled_labels, class_mean"),
+    (ALL | {"per_class": {}}, "no effect shown: "),
+    (ALL | {"per_class": {"base_u": 0.26}}, "lower: "),
+    (ALL | {"per_class": ABOVE, "class_mean": ABOVE}, "not specific to the SAE: .*; not shown against class_mean$"),
+    (ALL | {"per_class": ABOVE | {"task_accuracy": 0.87}}, "trade-off: .*accuracy -3"),
+    (ALL | {"per_class": {"base_u": 0.26, "task_accuracy": 0.87}}, "lower: "),
+    (ALL | {"per_class": ABOVE | {"task_accuracy": 0.8945}}, "an effect: .*accuracy is kept is not shown"),
+    (ALL | {"per_class": ABOVE | {"sae_explained_variance": 0.9}}, "not shown at equal sae_explained_variance$"),
+    (ALL | {"per_class": ABOVE | {"sparsity_l0_mean": 5.0}}, "not shown at equal sparsity_l0_mean$"),
+    ({"class_mean": {}, "per_class": ABOVE}, "no verdict: per_class and lambda0"),
+])  # fmt: skip
+def test_the_verdict(means, said):
+    assert re.search(said, verdict(table_of(means), "per_class", list(means), "base_u", 1))
+
+
+def test_no_verdict_from_two_seeds_nor_from_a_point_estimate():
+    assert verdict(table_of(ALL | {"per_class": ABOVE}, seeds=2), "per_class", [*ALL, "per_class"], "base_u", 1) == "no verdict: fewer than 3 seeds"
+    noisy = table_of(ALL | {"per_class": {"base_u": 0.31, "task_accuracy": 0.88}}, noise=0.03)
+    assert verdict(noisy, "per_class", [*ALL, "per_class"], "base_u", 1).startswith("no effect shown")
+
+
+def test_trends_are_judged_by_intervals():
+    table = table_of({"lambda0": {}, "per_class": {"base_u": 0.34, "sae_features_u_weighted": 0.15, "task_accuracy": 0.905}})
+    assert trend(table, "per_class", "lambda0", "base_u", 1)[0] == "PASS"
+    assert trend(table, "per_class", "lambda0", "sae_features_u_weighted", 1)[0] == "FAIL"
+    assert trend(table, "per_class", "lambda0", "sae_explained_variance", 1)[0] == "WARN"
+    assert [trend(table, "per_class", "lambda0", "task_accuracy", 1, margin)[0] for margin in (0.02, 0.005, 0.001)] == ["PASS", "WARN", "FAIL"]
+    assert trend(table, "per_class", "lambda0", "nothing", 1)[0] == "WARN"
+
+
+def test_a_pull_is_judged_against_lambda0():
+    """A cosine that rises from an untrained network's to lambda0's shows no pull; one above lambda0's does."""
+    def aux(end, of_lambda0, ratio=0.5):
+        return {"aux_cos_end": end, "aux_cos_lambda0": of_lambda0, "aux_loss_ratio": ratio, "aux_grad_ratio": ratio}
+
+    means = {"lambda0": {}, "per_class": aux(0.9, 0.7), "class_mean": aux(0.7, 0.7), "random_unit": aux(1.0, 1.0), "constant": aux(0.9, 0.7, 0.001)}
+    found = pulls(table_of(means, noise=0.0005), list(means), 1).set_index("arm")
+    assert found.verdict.tolist() == ["PASS", "WARN: the pull is not shown", "WARN: lambda0 lies at the targets already", "WARN: the pull is not shown"]
+    assert found.loc["per_class", "rise"] == pytest.approx(0.2, abs=0.001) and found.loc["per_class", "low"] < 0.2 < found.loc["per_class", "high"] + 0.001
+    alone = table_of({"per_class": {k: v for k, v in aux(0.9, 0.7).items() if k != "aux_cos_lambda0"}})
+    assert pulls(alone, ["per_class"], 1).verdict.tolist() == ["WARN: lambda0 was not run"]

@@ -114,11 +114,12 @@ CONSTANTS = override(globals(), presets_for(globals()))
 from tqdm.auto import tqdm
 
 from lib.bench import Bench, setting_root
-from lib.comparison import by_seed, interval, result_table, summary
-from lib.cycles import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
+from lib.comparison import by_seed, interval, pulls, result_table, summary
+from lib.cycles import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from lib.environment import log, log_to, run
 from lib.files import write_json, write_text
 from lib.guards import in_use
+from lib.sharpening import NO_TARGET, method
 
 WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u_weighted": "SAE U"}
 MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp", "clustering_ari": "ARI",
@@ -130,6 +131,23 @@ def train_and_evaluate(bench: Bench, arm: str, cycle: int) -> None:
     for sae_seed in range(N_SAE_SEEDS):
         train_cycle_sae(bench, arm, cycle, sae_seed)
     evaluate_cycle(bench, arm, cycle)
+
+
+def against_lambda0(bench: Bench) -> dict[tuple[str, int, int], float]:
+    """(arm, seed, cycle) -> the cosine of lambda0's model to the arm's targets, for what each arm's own is worth."""
+    if "lambda0" not in ARMS:
+        return {}
+    pulled = [arm for arm in ARMS if method(arm) not in NO_TARGET]
+    return {(arm, bench.seed, cycle): lambda0_cosine(bench, arm, cycle) for arm in pulled for cycle in range(1, CYCLES + 1)}
+
+
+def print_pulls(table) -> None:
+    """How hard each arm was pulled: one lambda does not make arms pull equally hard."""
+    for cycle in range(1, CYCLES + 1):
+        print(f"\n{'arm':<24}{'cycle':>6}{'cosine':>9}{'lambda0':>9}{'loss ratio':>12}{'grad ratio':>12}")
+        for row in pulls(table, list(ARMS), cycle).to_dict("records"):
+            numbers = f"{row['cos_end']:>9.3f}{row['cos_lambda0']:>9.3f}{row['loss_ratio']:>12.3f}{row['grad_ratio']:>12.3f}"
+            print(f"{row['arm']:<24}{cycle:>6}{numbers}  {row['verdict']}")
 
 
 def print_table(table) -> None:
@@ -158,6 +176,7 @@ def print_comparison(found) -> None:
 def main():
     root = setting_root(CONSTANTS)
     log_to(root / "04_train_cycle.log")
+    cosines: dict[tuple[str, int, int], float] = {}
     with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
         for seed in SEEDS:
             bench = Bench(CONSTANTS, seed)
@@ -165,11 +184,13 @@ def main():
                 for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
                     train_and_evaluate(bench, arm, cycle)
                     bar.update()
-    table = result_table(root, tuple(ARMS), tuple(SEEDS), CYCLES)
+                cosines |= against_lambda0(bench)
+    table = result_table(root, tuple(ARMS), tuple(SEEDS), CYCLES, cosines)
     write_text(root / "results.csv", table.to_csv(index=False))
     found = summary(table, tuple(ARMS), CYCLES)
     write_json(root / "summary.json", drop_undefined(found), sealed=True)
     print_table(table)
+    print_pulls(table)
     if "primary" in found:
         print_comparison(found)
     log.info("%s", root / "results.csv")
