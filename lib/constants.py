@@ -87,28 +87,7 @@ def constants_of(script: Path, argv: list[str] | None = None) -> dict[str, Any]:
     return namespace
 
 
-def kinds_of(source: str, namespace: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Constant -> its annotation, else the type of its default; Any for an unannotated None.
-
-    Annotations are read from the source: Python 3.14 keeps none in a script's globals.
-    """
-    kinds = {name: Any if namespace[name] is None else type(namespace[name]) for name in names}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in kinds:
-            kinds[node.target.id] = eval(compile(ast.Expression(node.annotation), "annotation", "eval"), namespace)
-    return kinds
-
-
-def _parse(argument: str, names: list[str], kinds: dict[str, Any]) -> tuple[str, Any]:
-    name, equals, text = argument.partition("=")
-    if not equals:
-        raise ValueError(f"{shown(argument)!r} is not NAME=value; --help lists the constants")
-    if name not in names:
-        raise ValueError(f"there is no constant {shown(name)}{nearest(name.upper(), names)}; --help lists them")
-    return name, _fit_text(name, text, kinds[name])
-
-
-def _fit_text(name: str, text: str, kind: Any) -> Any:
+def read_value(name: str, text: str, kind: Any) -> Any:
     """The value that a text on the command line stands for.
 
     A Python literal is tried first, then the text itself, then its parts between commas: 007 is a text where one is
@@ -129,6 +108,27 @@ def _fit_text(name: str, text: str, kind: Any) -> Any:
         except Unfit as error:
             faults.append(f"{name}={shown(text)} {error}")
     raise ValueError(faults[0])
+
+
+def kinds_of(source: str, namespace: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Constant -> its annotation, else the type of its default; Any for an unannotated None.
+
+    Annotations are read from the source: Python 3.14 keeps none in a script's globals.
+    """
+    kinds = {name: Any if namespace[name] is None else type(namespace[name]) for name in names}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in kinds:
+            kinds[node.target.id] = eval(compile(ast.Expression(node.annotation), "annotation", "eval"), namespace)
+    return kinds
+
+
+def _parse(argument: str, names: list[str], kinds: dict[str, Any]) -> tuple[str, Any]:
+    name, equals, text = argument.partition("=")
+    if not equals:
+        raise ValueError(f"{shown(argument)!r} is not NAME=value; --help lists the constants")
+    if name not in names:
+        raise ValueError(f"there is no constant {shown(name)}{nearest(name.upper(), names)}; --help lists them")
+    return name, read_value(name, text, kinds[name])
 
 
 def _fit(name: str, value: Any, kind: Any) -> Any:

@@ -3,6 +3,7 @@ import errno
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -151,6 +152,17 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
     except (Exception, KeyboardInterrupt) as error:
         end(error)
         raise
+
+
+def say_next(script: str, **constants: Any) -> None:
+    """Tell the command of the next step, a script or notebook beside this one, as it can be typed here."""
+    from lib.distributed import rank
+
+    given = [f"{name}={shlex.quote(str(value))}" for name, value in constants.items() if value is not None]
+    path = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
+    command = [*given, "jupyter lab", path] if script.endswith(".ipynb") else ["python", path, *given]
+    if rank() == 0:
+        print("next:", *command)
 
 
 def log_to(path: Path) -> None:

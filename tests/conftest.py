@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,15 @@ def own_store(tmp_path, monkeypatch):
     """Every test writes to a store of its own."""
     monkeypatch.setenv("STORE_DIR", str(tmp_path / "store"))
     return tmp_path / "store"
+
+
+@pytest.fixture(autouse=True)
+def own_hooks():
+    """A script that ends early in this process leaves what catches Ctrl-C and errors in its imports; see lib.environment.guard_imports."""
+    hook, handler = sys.excepthook, signal.getsignal(signal.SIGINT)
+    yield
+    sys.excepthook = hook
+    signal.signal(signal.SIGINT, handler)
 
 
 def word_tokenizer(bos: bool = True):

@@ -139,10 +139,11 @@ def child(job, notes):
     except SystemExit as ended:
         code = ended.code or 0
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
         code = 1
+        try:
+            sys.excepthook(*sys.exc_info())  # as the interpreter does
+        except SystemExit as ended:
+            code = ended.code
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

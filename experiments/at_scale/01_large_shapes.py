@@ -33,7 +33,7 @@ import torch
 import transformers
 
 from lib.activations import SaveSettings, save_activations
-from lib.environment import run
+from lib.environment import run, say_next
 from lib.fast_step import Workspace, fast_step
 from lib.files import write_json
 from lib.hooks import resolve
@@ -125,6 +125,7 @@ def main():
         print(f"SAE {found['width']} -> {found['n_latents']}, k={found['top_k']}, {found['precision']:<9} "
               f"{found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)  # fmt: skip
     write_json(root / "measured.json", measured)
+    say_next("02_plan.py")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from side_by_side import peers_python
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.activations import SaveSettings, save_activations
-from lib.environment import run
+from lib.environment import run, say_next
 from lib.files import write_json
 from lib.hooks import resolve
 from lib.models import load_model, load_tokenizer
@@ -127,6 +127,7 @@ def main() -> None:
     print(f"ours against SAELens: {rates['ours, float32'] / rates['SAELens']:.1f} x; bfloat16 changes the activations by {error:.1e} of their spread")
     write_json(experiment_dir("benchmarks") / "activations_speed.json",
                {"constants": CONSTANTS, "made_with": provenance(), "tokens": tokens, "seconds": seconds, "error_of_bfloat16": error})
+    say_next("04_show_benchmarks.ipynb")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save_file
 from side_by_side import Trainer, sparse_features
 
-from lib.environment import run
+from lib.environment import run, say_next
 from lib.fast_step import choose_precision
 from lib.files import write_json
 from lib.store import experiment_dir, provenance
@@ -96,6 +96,7 @@ def main() -> None:
             print_shape(timed[-1])
     write_json(experiment_dir("benchmarks") / "sae_training_speed.json",
                {"constants": CONSTANTS, "made_with": provenance(), "timed": timed})
+    say_next("04_show_benchmarks.ipynb")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from scipy.stats import t as student
 from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
 from tqdm.auto import tqdm
 
-from lib.environment import run
+from lib.environment import run, say_next
 from lib.files import fingerprint, read_json, write_json
 from lib.store import experiment_dir, provenance
 
@@ -138,6 +138,7 @@ def main() -> None:
             for trainer in TRAINERS:
                 reported[trainer].append(results.get(trainer, rates[trainer], seed, rows, drawn))
     print_table(reported)
+    say_next("04_show_benchmarks.ipynb")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from lib.environment import InputError, run
+from lib.environment import InputError, run, say_next
 from lib.files import list_files, sha256, write_json, write_text
 from lib.guards import in_use, up_to_date
 from lib.store import experiment_dir
@@ -96,6 +96,7 @@ def main() -> None:
     with in_use(out.parent):
         report = write(out, names, made_from)
     print(json.dumps({key: report[key] for key in ("stories", "words", "concept_words", "leaves", "mood_accuracy")}, indent=1))
+    say_next("02_train_story_model.py")
 
 
 def write(out: Path, names: tuple[str, ...], made_from: dict) -> dict:

@@ -6,7 +6,7 @@
 Reads  store/embedded/stories/ (the root of the store is the environment variable STORE_DIR, if set)
 Writes store/embedded/model/   config.json, model.safetensors, tokenizer.json ...: a folder for from_pretrained
                                report.json: constants, perplexity on the test stories beside unigram and bigram, mood probe
-A run that was stopped goes on from its last checkpoint and ends with the same bytes, given the same THREADS.
+A run that was stopped resumes from its last checkpoint and ends with the same bytes, given the same THREADS.
 """
 import json
 import math

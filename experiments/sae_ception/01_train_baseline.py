@@ -66,7 +66,7 @@ CONSTANTS = override(globals(), presets_for(globals()))
 
 from lib.bench import Bench
 from lib.cycles import train_model
-from lib.environment import log, log_to, run
+from lib.environment import log, log_to, run, say_next
 from lib.guards import in_use
 
 
@@ -78,6 +78,7 @@ def main():
     with in_use(bench.folder("baseline", 0)):
         train_model(bench, "baseline", 0)
     log.info("%s", bench.folder("baseline", 0) / "checkpoints" / "model_cycle_0_best.pt")
+    say_next("02_train_sae.py", PRESET=PRESET, SETTING=SETTING, SEED=SEED)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ CONSTANTS = override(globals(), presets_for(globals()))
 
 from lib.bench import Bench, inherited
 from lib.cycles import train_cycle_sae
-from lib.environment import log, log_to, run
+from lib.environment import log, log_to, run, say_next
 from lib.guards import in_use
 
 
@@ -42,6 +42,7 @@ def main():
     with in_use(bench.folder("baseline", 0)):
         train_cycle_sae(bench, ARM, CYCLE)
     log.info("%s", bench.folder(ARM, CYCLE) / "checkpoints" / f"sae_cycle_{CYCLE}_best.pt")
+    say_next("03_train_auxiliary.py", PRESET=PRESET, SETTING=SETTING, SEED=SEED, CYCLE=CYCLE, ARM=ARM)
 
 
 if __name__ == "__main__":

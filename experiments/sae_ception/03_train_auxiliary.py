@@ -37,7 +37,7 @@ from lib import schemas
 from lib.bench import Bench, inherited
 from lib.cycles import train_model
 from lib.distributed import rank
-from lib.environment import log, log_to, run
+from lib.environment import log, log_to, run, say_next
 from lib.files import read_json
 from lib.guards import in_use
 from lib.sharpening import NO_TARGET, method
@@ -53,6 +53,7 @@ def main():
         for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json", schemas.CYCLE_HISTORY)["aux"].items():
             log.info("  %-18s %.4f", name, value)
     log.info("%s", folder / "checkpoints" / f"model_cycle_{CYCLE + 1}_best.pt")
+    say_next("02_train_sae.py", PRESET=PRESET, SETTING=SETTING, SEED=SEED, CYCLE=CYCLE + 1, ARM=ARM)
 
 
 if __name__ == "__main__":

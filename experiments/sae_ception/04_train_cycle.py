@@ -5,7 +5,7 @@
     python 04_train_cycle.py PRESET=mlp_mnist DATASET=../shared/assets/data/mnist
     python 04_train_cycle.py PRESET=gpt2_sst2 CYCLES=1 SEEDS=0,1,2
 
-Started again after an interruption it goes on where it was. The outputs of steps 1 to 3 are used if they fit.
+Started again after an interruption it resumes where it was. The outputs of steps 1 to 3 are used if they fit.
 Writes store/sae_ception/<setting>/<arm>/seed_<s>/..., results.csv and summary.json
 """
 from typing import Annotated, Literal
@@ -116,7 +116,7 @@ from tqdm.auto import tqdm
 from lib.bench import Bench, setting_root
 from lib.comparison import by_seed, interval, pulls, result_table, summary
 from lib.cycles import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
-from lib.environment import log, log_to, run
+from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text
 from lib.guards import in_use
 from lib.sharpening import NO_TARGET, method
@@ -194,6 +194,7 @@ def main():
     if "primary" in found:
         print_comparison(found)
     log.info("%s", root / "results.csv")
+    say_next("05_compare_cycles.ipynb", SETTING=root.name)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from lib.bench import Bench
 from lib.comparison import MAX_ACCURACY_LOSS
 from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
-from lib.environment import log, log_to, run
+from lib.environment import log, log_to, run, say_next
 from lib.files import write_json
 from lib.guards import in_use
 
@@ -87,6 +87,7 @@ def main():
     for arm, scores in found.items():
         print(f"{arm:<28}" + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     print(f"ARM_CONSTANTS={choose(found, grid)!r}".replace(" ", ""))
+    say_next("04_train_cycle.py", PRESET=CONSTANTS["PRESET"], ARM_CONSTANTS=choose(found, grid))
 
 
 if __name__ == "__main__":

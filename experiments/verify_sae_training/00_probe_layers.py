@@ -39,7 +39,7 @@ CONSTANTS = override(globals())
 
 from lib import plots
 from lib.activations import SaveSettings
-from lib.environment import InputError, choose_device, run
+from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.hooks import blocks, resolve
 from lib.models import choose_dtype, load_model, load_tokenizer
@@ -87,6 +87,7 @@ def main():
     (folder / "figures").mkdir(exist_ok=True)
     plots.layers(table, signature).savefig(folder / "figures" / "layers.png", dpi=110)
     print(folder / "layers.json", "and", folder / "figures" / "layers.png")
+    say_next("01_save_activations.py", MODEL=MODEL, DATASET=DATASET, LAYER_SIGNATURE=signature)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ CONSTANTS = override(globals(), PRESETS)
 
 from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
 from lib.distributed import rank
-from lib.environment import InputError, choose_device, log, log_to, run
+from lib.environment import InputError, choose_device, log, log_to, run, say_next
 from lib.files import fingerprint, write_text
 from lib.guards import bytes_in, differences, in_use, require_room
 from lib.hooks import blocks, layer_signatures, resolve
@@ -169,6 +169,7 @@ def main():
     if rank() == 0:
         write_text(FOLDER / "run_id.txt", run_id + "\n")
     log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}", ", ".join(saved.hooks))
+    say_next("02_train_sae.py")
 
 
 if __name__ == "__main__":

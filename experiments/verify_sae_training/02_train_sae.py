@@ -54,7 +54,7 @@ CONSTANTS = override(globals(), PRESETS)
 
 from lib import kept_saes, schemas
 from lib.distributed import rank, wait_for_all
-from lib.environment import choose_device, log, log_to, run
+from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
 from lib.guards import in_use
 from lib.rows import rows_of_run, sample_rows
@@ -127,6 +127,7 @@ def main():
         if rank() == 0:
             forget_checkpoint()
     log.info("%s and %s", SAE_PATH, HISTORY_PATH)
+    say_next("03_analyze_training.ipynb")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 from lib.concept_files import read_latent_stats
 from lib.dictionary import read_concepts
 from lib.effects import direct_view, promoted_ids
-from lib.environment import InputError, choose_device, run
+from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
@@ -77,6 +77,7 @@ def main():
     print("fires: those on which the unsteered model shows the latent; perplexity: of the written text under the unsteered model")
     about = {"schema_version": 1, "sae_hash": sae_hash(sae), "latent": latent, "name": name, "constants": CONSTANTS}
     write_json(FOLDER / "steering.json", about | {"sweep": table})
+    say_next("07_test_causality.py")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 SEED: Seed = 0                            # of the first training; the second has the next one
 CONSTANTS = override(globals())
 
-from lib.environment import InputError, choose_device, run
+from lib.environment import InputError, choose_device, run, say_next
 from lib.evaluation import loss_recovered
 from lib.files import write_json
 from lib.models import model_of_run
@@ -59,6 +59,7 @@ def main():
         print(f"k={row['k']:<4}" + "".join(f"{value:>16.4f}" for name, value in row.items() if name != "k"))
     print(f"recommended: TOP_K={k}\n  {reason}")
     write_json(folder / "choose_k.json", {"constants": CONSTANTS, "run_id": saved.run_id, "hook": hook, "ks": table, "recommended": k, "reason": reason})
+    say_next("02_train_sae.py", TOP_K=k, N_LATENTS_MULTIPLIER=N_LATENTS_MULTIPLIER)
 
 
 if __name__ == "__main__":

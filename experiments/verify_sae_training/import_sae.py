@@ -22,7 +22,7 @@ LAYER: Name | None = None                 # which of the run's hook points; None
 CONSTANTS = override(globals())
 
 from lib import kept_saes
-from lib.environment import InputError, log, log_to, run
+from lib.environment import InputError, log, log_to, run, say_next
 from lib.exchange import read_foreign, unfold
 from lib.hub import pull
 from lib.models import local_path
@@ -71,6 +71,7 @@ def main():
     if final["ev"] <= 0:
         log.warning("it explains less than the mean does: it was trained on another model, layer or side (input, output) of the layer")
     log.info("%s", path)
+    say_next("03_analyze_training.ipynb")
 
 
 if __name__ == "__main__":
