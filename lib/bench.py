@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib import schemas
+from lib.choices import check_choices
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.distributed import own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, choose_device
@@ -55,6 +56,7 @@ class Bench:
 
     def __init__(self, c: Constants, seed: int):
         """Raises InputError for data or models that can't be reached, and for constants that do not fit together."""
+        check_choices(c, AUX_ONLY)
         c = own_data(c)
         self.c, self.seed = c, seed
         self.device = choose_device(c["DEVICE"])

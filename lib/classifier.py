@@ -54,8 +54,8 @@ class TextClassifier(nn.Module):
         path, stack = blocks(lm)
         if target_layer == "last":
             target_layer = f"resid_post:{len(stack) - 1}"
-        elif target_layer.lstrip("-").isdigit():
-            target_layer = f"resid_post:{int(target_layer) % len(stack)}"
+        elif (block := block_in_range(target_layer, len(stack))) is not None:
+            target_layer = f"resid_post:{block}"
         self.target = resolve(lm, target_layer)
         self.first_trained = 0 if train_below else _block_number(self.target, path)
         self.frozen_blocks = list(stack[: self.first_trained])
@@ -129,6 +129,20 @@ class TextClassifier(nn.Module):
         with capture(self.lm, [point]) as seen:
             self.states(batch)
         return [row[mask.bool()] for row, mask in zip(seen[point.signature], batch["attention_mask"])]
+
+
+def block_in_range(target_layer: str, n_blocks: int) -> int | None:
+    """The block 0..n_blocks-1 that a TARGET_LAYER given as a number means, negative ones from the end; None for a name.
+
+    Raises InputError for a number that no block has.
+    """
+    digits = target_layer.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit()):
+        return None
+    number = int(target_layer) if len(digits) < 10 else n_blocks
+    if not -n_blocks <= number < n_blocks:
+        raise InputError(f"TARGET_LAYER={target_layer} is out of range: the model has {n_blocks} blocks, 0 to {n_blocks - 1} or -{n_blocks} to -1")
+    return number % n_blocks
 
 
 def reads_first_token(config: Any) -> bool:

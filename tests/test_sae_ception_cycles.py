@@ -9,6 +9,7 @@ import torch
 from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
 from lib.bench import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Bench, stage_constants
+from lib.classifier import TextClassifier
 from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import InputError
 from lib.files import read_json, read_tensors
@@ -295,6 +296,32 @@ def test_wrong_input_is_one_line(arguments, said, script):
     code, _, err = script("04_train_cycle.py", *preset, "METRICS=()", *arguments, ok=False)
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert code == 2 and len(errors) == 1 and said in errors[0], err[-500:]
+
+
+@pytest.mark.parametrize("given,said", [
+    ({"SAE_POSITIONS": "token"}, "did you mean tokens"), ({"INIT": "Scratch"}, "INIT: 'Scratch' must be one of continue, scratch"), ({"METRICS": ("nonsense",)}, "METRICS: 'nonsense'"),
+    ({"ARMS": ("class_men",)}, "did you mean class_mean"), ({"ARM": "per_clas"}, "did you mean per_class"), ({"ARM_CONSTANTS": {"class_men": {}}}, "did you mean class_mean"),
+    ({"ARM_CONSTANTS": {"class_mean": {"AUX_WEIGTH": 1.0}}}, "did you mean AUX_WEIGHT"), ({"ARM_CONSTANTS": {"class_mean": {"LR": 1.0}}}, "'LR' must be one of"),
+    ({"ARM_CONSTANTS": {"per_class": {"INIT": "zero"}}}, "INIT of per_class"), ({"SELECT_EPOCH": "first"}, "must be one of last, best"),
+    ({"ARMS": ("per_class@weka",), "ARM_CONSTANTS": {"per_class@weak": {"AUX_WEIGHT": 0.1}}}, "nothing for it .did you mean per_class@weak"),
+    ({"ARMS": ("lambda0",), "ARM_CONSTANTS": {"per_class@weak": {"AUX_WEIGHT": 0.1}}}, "which is not in ARMS"), ({"TARGET_LAYER": "layers.9"}, "layers.9"),
+])  # fmt: skip
+def test_typing_errors_are_refused_before_anything_is_loaded(digits, monkeypatch, given, said):
+    monkeypatch.setattr("lib.bench.load_task", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(InputError, match=said) as error:
+        Bench(digits | given, 0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["99", "-99", "3", "-4", "99999999999999999999"])
+def test_a_target_layer_out_of_range_is_refused(defaults, tmp_path, monkeypatch, number):
+    """Not wrapped round to another block; and before data and weights are read."""
+    c = defaults[0] | write_texts(tmp_path, "llama") | {"TARGET_LAYER": number}
+    monkeypatch.setattr("lib.bench.load_task", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(InputError, match="the model has 3 blocks, 0 to 2 or -3 to -1"):
+        Bench(c, 0)
+    with pytest.raises(InputError, match="out of range"):
+        TextClassifier(tiny_model("llama"), 2, number, 0)
 
 
 def test_hidden_test_labels_are_refused(defaults, tmp_path):

@@ -52,7 +52,7 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     sums = {arm: {"task_accuracy": 0.0, "base_u": 0.0, "sae_features_u": 0.0} for arm in arms}
     constants = {name: value for name, value in CONSTANTS.items() if name not in GRID}  # those of 04_train_cycle.py
     setting = f"{constants['SETTING'] or constants['PRESET']}_choice"
-    constants |= {"ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": setting}
+    constants |= {"ARMS": tuple(arms), "ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": setting}
     with tqdm(total=len(SELECT_SEEDS) * len(arms), unit="model", desc="grid") as bar:
         for seed in SELECT_SEEDS:
             bench = Bench(constants, seed)

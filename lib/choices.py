@@ -1,0 +1,69 @@
+"""Constants of SAE-ception that only have a few right values, checked when a session is opened: before data and models."""
+import difflib
+from typing import Any
+
+from transformers import AutoConfig
+
+from lib.classifier import MLP, block_in_range
+from lib.environment import InputError
+from lib.models import local_path
+from lib.sharpening import ARMS, method
+from lib.task_evaluation import GROUPS
+
+CHOICES = {
+    "SAE_POSITIONS": ("tokens", "pooled"), "INIT": ("continue", "scratch"), "OPTIMIZER": ("adam", "adamw"), "SELECT_EPOCH": ("last", "best"),
+}  # fmt: skip
+
+
+def check_choices(c: dict[str, Any], for_arms: set[str]) -> None:
+    """Raise InputError for a value that would otherwise be taken for another one, or ignored.
+
+    for_arms: the constants that ARM_CONSTANTS may set.
+    """
+    for name, allowed in CHOICES.items():
+        if name in c:
+            _one_of(name, c[name], allowed)
+    for group in c.get("METRICS", ()):
+        _one_of("METRICS", group, GROUPS)
+    of_arms, arms = c.get("ARM_CONSTANTS", {}), c.get("ARMS", ())
+    for name, values in (("ARMS", arms), ("ARM_CONSTANTS", of_arms), ("ARM", [c["ARM"]] if "ARM" in c else [])):
+        for arm in values:
+            _one_of(name, method(arm), ARMS)
+    for arm, constants in of_arms.items():
+        for name, value in constants.items():
+            _one_of(f"ARM_CONSTANTS of {arm}", name, sorted(for_arms - {"ARM_CONSTANTS"}))
+            if name in CHOICES:
+                _one_of(f"{name} of {arm} in ARM_CONSTANTS", value, CHOICES[name])
+    for arm in arms:
+        if "@" in arm and arm not in of_arms:
+            near = _nearest(arm, list(of_arms))
+            raise InputError(f"ARMS has {arm}, but ARM_CONSTANTS has nothing for it{near}; it would be {method(arm)} itself")
+    for arm in of_arms if arms else ():
+        if "@" in arm and arm not in arms:
+            raise InputError(f"ARM_CONSTANTS has {arm}, which is not in ARMS{_nearest(arm, list(arms))}; add it, or leave its constants out")
+    _check_target(c)
+
+
+def _check_target(c: dict[str, Any]) -> None:
+    """Raise InputError if TARGET_LAYER is a number that the model has no block for, or no layer of the small network."""
+    if c["MODEL"] == "mlp":
+        MLP(1, 2, c["TARGET_LAYER"], 0)
+        return
+    try:
+        config = AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"]).get_text_config()
+    except InputError:
+        raise
+    except Exception:  # loading the model will say what is wrong with it
+        return
+    if isinstance(getattr(config, "num_hidden_layers", None), int):
+        block_in_range(c["TARGET_LAYER"], config.num_hidden_layers)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...] | list[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}: {value!r} must be one of {', '.join(allowed)}{_nearest(str(value), list(allowed))}")
+
+
+def _nearest(value: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(value, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
