@@ -58,21 +58,23 @@ class Codes:
 
 def encode_run(run: Run, hook: str, sae: SAE) -> Codes:
     """Codes of all rows of a run at one hook point, in batches; kept in memory if they take under KEEP_BYTES."""
-    kept: list[tuple[int, Tensor, Tensor]] = []
+    kept: list[tuple[int, Tensor, Tensor]] | None = None
     keep = run.n_rows * sae.top_k * 8 <= KEEP_BYTES
     batch_rows = max(64, min(8192, TABLE_CELLS // sae.n_latents))
 
     def batches() -> Batches:
-        if kept and kept[-1][0] + len(kept[-1][1]) == run.n_rows:
+        nonlocal kept
+        if kept is not None:
             yield from kept
             return
-        kept.clear()
+        mine = []  # of this pass: another one may run inside it
         for start, x in run.batches(hook, batch_rows):
             values, indices = sae.encode(x.to(sae.mean.device))
             batch = start, values.cpu(), indices.int().cpu()
             if keep:
-                kept.append(batch)
+                mine.append(batch)
             yield batch
+        kept = mine if keep else None
 
     return Codes([text["text"] for text in run.texts], run.rows, sae.n_latents, batches)
 
@@ -210,4 +212,19 @@ def codes_at(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
         here = order[first:last]
         local = rows[here] - start
         found[here] = (values[local] * (indices[local] == latents[here, None])).sum(1)
+    return found
+
+
+def closest_directions(W: Tensor, latents: Tensor, n: int, least: float, chunk: int = 256) -> list[list[tuple[int, float]]]:
+    """For each of `latents` int64 [L], the at most n other rows of W [F, D] with the highest cosine over `least`, best first.
+
+    Rows of W have unit norm. Never holds more than chunk x F cosines.
+    """
+    found = []
+    for part in latents.split(chunk):
+        cosines = W[part] @ W.T
+        cosines[torch.arange(len(part)), part] = -1
+        best = cosines.topk(min(n, len(W)), dim=1)
+        for values, rows in zip(best.values.tolist(), best.indices.tolist()):
+            found.append([(row, value) for row, value in zip(rows, values) if value > least])
     return found

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.environment import InputError
+from lib import schemas
+from lib.environment import InputError, log
 from lib.files import read_json
 from lib.models import local_path
 from lib.store import Run
@@ -49,14 +50,41 @@ class Truth(NamedTuple):
 
 
 def ground_truth(run: Run, folder: Path) -> Truth | None:
-    """The concepts that the embedded stories carry; None where the data set has no concepts.json beside it.
+    """The concepts that the embedded stories carry; None where the data set has none, see concept_tree().
 
     folder: where the data set's name is looked for last. Raises InputError if a text of the run is not in the data set.
+    """
+    tree = concept_tree(run, folder)
+    if tree is None:
+        return None
+    try:
+        return _labelled(run, tree)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        log.warning("the texts don't give their words the numbers of the concepts.json beside them; it is ignored")
+        return None
+
+
+def concept_tree(run: Run, folder: Path) -> dict[str, Any] | None:
+    """The concepts.json beside a data set: leaves (number, path, words), topics, moods. None where there is none.
+
+    One of another shape belongs to some other project; the log says that it is ignored.
     """
     found = (local_path(run.meta["dataset"]["name"]) or folder).parent / "concepts.json"
     if not found.exists():
         return None
-    tree = read_json(found)
+    try:
+        tree = read_json(found, schemas.TRUTH)
+        leaves = tree["leaves"]
+        if leaves and all(len({leaf[key] for leaf in leaves}) == len(leaves) for key in ("number", "path")):
+            return tree
+    except InputError:
+        pass
+    log.warning("the concepts.json beside the data set is no tree of concepts with their words; it is ignored")
+    return None
+
+
+def _labelled(run: Run, tree: dict[str, Any]) -> Truth:
+    """What the stories of a run say of its tokens. Raises KeyError and the like where they say it in another way."""
     paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
     by_text = {story["text"]: story for story in load_documents(run.meta["dataset"]["name"])}
     if missing := sum(text["text"] not in by_text for text in run.texts):

@@ -17,6 +17,11 @@ def style() -> None:
     plt.rcParams.update({"figure.dpi": 110, "axes.titlesize": 11, "axes.titleweight": "bold", "grid.color": "#e6e8eb", "axes.edgecolor": "#9aa0a8"})
 
 
+def plain(text: str) -> str:
+    """A text from data as a label: matplotlib would read a formula between two dollar signs."""
+    return text.replace("$", r"\$").replace("\n", "↵")
+
+
 def _panels(n: int, width: float = 4.6, height: float = 3.3) -> tuple[Figure, list[Any]]:
     figure, axes = plt.subplots(1, n, figsize=(width * n, height), layout="constrained", squeeze=False)
     return figure, list(axes[0])
@@ -160,7 +165,7 @@ def recovery_examples(rows: Sequence[dict[str, Any]], kinds: dict[str, str], n: 
             colour, marker, size = styles[kind]
             scores = [row[kind]["f1"] for row in shown]
             axis.plot(scores, range(len(shown)), marker, color=colour, markersize=size, markeredgewidth=2.5 if marker == "|" else 0.5, label=kinds[kind])
-        axis.set_yticks(range(len(shown)), [row["concept"] for row in shown])
+        axis.set_yticks(range(len(shown)), [plain(row["concept"]) for row in shown])
         axis.set(xlim=(-0.02, 1.05), ylim=(-0.6, len(shown) - 0.4))
         _label(axis, f"{title}: {len(shown)} of {len(part)}", "F1 on held-out tokens", "")
     handles, names = axes[0].get_legend_handles_labels()

@@ -77,6 +77,8 @@ TOP_TEXTS = Schema({
     "meta?": {"n_tokens?": POSITIVE, "n_texts?": COUNT, "n_latents?": POSITIVE, "sae_hash?": str},
     "middle?": {Text(r"0|[1-9][0-9]{0,8}"): [EXAMPLE]}, Text(r"0|[1-9][0-9]{0,8}"): [EXAMPLE],
 }, remedy="delete it and run notebook 04 again", limit=1 << 34)  # fmt: skip
+# Beside a data set whose words have concepts, as the embedded stories do.
+TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}], "topics": [str], "moods": [str]})
 LATENT_STATS = {"fires": "int64 F", "max": "float32 F", "mean_active": "float32 F", "p99": "float32 F"}
 REPORT = Schema({"files": FILES})  # of the embedded default
 

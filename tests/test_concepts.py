@@ -9,7 +9,7 @@ from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
 from lib.activations import SaveSettings, save_activations
 from lib.concept_files import read_top_texts, write_top_texts
 from lib.concept_names import candidate_patterns, name_latents, predict, score_rule
-from lib.concepts import Codes, codes_at, collect_firings, encode_run, live_codes
+from lib.concepts import Codes, closest_directions, codes_at, collect_firings, encode_run, live_codes
 from lib.effects import promoted_tokens
 from lib.environment import InputError
 from lib.hooks import resolve
@@ -290,3 +290,30 @@ def test_patterns_of_real_tokenizers(name):
     assert len(said) == 1 and texts[0][: int(rows["char_end"][said[0]])] == "Lily said"
     spoken = patterns.find("place", "in speech")
     assert "I like the zoo" in texts[0][int(rows["char_start"][spoken[0]]) : int(rows["char_end"][spoken[-1]])]
+
+
+def test_codes_may_be_read_inside_a_reading_of_them(run, sae, monkeypatch):
+    """Both passes see every row, kept in memory or not, and so does one that follows passes broken off."""
+    for keep in (10**9, 0):
+        monkeypatch.setattr("lib.concepts.KEEP_BYTES", keep)
+        monkeypatch.setattr("lib.concepts.TABLE_CELLS", 64 * sae.n_latents)  # batches of 64 rows
+        codes, expected = encode_run(run, run.hook(), sae), dense_codes(encode_run(run, run.hook(), sae))
+        next(iter(codes))  # a pass that is broken off
+        outer = []
+        for number, batch in enumerate(codes):
+            outer.append(batch)
+            if number == 1:
+                assert torch.equal(dense_codes(codes), expected)
+        assert len(outer) > 3 and torch.equal(dense_codes(Codes(codes.texts, codes.rows, 40, lambda: iter(outer))), expected)
+        assert torch.equal(dense_codes(codes), expected) and torch.equal(dense_codes(codes), expected)
+
+
+def test_closest_directions_are_those_of_all_cosines(sae):
+    latents = torch.tensor([3, 0, 17, 39, 5])
+    cosines = sae.W_dec @ sae.W_dec.T
+    for chunk in (1, 2, 256):
+        found = closest_directions(sae.W_dec, latents, 3, 0.1, chunk)
+        for latent, near in zip(latents.tolist(), found):
+            order = [i for i in cosines[latent].argsort(descending=True).tolist() if i != latent and cosines[latent, i] > 0.1][:3]
+            assert [i for i, _ in near] == order and [c for _, c in near] == pytest.approx(cosines[latent, order].tolist(), abs=1e-6)
+    assert closest_directions(sae.W_dec[:1], torch.tensor([0]), 5, 0.3) == [[]] and closest_directions(sae.W_dec, latents[:0], 5, 0.3) == []

@@ -2,6 +2,8 @@
 import html
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -121,3 +123,37 @@ def test_the_page_is_the_same_every_time(tmp_path, page):
     for name in ("a.html", "b.html"):
         write_page(tmp_path / name, "t", data["facts"], data["concepts"])
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+NODE = shutil.which("node")
+# As much of a browser as the page's script asks for; prints the texts of the detail at each hash.
+BROWSER = """
+class Element {
+  constructor(tag) { this.tag = tag; this.children = []; this.style = { setProperty() {} }; this.classList = { toggle() {} }; this.value = "best F1"; }
+  append(...more) { this.children.push(...more); }
+  replaceChildren(...more) { this.children = more; }
+  toggleAttribute() {} focus() {} contains() { return false; }
+  get text() { return this.children.map(c => c instanceof Element ? c.text : String(c)).join(" ") + (this.textContent || ""); }
+}
+const ids = { data: new Element("script"), search: new Element("input") };
+ids.data.textContent = DATA; ids.search.value = "";
+globalThis.document = { body: new Element("body"), getElementById: id => ids[id] ??= new Element("div"), createElement: tag => new Element(tag), querySelectorAll: () => [] };
+globalThis.location = { hash: "", pathname: "", search: "" }; globalThis.addEventListener = () => {}; globalThis.Option = function () {};
+SCRIPT
+console.log(JSON.stringify(HASHES.map(hash => { location.hash = hash; route(); return ids.detail.text; })));
+"""
+
+
+@pytest.mark.skipif(NODE is None, reason="node is not installed")
+def test_an_address_of_a_latent_that_is_not_there_says_so(tmp_path, page):
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[-1]
+    data = json.dumps(json.dumps(data_of(page)))
+    hashes = ["", "#3", "#4", "#48", "#x", "#3x", "#-1", "#1e0", "#0x3", "#%33", "#99999999999999999999"]
+    source = BROWSER.replace("DATA", data).replace("HASHES", json.dumps(hashes)).replace("SCRIPT", script)
+    (tmp_path / "page.js").write_text(source)
+    done = subprocess.run([NODE, str(tmp_path / "page.js")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, three, four, *missing = json.loads(done.stdout)
+    assert "latent 3" in three and "latent 4" in four and EVIL in three and first in (three, four)
+    assert "Latent 48 is not on this page" in missing[0] and not any("strongest" in text.lower() or "latent 3" in text for text in missing)
+    assert all("not on this page" in text or "no such latent" in text for text in missing)
