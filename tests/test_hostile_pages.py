@@ -9,11 +9,13 @@ from test_verify_scripts import FOLDER, SMALL, TRAIN, script  # noqa: F401  (a f
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lib import plots
 from lib.concepts import collect_firings, encode_run
 from lib.dictionary import write_concepts
 from lib.environment import log
 from lib.ground_truth import ground_truth
-from lib.sae import sae_hash
+from lib.sae import load_sae, sae_hash
+from lib.store import open_run
 
 EVIL = "<img/src=x/onerror=alert(1)>"
 TOKENS = [EVIL, f"x\n\n{EVIL}", "`", f"`{EVIL}`", "$\\frac$", "$x$", "=cmd()", "{{data}}", "</script><script>alert(2)</script>", "[a](javascript:alert(3))", "&lt;b&gt;"]
@@ -46,7 +48,7 @@ def shown(monkeypatch):
     return found
 
 
-def test_hostile_data_stay_text_in_every_notebook(script, own_store, tmp_path, shown, capsys):  # noqa: F811
+def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, shown, capsys):  # noqa: F811
     folder = tmp_path / "secret$\\frac$<b>customer"
     hostile_model(folder / "model")
     sentences = [f"the cat saw a dog {TOKENS[i % len(TOKENS)]} and {TOKENS[(i + 1) % len(TOKENS)]} on {TOKENS[(3 * i) % len(TOKENS)]} ." for i in range(90)]
@@ -60,15 +62,19 @@ def test_hostile_data_stay_text_in_every_notebook(script, own_store, tmp_path, s
     assert script("02_train_sae.py", *TRAIN)[0] == 0
     for handler in list(log.handlers):  # of the scripts, which ran in this process
         log.removeHandler(handler)
-    names = run_notebook(FOLDER / "03_analyze_training.ipynb")
-    assert {row["concept"] for row in names["recovery"]} >= {LEAVES[0]["path"], "how it ends: $\\frac$"}
+    sae = load_sae(own_store / "verify_sae_training" / "sae_model" / "topk_sae.pt")
+    run = open_run("verify_sae_training")
+    truth = ground_truth(run, folder)
+    assert {LEAVES[0]["path"], "how it ends: $\\frac$"} <= {concept.name for concept in truth.concepts}
+    rows = [{"concept": concept.name, "context": number % 2, "latent": {"f1": 0.5}} for number, concept in enumerate(truth.concepts)]
+    plots.recovery_examples(rows, {"latent": "latents"}).canvas.draw()
     store = own_store / "verify_sae_training"
-    living = collect_firings(encode_run(names["run"], names["hook"], names["sae"])).fires.nonzero()[:, 0].tolist()
-    header = {"sae_hash": sae_hash(names["sae"]), "run_id": "r", "n_latents": names["sae"].n_latents}
+    living = collect_firings(encode_run(run, run.hook(), sae)).fires.nonzero()[:, 0].tolist()
+    header = {"sae_hash": sae_hash(sae), "run_id": "r", "n_latents": sae.n_latents}
     write_concepts(store / "concepts.json", header, {i: {"name": e, "description": e, "notes": e, "source": "human"} for i, e in zip(living, TOKENS)})
     for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
         run_notebook(FOLDER / name)
-    assert len(shown) > 15
+    assert len(shown) > 12
     for text in shown:
         assert "<img" not in text and "<script" not in text and "javascript:alert(3))" not in re.findall(r'href="([^"]*)"', text)
     page = (store / "concepts.html").read_text()
