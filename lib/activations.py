@@ -1,5 +1,4 @@
 """Texts through a hooked model into the store: one pass for all hook points, resumable, real tokens only."""
-import inspect
 import json
 import math
 import time
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib import schemas
+from lib.blocks import input_device, n_embeddings, no_cache, require_positions
 from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, is_out_of_memory, log
 from lib.files import read_json, read_note, write_json, write_tensors
@@ -22,7 +22,7 @@ from lib.hooks import HookPoint, capture
 from lib.metrics.layers import layer_statistics
 from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run
 from lib.streaming import write_texts
-from lib.texts import Tokens, length_batches, pad, tokenise
+from lib.texts import Tokens, filler_id, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
 SAMPLE_TEXTS = 64  # texts of the pre-flight report
@@ -47,39 +47,37 @@ class SaveSettings:
     """Positions to drop at the start of each text; 1 for tokenizers without BOS, whose first token is a sink."""
     max_norm_multiple: float | None = None
     """Drop rows whose norm exceeds this multiple of the sample's median norm; None keeps all."""
-    padding_side: str = "right"
-    """Where batches are padded; both sides store the same rows."""
 
 
-def forward(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_id: int, side: str = "right") -> list[list[Tensor]]:
-    """Hidden states of each text at each hook point: result[point][text] is [T, D] of its T real tokens."""
-    ids, mask = pad(batch, pad_id, side)
-    device = next(model.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    accepted = inspect.signature(model.forward).parameters
-    if side == "left" and "position_ids" in accepted:
-        # Models with learnt positions would otherwise count the padding.
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(device)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
+def forward(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_id: int) -> list[list[Tensor]]:
+    """Hidden states of each text, none of them empty, at each hook point: result[point][text] is [T, D] of its T tokens.
+
+    Raises InputError for a token that the model has no embedding for, and for a hook point that gives no [B, T, D].
+    """
+    ids, mask = pad(batch, pad_id)
+    known = n_embeddings(model)
+    if known is not None and int(ids.max()) >= known:
+        raise InputError(f"the tokenizer gives the id {int(ids.max())}, but {type(model).__name__} has {known} embeddings; use the model's own tokenizer")
+    require_positions(model, ids.shape[1])
+    device = input_device(model)
     with torch.inference_mode(), capture(model, points) as seen:
-        model(**inputs)
+        model(input_ids=ids.to(device), attention_mask=mask.to(device), **no_cache(model))
     states = []
     for point in points:
         hidden = seen[point.signature]
         if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
             raise InputError(f"{point.signature} gives a tensor of shape {tuple(hidden.shape)}, not [texts, tokens, width]; choose another layer")
-        states.append([row[keep] for row, keep in zip(hidden, mask.bool().to(device))])
+        states.append([row[: len(item.ids)] for row, item in zip(hidden, batch)])
     return states
 
 
-def forward_in_parts(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_id: int, side: str = "right") -> list[list[Tensor]]:
+def forward_in_parts(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_id: int) -> list[list[Tensor]]:
     """forward(), in halves if the batch is too large for the memory; other batches may change the last digits of a row.
 
     Raises InputError if a single text is too large.
     """
     try:
-        return forward(model, points, batch, pad_id, side)
+        return forward(model, points, batch, pad_id)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -89,21 +87,27 @@ def forward_in_parts(model: nn.Module, points: list[HookPoint], batch: list[Toke
     log.warning("%d texts are too many for the memory, trying %d; lower BATCH_SIZE_SAVE to avoid this", len(batch), half)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    parts = [forward_in_parts(model, points, part, pad_id, side) for part in (batch[:half], batch[half:])]
+    parts = [forward_in_parts(model, points, part, pad_id) for part in (batch[:half], batch[half:])]
     return [first + second for first, second in zip(*parts)]
 
 
 def block_rows(model: nn.Module, points: list[HookPoint], block: list[Tokens], pad_id: int, settings: SaveSettings) -> tuple[Tensor, list[Tensor]]:
-    """Rows of a block of texts in text order, whatever the batches: columns int32 [R, 5], activations per point [R, D]."""
+    """Rows of a block of texts in text order, whatever the batches: columns int32 [R, 5], activations per point [R, D].
+
+    A text without a token has no row and is not run; without any row the activations are [0, 0].
+    """
     found: dict[int, list[Tensor]] = {}
+    block = [item for item in block if item.ids]
     for batch in length_batches(block, settings.batch_tokens):
-        states = forward_in_parts(model, points, batch, pad_id, settings.padding_side)
+        states = forward_in_parts(model, points, batch, pad_id)
         for i, item in enumerate(batch):
             found[item.text_id] = [per_point[i][torch.tensor(item.keep)].cpu() for per_point in states]
     columns = [
         (item.text_id, pos, item.ids[pos], *item.offsets[pos]) for item in block for pos in range(len(item.ids)) if item.keep[pos]
     ]
     rows = torch.tensor(columns, dtype=torch.int32).reshape(-1, len(ROW_COLUMNS))
+    if not block:
+        return rows, [torch.zeros(0, 0) for _ in points]
     return rows, [torch.cat([found[item.text_id][p] for item in block]) for p in range(len(points))]
 
 
@@ -112,13 +116,15 @@ def preflight(model: nn.Module, tokenizer, points: list[HookPoint], texts: Seque
 
     What lib/metrics/layers.py says of the sample's rows, and rows_per_text; seconds, of the sample's second pass.
     """
+    require_positions(model, settings.max_length)
     sample = tokenise(tokenizer, texts[:SAMPLE_TEXTS], 0, settings.max_length, settings.skip_special, settings.skip_first)
-    block_rows(model, points, sample[:4], tokenizer.pad_token_id, settings)  # the first pass pays for set-up
+    block_rows(model, points, sample[:4], filler_id(tokenizer), settings)  # the first pass pays for set-up
     start = time.perf_counter()
-    rows, states = block_rows(model, points, sample, tokenizer.pad_token_id, settings)
+    rows, states = block_rows(model, points, sample, filler_id(tokenizer), settings)
     seconds = time.perf_counter() - start
     if not len(rows):
         raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
+    check_finite(model, rows, states, points, STORE_DTYPES[settings.store_dtype])
     report = []
     for point, x in zip(points, states):
         report.append({"signature": point.signature, **layer_statistics(x), "rows_per_text": len(rows) / len(sample), "seconds": seconds})
@@ -151,10 +157,11 @@ class _Writer:
     def add(self, rows: Tensor, states: list[Tensor], end: float = math.inf) -> None:
         """Take a block's rows, and write what is full of the shards before `end`."""
         n_new = len(rows)
-        self.rows.append(rows[self.skip :])
-        for kept, x in zip(self.states, states):
-            kept.append(x[self.skip :].to(self.dtype))
-        self.skip = 0
+        if n_new:
+            self.rows.append(rows[self.skip :])
+            for kept, x in zip(self.states, states):
+                kept.append(x[self.skip :].to(self.dtype))
+            self.skip = 0
         while sum(map(len, self.rows)) >= self.settings.shard_rows and self.n_shards < end:
             self.flush(self.settings.shard_rows)
         self.block += 1
@@ -184,6 +191,7 @@ def save_activations(
 
     Raises InputError if no text yields a row, or if an activation is not finite (the text is named).
     """
+    require_positions(model, settings.max_length)
     hooks = [point._asdict() for point in points]
     meta = {"schema_version": SCHEMA_VERSION, **meta, "settings": asdict(settings), "hooks": hooks, "n_texts": len(texts)}
     if rank() == 0:
@@ -203,8 +211,8 @@ def save_activations(
         for end in _missing(writer, tokenizer, texts):
             while writer.block * BLOCK_TEXTS < len(texts) and writer.n_shards < end:
                 block = _tokens(tokenizer, texts, writer.block, settings)
-                rows, states = block_rows(model, points, block, tokenizer.pad_token_id, settings)
-                _check_finite(rows, states, points, writer.dtype)
+                rows, states = block_rows(model, points, block, filler_id(tokenizer), settings)
+                check_finite(model, rows, states, points, writer.dtype)
                 writer.add(*_drop_outliers(rows, states, limits), end)
                 bar.update(len(block))
             if sum(map(len, writer.rows)) and writer.n_shards < end:
@@ -257,12 +265,16 @@ def _check_same_run(folder: Path, meta: dict[str, Any]) -> None:
             raise InputError(f"{folder} holds part of another run ({why}); end that one, or delete the folder")
 
 
-def _check_finite(rows: Tensor, states: list[Tensor], points: list[HookPoint], dtype: torch.dtype) -> None:
+def check_finite(model: nn.Module, rows: Tensor, states: list[Tensor], points: list[HookPoint], dtype: torch.dtype) -> None:
+    """Raise InputError if an activation is not finite, or would not be in the stored precision; says whether the model is to blame."""
     for point, x in zip(points, states):
         bad = ~torch.isfinite(x.to(dtype)).all(1)
         if bad.any():
             text_ids = rows[bad, 0].unique().tolist()
-            reason = "beyond the range of float16; set STORE_DTYPE=bfloat16" if torch.isfinite(x).all() else "not finite; try MODEL_DTYPE=float32"
+            reason = "beyond the range of float16; set STORE_DTYPE=bfloat16"
+            if not torch.isfinite(x).all():
+                broken = next((name for name, p in model.named_parameters() if not (p.is_meta or torch.isfinite(p).all())), None)
+                reason = f"not finite, because {broken} of the model is not: download it again" if broken else "not finite; try MODEL_DTYPE=float32"
             raise InputError(f"activations of {point.signature} are {reason} (texts {', '.join(map(str, text_ids[:5]))})")
 
 

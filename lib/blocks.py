@@ -1,5 +1,6 @@
 """The blocks of a transformer, what goes in and out of modules, and one trial pass that shows how a model runs."""
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -105,6 +106,30 @@ def input_device(model: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def max_positions(model: Any) -> int | None:
+    """How many tokens a text may have for this model; None where nothing limits it (recurrent models, ALiBi, T5)."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    for path, module in model.named_modules():
+        named = re.search(r"(^|\.)(wpe|\w*position\w*)$", path)
+        if named and isinstance(module, nn.Embedding) and isinstance(_config_at(model, path), (type(text), type(config))):
+            # RoBERTa counts from behind its padding id, OPT and BART from 2.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            found.append(module.num_embeddings - getattr(module, "offset", first))
+    limits = [limit for limit in found if isinstance(limit, int) and limit > 0]
+    return min(limits) if limits else None
+
+
+def require_positions(model: Any, max_length: int) -> None:
+    """Raise InputError if texts of MAX_LENGTH tokens are longer than the model can read."""
+    limit = max_positions(model)
+    if limit is not None and max_length > limit:
+        raise InputError(f"MAX_LENGTH={max_length} is beyond the {limit} positions of {type(model).__name__}; set MAX_LENGTH={limit} or less")
+
+
 class Trial(NamedTuple):
     """What one pass of a few tokens through the whole model showed."""
 
@@ -187,4 +212,6 @@ def copied(args: tuple, kwargs: dict[str, Any]) -> Arguments:
 
 def no_cache(model: Any) -> dict[str, Any]:
     """The argument that turns the model's cache off, where it has one."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    accepted = inspect.signature(model.forward).parameters.values()
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in accepted) and hasattr(model, "config") and hasattr(model.config.get_text_config(), "use_cache")
+    return {"use_cache": False} if passed_on or any(p.name == "use_cache" for p in accepted) else {}

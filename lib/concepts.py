@@ -18,7 +18,7 @@ from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.sae import SAE
 from lib.store import ROW_COLUMNS, Run
-from lib.texts import tokenise
+from lib.texts import filler_id, tokenise
 
 Batches = Iterator[tuple[int, Tensor, Tensor]]
 
@@ -88,7 +88,7 @@ def live_codes(
     that the stored run has. Raises InputError if no token is left to encode.
     """
     block = tokenise(tokenizer, texts, 0, settings.max_length, settings.skip_special, settings.skip_first)
-    rows, (x,) = block_rows(model, [point], block, tokenizer.pad_token_id, settings)
+    rows, (x,) = block_rows(model, [point], block, filler_id(tokenizer), settings)
     if not len(rows):
         raise InputError("these texts hold no token to show (all are empty or special tokens)")
     values, indices = sae.encode(x.to(STORE_DTYPES[settings.store_dtype]).float().to(sae.mean.device))

@@ -24,7 +24,7 @@ from lib.files import atomic_write, fingerprint, safe_name, write_json, write_te
 from lib.hub import public_name
 from lib.sae import SAE
 from lib.store import Run
-from lib.texts import tokenise
+from lib.texts import filler_id, tokenise
 
 SPLITS = 4  # files of a delphi cache, each with a range of latents
 HISTOGRAM_BINS = 30
@@ -64,7 +64,7 @@ def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: 
 def _tokens(run: Run, tokenizer: Any) -> np.ndarray:
     """Token ids of all texts, int64 [texts, ctx], padded on the right."""
     texts = tokenise(tokenizer, [text["text"] for text in run.texts], 0, run.meta["settings"]["max_length"])
-    tokens = np.full((len(texts), max(len(text.ids) for text in texts)), tokenizer.pad_token_id)
+    tokens = np.full((len(texts), max(len(text.ids) for text in texts)), filler_id(tokenizer))
     for row, text in zip(tokens, texts):
         row[: len(text.ids)] = text.ids
     text_id, pos = (run.rows[name].numpy() for name in ("text_id", "pos"))

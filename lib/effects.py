@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from lib.blocks import input_device, no_cache
 from lib.concepts import Codes
 from lib.environment import InputError
 from lib.hooks import HookPoint, edit
@@ -84,7 +85,7 @@ def next_logits(model: Any, point: HookPoint, texts: Sequence[list[int]], deltas
     texts: token ids without padding. deltas: each [N, D], or None for nothing. Yields for batches of like length the
     numbers of the texts [n] and, for each delta, float32 [n, V].
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     for batch in length_batches([Tokens(i, ids, [], []) for i, ids in enumerate(texts)], MAX_TOKENS):
         ids, mask = (tensor.to(device) for tensor in pad(batch, 0))
         last, lines = mask.sum(1) - 1, torch.tensor([item.text_id for item in batch])
@@ -93,13 +94,14 @@ def next_logits(model: Any, point: HookPoint, texts: Sequence[list[int]], deltas
         for delta in deltas:
 
             def add(hidden: Tensor, delta=delta) -> Tensor:
-                new = hidden.clone()
+                new, at = hidden.clone(), (numbers.to(hidden.device), last.to(hidden.device))
                 if delta is not None:
-                    new[numbers, last] += delta[lines.to(delta.device)].to(hidden)
+                    new[at] += delta[lines.to(delta.device)].to(hidden)
                 return new
 
             with edit(model, point, add):
-                found.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[numbers, last].float())
+                logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits
+            found.append(logits[numbers.to(logits.device), last.to(logits.device)].float())
         yield lines, found
 
 

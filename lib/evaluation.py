@@ -3,17 +3,20 @@
 Everything is read from a run in the store; only loss_recovered() needs the language model.
 """
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lib.blocks import input_device, no_cache
+from lib.environment import InputError
 from lib.hooks import HookPoint, edit
 from lib.rows import Rows
 from lib.sae import SAE, make_sae
 from lib.sae_step import folded_weights, init_state, whitening
 from lib.store import Run
-from lib.texts import length_batches, pad, tokenise
+from lib.texts import filler_id, length_batches, pad, tokenise
 from lib.training import TrainSettings
 
 
@@ -94,16 +97,18 @@ def loss_recovered(
     padding keep their activations. At resid_mid the residual stream itself is replaced (see lib.hooks.edit).
     settings: max_length, skip_special, skip_first of the run.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     tokens = [t for t in tokenise(tokenizer, texts, 0, settings["max_length"], settings["skip_special"], settings["skip_first"]) if len(t.ids) > 1]
     changes: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,
         "spliced": lambda x: sae.decode(*sae.encode(x)),
         "mean_ablated": lambda x: mean.to(x).expand_as(x),
     }
+    if not tokens:
+        raise InputError("no text has two tokens, so there is no next token to predict; use longer texts")
     totals, count = dict.fromkeys(changes, 0.0), 0
     for batch in length_batches(tokens, max_tokens):
-        ids, mask = (tensor.to(device) for tensor in pad(batch, tokenizer.pad_token_id))
+        ids, mask = (tensor.to(device) for tensor in pad(batch, filler_id(tokenizer)))
         keep = torch.zeros_like(mask, dtype=torch.bool)
         for row, item in enumerate(batch):
             keep[row, : len(item.keep)] = torch.tensor(item.keep, device=device)
@@ -121,14 +126,11 @@ def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoi
 
     def replace(hidden: Tensor) -> Tensor:
         assert change is not None
-        new = hidden.clone()
-        new[keep] = change(hidden[keep].float()).to(hidden)
+        new, here = hidden.clone(), keep.to(hidden.device)  # a model may be spread over several devices
+        new[here] = change(hidden[here].float()).to(hidden)
         return new
 
-    if change is None:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    else:
-        with edit(model, point, replace):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    with edit(model, point, replace) if change is not None else nullcontext():
+        logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits
+    each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="none")
     return float(each.cpu().double() @ mask[:, 1:].flatten().cpu().double())

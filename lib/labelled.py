@@ -21,7 +21,7 @@ from lib.environment import InputError, log
 from lib.files import fingerprint
 from lib.labels import classes, counts, draw
 from lib.models import local_path
-from lib.texts import Tokens, load_documents, pad, tokenise
+from lib.texts import Tokens, filler_id, load_documents, pad, tokenise
 
 DIGITS_TEST_SEED = 0  # scikit-learn's digits come in one piece; their test set is the same for every seed
 DRAW_SEED = 0  # of the training examples that DATA_LIMIT leaves: the same ones for every seed, so that cached states serve all
@@ -234,7 +234,7 @@ def _texts(constants: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
         where += [name] * len(documents)
         texts += [document[column] for document in documents]
     y, names = classes([row.get(c["LABEL_FIELD"]) for row in rows], where, f"LABEL_FIELD={c['LABEL_FIELD']}")
-    task = Task(y, 0, {}, class_names=names, pad_id=tokenizer.pad_token_id)
+    task = Task(y, 0, {}, class_names=names, pad_id=filler_id(tokenizer))
     attribute = c["ATTRIBUTE_FIELD"]
     if attribute and attribute in rows[0]:
         values = [row.get(attribute) for row in rows]

@@ -144,6 +144,7 @@ def _aloud(text: str) -> str:
 
 def _transformers(name: str) -> tuple[Callable[[Messages], Reply], Secret]:
     from lib.models import choose_dtype, load_model, load_tokenizer  # slow to import, and only needed here
+    from lib.texts import filler_id
 
     device = choose_device("auto")
     model: Any = load_model(name, device, choose_dtype("auto", device))
@@ -163,7 +164,7 @@ def _transformers(name: str) -> tuple[Callable[[Messages], Reply], Secret]:
     def send(messages: Messages) -> Reply:
         inputs = template(messages)
         n_in = inputs["input_ids"].shape[1]
-        pad = tokenizer.pad_token_id
+        pad = filler_id(tokenizer)
         said = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=pad)[0, n_in:]
         return Reply(tokenizer.decode(said, skip_special_tokens=True), n_in, len(said))
 

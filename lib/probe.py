@@ -21,7 +21,7 @@ from lib.hooks import HookPoint
 from lib.metrics.layers import layer_statistics, linear_probe
 from lib.rows import Rows, sample_rows
 from lib.sae import SAE
-from lib.texts import tokenise
+from lib.texts import filler_id, tokenise
 from lib.training import TrainSettings, score, train_sae
 
 VAL_EVERY = 5  # every fifth text is held out from the linear probe
@@ -44,9 +44,9 @@ def probe_layers(
     The sample's activations at all points are held in memory at once.
     """
     tokens = tokenise(tokenizer, list(texts), 0, settings.max_length, settings.skip_special, settings.skip_first)
-    block_rows(model, points, tokens[:4], tokenizer.pad_token_id, settings)  # the first pass pays for set-up
+    block_rows(model, points, tokens[:4], filler_id(tokenizer), settings)  # the first pass pays for set-up
     start = time.perf_counter()
-    rows, states = block_rows(model, points, tokens, tokenizer.pad_token_id, settings)
+    rows, states = block_rows(model, points, tokens, filler_id(tokenizer), settings)
     seconds = time.perf_counter() - start
     if not len(rows):
         raise InputError("no text yields a token (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")

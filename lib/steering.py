@@ -11,19 +11,24 @@ Only the difference is added to the activation,
 so what the SAE can't rebuild stays, a latent that is not edited keeps its code, and an edit that changes no code
 leaves the activation as it is, bit for bit. Strengths are in units of the latent's own highest code on its corpus.
 """
+import inspect
 import math
 from collections.abc import Collection, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from lib.blocks import input_device, n_embeddings, no_cache
 from lib.environment import InputError
 from lib.hooks import HookPoint, capture, edit
 from lib.sae import SAE
-from lib.texts import control_ids
+from lib.texts import control_ids, filler_id
 
+_padding_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 MODES = ("add", "scale", "clamp", "ablate")
 
 
@@ -128,7 +133,7 @@ def _chosen(hidden: Tensor, seen: dict[str, Any], positions: Container[int] | No
         wanted = torch.tensor([i in positions for i in range(int(number.max()) + 1)], device=hidden.device)
         chosen = chosen & wanted[number.clamp(min=0)]
     if len(skip_ids) and seen["ids"] is not None:
-        chosen = chosen & ~torch.isin(seen["ids"], torch.tensor(list(skip_ids), device=hidden.device))
+        chosen = chosen & ~torch.isin(seen["ids"].to(hidden.device), torch.tensor(list(skip_ids), device=hidden.device))
     return chosen
 
 
@@ -163,21 +168,46 @@ def continue_texts(
     """
     if not hasattr(model, "generate") or model.get_output_embeddings() is None:
         raise InputError(f"{type(model).__name__} writes no text; steering needs a causal language model")
-    ids, mask = _left_padded(tokenizer, prompts, next(model.parameters()).device)
+    ids, mask = _left_padded(tokenizer, prompts, input_device(model))
+    together = _reads_left_padding(model)  # tried before anything is steered
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
-    arguments = dict(max_new_tokens=n_tokens, pad_token_id=tokenizer.pad_token_id, **how)
-    if steering is None:
-        whole = model.generate(ids, attention_mask=mask, **arguments)
-    else:
-        with steering:
-            whole = model.generate(ids, attention_mask=mask, **arguments)
+    arguments = dict(max_new_tokens=n_tokens, pad_token_id=filler_id(tokenizer), **how)
+    with nullcontext() if steering is None else steering:
+        whole = model.generate(ids, attention_mask=mask, **arguments) if together else _generated_one_by_one(model, ids, mask, arguments)
     new = whole[:, ids.shape[1] :]
     ended = (new == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else torch.zeros_like(new, dtype=torch.bool)
     written = torch.cat([torch.zeros_like(mask, dtype=torch.bool), ended.cumsum(1) - ended.long() == 0], 1)
     full = torch.cat([mask, written[:, ids.shape[1] :].to(mask)], 1)
     texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(whole, full)]
     return Continuation(texts, perplexities(model, whole, full, written), whole, full, written)
+
+
+def _generated_one_by_one(model: Any, ids: Tensor, mask: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """What generate() would give, [B, T + new], from one prompt at a time, without padding and without states kept."""
+    new = ids.new_full((len(ids), arguments["max_new_tokens"]), arguments["pad_token_id"])
+    for row, (prompt, real) in enumerate(zip(ids, mask.bool())):
+        alone = prompt[real][None]
+        written = model.generate(alone, attention_mask=torch.ones_like(alone), use_cache=False, **arguments)[0, alone.shape[1] :]
+        new[row, : len(written)] = written
+    return torch.cat([ids, new], 1)
+
+
+@torch.no_grad()
+def _reads_left_padding(model: Any) -> bool:
+    """Whether padding on the left changes nothing: not so in RWKV and RecurrentGemma, whose states run through it.
+
+    In transformers 5.23 RWKV also mixes up the states of a batch that it continues, and RecurrentGemma begins a prompt of
+    one token with the state of the prompt before: such models continue one prompt at a time, without states.
+    """
+    if model not in _padding_tried:
+        ids = torch.arange(3, 7, device=input_device(model))[None] % (n_embeddings(model) or 7)
+        padded, mask = (functional.pad(x, (3, 0)) for x in (ids, torch.ones_like(ids)))
+        places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "position_ids" in inspect.signature(model.forward).parameters else {}
+        alone = model(input_ids=ids, **no_cache(model)).logits[0, -1].float()
+        beside = model(input_ids=padded, attention_mask=mask, **places, **no_cache(model)).logits[0, -1].float()
+        _padding_tried[model] = bool((alone - beside).abs().max() <= 0.05 * alone.std())
+    return _padding_tried[model]
 
 
 def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,7 +217,7 @@ def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tup
     if not all(rows):
         raise InputError("a prompt holds no token; give it a word")
     length = max(map(len, rows))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(row)) + row for row in rows], device=device)
+    ids = torch.tensor([[filler_id(tokenizer)] * (length - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
@@ -195,13 +225,19 @@ def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tup
 def perplexities(model: Any, ids: Tensor, mask: Tensor, judged: Tensor) -> Tensor:
     """exp of the mean cross-entropy of the judged tokens given all before them, [B].
 
-    ids, mask int64 [B, T], padded on the left; judged bool [B, T], never the first token.
+    ids, mask int64 [B, T], padded on either side; judged bool [B, T], never the first token.
     """
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits[:, :-1].float()
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    ids, mask, judged = _padded_right(mask, ids, mask, judged)
+    logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits[:, :-1].float()
+    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none").view(len(ids), -1)
     keep = judged[:, 1:].to(losses)
     return ((losses * keep).sum(1) / keep.sum(1).clamp(min=1)).exp().cpu()
+
+
+def _padded_right(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors [B, T] with what the mask takes for padding moved behind the rest: there no model reads it."""
+    order = (1 - mask).argsort(dim=1, stable=True)
+    return [x.gather(1, order) for x in tensors]
 
 
 def sweep(
@@ -221,9 +257,11 @@ def sweep(
     for strength in strengths:
         steering = steer(model, point, sae, [e._replace(strength=strength) for e in edits], maxima, skip_ids=skip_ids)
         done = continue_texts(model, tokenizer, prompts, n_tokens, steering, temperature, seed)
+        ids, mask, written = _padded_right(done.mask, done.ids, done.mask, done.written)
         with torch.no_grad(), capture(model, [point]) as seen:
-            model(input_ids=done.ids, attention_mask=done.mask, position_ids=(done.mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
-        values, indices = sae.encode(seen[point.signature][done.written].float())
+            model(input_ids=ids, attention_mask=mask, **no_cache(model))
+        hidden = seen[point.signature]
+        values, indices = sae.encode(hidden[written.to(hidden.device)].float())
         fires = (torch.isin(indices, latents) & (values > 0)).any(1)
         repeated = [_repeated(ids[keep].tolist()) for ids, keep in zip(done.ids, done.written)]
         found.append({

@@ -18,6 +18,7 @@ MOST_LEFT_OUT = 0.5  # share of the rows that may have no text
 DRAW_SEED = 0  # of the documents that a limit leaves: the same ones for every SEED, so that cached activations serve all
 CHUNK_ROWS = 10_000  # rows of a file in memory at one time while some are drawn
 STREAM_BUFFER = 10_000  # a hub data set is not read to its end: what is drawn comes from so many documents more than asked for
+LONG_TEXT, CHARS_PER_TOKEN = 4096, 64  # characters of a text that are tokenised at once, and more for each token wanted
 
 
 def load_documents(dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None) -> Documents:
@@ -83,7 +84,7 @@ def _from_file(path, text_field: str, limit: int | None) -> Documents:
         ".json": lambda: pandas.read_json(path, dtype=False),
         ".csv": lambda **chunks: pandas.read_csv(path, **csv, **chunks),
         ".tsv": lambda **chunks: pandas.read_csv(path, sep="\t", quoting=3, **csv, **chunks),
-        ".parquet": lambda: pandas.read_parquet(path),
+        ".parquet": lambda: pandas.read_parquet(path).map(_plain),
     }
     if path.suffix not in readers:
         raise InputError(f"{path.name} has no known ending; use {', '.join(readers)} or .txt")
@@ -117,6 +118,11 @@ def _drawn_from(chunks: Any, limit: int) -> Documents:
     if n > limit:
         log.info("%s of %s documents drawn at random", f"{limit:,}", f"{n:,}")
     return [document for _, _, document in sorted(kept, key=lambda item: item[1])]
+
+
+def _plain(value: Any) -> Any:
+    """Parquet's lists come as arrays."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _from_datasets(source: str, is_local: bool, split: str, limit: int | None) -> Documents:
@@ -154,12 +160,44 @@ def tokenise(tokenizer, texts: Sequence[str], first_id: int, max_length: int, sk
     skip_special drops BOS, EOS, padding and other control tokens from what is kept; the unknown token stands for
     real text and stays, unless it shares its id with one of them (as in GPT-2).
     """
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
+    encoded = _encoded(tokenizer, texts, max_length)
     dropped = control_ids(tokenizer) if skip_special else set()
     return [
         Tokens(first_id + i, ids, offsets, [pos >= skip_first and token not in dropped for pos, token in enumerate(ids)])
-        for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"]))
+        for i, (ids, offsets) in enumerate(encoded)
     ]
+
+
+def _encoded(tokenizer, texts: Sequence[str], max_length: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and character ranges of each text, cut at max_length tokens.
+
+    Of a long text only the beginning is read: as much as gives max_length tokens in its first half, and the same ones
+    when twice as much is read.
+    """
+
+    def encode(parts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        if not parts:
+            return []
+        found = tokenizer(parts, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"]))
+
+    n_chars = LONG_TEXT + CHARS_PER_TOKEN * max_length
+    whole = tokenizer.truncation_side != "right"  # the end is wanted
+    found = encode([text if whole else text[:n_chars] for text in texts])
+    for i, text in enumerate(texts):
+        read = n_chars
+        while not whole and read < len(text):
+            (longer,) = encode([text[: 2 * read]])
+            is_full = len(longer[0]) >= max_length and max(end for _, end in longer[1]) < read // 2
+            if is_full and longer == found[i]:
+                break
+            found[i], read = longer, 2 * read
+    return found
+
+
+def filler_id(tokenizer) -> int:
+    """The id that fills batches up: padding's, or 0 where there is none; which tokens are real is told by the mask."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def control_ids(tokenizer) -> set[int]:
@@ -183,14 +221,17 @@ def length_batches(tokens: list[Tokens], max_tokens: int) -> Iterator[list[Token
 
 
 def pad(batch: list[Tokens], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, int64 [B, T], padded on the given side."""
+    """input_ids and attention_mask, int64 [B, T], padded on the given side.
+
+    On the right no token reads padding in any model; on the left RWKV and RecurrentGemma do, and BART counts it.
+    """
     length = max(len(item.ids) for item in batch)
     ids = torch.full((len(batch), length), pad_id)
     mask = torch.zeros(len(batch), length, dtype=torch.long)
     for row, item in enumerate(batch):
         n = len(item.ids)
         where = slice(0, n) if side == "right" else slice(length - n, length)
-        ids[row, where] = torch.tensor(item.ids)
+        ids[row, where] = torch.tensor(item.ids, dtype=torch.long)
         mask[row, where] = 1
     return ids, mask
 

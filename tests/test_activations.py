@@ -4,12 +4,16 @@ import shutil
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import lib.activations as activations
 from lib.activations import SaveSettings, preflight, save_activations
 from lib.environment import InputError
 from lib.files import write_text
 from lib.hooks import resolve
+from lib.metrics.layers import layer_statistics
+from lib.models import load_tokenizer
 from lib.store import open_run
 from lib.texts import length_batches, pad, split_texts, tokenise
 
@@ -41,9 +45,9 @@ def test_each_row_is_its_tokens_own_activation(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
-def test_padding_side_and_batch_size_change_nothing(tmp_path, kind):
+def test_batch_size_changes_nothing(tmp_path, kind):
     model = tiny_model(kind)
-    runs = [save(tmp_path / str(i), model, **s) for i, s in enumerate(({}, {"padding_side": "left"}, {"batch_tokens": 1}, {"batch_tokens": 10**6}))]
+    runs = [save(tmp_path / str(i), model, **s) for i, s in enumerate(({}, {"batch_tokens": 1}, {"batch_tokens": 10**6}))]
     for other in runs[1:]:
         torch.testing.assert_close(stored(other), stored(runs[0]), rtol=1e-5, atol=1e-5)
         assert all(torch.equal(other.rows[c], runs[0].rows[c]) for c in other.rows)
@@ -212,13 +216,97 @@ def test_batches_hold_texts_of_like_length_within_the_budget():
     assert lengths == sorted(lengths)
 
 
-def test_padding_fills_either_side():
+def test_padding_stands_on_the_right():
     tokens = tokenise(word_tokenizer(), ["a cat", "the dog sat"], 0, 128)
-    ids, mask = pad(tokens, 0, "left")
-    assert ids.tolist()[0][0] == 0 and mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
-    assert pad(tokens, 0, "right")[1].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    ids, mask = pad(tokens, 0)
+    assert ids[0, 3] == 0 and mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_texts_are_cut_at_max_length(tmp_path):
     run = save(tmp_path / "run", max_length=4)
     assert run.rows["pos"].max() == 3
+
+
+@pytest.mark.parametrize("texts", [["", "a cat", "", "the dog ran", ""] * 3, ["", "", "", "", "it was red", "a cat"], ["a cat", *[""] * 9]])
+@pytest.mark.parametrize("batch_tokens", [1, 3, 1000])
+def test_empty_texts_and_no_bos_take_no_row(tmp_path, monkeypatch, texts, batch_tokens):
+    """Tokenizers without BOS give an empty text no token at all, and a whole block of texts may be empty."""
+    monkeypatch.setattr(activations, "BLOCK_TEXTS", 4)
+    model, tokenizer = tiny_model("gpt2"), word_tokenizer(bos=False)
+    run = save(tmp_path / "run", model, tokenizer, texts, batch_tokens=batch_tokens)
+    words = [(i, word) for i, text in enumerate(texts) for word in text.split()]
+    assert [(int(i), run.token(row)) for row, i in enumerate(run.rows["text_id"])] == words
+    with torch.no_grad():
+        alone = model(tokenizer("a cat", return_tensors="pt")["input_ids"], output_hidden_states=True).hidden_states[2][0]
+    torch.testing.assert_close(stored(run)[run.rows["text_id"] == texts.index("a cat")], alone, rtol=1e-5, atol=1e-6)
+
+
+def plain_tokenizer(words="the a cat dog sat".split()):
+    """A tokenizer that has no special token of any kind: id 0 is a word."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_without_padding_and_eos_no_real_token_is_taken_for_padding(tmp_path):
+    plain_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer, texts = load_tokenizer(str(tmp_path / "tokenizer")), ["the cat sat", "a dog", "the the the the"] * 3
+    run = save(tmp_path / "run", tiny_model("gpt2"), tokenizer, texts)
+    assert (run.rows["token_id"] == 0).sum() == 15 and run.n_rows == sum(len(text.split()) for text in texts)
+
+
+def test_a_long_text_is_read_as_far_as_it_is_needed(monkeypatch):
+    """The tokens are those of the whole text, and the tokenizer never sees it whole."""
+    tokenizer, seen = word_tokenizer(), []
+    text = "the cat sat on the mat . " * 20_000
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, parts, **options):
+            seen.append(sum(map(len, parts)))
+            return tokenizer(parts, **options)
+
+    (item,) = tokenise(Counting(), [text], 0, 128)
+    assert item.ids == tokenizer(text, truncation=True, max_length=128)["input_ids"] and len(item.ids) == 128
+    assert sum(seen) < 50_000 < len(text)
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000 + " the cat", " " * 300_000 + "the cat sat", "the" + " " * 200_000 + "cat", "a cat " * 3])
+def test_of_a_long_word_or_a_long_gap_more_is_read(text):
+    tokenizer = word_tokenizer()
+    whole = tokenizer(text, truncation=True, max_length=128, return_offsets_mapping=True)
+    (item,) = tokenise(tokenizer, [text], 0, 128)
+    assert item.ids == whole["input_ids"] and item.offsets == whole["offset_mapping"]
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path):
+    with pytest.raises(InputError, match="id 25, but .*has 10 embeddings"):
+        save(tmp_path / "run", tiny_model("llama", vocab_size=10), texts=["the cat .", "a , ."] * 3)
+
+
+@pytest.mark.parametrize("kind, limit", [("gpt2", "n_positions"), ("bert", "max_position_embeddings"), ("llama", "max_position_embeddings")])
+def test_texts_longer_than_the_positions_are_refused_before_anything_is_written(tmp_path, kind, limit):
+    with pytest.raises(InputError, match="MAX_LENGTH=128 is beyond the 32 positions"):
+        save(tmp_path / "run", tiny_model(kind, **{limit: 32}))
+    assert not (tmp_path / "run").exists()
+    assert save(tmp_path / "run", tiny_model(kind, **{limit: 32}), max_length=32).n_rows
+
+
+def test_weights_that_are_not_numbers_are_named(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 2] = float("nan")
+    with pytest.raises(InputError, match="not finite, because model.layers.0.mlp.up_proj.weight"):
+        preflight(model, word_tokenizer(), [resolve(model, "resid_post:0")], MANY, SaveSettings())
+    with pytest.raises(InputError, match="not finite, because model.layers.0.mlp.up_proj.weight"):
+        save(tmp_path / "run", model)
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (3, 3)])
+def test_effective_dimensions_are_those_of_the_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.double) * torch.arange(1, shape[1] + 1)
+    values = torch.linalg.svdvals(x - x.mean(0)).square()
+    expected = float(values.sum() ** 2 / values.square().sum())
+    assert layer_statistics(x)["participation"] == pytest.approx(expected, rel=1e-9)

@@ -106,7 +106,6 @@ WRONG_FIRST = [
     (["PRESET=larg"], "PRESET=larg must be one of quick, standard, full, large, bielik; did you mean large?"),
     (["STORE_DTYPE=int8"], "STORE_DTYPE=int8 must be one of float32, bfloat16, float16"),
     (["MODEL_DTYPE=half"], "MODEL_DTYPE=half must be one of auto, float32, bfloat16, float16"),
-    (["PADDING_SIDE=top"], "PADDING_SIDE=top must be one of left, right"),
     (["DEVICE=tpu9"], "DEVICE=tpu9 must be one of auto, cpu, mps, cuda, cuda:N"),
     (["MODEL=./missing"], "there is no file or directory ./missing"),
     (["MODEL=nobody/nothing"], "set a local directory, or a hub name that this machine can reach"),

@@ -1,15 +1,26 @@
 """Every family of tests/zoo.py: its blocks, what the short names mean in numbers, and every step on it."""
 import functools
+import math
 
 import pytest
 import torch
-from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, WITHOUT_BLOCKS, build, lacks
+from conftest import TEXTS, word_tokenizer
+from torch.nn.functional import cross_entropy
+from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks
 
+from lib.activations import SaveSettings, block_rows, save_activations
 from lib.blocks import blocks
+from lib.concepts import encode_run, live_codes
+from lib.effects import draw_firings, next_token_effects
 from lib.environment import InputError
+from lib.evaluation import loss_recovered
 from lib.hooks import capture, edit, resolve, resolve_all
 from lib.models import load_model
 from lib.roles import ROLES
+from lib.rows import rows_of_run
+from lib.steering import continue_texts
+from lib.texts import tokenise
+from lib.training import TrainSettings, train_sae
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -153,3 +164,94 @@ def test_every_spelling_means_the_same(name, model_of):
         spellings = [f"{role}:-1", f"blocks.{n - 1}.hook_{role}", point.signature, f"{point.path}:{point.point}"]
         assert [resolve(model, spelling) for spelling in spellings] == [point] * len(spellings)
         assert resolve_all(model, f"{role}:*") == [resolve(model, f"{role}:{i}") for i in range(n)]
+
+
+MAX_LENGTH = 12
+LONG = "the cat sat on the mat and then the dog ran under the tree and it was happy ."
+STEP_TEXTS = ["", *TEXTS, "cat", LONG, "", "the dog"]
+
+
+@pytest.fixture(scope="session")
+def run_of(model_of, tmp_path_factory):
+    """run_of(family): step 1 at every role of its second block, with a tokenizer that adds no BOS; the run and its points."""
+
+    @functools.cache
+    def save(name):
+        model = model_of(name)
+        if name in WITHOUT_BLOCKS:
+            points = [resolve(model, "encoder"), resolve(model, "embeddings")]
+        else:
+            points = list(found_roles(name, model, 1).values())
+        folder, settings = tmp_path_factory.mktemp(f"{name}_run"), SaveSettings(max_length=MAX_LENGTH, batch_tokens=40, shard_rows=64)
+        splits = ["val" if i % 4 == 1 else "train" for i in range(len(STEP_TEXTS))]
+        return save_activations(folder / "run", model, word_tokenizer(bos=False), points, STEP_TEXTS, splits, settings, {}), points
+
+    return save
+
+
+def close(a, b):
+    """Equal but for the rounding of a whole model, whose weights here are large."""
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_rows_do_not_depend_on_batch_padding_or_order(name, model_of, run_of):
+    """Each row is what its text gives alone, and what another division into batches gives."""
+    model, tokenizer, (run, points) = model_of(name), word_tokenizer(bos=False), run_of(name)
+    stored = {point.signature: torch.cat(run.shards(point.signature)) for point in points}
+    for text_id, text in enumerate(STEP_TEXTS):
+        ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        mine = run.rows["text_id"] == text_id
+        assert run.rows["token_id"][mine].tolist() == ids and len(ids) <= MAX_LENGTH
+        if ids:
+            for point, alone in zip(points, read(model, *points, ids=torch.tensor([ids]))):
+                close(stored[point.signature][mine], alone[0])
+    other = SaveSettings(max_length=MAX_LENGTH, batch_tokens=10**6)
+    rows, states = block_rows(model, points, tokenise(tokenizer, STEP_TEXTS[::-1], 0, MAX_LENGTH), 7, other)
+    order = torch.cat([(rows[:, 0] == len(STEP_TEXTS) - 1 - i).nonzero()[:, 0] for i in range(len(STEP_TEXTS))])
+    for point, x in zip(points, states):
+        close(x[order], stored[point.signature])
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_the_steps_after_the_first_run(name, model_of, run_of):
+    """An SAE trains on the rows, reads live texts as stored ones, and is put back into the model."""
+    model, tokenizer, (run, points) = model_of(name), word_tokenizer(bos=False), run_of(name)
+    point = next((p for p in points if p.names and p.names[0].startswith("resid_post")), points[0])
+    sae, history = train_sae(rows_of_run(run, point.signature), TrainSettings(32, 4, epochs=2, batch_size=16), progress=False)
+    assert math.isfinite(history["val"]["ev"][-1])
+    live = live_codes(STEP_TEXTS, model, tokenizer, point, sae, SaveSettings(**run.meta["settings"]))
+    codes = encode_run(run, point.signature, sae)
+    for (_, values, _), (_, again, _) in zip(codes, live):
+        torch.testing.assert_close(values, again, rtol=1e-3, atol=1e-3)
+    if model.get_output_embeddings() is None:
+        return
+    for inside in points:  # with the mean in its place at every point, and the SAE at the one it was trained for
+        loss = loss_recovered(model, tokenizer, inside, sae, STEP_TEXTS, run.stats(inside.signature)["mean"], run.meta["settings"])
+        assert all(map(math.isfinite, loss.values())) and loss["ce_mean_ablated"] != loss["ce_clean"]
+    assert loss["ce_clean"] == pytest.approx(clean_loss(model, tokenizer), rel=1e-4)
+    latent = int(next(iter(codes))[2][0, 0])
+    firings = draw_firings(codes, [latent], 2)
+    effect = next_token_effects(model, tokenizer, point, sae, run, firings, torch.ones(32), progress=False)[latent]
+    assert effect["added"]["kl"] > 0
+
+
+@torch.no_grad()
+def clean_loss(model, tokenizer):
+    """Mean cross-entropy of the next token, each text by itself."""
+    losses = []
+    for text in STEP_TEXTS:
+        ids = torch.tensor([tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"]]).long()
+        if ids.shape[1] > 1:
+            losses.append(cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    return float(torch.cat(losses).double().mean())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "mamba", "rwkv", "recurrent_gemma", "jamba", "llava"])
+def test_prompts_of_any_length_are_continued_as_if_alone(name, model_of):
+    model, tokenizer, prompts = model_of(name), word_tokenizer(bos=False), ["the cat", "a dog ran and then it", "cat", "it was"]
+    together = continue_texts(model, tokenizer, prompts, 5)
+    for i, prompt in enumerate(prompts):
+        alone = continue_texts(model, tokenizer, [prompt], 5)
+        assert together.texts[i] == alone.texts[0]
+        assert float(together.perplexity[i]) == pytest.approx(float(alone.perplexity[0]), rel=1e-3)

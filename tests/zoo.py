@@ -12,7 +12,7 @@ import lib.environment  # noqa: E402, F401  (the import guards come before trans
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-WIDTH, VOCABULARY, POSITIONS = 16, 25, 64
+WIDTH, VOCABULARY, POSITIONS = 16, 32, 64
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZE = {
     "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32,
@@ -109,7 +109,7 @@ def config_of(name):
     kind = getattr(transformers, class_name).config_class
     if name == "llava":
         text = transformers.LlamaConfig(**SIZE, **SPECIAL)
-        return kind(text_config=text, vision_config=transformers.CLIPVisionConfig(**VISION), image_token_index=24)
+        return kind(text_config=text, vision_config=transformers.CLIPVisionConfig(**VISION), image_token_index=VOCABULARY - 1)
     if name == "vit":
         return kind(**VISION)
     if name == "clip":

@@ -41,7 +41,7 @@ from lib import plots
 from lib.activations import SaveSettings
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
-from lib.hooks import blocks, resolve
+from lib.hooks import resolve_all
 from lib.models import choose_dtype, load_model, load_tokenizer
 from lib.probe import probe_layers, recommend_layer
 from lib.store import experiment_dir
@@ -76,7 +76,8 @@ def main():
     folder, device = experiment_dir("verify_sae_training"), choose_device(DEVICE)
     texts, field, labels = read_texts()
     model, tokenizer = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE), load_tokenizer(MODEL, TRUST_REMOTE_CODE)
-    points = [resolve(model, f"{kind.strip()}:{i}") for i in range(len(blocks(model)[1])) for kind in POINTS.split(",")]
+    points = resolve_all(model, ",".join(f"{kind.strip()}:*" for kind in POINTS.split(",")))
+    points.sort(key=lambda point: int(point.names[0].rpartition(":")[2]))  # by depth
     settings = SaveSettings(MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, skip_first=SKIP_FIRST)
     table = probe_layers(model, tokenizer, points, texts, settings, labels)
     signature, reason = recommend_layer(table)

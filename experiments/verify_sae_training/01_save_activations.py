@@ -30,8 +30,8 @@ STREAM = False                            # copy the texts to the store block by
                                           # memory or disk
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included; the rest is cut
 LAYER_SIGNATURE: Name = "resid_post:0"    # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N,
-                                          # mlp_out:N, a dotted module path, or class_path_with_underscores; ?: list
-                                          # them
+                                          # mlp_out:N (-1: the last, *: all), blocks.N.hook_resid_post, a dotted
+                                          # module path, or class_path_with_underscores; ?: list them
 HOOK_POINT: Literal["input", "output"] = "output"  # input or output of the module, where the signature does not say
 BATCH_SIZE_SAVE: Size = 16                # texts of MAX_LENGTH in one forward pass; shorter texts: more of them
 STORE_DTYPE: Literal["float32", "bfloat16", "float16"] = "float32"  # float32, bfloat16 (half the disk, 3 digits) or
@@ -41,7 +41,6 @@ SKIP_SPECIAL = True                       # keep BOS, EOS and other control toke
 SKIP_FIRST: NotNegative = 0               # tokens to drop at the start of each text; 1 where there is no BOS
 MAX_NORM_MULTIPLE: Positive | None = None  # drop tokens whose norm is over this multiple of the median; None: keep
                                           # all
-PADDING_SIDE: Literal["left", "right"] = "right"  # right or left; both store the same rows
 VAL_FRAC: Share = 0.1                     # share of the texts that training never sees
 PREFLIGHT = True                          # report norm, gamma, outliers and cost of every block before saving
 MODEL_DTYPE: Precision = "auto"           # precision of the model: auto, float32, bfloat16, float16
@@ -71,8 +70,9 @@ from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run, say_next
 from lib.files import fingerprint, write_text
 from lib.guards import bytes_in, differences, in_use, require_room
-from lib.hooks import blocks, layer_signatures, resolve
+from lib.hooks import every, layer_signatures, resolve_all
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity, tokenizer_identity
+from lib.roles import short_names
 from lib.store import experiment_dir, open_run, provenance
 from lib.streaming import fingerprint_texts, stream_texts
 from lib.texts import load_documents, split_texts
@@ -81,7 +81,12 @@ FOLDER = experiment_dir("verify_sae_training")
 
 
 def list_layers(model):
-    """Print every module's path, signature and class."""
+    """Print the short names with their widths, then every module's path, signature and class."""
+    for row in short_names(model) if every_block(model) else []:
+        where = f"{', '.join(map(str, row['blocks']))}   width {row['width']}   such as {row['example']}" if row["blocks"] else ""
+        why = f"refused: {'; '.join(row['refused'])}" if row["refused"] else ""
+        print(f"{row['role'] + ':N':<13}", "   ".join(part for part in (where and f"N = {where}", why) if part))
+    print()
     for signature, paths in layer_signatures(model).items():
         for path in paths:
             print(f"{path:<44} {signature:<64} {type(model.get_submodule(path)).__name__}")
@@ -98,11 +103,20 @@ def load_texts() -> Sequence[str]:
         return stream_texts(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT, FOLDER / "texts" / f"{key}.jsonl")
 
 
+def every_block(model):
+    """resid_post of every block; none where the model has no list of blocks."""
+    try:
+        return every(model, "resid_post")
+    except InputError:
+        return []
+
+
 def report(model, tokenizer, points, texts, settings):
     """Log the sample's figures for the chosen points and, with PREFLIGHT, for every block; then size and time. Returns the size."""
-    others = [resolve(model, f"resid_post:{i}") for i in range(len(blocks(model)[1]))] if PREFLIGHT else []
+    others = every_block(model) if PREFLIGHT else []
     chosen = preflight(model, tokenizer, points, texts, settings)
-    table = chosen + (preflight(model, tokenizer, [p for p in others if p not in points], texts, settings) if others else [])
+    others = [point for point in others if point not in points]
+    table = chosen + (preflight(model, tokenizer, others, texts, settings) if others else [])
     log.info("%-64s %6s %8s %6s %9s %8s", "hook point (* to be saved)", "width", "|x| med", "gamma", "outliers", "eff.dim")
     for row in table:
         name = row["signature"] + (" *" if row in chosen else "")
@@ -138,7 +152,7 @@ def main():
     model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE, LOAD_BITS, DEVICE_MAP)
     if LAYER_SIGNATURE == "?":
         return list_layers(model) if rank() == 0 else None
-    points = [resolve(model, name.strip(), HOOK_POINT) for name in LAYER_SIGNATURE.split(",")]
+    points = resolve_all(model, LAYER_SIGNATURE, HOOK_POINT)
     tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
     texts, path = load_texts(), local_path(DATASET)
     meta = {
@@ -155,7 +169,7 @@ def main():
     run_id = f"{points[0].path.replace('.', '_')}-{fingerprint([what, *contents_of(meta)])[:8]}"
     folder = FOLDER / "runs" / run_id
     settings = SaveSettings(
-        MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, STORE_DTYPE, SHARD_ROWS, SKIP_SPECIAL, SKIP_FIRST, MAX_NORM_MULTIPLE, PADDING_SIDE
+        MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, STORE_DTYPE, SHARD_ROWS, SKIP_SPECIAL, SKIP_FIRST, MAX_NORM_MULTIPLE
     )  # fmt: skip
     if (folder / "manifest.json").exists():
         saved = open_run("verify_sae_training", run_id)

@@ -13,18 +13,20 @@ def layer_statistics(x: Tensor) -> dict[str, float]:
     width D; median_norm; gamma = norm(mean) / norm(per-dimension sd), which predicts dead latents (arXiv 2605.31518);
     outlier_frac, the share of rows over OUTLIER_ROWS times the median norm; outlier_dims, the dimensions whose root
     mean square is over OUTLIER_DIMENSIONS times the median one's; participation, the effective number of dimensions
-    (sum of eigenvalues)^2 / sum of their squares, of the covariance.
+    (sum of eigenvalues)^2 / sum of their squares, of the covariance. NaN where all rows are alike.
     """
     x = x.double()
     norms, mean, size = x.norm(dim=1), x.mean(0), x.square().mean(0).sqrt()
-    eigenvalues = torch.linalg.svdvals(x - mean).square()
+    centred = x - mean
+    # tr(C)^2 / |C|_F^2 of the covariance C, up to the same factor in both; the smaller of the two products gives both.
+    product = centred.T @ centred if x.shape[1] <= len(x) else centred @ centred.T
     return {
         "width": x.shape[1],
         "median_norm": norms.median().item(),
         "gamma": (mean.norm() / x.var(0, correction=0).sum().sqrt()).item(),
         "outlier_frac": (norms > OUTLIER_ROWS * norms.median()).double().mean().item(),
         "outlier_dims": int((size > OUTLIER_DIMENSIONS * size.median()).sum()),
-        "participation": (eigenvalues.sum().square() / eigenvalues.square().sum()).item(),
+        "participation": (product.trace().square() / product.square().sum()).item(),
     }
 
 
