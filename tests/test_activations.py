@@ -1,6 +1,7 @@
 """Saving activations: which tokens are stored, in which order, and that nothing else changes them."""
 import shutil
 
+import pandas
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
@@ -15,7 +16,7 @@ from lib.hooks import resolve
 from lib.metrics.layers import layer_statistics
 from lib.models import load_tokenizer
 from lib.store import open_run
-from lib.texts import length_batches, pad, split_texts, tokenise
+from lib.texts import length_batches, load_documents, pad, split_texts, tokenise
 
 MANY = [text + " and then " * (i % 7) for i, text in enumerate(TEXTS * 5)]
 
@@ -310,3 +311,8 @@ def test_effective_dimensions_are_those_of_the_singular_values(shape):
     values = torch.linalg.svdvals(x - x.mean(0)).square()
     expected = float(values.sum() ** 2 / values.square().sum())
     assert layer_statistics(x)["participation"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_lists_of_words_in_a_parquet_file_are_lists(tmp_path):
+    pandas.DataFrame({"text": ["a cat", "the dog"], "concepts": [[1, 2], [0, 3]]}).to_parquet(tmp_path / "texts.parquet")
+    assert [document["concepts"] for document in load_documents(str(tmp_path / "texts.parquet"))] == [[1, 2], [0, 3]]
