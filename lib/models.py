@@ -184,7 +184,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def _reach(what: str, error: Exception) -> str:
-    return f"{what} can't be loaded ({first_line(error)}); set a local directory with whole files, or a hub name that this machine can reach"
+    return f"{what} can't be loaded ({first_line(error)}); set a local directory, or a hub name that this machine can reach"
 
 
 def model_identity(model: Any, name: str) -> dict[str, Any]:
