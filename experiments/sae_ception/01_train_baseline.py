@@ -32,7 +32,7 @@ LABEL_FIELD: Name = "mood"                # column of the class
 ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups,
                                           # measure the classes too
-DATA_LIMIT: Count | None = 600            # training examples; None: all
+DATA_LIMIT: Count | None = 600            # training examples, drawn with each class's share; None: all
 VAL_FRAC: Share = 0.1                     # share of the training examples that validates, where there is no
                                           # validation set
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included

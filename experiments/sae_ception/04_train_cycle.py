@@ -54,7 +54,7 @@ LABEL_FIELD: Name = "mood"                # column of the class
 ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups,
                                           # measure the classes too
-DATA_LIMIT: Count | None = 600            # training examples; None: all
+DATA_LIMIT: Count | None = 600            # training examples, drawn with each class's share; None: all
 VAL_FRAC: Share = 0.1                     # share of the training examples that validates, where there is no
                                           # validation set
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
@@ -96,14 +96,15 @@ INIT: Literal["continue", "scratch"] = "continue"  # start of a cycle's model: c
 SHARPEN_SEED: Seed = 42                   # draws random targets and permutations
 ARM_CONSTANTS: dict[Arm, ForArm] = {}     # auxiliary constants for single arms, e.g. {"class_mean": {"AUX_WEIGHT":
                                           # 0.3}}
-EVAL_LIMIT: Count | None = 1000           # examples of a split that are scored; None: all
-PROBE_LIMIT: Count | None = 1000          # training examples of thresholds and probes; None: all
+EVAL_LIMIT: Count | None = 1000           # examples of a split that are scored, drawn by the seed, each class's
+                                          # share; None: all
+PROBE_LIMIT: Count | None = 1000          # training examples of thresholds and probes, drawn alike; None: all
 SILHOUETTE_ROWS: Annotated[int, at_least(2), at_most(10_000)] = 1000  # examples of the silhouettes, at most 10,000:
                                           # they need all pairs
 ROBUST_LIMIT: NotNegative = 64            # examples under attack, and texts of the perplexity; 0: none
 ROBUST_EPS: tuple[Positive, ...] = (0.05, 0.1)  # attack budgets: of the pixel range, or of the median embedding norm
                                           # per token
-ABSORPTION_TOKENS: NotNegative = 2000     # validation tokens of the absorption score; 0: none
+ABSORPTION_TOKENS: NotNegative = 2000     # tokens of scored examples for the absorption score; 0: none
 METRICS: tuple[Metric, ...] | tuple[()] = ("probes", "clustering", "language")  # on test, beside task, SAE and
                                           # selectivity; "robustness" costs most
 TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow; the history is always written
