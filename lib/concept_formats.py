@@ -20,7 +20,7 @@ import jsonschema
 import yaml
 
 from lib.environment import InputError
-from lib.files import fingerprint, write_text
+from lib.files import fingerprint, read_bytes, write_text
 
 SCHEMA = json.loads(Path(__file__).with_name("concepts.schema.json").read_text(encoding="utf-8"))
 SCHEMA_VERSION = SCHEMA["properties"]["schema_version"]["const"]
@@ -67,16 +67,7 @@ def load(path: Path) -> Any:
 
 def _decoded(path: Path) -> str:
     """A file's text: UTF-8, or UTF-16 with its mark as spreadsheets write it."""
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is not a file")
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} has more than {MAX_BYTES:,} bytes; this is no concept dictionary")
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror})") from None
+    raw = read_bytes(path, MAX_BYTES, "check its name, or correct it")
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return raw.decode("utf-16" if utf16 else "utf-8-sig")

@@ -26,6 +26,7 @@ PRIOR = 1.0  # weight of the corpus as a prior, in firings of the latent
 MIN_Z = 3.0  # log-odds in standard deviations below which a pattern is chance
 MAX_PATTERNS = 12  # in one rule
 MIN_GAIN = 0.005  # in F1, for one more pattern
+LONGEST = 60  # characters of one pattern in words; a "word" of a text may be a page of letters without a space
 SHOWN = 4  # patterns in a name; the description has all
 MARKS = {
     ".": "full stop", ",": "comma", "!": "exclamation mark", "?": "question mark", ":": "colon", ";": "semicolon",
@@ -222,6 +223,7 @@ def _name(kinds: list[str], words: list[str]) -> str:
 def describe(patterns: Patterns, kind: str, name: str, fires: np.ndarray) -> str:
     """One pattern in words a person reads: dog, do…, …ing, after “said”. fires: bool [N], where the latent fires."""
     rows = patterns.find(kind, name)
+    name = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
     pieces = patterns.piece[rows[fires[rows]]]
     open_end = kind in ("word", "cased", "token", "phrase") and np.isin(pieces, ["s", "m"]).sum() > len(pieces) / 2
     to_come = "…" if open_end else ""

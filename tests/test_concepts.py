@@ -8,7 +8,7 @@ from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
 
 from lib.activations import SaveSettings, save_activations
 from lib.concept_files import read_top_texts, write_top_texts
-from lib.concept_names import candidate_patterns, name_latents, predict, score_rule
+from lib.concept_names import candidate_patterns, describe, name_latents, predict, score_rule
 from lib.concepts import Codes, closest_directions, codes_at, collect_firings, encode_run, live_codes
 from lib.effects import promoted_tokens
 from lib.environment import InputError
@@ -317,3 +317,13 @@ def test_closest_directions_are_those_of_all_cosines(sae):
             order = [i for i in cosines[latent].argsort(descending=True).tolist() if i != latent and cosines[latent, i] > 0.1][:3]
             assert [i for i, _ in near] == order and [c for _, c in near] == pytest.approx(cosines[latent, order].tolist(), abs=1e-6)
     assert closest_directions(sae.W_dec[:1], torch.tensor([0]), 5, 0.3) == [[]] and closest_directions(sae.W_dec, latents[:0], 5, 0.3) == []
+
+
+def test_a_page_of_letters_is_no_long_name():
+    """Base64 in a text is one word of any length; a name with it must fit into concepts.json."""
+    text = "A" * 50_000 + " b"
+    rows = {"text_id": [0, 0], "char_start": [0, 50_001], "char_end": [50_000, 50_002]}
+    patterns = find_patterns([text], {name: torch.tensor(column, dtype=torch.int32) for name, column in rows.items()})
+    fires = np.array([True, True])
+    for kind, name in (("word", "a" * 50_000), ("token", "a" * 50_000), ("after", "a" * 50_000), ("phrase", "a" * 50_000 + " b"), ("before", "b")):
+        assert len(patterns.find(kind, name)) == 1 and 0 < len(describe(patterns, kind, name, fires)) < 80
