@@ -23,6 +23,9 @@ Loss: mean over rows of the squared error summed over dimensions, + aux_weight *
 arXiv 2406.04093): the dead latents, ReLU only, decode the residual e; sum (e - e_hat)^2 / sum e^2, with e a constant.
 At most D / 2 dead latents take part in a step, in turns, so its cost is bounded.
 """
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -41,14 +44,28 @@ def whitening(covariance: Tensor, power: float = 1 / 8, floor: float = 1e-5) -> 
     """T = c C^-power [D, D], symmetric, with c such that rows of covariance C have mean squared norm 1 after it.
 
     power 0 is the plain recipe (one scalar). Eigenvalues are floored at `floor` times the largest.
-    Raises InputError if the covariance is zero or not finite.
+    Raises InputError if the covariance is zero, smaller than float32 holds in full, or not finite.
     """
     C = covariance.cpu().double()
     if not torch.isfinite(C).all() or C.diagonal().sum() <= 0:
         raise InputError("the activations do not vary or are not finite; check the hook point and the saved run")
-    values, vectors = torch.linalg.eigh((C + C.T) / 2)
+    if C.diagonal().sum() < len(C) * torch.finfo(torch.float32).tiny:
+        raise InputError("the activations vary by less than 1e-19, where float32 runs out of digits; scale them up")
+    with one_thread():  # LAPACK's last digits depend on the number of threads
+        values, vectors = torch.linalg.eigh((C + C.T) / 2)
     T = (vectors * values.clamp(min=float(values[-1]) * floor) ** -power) @ vectors.T
     return (T / (T @ C @ T).diagonal().sum().sqrt()).to(covariance.dtype).to(covariance.device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with a single thread inside the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = True, kind: str = "topk") -> dict[str, Tensor]:
