@@ -162,7 +162,7 @@ def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, total: Ten
     codes = torch.addmm(state["bias"][latents], x, enc.T).relu_().mul_(is_dead)
     rest = torch.addmm(error, codes, dec, alpha=-1)
     total = total.clamp(min=1e-30)
-    value = rest.square().sum() / total
+    value = rest.square().sum(-1).sum() / total
     slope = rest.mul_(-2 * aux_weight / total)
     g_code = (slope @ dec.T).mul_(codes > 0)
     return value, latents, codes.T @ slope, g_code.T @ x, g_code.sum(0)
@@ -240,7 +240,7 @@ def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, be
     code, place = pre.relu().topk(k, dim=1)
     index = proposed.gather(1, place)
     error = x - embedding_bag(index, state["dec"], per_sample_weights=code, mode="sum")
-    total = error.square().sum()
+    total = error.square().sum(-1).sum()
     if work.shared:
         add_up(n_rows, total)
     slope = _dots(error, state["dec"], index).mul_(code > 0).mul_(-2 / n_rows)

@@ -19,6 +19,8 @@ The state is a dict of tensors and nothing else: what safetensors wrote of it re
     silent int64 [F]                  tokens since the latent last fired
     step int64 [], sums [7]           steps taken; what `read_stats` averages
 
+Sums of whole arrays go over the last dimension first, which makes their last digit independent of the number of threads.
+
 Loss: mean over rows of the squared error summed over dimensions, + aux_weight * AuxK. AuxK (Gao et al. 2024,
 arXiv 2406.04093): the dead latents, ReLU only, decode the residual e; sum (e - e_hat)^2 / sum e^2, with e a constant.
 At most D / 2 dead latents take part in a step, in turns, so its cost is bounded.
@@ -195,9 +197,9 @@ def dense_step(
 
     dead, is_dead = dead_in_turn(state, dead_after)
     residual = error.detach()
-    total = residual.square().sum()
+    total = residual.square().sum(-1).sum()
     rest = residual - (pre[:, dead] * is_dead) @ dec[dead]
-    auxk = rest.square().sum() / total.clamp(min=1e-30)
+    auxk = rest.square().sum(-1).sum() / total.clamp(min=1e-30)
     (objective + penalty + aux_weight * auxk).backward()
 
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -238,7 +240,7 @@ def apply_gradients(
     grads = grads | {"dec": grads["dec"] - (grads["dec"] * dec).sum(1, keepdim=True) * dec}
     if frozen:
         grads.pop(FROZEN[frozen])
-    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+    norm = torch.stack([grad.square().sum(-1).sum() for grad in grads.values()]).sum().sqrt()
     factor = 1.0 if clip is None else (clip / norm.clamp(min=clip))
     bias_lr_ratio = bias_rate(*dec.shape) if bias_lr_ratio is None else bias_lr_ratio
     ratios = {"dec": 1.0, "enc": 1.0, "gain": GAIN_RATE, "bias": bias_lr_ratio, "log_threshold": 1.0}

@@ -171,9 +171,9 @@ def continue_texts(
     ids, mask = _left_padded(tokenizer, prompts, input_device(model))
     together = _reads_left_padding(model)  # tried before anything is steered
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
     arguments = dict(max_new_tokens=n_tokens, pad_token_id=filler_id(tokenizer), **how)
-    with nullcontext() if steering is None else steering:
+    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []), nullcontext() if steering is None else steering:
+        torch.manual_seed(seed)  # generate() has no generator of its own
         whole = model.generate(ids, attention_mask=mask, **arguments) if together else _generated_one_by_one(model, ids, mask, arguments)
     new = whole[:, ids.shape[1] :]
     ended = (new == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else torch.zeros_like(new, dtype=torch.bool)

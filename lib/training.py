@@ -193,10 +193,11 @@ def _check(rows: Rows, settings: TrainSettings) -> None:
         raise InputError("a frozen part must be random: train it with whiten=0 and aligned=False, which shape it after the data or the dictionary")
     if settings.kind != "topk" and world_size() > 1:
         raise InputError(f"KIND={settings.kind} trains in one process only; use KIND=topk with several ranks")
+    n_val = len(rows.is_val) - rows.n_train
+    if rows.n_train == 0 or n_val < 2:  # a single one has no variance to explain
+        raise InputError("the run needs rows of training texts and two of validation texts at least; raise DATA_LIMIT in 01_save_activations.py")
     if min(settings.batch_size, rows.n_train) < world_size():
         raise InputError(f"batch_size={settings.batch_size} leaves some of {world_size()} ranks without a row; raise it")
-    if rows.n_train == 0 or rows.n_train == len(rows.is_val):
-        raise InputError("the run needs rows of training and of validation texts; raise DATA_LIMIT in 01_save_activations.py")
 
 
 def _empty_history(rate: float, dead_after: int, n_steps: int) -> dict[str, Any]:

@@ -40,11 +40,11 @@ def errors_of(kind: str, x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor,
     """(x - x_hat [B, D], the mean over rows of the squared error; for matryoshka that over its prefixes too)."""
     if kind != "matryoshka":
         error = x - codes @ dec
-        return error, error.square().sum() / len(x)
+        return error, error.square().sum(-1).sum() / len(x)
     error, total, prefixes = x, x.new_zeros(()), prefix_sizes(len(dec))
     for start, end in zip([0, *prefixes], prefixes):
         error = error - codes[:, start:end] @ dec[start:end]
-        total = total + error.square().sum() / len(x)
+        total = total + error.square().sum(-1).sum() / len(x)
     return error, total / len(prefixes)
 
 

@@ -62,6 +62,17 @@ def test_whitening_floors_directions_without_variance_and_refuses_none():
             whitening(bad)
 
 
+def test_whitening_is_the_same_with_two_threads_and_refuses_what_float32_cannot_hold():
+    x = skewed(500, 200)
+    C = x.T @ x / len(x)
+    one = whitening(C)
+    torch.set_num_threads(2)
+    assert torch.equal(whitening(C), one) and torch.get_num_threads() == 2
+    with pytest.raises(InputError, match="less than 1e-19"):
+        whitening(C * 1e-43)
+    assert torch.allclose(whitening(C * 1e-34) * 1e-17, one, rtol=1e-3)
+
+
 def test_schedule_warms_up_holds_and_falls_to_zero():
     values = [schedule(i, 100) for i in range(100)]
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -202,6 +202,13 @@ def test_a_sweep_counts_what_was_written():
     assert sweep(*arguments)[0]["favoured"] == 0.0 and all(0 <= row[key] <= 1 for row in (plain, strong) for key in ("fires", "repeated"))
 
 
+def test_sampling_repeats_by_its_seed_and_leaves_the_global_stream():
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    before = torch.get_rng_state()
+    first, again, other = (continue_texts(model, tokenizer, ["the cat"], 8, temperature=5.0, seed=seed).texts for seed in (1, 1, 2))
+    assert first == again != other and torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_model_that_writes_nothing_is_named():
     with pytest.raises(InputError, match="writes no text"):
         continue_texts(tiny_model("bert"), word_tokenizer(), ["the cat"], 3)

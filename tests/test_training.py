@@ -1,15 +1,19 @@
 """The training loop: order of the rows, resume, history, and what a trained SAE must reach."""
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 import lib.training as training
 from lib.environment import InputError
-from lib.evaluation import untrained_sae
+from lib.evaluation import shuffled, untrained_sae
 from lib.metrics.reconstruction import explained_variance
 from lib.rows import Rows, epoch_batches, rows_of_tensor, sample_rows
+from lib.sae import make_sae
+from lib.sae_step import whitening
 from lib.training import TrainSettings, score, train_sae
 
 SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5, "precision": "float32"}
@@ -184,6 +188,60 @@ def test_settings_that_cannot_work_are_refused(wrong, message):
     rows, _ = make_rows(100)
     with pytest.raises(InputError, match=message):
         train_sae(rows, TrainSettings(**{**SMALL, **wrong}), progress=False)
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_two_threads_train_the_same_sae_and_write_the_same_history(kind):
+    """What the project's own code does not depend on their number; torch promises nothing for its matrix products."""
+    rows, _ = make_rows(3000, n_inputs=100, n_features=200)
+    made = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        made.append(train_sae(rows, TrainSettings(n_latents=256, top_k=4, kind=kind, epochs=1, batch_size=700, dead_after=700), progress=False))
+    torch.set_num_threads(before)
+    assert torch.equal(made[0][0].W_enc, made[1][0].W_enc) and torch.equal(made[0][0].W_dec, made[1][0].W_dec)
+    assert made[0][1] == made[1][1] and (kind != "topk" or max(made[0][1]["train"]["auxk"]) > 0)
+
+
+@pytest.mark.parametrize("n_rows, every, message", [(1, 1, "two of validation"), (1, 2, "two of validation"), (9, 9, "two of validation"), (20, 7, None)])
+def test_runs_of_a_few_rows_are_trained_or_refused_in_one_line(n_rows, every, message):
+    x, _ = planted(n_rows)
+    rows = rows_of_tensor(x, torch.arange(n_rows) % every == 0)
+    if message:
+        with pytest.raises(InputError, match=message):
+            train_sae(rows, TrainSettings(**SMALL), progress=False)
+    else:
+        assert all(torch.isfinite(getattr(train_sae(rows, TrainSettings(**SMALL), progress=False)[0], name)).all() for name in ("W_enc", "b_enc", "W_dec"))
+
+
+@pytest.mark.parametrize("shape, change", [
+    ((400, 6), lambda x: x + 1e4), ((400, 6), lambda x: (100 * x + 3e4).half()), ((400, 6), lambda x: x.bfloat16()), ((400, 1), lambda x: x),
+    ((400, 6), lambda x: x * 1e-12), ((400, 6), lambda x: x * 1e12), ((5, 30), lambda x: x), ((400, 6), lambda x: torch.cat([x, torch.full((400, 1), 7e4)], 1)),
+])  # fmt: skip
+def test_statistics_are_right_for_large_means_low_precision_and_odd_shapes(shape, change):
+    """To 1e-4 of the spread, against numpy in float64."""
+    x = change(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    rows = rows_of_tensor(x, torch.zeros(len(x), dtype=torch.bool))
+    exact = np.asarray(x.double())
+    spread = exact.std(0).max()
+    assert np.abs(rows.mean.double().numpy() - exact.mean(0)).max() < max(1e-4 * spread, 6e-8 * np.abs(exact).max())
+    assert np.abs(rows.covariance.double().numpy() - np.cov(exact.T, bias=True)).max() < 1e-4 * spread**2
+    assert rows.scale == pytest.approx(np.sqrt(exact.var(0).sum()), rel=1e-4)
+    whitened = next(epoch_batches(rows, whitening(rows.covariance), len(x), 0, 0, {}))
+    assert whitened.square().sum(1).mean() == pytest.approx(1, rel=2e-3)
+
+
+def test_nothing_draws_from_the_global_streams():
+    rows, _ = make_rows(300)
+    make_sae(torch.eye(2), torch.zeros(2), torch.eye(2), torch.zeros(2), 1.0, 1).overcomplete()  # importing that package draws
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    sae, _ = train_sae(rows, TrainSettings(**SMALL), progress=False)
+    train_sae(rows, TrainSettings(**{**SMALL, "kind": "jumprelu"}), progress=False)
+    untrained_sae(rows, TrainSettings(**SMALL))
+    shuffled(rows.shards[0])
+    sae.overcomplete()
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
 
 
 def test_what_is_set_to_0_is_not_taken_for_unset():

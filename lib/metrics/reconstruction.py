@@ -1,6 +1,7 @@
 """How well an SAE rebuilds its activations, and how sparsely.
 
-Everything is a sum over rows, kept in float64 and divided once, so no number depends on the batch size.
+Everything is a sum over rows, kept in float64 and divided once, so no number depends on the batch size. Sums go over
+each row first: one sum of a whole array is cut where threads meet, and its last digit depends on how many there are.
 """
 import torch
 from torch import Tensor
@@ -37,12 +38,12 @@ class Reconstruction:
         centred = x - self._shift
         self._sum += centred.sum(0)
         self._square_sum += centred.square().sum(0)
-        self._sse += (x - xhat).square().sum().item()
+        self._sse += (x - xhat).square().sum(1).sum().item()
         fired = values != 0
         l0 = fired.sum(1).double()
         self._l0 += l0.sum().item()
         self._l0_square += l0.square().sum().item()
-        self._l1 += values.abs().sum().item()
+        self._l1 += values.abs().sum(1).sum().item()
         self.fires += torch.bincount(indices.detach().cpu().long()[fired], minlength=len(self.fires))
         self.n_rows += len(x)
         self.n_elements += x.numel()
