@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib import schemas
+from lib.blocks import require_positions
 from lib.choices import check_choices
 from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.distributed import own_part, rank, wait_for_all, world_size
@@ -28,6 +29,7 @@ from lib.labelled import load_task, own_data
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, weights_of
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir, provenance
+from lib.texts import filler_id
 
 # Constants that choose what is run or where, not what any one result is.
 RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "FSDP", "TRACKER", "N_SAE_SEEDS"}
@@ -72,8 +74,9 @@ class Bench:
             if fsdp and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
                 raise InputError("with FSDP no rank holds the frozen blocks to fill a cache with; set CACHE_ENTRIES=False")
             lm: Any = load_base(c, torch.device("cpu") if fsdp else self.device)  # each part goes to its device when it is sharded
+            require_positions(lm, c["MAX_LENGTH"])
             if lm.config.pad_token_id is None:
-                lm.config.pad_token_id = self.tokenizer.pad_token_id
+                lm.config.pad_token_id = filler_id(self.tokenizer)
             self.model = TextClassifier(lm, self.task.n_classes, c["TARGET_LAYER"], seed, c["TRAIN_BELOW"])
             if c["GRADIENT_CHECKPOINTING"]:
                 # The reentrant kind would cut the graph of what the hooks capture.

@@ -251,8 +251,8 @@ def source_of_run(saved: dict[str, Any]) -> str:
     raise InputError(f"{saved['name']} lay in {saved['path']} when the run was saved and is gone; put it back, or run step 1 again")
 
 
-def model_of_run(run: Run, hook: str, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any, HookPoint]:
-    """The model and tokenizer that a run was saved from, and its hook point of that name.
+def model_of_run(run: Run, hook: str, device: torch.device | str, trust_remote_code: bool = False) -> tuple[Any, Any, HookPoint]:
+    """The model and tokenizer that a run was saved from, and its hook point of that name, in any spelling of step 1.
 
     trust_remote_code: of the user, not of the run: whoever wrote the store could have set that. Raises InputError if they
     can't be reached, have changed since, or come with code that is not trusted.
@@ -262,14 +262,14 @@ def model_of_run(run: Run, hook: str, device: torch.device, trust_remote_code: b
         raise InputError(f"{run.path / 'meta.json'} names no model; run 01_save_activations.py again")
     if constants.get("TRUST_REMOTE_CODE") and not trust_remote_code:
         raise InputError(f"the run was saved with code that comes with {saved['name']}; set TRUST_REMOTE_CODE=True if you trust its author")
-    source = source_of_run(saved)
+    source, device = source_of_run(saved), torch.device(device)
     dtype = choose_dtype(constants["MODEL_DTYPE"], device)
     model = load_model(source, device, dtype, trust_remote_code, constants.get("LOAD_BITS"), constants.get("DEVICE_MAP"))
     require_same_model(model, saved)
     tokenizer = load_tokenizer(source, trust_remote_code)
     if tokenizer_identity(tokenizer) != run.meta.get("tokenizer"):
         raise InputError(f"the tokenizer of {saved['name']} has changed since its activations were saved; run step 1 again")
-    point = hook_of_run(run, hook)
+    point = hook_of_run(run, run.hook(hook))
     return model, tokenizer, resolve(model, point.path, point.point)
 
 

@@ -22,7 +22,8 @@ SETTINGS = {
     "skip_special": bool, "skip_first": COUNT, "max_norm_multiple": (float, None),
 }  # fmt: skip
 META = Schema({
-    "schema_version": int, "settings": SETTINGS, "n_texts": POSITIVE, "hooks": [{"path": str, "point": ("input", "output"), "signature": NAME}],
+    "schema_version": int, "settings": SETTINGS, "n_texts": POSITIVE,
+    "hooks": [{"path": str, "point": ("input", "output"), "signature": NAME, "names?": [str]}],
     "model?": {"name": str, "path?": (str, None), "class?": str, "dtype?": str, "weights?": SHORT_HASH},
     "tokenizer?": (str, {"class": str, "fingerprint": SHORT_HASH}),
     "dataset?": {"name": str, "path?": (str, None), "limit?": (POSITIVE, None)}, "constants?": CONSTANTS,

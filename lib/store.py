@@ -90,10 +90,18 @@ class Run:
         return self.manifest["n_rows"]
 
     def hook(self, name: str | None = None) -> str:
-        """`name` if it was saved, or the first saved hook point for None."""
-        if name is not None and name not in self.hooks:
-            raise InputError(f"run {self.run_id} holds {', '.join(self.hooks)}, not {name}; save it with 01_save_activations.py")
-        return name or self.hooks[0]
+        """The saved hook point that `name` means, in any spelling that step 1 takes, or the first one for None."""
+        if name is None:
+            return self.hooks[0]
+        known: dict[str, str] = {}
+        for hook in self.meta["hooks"]:
+            places = [f"{hook['path']}:{hook['point']}", f"{hook['signature']}:{hook['point']}", hook["path"]]
+            for spelling in [hook["signature"], *hook.get("names", []), *places]:
+                known.setdefault(spelling, hook["signature"])
+        if name not in known:
+            held = ", ".join((hook.get("names") or [hook["signature"]])[0] for hook in self.meta["hooks"])
+            raise InputError(f"run {self.run_id} holds {held}, not {name}; save it with 01_save_activations.py")
+        return known[name]
 
     @cached_property
     def texts(self) -> list[dict[str, Any]]:

@@ -155,3 +155,40 @@ def lacks(name, block):
     """The roles that a block of the family lacks."""
     found = LACKS.get(name, set())
     return found.get(block, set()) if isinstance(found, dict) else found
+
+
+def text_model(name):
+    """The part of the family's model that reads text: of T5 and BART the encoder."""
+    model = build(name)
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def table():
+    """Lines of a table in Markdown: for each family and role the blocks that have it, or why none has."""
+    from lib.roles import ROLES, short_names
+
+    def reason(clause):
+        for words, short in (("in parallel", "no: parallel"), ("no norm", "no: no norm there"), ("no part", "no: never by itself"), ("no sum", "no: no sum")):
+            if words in clause:
+                return short
+        return clause
+
+    lines = ["| family | class | " + " | ".join(ROLES) + " |", "|" + "---|" * (len(ROLES) + 2)]
+    for name, (class_name, _) in FAMILIES.items():
+        try:
+            if name in NO_TEXT:
+                raise lib.environment.InputError("refused: reads no text")
+            model = text_model(name)
+            n, found = model.config.get_text_config().num_hidden_layers, []
+            for row in short_names(model):
+                some = "" if len(row["blocks"]) == n else f" (of {n} blocks: {', '.join(map(str, row['blocks']))})"
+                found.append("yes" + some if row["blocks"] else reason(row["refused"][0]))
+        except lib.environment.InputError as error:
+            found = [str(error).split(";")[0].replace(f"{class_name} ", "refused: ")] + [""] * (len(ROLES) - 1)
+        lines.append(f"| {name} | {type(model).__name__ if name not in NO_TEXT else class_name} | " + " | ".join(found) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    print("\n".join(table()))

@@ -20,7 +20,7 @@ from lib.ranges import Count, Device, FileName, Name, Part, Rate, Seed, Size, Tr
 PRESET = "standard"                       # standard: the values below; quick, full, large: smaller, longer, wider;
                                           # bielik: the sizes of the original experiment
 RUN_ID: FileName | None = None            # None: the run that 01_save_activations.py finished last
-LAYER: Name | None = None                 # which of the run's hook points, by its folder's name; None: the first
+LAYER: Name | None = None                 # which of the run's hook points, as in step 1 (resid_post:3); None: the first
 N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension
 TOP_K: Size = 4                           # latents that may fire on one token
 KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # topk, batchtopk, jumprelu or matryoshka; only
