@@ -1,12 +1,13 @@
 """Every family of tests/zoo.py: its blocks, what the short names mean in numbers, and every step on it."""
 import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TEXTS, word_tokenizer
 from torch.nn.functional import cross_entropy
-from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks
+from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks, table
 
 from lib.activations import SaveSettings, block_rows, save_activations
 from lib.blocks import blocks
@@ -255,3 +256,8 @@ def test_prompts_of_any_length_are_continued_as_if_alone(name, model_of):
         alone = continue_texts(model, tokenizer, [prompt], 5)
         assert together.texts[i] == alone.texts[0]
         assert float(together.perplexity[i]) == pytest.approx(float(alone.perplexity[0]), rel=1e-3)
+
+
+def test_the_table_of_the_guide_is_what_the_command_prints():
+    guide = Path(__file__).resolve().parents[1] / "experiments" / "verify_sae_training" / "README.md"
+    assert "\n".join(table()) in guide.read_text(encoding="utf-8")
