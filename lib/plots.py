@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 BLUE, ORANGE, GREEN, GREY, RED = "#3b6ea5", "#d9822b", "#4c9a6a", "#8a8f98", "#b5484b"
 VERDICT_COLOURS = {"PASS": GREEN, "WARN": ORANGE, "FAIL": RED}
@@ -41,6 +42,9 @@ def training_curves(history: dict[str, Any]) -> Figure:
     axis = axes[0, 0]
     axis.plot(tokens, train["loss"], color=BLUE)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
     _label(axis, "Training loss", "training tokens (millions)", "loss (whitened units)")
     axis = axes[0, 1]
     axis.plot(np.array(sample["tokens"]) / 1e6, sample["ev"], color=BLUE, label="training texts")
