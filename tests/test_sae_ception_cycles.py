@@ -9,10 +9,11 @@ import torch
 from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
 from lib.bench import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Bench, stage_constants
-from lib.classifier import TextClassifier
-from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
+from lib.classifier import TextClassifier, outputs
+from lib.cycles import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from lib.environment import InputError
 from lib.files import read_json, read_tensors
+from lib.fine_tuning import probe_ids
 from lib.labelled import load_task, read_idx
 from lib.task_evaluation import GROUPS
 
@@ -127,6 +128,42 @@ def test_targets_are_stored_by_example_id(digits):
     train_model(bench, "per_class", 1)
     stored = read_tensors(bench.root / "per_class/seed_0/targets_cycle_0.safetensors")
     assert torch.equal(stored["example_id"], bench.task.splits["train"]) and stored["t"].shape == (len(stored["example_id"]), 16)
+
+
+def test_lambda0s_cosine_and_the_saes_seeds(digits):
+    """lambda0's model is measured against the arm's own targets about the arm's centre; SAEs of successive cycles start apart."""
+    bench = Bench(digits | {"AUX_CENTRED": True}, 0)
+    for arm, n in (("baseline", 0), ("lambda0", 1), ("class_mean", 1)):
+        train_model(bench, arm, n)
+        train_cycle_sae(bench, arm, n)
+    stored = read_tensors(bench.root / "class_mean/seed_0/targets_cycle_0.safetensors")
+    assert torch.equal(stored["centre"], bench.sae("baseline", 0).mean)
+    bench.load("lambda0", 1)
+    ids = probe_ids(bench.task)
+    h, _ = outputs(bench.model, bench.task, ids, 64)
+    t = stored["t"][torch.isin(stored["example_id"], ids)]
+    expected = torch.nn.functional.cosine_similarity(h - stored["centre"], t - stored["centre"], dim=1).mean().item()
+    found = lambda0_cosine(bench, "class_mean", 1)
+    assert found == pytest.approx(expected, abs=1e-6)
+    aux = read_json(bench.folder("class_mean", 1) / "history_cycle_1.json")["aux"]
+    assert aux["cos_end"] > found > aux["cos_start"] and abs(aux["cos_source"] - found) < 0.1  # from scratch lambda0 is the source
+    seeds = {(arm, n): bench.sae(arm, n).config["seed"] for arm, n in (("baseline", 0), ("lambda0", 1), ("class_mean", 1))}
+    assert seeds["lambda0", 1] == seeds["class_mean", 1] != seeds["baseline", 0]
+
+
+def test_the_centre_is_the_mean_of_the_position_that_is_pulled(defaults, tmp_path):
+    """An SAE over all tokens knows the mean of all tokens, which is another."""
+    c = defaults[0] | write_texts(tmp_path, "llama") | {"AUX_CENTRED": True, "TARGET_LAYER": "1"}
+    bench = Bench(c, 0)
+    for arm, n in (("baseline", 0), ("per_class", 1)):
+        train_model(bench, arm, n)
+        if n == 0:
+            train_cycle_sae(bench, arm, n)
+    centre = read_tensors(bench.root / "per_class/seed_0/targets_cycle_0.safetensors")["centre"]
+    bench.load("baseline", 0)
+    h, _ = outputs(bench.model, bench.task, bench.task.splits["train"], 16, bench.entries)
+    assert torch.allclose(centre, h.mean(0), atol=1e-5)
+    assert (centre - bench.sae("baseline", 0).mean).norm() > 0.1 * h.std(0).norm()
 
 
 def test_matched_k(digits):

@@ -68,6 +68,7 @@ from lib.bench import Bench
 from lib.cycles import train_model
 from lib.environment import log, log_to, run, say_next
 from lib.guards import in_use
+from lib.labels import counts
 
 
 def main():
@@ -75,6 +76,8 @@ def main():
     log_to(bench.root / "01_train_baseline.log")
     sizes = ", ".join(f"{len(ids):,} {name}" for name, ids in bench.task.splits.items())
     log.info("%s: %d classes, %s; target %s", bench.root.name, bench.task.n_classes, sizes, bench.model.target.path)
+    for name, ids in bench.task.splits.items():
+        log.info("%s: %s", name, counts(ids, bench.task.y, bench.task.class_names))
     with in_use(bench.folder("baseline", 0)):
         train_model(bench, "baseline", 0)
     log.info("%s", bench.folder("baseline", 0) / "checkpoints" / "model_cycle_0_best.pt")
