@@ -32,7 +32,7 @@ TILE_ROWS = 512  # at least so many rows to a tile: thinner products run at half
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 ALIGNED = 32  # columns of a bfloat16 product: at D = 288 two more than a multiple of it doubled one thread's time
-SMALL = 1 << 18  # weights of an encoder below which bfloat16 gains at most a tenth of the step: it stays in float32
+SMALL = 1 << 18  # weights of an encoder below which it stays in float32, on every machine: bfloat16 would gain a fifth at most
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # of x86 processors that multiply bfloat16, by torch.cpu.get_capabilities
 
 

@@ -39,7 +39,7 @@ def write_stats(run: Run, hook: str) -> None:
 
     scale = sqrt(mean squared norm of x - mean), so that x' = (x - mean) / scale has mean squared norm 1. Each rank reads
     its part of the shards; the order of the sums, and with it the last digits, depends on how many ranks there are.
-    Raises InputError if there is no training row, or if all are alike.
+    Raises InputError if there is no training row, if all are alike, or if squares overflow float32.
     """
     train = ~run.is_val
     n = int(train.sum())
@@ -62,6 +62,8 @@ def write_stats(run: Run, hook: str) -> None:
             largest[rank()] = max(largest[rank()], x.abs().max())
     add_up(covariance, norms, largest)
     covariance /= n
+    if not torch.isfinite(covariance.float()).all():
+        raise InputError(f"the activations at {hook} are too large for statistics in float32; choose another LAYER_SIGNATURE, or check the model")
     norm = norms[train]
     scale = covariance.trace().sqrt()
     if not scale > ALIKE * mean.norm():

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 import lib.training as training
 from lib.environment import InputError
 from lib.evaluation import shuffled, untrained_sae
+from lib.finishing import write_stats
 from lib.metrics.reconstruction import explained_variance
 from lib.rows import Rows, epoch_batches, rows_of_tensor, sample_rows
 from lib.sae import make_sae
@@ -230,6 +231,20 @@ def test_statistics_are_right_for_large_means_low_precision_and_odd_shapes(shape
     assert rows.scale == pytest.approx(np.sqrt(exact.var(0).sum()), rel=1e-4)
     whitened = next(epoch_batches(rows, whitening(rows.covariance), len(x), 0, 0, {}))
     assert whitened.square().sum(1).mean() == pytest.approx(1, rel=2e-3)
+
+
+def test_activations_whose_squares_overflow_are_refused_before_statistics_are_written():
+    class Saved:
+        is_val = torch.zeros(50, dtype=torch.bool)
+
+        def shards(self, hook):
+            return [1e20 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))]
+
+        def batches(self, hook, part):
+            return [(0, self.shards(hook)[0])]
+
+    with pytest.raises(InputError, match="too large"):
+        write_stats(Saved(), "resid_post:1")
 
 
 def test_nothing_draws_from_the_global_streams():
