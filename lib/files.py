@@ -13,7 +13,7 @@ import platform
 import re
 import stat
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,19 @@ def parse_json(data: bytes, path: Path, remedy: str) -> Any:
     except (ValueError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
         raise InputError(f"{path} is damaged ({why}); {remedy}") from None
+
+
+def read_lines(path: Path, wanted: Any, remedy: str) -> Iterator[Any]:
+    """The values of a file with one JSON value a line, each as described in `wanted`; InputError names the line that is not."""
+    require_file(path, remedy=remedy)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            value = parse_json(line, path, remedy)
+            try:
+                check(value, wanted)
+            except Misfit as misfit:
+                raise InputError(f"{path} is damaged: line {number}: {misfit}; {remedy}") from None
+            yield value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from lib import schemas
 from lib.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, own_examples, trained_state
 from lib.distributed import add_up, agree, is_sharded, rank, shared_like, whole, world_size
 from lib.environment import InputError
@@ -261,12 +262,15 @@ def _load(path: Path | None, key: str, settings: TuneSettings, model: nn.Module,
         raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
     if path is None or not is_there:
         return None
-    found = read_torch(path, "train again")
+    found = read_torch(path, "train again", schemas.TUNING)
     if found["key"] != key:
         why = differences(found["settings"], asdict(settings)) or "its data, model or an earlier step has changed"
         raise InputError(f"{path} is an unfinished training with other constants ({why}); end it with those, or delete it to train anew")
-    load_trained(model, found["state"])
-    parameters, moments = optimizer.param_groups[0]["params"], found["optimizer"]
-    moments["state"] = {i: {name: shared_like(value, parameters[i]) for name, value in of.items()} for i, of in moments["state"].items()}
-    optimizer.load_state_dict(moments)
+    try:
+        load_trained(model, found["state"])
+        parameters, moments = optimizer.param_groups[0]["params"], found["optimizer"]
+        moments["state"] = {i: {name: shared_like(value, parameters[i]) for name, value in of.items()} for i, of in moments["state"].items()}
+        optimizer.load_state_dict(moments)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it, then train again") from None
     return found["progress"]

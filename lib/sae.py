@@ -29,6 +29,13 @@ ENCODE_ROWS = 4096  # rows whose dense pre-activations [rows, F] exist at one ti
 PROBE_ROWS = 64  # rows kept in the file with their codes, which loading must reproduce
 
 
+class Origin(dict):
+    """A loaded SAE's config: what it does not say and is asked for is an InputError."""
+
+    def __missing__(self, name: str) -> Any:
+        raise InputError(f"the SAE does not say its {name}; train it with 02_train_sae.py, or take it with import_sae.py")
+
+
 @dataclass
 class SAE:
     """Weights, input statistics and origin of one trained SAE. Build it with make_sae() or load_sae()."""
@@ -182,6 +189,7 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
             f"{path}: the codes of its stored rows come out {error:.3g} times further from the stored ones than float32 rounding"
             " explains; the file was altered, or this device multiplies float32 in a lower precision"
         )
+    sae.config = Origin(sae.config)
     return sae
 
 

@@ -70,9 +70,9 @@ RECOVERED |= {"untrained?": UNIT, "frozen_decoder?": UNIT, "frozen_encoder?": UN
 VERIFICATION = Schema({
     "run_id": NAME, "sae_hash": SHORT_HASH, "checks": CHECKS, "concept_recovery": [RECOVERED],
 }, remedy="delete it and run notebook 03 again")  # fmt: skip
-LAYERS = Schema(
-    {"constants": {"MODEL": str}, "layers": [{"signature": str}], "recommended": str, "reason": str}, remedy="delete it and run 00_probe_layers.py again"
-)
+LAYERS = Schema({
+    "constants": {"MODEL": str}, "layers": [{"signature": str, Text("[a-z_]+"): float}], "recommended": str, "reason": str,
+}, remedy="delete it and run 00_probe_layers.py again")  # fmt: skip
 EXAMPLE = {"text": str, "score": float, "token_str": str, "acts?": [float], "spans?": [[COUNT]], "char_start?": COUNT, "char_end?": COUNT}
 TOP_TEXTS = Schema({
     "meta?": {"n_tokens?": POSITIVE, "n_texts?": COUNT, "n_latents?": POSITIVE, "sae_hash?": str},
@@ -82,12 +82,23 @@ TOP_TEXTS = Schema({
 TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}], "topics": [str], "moods": [str]})
 LATENT_STATS = {"fires": "int64 F", "max": "float32 F", "mean_active": "float32 F", "p99": "float32 F"}
 REPORT = Schema({"files": FILES})  # of the embedded default
+STORY = {"text": str, "concepts": [COUNT], "mood": str}
+STORY_CHECKPOINT = {"stamp": str, "step": COUNT, "model": {}, "optimizer": {}, "schedule": {}}
+KINDS_COMPARED = Schema({"key": SHORT_HASH, "results": [{"kind": str, "top_k": POSITIVE, "seed": int, Text("[a-z0-9]+"): float}]})
+RATE = {"tokens_per_s": POSITIVE_NUMBER}
+MEASURED = Schema({"models": {"bielik_1.5b": RATE}, "saes": [RATE | {"width": POSITIVE}]}, remedy="delete it and run 01_large_shapes.py again")
+KNOWN_FEATURES = Schema({"settings": CONSTANTS | {"key": SHORT_HASH}, "runs": [{"trainer": str, "lr": (float, None), "seed": int}]})
 
 # SAE-ception.
 STAMP = Schema({"key": SHORT_HASH, "file": SHA256, "data": SHORT_HASH, "model": SHORT_HASH, "constants": CONSTANTS}, sealed=True)
 ORIGIN = Schema({"paths": {Text("[A-Z_]+"): str}}, sealed=True)
 SETTING = Schema(CONSTANTS, sealed=True)
 CYCLE_HISTORY = Schema({"key": SHORT_HASH, "epochs": [NUMBERS], "best_epoch": POSITIVE, "aux?": NUMBERS}, sealed=True)
+SUMMARY = Schema({"n_seeds": POSITIVE, "cells": [{"arm": str, "cycle": COUNT, "metric": str, "mean?": float, "low?": float, "high?": float}]}, sealed=True)
+TUNING = {
+    "key": SHORT_HASH, "settings": {}, "state": {}, "optimizer": {"state": {}, "param_groups": list},
+    "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
+}  # fmt: skip
 SCORES = {Text(".+"): float}
 RESULTS = Schema({
     "meta": {"arm": str, "cycle": COUNT, "seed": int, "key": SHORT_HASH}, "val": SCORES, "test": SCORES,

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from lib import schemas
-from lib.checking import Misfit, check
 from lib.environment import PROJECT, InputError
-from lib.files import check_files, fingerprint, parse_json, read_bytes, read_json, read_tensors, require_file, safe_name
+from lib.files import check_files, fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")
@@ -110,18 +109,13 @@ class Run:
 
     def _read_texts(self) -> Iterator[dict[str, Any]]:
         """The lines of texts.jsonl one by one: the texts may be more than memory holds."""
-        path, count = self.path / "texts.jsonl", -1
-        require_file(path, remedy=schemas.RUN_AGAIN)
-        with open(path, "rb") as file:
-            for count, line in enumerate(file):
-                found = parse_json(line, path, schemas.RUN_AGAIN)
-                try:
-                    check(found, schemas.RUN_TEXT | {"text_id": count})
-                except Misfit as misfit:
-                    raise InputError(f"{path} is damaged: line {count + 1}: {misfit}; {schemas.RUN_AGAIN}") from None
-                yield found
-        if count + 1 != self.meta["n_texts"]:
-            raise InputError(f"{path} has {count + 1} texts, meta.json says {self.meta['n_texts']}; {schemas.RUN_AGAIN}")
+        path, count = self.path / "texts.jsonl", 0
+        for count, found in enumerate(read_lines(path, schemas.RUN_TEXT, schemas.RUN_AGAIN), 1):
+            if found["text_id"] != count - 1:
+                raise InputError(f"{path} is damaged: line {count} holds text {found['text_id']}; {schemas.RUN_AGAIN}")
+            yield found
+        if count != self.meta["n_texts"]:
+            raise InputError(f"{path} has {count} texts, meta.json says {self.meta['n_texts']}; {schemas.RUN_AGAIN}")
 
     def _row_shards(self) -> Iterator[dict[str, Tensor]]:
         wanted = dict.fromkeys(ROW_COLUMNS, "int32 R")
@@ -151,7 +145,7 @@ class Run:
     def shards(self, hook: str) -> list[Tensor]:
         """The hook's shards, memory-mapped, [R_i, D] each in the stored precision."""
         found: list[Tensor] = []
-        for shard in self.manifest["hooks"][hook]:
+        for shard in self.manifest["hooks"][self.hook(hook)]:
             width = {"D": found[0].shape[1]} if found else {}
             found.append(read_tensors(self.path / shard["file"], {"x": "float R D"}, False, R=shard["rows"], **width)["x"])
         return found
@@ -179,7 +173,7 @@ class Run:
     def digest(self, hook: str) -> str:
         """One hash over the hook's shards: what an SAE records as the data that it was trained on."""
         digests = {entry["file"]: entry["sha256"] for entry in self.manifest["files"]}
-        return fingerprint([digests[shard["file"]] for shard in self.manifest["hooks"][hook]])
+        return fingerprint([digests[shard["file"]] for shard in self.manifest["hooks"][self.hook(hook)]])
 
     def token(self, row: int) -> str:
         """The row's piece of text, by its stored character offsets."""

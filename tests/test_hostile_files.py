@@ -1,6 +1,10 @@
 """Whatever lies in the place of a file of the store, its reader says so in one line that names it, and touches nothing."""
+import copy
+import functools
 import json
+import operator
 import os
+import random
 import zipfile
 
 import pytest
@@ -13,13 +17,17 @@ from lib import schemas
 from lib.bench import finished
 from lib.checking import Misfit, check, check_tensors
 from lib.concept_files import read_top_texts
+from lib.concepts import encode_run
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
 from lib.guards import up_to_date
+from lib.kept_saes import find
+from lib.models import hook_of_run
 from lib.rows import rows_of_run
-from lib.sae import load_sae
-from lib.store import open_run
+from lib.sae import load_sae, require_trained_on
+from lib.store import open_run, store_root
 
+ALTERED = int(os.environ.get("FAULTS", 20))  # times that an entry of each kind of file is altered
 VERIFY, CYCLE = "verify_sae_training", "sae_ception/tiny/per_class/seed_0"
 
 
@@ -175,6 +183,69 @@ def reseal(run, path):
     del manifest["sha256"]
     manifest["files"] = [entry if run / entry["file"] != path else list_files(run, [entry["file"]])[0] for entry in manifest["files"]]
     write_json(run / "manifest.json", manifest, sealed=True)
+
+
+ODD = (None, True, 0, -1, 2**70, 1.5, "", "../x", "\u00b2", [], {}, [None], {"a": 1}, [[]], [1, 2, 3], 1e308)
+
+
+def places(value, path=()):
+    """The paths to all values inside a nested one, of long lists the first few."""
+    yield path
+    for key in value if isinstance(value, dict) else range(min(4, len(value))) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def altered(value, rng):
+    """A copy with one entry replaced, taken away or added."""
+    value = copy.deepcopy(value)
+    *above, last = rng.choice([path for path in places(value) if path])
+    inner = functools.reduce(operator.getitem, above, value)
+    if (how := rng.random()) < 0.25:
+        del inner[last]
+    elif how < 0.35 and isinstance(inner, dict):
+        inner["\u00b2"] = rng.choice(ODD)
+    else:
+        inner[last] = rng.choice(ODD)
+    return value
+
+
+def whole_use(path):
+    """All that steps ask of a run and its SAE before they compute."""
+    run, sae = open_run(VERIFY), load_sae(next(path for path in store_root().rglob("topk_sae.pt")))
+    open_run(VERIFY, sae.config["run_id"])
+    require_trained_on(sae, run, sae.config["hook"])
+    hook_of_run(run, sae.config["hook"])
+    find(store_root() / VERIFY, {}, "x")
+    read_json(store_root() / VERIFY / "training_history.json", schemas.HISTORY)
+    return list(encode_run(run, sae.config["hook"], sae)), [rows_of_run(run, hook).scale for hook in run.hooks], run.texts
+
+
+@pytest.mark.parametrize("kind", ["manifest", "meta", "scalars", "history", "sidecar", "SAE"])
+def test_an_altered_entry_under_a_right_seal_is_told_or_does_no_harm(store_of, kind):
+    """Whoever writes a store can also write its seals: what is read must fit, or be refused in one line."""
+    path, rng = next(store_of("verify 02").glob(KINDS[kind][1])), random.Random(kind)
+    run = next(path.parents[i] for i in (0, 1) if (path.parents[i] / "manifest.json").exists()) if kind in ("manifest", "meta", "scalars") else None
+    manifest = (run / "manifest.json").read_bytes() if run else b""
+    good = torch.load(path, weights_only=True) if kind == "SAE" else json.loads(path.read_text())
+    good.pop("sha256", None)
+    told = 0
+    for _ in range(ALTERED):
+        if kind == "SAE":
+            write_torch(path, altered(good, rng))
+        elif kind in ("meta", "scalars"):
+            path.write_text(json.dumps(altered(good, rng)))
+            reseal(run, path)
+        else:
+            write_json(path, altered(good, rng), sealed=True)
+        try:
+            whole_use(path)
+            read_json(path, schemas.SAE_SIDECAR) if kind == "sidecar" else None
+        except InputError as error:
+            assert "\n" not in str(error)
+            told += 1
+        if run:
+            (run / "manifest.json").write_bytes(manifest)
+    assert told > ALTERED / 10
 
 
 def test_a_link_out_of_the_run_is_refused(store_of, tmp_path_factory):

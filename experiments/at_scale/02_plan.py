@@ -32,7 +32,8 @@ EFFICIENCY_NODE: Efficiency = 0.9         # assumed speed of 8 GPUs over 8 times
 EFFICIENCY_NODES: Efficiency = 0.75       # the same for 64
 CONSTANTS = override(globals())
 
-from lib.environment import run
+from lib import schemas
+from lib.environment import InputError, run
 from lib.files import read_json
 from lib.store import experiment_dir
 
@@ -58,7 +59,9 @@ def gpu_seconds(width: int) -> tuple[float, float]:
 def own_seconds(width: int, measured: dict) -> tuple[float, float]:
     """(saving, one pass of SAE training) of one token on the machine of step 1."""
     save = 1 / measured["models"]["bielik_1.5b"]["tokens_per_s"]
-    train = next(1 / found["tokens_per_s"] for found in measured["saes"] if found["width"] == 1536)
+    train = next((1 / found["tokens_per_s"] for found in measured["saes"] if found["width"] == 1536), None)
+    if train is None:
+        raise InputError("measured.json has no SAE of width 1536; run 01_large_shapes.py again")
     return save * flops_to_save(width) / flops_to_save(1536), train * flops_to_train(width) / flops_to_train(1536)
 
 
@@ -88,7 +91,7 @@ def place(n_bytes: float) -> str:
 
 
 def main():
-    measured = read_json(experiment_dir("at_scale") / "measured.json")
+    measured = read_json(experiment_dir("at_scale") / "measured.json", schemas.MEASURED)
     print("time to save one layer + time of one pass of SAE training; the GPU columns are estimates")
     columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node of {NODE_GPUS}", f"{MANY_NODES} nodes", "where the store lies")
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

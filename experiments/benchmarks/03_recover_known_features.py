@@ -52,6 +52,7 @@ from scipy.stats import t as student
 from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
 from tqdm.auto import tqdm
 
+from lib import schemas
 from lib.environment import run, say_next
 from lib.files import fingerprint, read_json, write_json
 from lib.store import experiment_dir, provenance
@@ -77,7 +78,7 @@ class Results:
     def __init__(self, path: Path):
         self.path, self.settings = path, {k: v for k, v in CONSTANTS.items() if k not in NOT_OF_A_RUN}
         self.runs: list[dict] = []
-        if path.exists() and (found := read_json(path))["settings"] == self.settings | {"key": self.key}:
+        if path.exists() and (found := read_json(path, schemas.KNOWN_FEATURES))["settings"] == self.settings | {"key": self.key}:
             self.runs = [run for run in found["runs"] if run["trainer"] != "ours"]
 
     @property
