@@ -24,7 +24,7 @@ from typing import Any
 from lib import chat_servers
 from lib.chat_keys import Secret
 from lib.chat_servers import ANSWER_TOKENS, Messages, NoAnswer, Reply
-from lib.environment import InputError, choose_device
+from lib.environment import InputError, choose_device, is_out_of_memory
 from lib.files import fingerprint, read_json, write_json
 
 BACKENDS = ("openai", "anthropic", "transformers")
@@ -133,13 +133,17 @@ def _aloud(text: str) -> str:
 
     Some servers put the <think> into the prompt, so that all before a </think> alone was thought too.
     """
-    said, at, thinking = "", 0, False
+    parts: list[str] = []
+    at, thinking = 0, False
     for tag in re.finditer(r"<(/?)think(?:ing)?>", text, re.IGNORECASE):
-        if not tag[1]:
-            said, thinking = said if thinking else said + text[at : tag.start()], True
-        else:
-            said, at, thinking = said if thinking else "", tag.end(), False
-    return said if thinking else said + text[at:]
+        if tag[1]:
+            if not thinking:
+                parts.clear()
+            at, thinking = tag.end(), False
+        elif not thinking:
+            parts.append(text[at : tag.start()])
+            thinking = True
+    return "".join(parts if thinking else [*parts, text[at:]])
 
 
 def _transformers(name: str) -> tuple[Callable[[Messages], Reply], Secret]:
@@ -158,15 +162,24 @@ def _transformers(name: str) -> tuple[Callable[[Messages], Reply], Secret]:
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             ).to(device)
         except Exception as error:  # a template is a program of its own, and raises what it likes
-            first = " ".join(str(error).split())[:120] or type(error).__name__
-            raise NoAnswer(f"NAMING_MODEL={name}: its chat template fails ({first}); choose another model") from None
+            raise _failed(name, "its chat template fails", error) from None
 
     def send(messages: Messages) -> Reply:
         inputs = template(messages)
         n_in = inputs["input_ids"].shape[1]
         pad = filler_id(tokenizer)
-        said = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=pad)[0, n_in:]
+        try:
+            said = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=pad)[0, n_in:]
+        except (IndexError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _failed(name, f"it can't answer {n_in} tokens", error) from None
         return Reply(tokenizer.decode(said, skip_special_tokens=True), n_in, len(said))
 
     template([{"role": "user", "content": "Hello"}])
     return send, Secret("")
+
+
+def _failed(name: str, what: str, error: Exception) -> NoAnswer:
+    first = " ".join(str(error).split())[:120] or type(error).__name__
+    return NoAnswer(f"NAMING_MODEL={name}: {what} ({first}); choose another model")
