@@ -12,6 +12,7 @@ TEMPLATE = Path(__file__).with_name("concepts_page.html")
 MARGIN = 60  # characters of plain text shown before and after the coloured tokens
 Example = dict[str, Any]  # of top_texts.json
 Concept = dict[str, Any]  # of concepts.json
+AS_TEXT = 'class="tex2jax_ignore mathjax_ignore"'  # notebooks would read formulas, which may hold links, between dollar signs
 COLOUR = "224, 123, 24"  # red, green, blue of a full code
 
 
@@ -83,7 +84,7 @@ def coloured(shown: Sequence[Piece], scale: float) -> str:
         mark = "outline:1.5px solid currentColor;font-weight:600;" if piece.peak else ""
         style = f"background:rgba({COLOUR},{alpha:.2f});border-radius:3px;{mark}"
         parts.append(f'<span style="{style}" title="{piece.act:.3g}">{text}</span>')
-    return f'<span style="white-space:pre-wrap;line-height:1.75">{"".join(parts)}</span>'
+    return f'<span {AS_TEXT} style="white-space:pre-wrap;line-height:1.75">{"".join(parts)}</span>'
 
 
 def concept_card(latent: int, entry: Concept | None, examples: Sequence[Example], middle: Sequence[Example] = ()) -> str:
@@ -105,7 +106,7 @@ def concept_card(latent: int, entry: Concept | None, examples: Sequence[Example]
             number = f"{example['score']:.2f}"
             rows.append(f'<tr><td {cell}>{number}</td><td style="text-align:left">{shown}</td></tr>')
     heading = f'<h4 style="margin-bottom:.3em">Latent {latent}: {title}<small>{score}</small></h4>'
-    return f"{heading}<table>{''.join(rows)}</table>"
+    return f"<div {AS_TEXT}>{heading}<table>{''.join(rows)}</table></div>"
 
 
 def page_concept(
