@@ -143,4 +143,4 @@ def test_sae_ception_on_texts(monkeypatch, defaults, labelled_texts):  # noqa: F
     constants = tiny | small | {"MODEL": str(labelled_texts / "llama"), "LABEL_FIELD": "mood", "DATA_LIMIT": None}
     constants |= {name: str(labelled_texts / f"{file}.jsonl") for name, file in (("DATASET", "train"), ("VAL_DATASET", "val"), ("TEST_DATASET", "test"))}
     found = on_device(monkeypatch, constants)
-    assert {"task_perplexity", "absorption_score", "robust_clean", "sae_explained_variance"} <= found.keys()
+    assert {"task_perplexity", "absorption_n_tokens", "robust_clean", "sae_explained_variance"} <= found.keys()
