@@ -70,7 +70,7 @@ def require_room(folder: Path, n_bytes: float) -> None:
     free = shutil.disk_usage(there).free
     if n_bytes > free:
         raise InputError(
-            f"{folder} needs {n_bytes / 1e9:.3g} GB more, its disk has {free / 1e9:.3g} GB free; make room, then the same command goes on, "
+            f"{folder} needs {n_bytes / 1e9:.3g} GB more, its disk has {free / 1e9:.3g} GB free; make room, then rerun the same command to resume, "
             "or set STORE_DIR to a folder on another disk"
         )
 

@@ -266,6 +266,13 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
     assert straight == killed
 
 
+def test_a_length_that_no_story_has_is_refused(monkeypatch):
+    script = load("01_write_stories.py", MIN_WORDS=5000, MAX_WORDS=5000)
+    monkeypatch.setattr(script, "ATTEMPTS", 20)
+    with pytest.raises(InputError, match="no new story of 5000 to 5000 words in 20 attempts"):
+        script.write_story(0, 0, set())
+
+
 def test_finished_work_is_not_done_again(tmp_path, monkeypatch, capsys):
     train_tiny(tmp_path, monkeypatch)
     stamp = (tmp_path / "embedded" / "model" / "model.safetensors").stat().st_mtime_ns

@@ -201,6 +201,8 @@ def test_all_five_steps_on_the_embedded_default(script, own_store):
     same, strong = json.loads((folder / "steering.json").read_text())["sweep"]
     assert code == 0 and strong["perplexity"] > same["perplexity"] and strong["texts"] != same["texts"] and same["texts"][0] in out
     assert script("06_steer_model.py", "SEARCH=xylophone")[0] == 2
+    code, _, said = script("06_steer_model.py", "LATENT=99999")
+    assert code == 2 and "LATENT=99999 must be at most 1023" in said
     code, out, _ = script("07_test_causality.py", "MIN_F1=0.7", "SAMPLES=6")
     causality = json.loads((folder / "causality.json").read_text())
     assert code == 0 and "Wilcoxon" in out and causality["arms"]["random"]["p_value"] < 0.05

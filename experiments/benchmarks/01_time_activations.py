@@ -89,6 +89,7 @@ def make_model(tokenizer, folder: Path) -> Path:
 
 
 def main() -> None:
+    peers_python()  # refuses now what would only fail after the first round
     torch.set_num_threads(THREADS)
     tokenizer = load_tokenizer(MODEL or "store/embedded/model")
     texts = [str(document["text"]) for document in load_documents(DATASET, limit=N_TEXTS)]

@@ -44,9 +44,11 @@ from lib.store import experiment_dir, open_run
 FOLDER = experiment_dir("verify_sae_training")
 
 
-def choose_latent(concepts):
+def choose_latent(concepts, n_latents):
     """LATENT, or the concept that SEARCH means."""
     if LATENT is not None:
+        if LATENT >= n_latents:
+            raise InputError(f"LATENT={LATENT} must be at most {n_latents - 1}: the SAE has {n_latents} latents")
         return LATENT
     fitting = [i for i, entry in concepts.items() if SEARCH is None or SEARCH.lower() in entry["name"].lower()]
     if not fitting:
@@ -60,8 +62,9 @@ def main():
     require_trained_on(sae, saved, hook)
     concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
     maxima = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents)["max"]
+    latent = choose_latent(concepts, sae.n_latents)
     model, tokenizer, point = model_of_run(saved, hook, sae.mean.device, TRUST_REMOTE_CODE)
-    latent, view = choose_latent(concepts), direct_view(model, len(sae.mean))
+    view = direct_view(model, len(sae.mean))
     favoured = [] if view is None else promoted_ids(sae, view, torch.tensor([latent]), FAVOURED)[0].tolist()
     table = sweep(
         model, tokenizer, point, sae, [Edit(latent, MODE)], maxima, STRENGTHS, [prompt for prompt in PROMPTS for _ in range(SAMPLES)],
