@@ -43,7 +43,8 @@ def read_sae_lens(folder: Path) -> Folded:
     _only(folder, "normalize_activations", config.get("normalize_activations", "none"), "none")
     _only(folder, "reshape_activations", config.get("reshape_activations", "none"), "none")
     W, W_dec, b_dec = _weights(folder, tensors, W_enc=2, W_dec=2, b_dec=1)
-    _same_sizes(folder, W_dec, {"W_enc": W.T, "b_dec": b_dec}, {"d_sae": config.get("d_sae"), "d_in": config.get("d_in")})
+    told = {"d_sae": config.get("d_sae"), "d_in": config.get("d_in")}
+    _same_sizes(folder, W_dec, {"W_enc": W.T, "b_dec": b_dec}, told)
     b = _weights(folder, tensors, b_enc=1)[0] if "b_enc" in tensors else torch.zeros(len(W_dec))
     if not _flag(folder, config, "apply_b_dec_to_input", True):
         b = b + W.T @ b_dec  # W (x - b_dec) + b' = W x + b
@@ -121,8 +122,9 @@ def _weights(folder: Path, tensors: dict[str, Any], **wanted: int) -> list[Tenso
         tensor = tensors[name]
         usual = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
         if not usual or tensor.dim() != dimensions or not tensor.numel():
-            kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{folder}: {name} is a {kind}; floating-point numbers in {dimensions} dimensions are read")
+            shape = f" of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else ""
+            kind = f"{getattr(tensor, 'dtype', type(tensor).__name__)}{shape}"
+            raise InputError(f"{folder}: {name} is {kind}; it must hold floating-point numbers, {dimensions}-dimensional")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{folder}: {name} claims more numbers than its file holds")
         found.append(tensor.float())
@@ -165,7 +167,8 @@ def _only(folder: Path, key: str, found: Any, wanted: Any) -> None:
 def _checked(folder: Path, sae: Folded, move_norms: bool) -> Folded:
     """Finite numbers, rows of W_dec of unit norm; move_norms: put their norms into the encoder."""
     if sae.b.shape != sae.W_dec.shape[:1] or (sae.threshold is not None and sae.threshold.shape != sae.b.shape):
-        raise InputError(f"{folder}: the shapes of encoder {tuple(sae.b.shape)} and decoder {tuple(sae.W_dec.shape)} disagree")
+        shapes = f"{tuple(sae.b.shape)} and decoder {tuple(sae.W_dec.shape)}"
+        raise InputError(f"{folder}: the shapes of encoder {shapes} disagree")
     _finite(folder, sae)
     norms = sae.W_dec.double().norm(dim=1).float().clamp(min=1e-8)
     off = float((norms - 1).abs().max())

@@ -24,7 +24,7 @@ EV_FORMULA = "1 - sum of squared errors / sum of squared distances from the per-
 
 
 def public_name(name: str) -> str:
-    """What others may be told of a model or data set: a name on the hub as it is, of a local path its last part alone.
+    """What others may be told of a model or data set: a name on the hub as it is, of a local path its last part.
 
     What comes with the project is "embedded/model" and "embedded/stories/train.jsonl".
     """
@@ -68,7 +68,8 @@ def write_card(folder: Path, kind: str, sae_folder: str, facts: dict[str, Any], 
     kind: a key of LOADING; sae_folder: the SAE's folder inside the repository.
     """
     library = {"sae_lens": "saelens"}.get(kind, kind.replace("_", "-"))
-    table = "\n".join(f"| {key.replace('_', ' ')} | {_plain(value)} |" for key, value in facts.items() if value is not None)
+    told = {key.replace("_", " "): _plain(value) for key, value in facts.items() if value is not None}
+    table = "\n".join(f"| {key} | {value} |" for key, value in told.items())
     text = f"""---
 library_name: {library}
 tags: [sparse-autoencoder, interpretability]

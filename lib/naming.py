@@ -121,7 +121,7 @@ def name_with(
     """Ask for the name of each latent and score it; latent -> an entry of concepts.json.
 
     A latent for which no valid answer came is left out, and so are those that remain after GIVE_UP latents in a row
-    without any answer. Started again, it takes from `cache` what was answered before. Raises NoAnswer if none ever came.
+    without any answer. Started again, it takes from `cache` what was answered before. NoAnswer if none ever came.
     """
     named: Concepts = {}
     failed = 0
@@ -173,7 +173,7 @@ def score_people(
 
 
 def with_scores(concepts: Concepts, scored: Concepts) -> Concepts:
-    """The concepts with what score_people returned, which may have taken hours: a name changed meanwhile stays unscored."""
+    """The concepts with what score_people returned, maybe after hours: a name that was changed meanwhile stays unscored."""
     now = dict(concepts)
     for latent, entry in scored.items():
         if now.get(latent, {}).get("name") == entry["scored_name"]:
