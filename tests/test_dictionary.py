@@ -290,7 +290,8 @@ def test_eight_people_at_once_lose_nothing(tmp_path):
 def test_a_merge_is_checked_before_anything_is_written(script, own_store, tmp_path, name, text, message):  # noqa: F811
     path = own_store / "verify_sae_training" / "concepts.json"
     written(path, {1: "one"})
-    write_tensors(path.with_name("latent_stats.safetensors"), {"fires": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1])})
+    stats = {"fires": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1])} | {name: torch.ones(8) for name in ("max", "mean_active", "p99")}
+    write_tensors(path.with_name("latent_stats.safetensors"), stats)
     (tmp_path / name).write_text(text)
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
     code, _, err = script("concept_dictionary.py", f"MERGE={tmp_path / name}")

@@ -20,6 +20,7 @@ SEARCH: Name | None = None                # words to look for in names, descript
 LIMIT: Count = 20                         # concepts that a search shows
 CONSTANTS = override(globals())
 
+from lib.concept_files import read_latent_stats
 from lib.concept_formats import check, to_write
 from lib.dictionary import (
     concepts_from_csv,
@@ -31,14 +32,14 @@ from lib.dictionary import (
     search_concepts,
 )  # fmt: skip
 from lib.environment import run
-from lib.files import read_tensors
 from lib.store import experiment_dir
 
 
-def merge(path, other):
+def merge(path, other, n_latents):
     """Merge the file `other` into the dictionary at `path`; returns what it now holds. Checks all before it writes."""
     stats = path.with_name("latent_stats.safetensors")
-    dead = (read_tensors(stats)["fires"] == 0).nonzero()[:, 0].tolist() if stats.exists() else []
+    fires = read_latent_stats(stats, n_latents)["fires"] if stats.exists() else None
+    dead = [] if fires is None else (fires == 0).nonzero()[:, 0].tolist()
     conflicts: list = []
     changed = 0
 
@@ -68,7 +69,7 @@ def main():
     if EXPORT:
         require_new(Path(EXPORT))  # before MERGE writes
     if MERGE:
-        content = merge(path, Path(MERGE))
+        content = merge(path, Path(MERGE), content["n_latents"])
     if EXPORT:
         export_concepts(content, Path(EXPORT))
         print(f"exported to {EXPORT}")
