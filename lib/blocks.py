@@ -20,7 +20,8 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     With a transformers config: the list as long as the config says, outside any other list (experts, parts of a block)
     and any part with another config (a vision tower). Without: the longest list of modules of one class.
-    Raises InputError if there is none, as in ALBERT, which runs one block over and over.
+    Raises InputError if there is none, as in ALBERT, which runs one block over and over, or in XLM, whose attentions and
+    MLPs stand in lists of their own.
     """
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     lists = [(path, module) for path, module in lists if not any(path.startswith(f"{outer}.") for outer, _ in lists)]
@@ -33,7 +34,12 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         lists = [(path, module) for path, module in lists if len({type(m) for m in module}) == 1]
     if not lists:
         raise InputError(f"{type(model).__name__} has no list of blocks; name the layer by its dotted path")
-    return max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists}
+    path, stack = max(lists, key=lambda item: (len(item[1]), sizes[item[0]]))
+    beside = [other for other, module in lists if len(module) == len(stack) and other.rpartition(".")[0] == path.rpartition(".")[0]]
+    if any(other != path and sizes[other] > sizes[path] / 10 for other in beside):
+        raise InputError(f"{type(model).__name__} keeps the parts of its blocks apart ({', '.join(beside)}); name the layer by its dotted path")
+    return path, stack
 
 
 def _config_at(model: nn.Module, path: str) -> Any:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import TEXTS, word_tokenizer
 from torch.nn.functional import cross_entropy
-from zoo import BLOCK_FAMILIES, FAMILIES, NO_TEXT, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks, table
+from transformers import LongformerConfig, LongformerModel
+from zoo import BLOCK_FAMILIES, DOTTED, FAMILIES, NO_TEXT, SIZE, SPECIAL, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks, table
 
 from lib.activations import SaveSettings, block_rows, save_activations
 from lib.blocks import blocks
@@ -152,8 +153,19 @@ def test_models_without_blocks_say_so(name, model_of):
     model = model_of(name)
     with pytest.raises(InputError, match=WITHOUT_BLOCKS[name]):
         resolve(model, "resid_post:0")
+
+
+def test_padding_inside_the_model_confirms_nothing():
+    """Longformer pads texts to whole windows; that the padding of two texts is alike is no sign of a residual stream."""
+    torch.manual_seed(0)
+    config = LongformerConfig(**SIZE, **SPECIAL, attention_window=64)
+    with pytest.raises(InputError, match="no resid_mid"):
+        resolve(LongformerModel(config).eval(), "resid_mid:0")
+
+
+def test_a_module_that_runs_twice_is_refused(model_of):
     with pytest.raises(InputError, match="runs 2 times in one pass"):
-        resolve(model, "encoder.albert_layer_groups.0")
+        resolve(model_of("albert"), "encoder.albert_layer_groups.0")
 
 
 @pytest.mark.parametrize("name", BLOCK_FAMILIES)
@@ -180,7 +192,7 @@ def run_of(model_of, tmp_path_factory):
     def save(name):
         model = model_of(name)
         if name in WITHOUT_BLOCKS:
-            points = [resolve(model, "encoder"), resolve(model, "embeddings")]
+            points = resolve_all(model, DOTTED[name])
         else:
             points = list(found_roles(name, model, 1).values())
         folder, settings = tmp_path_factory.mktemp(f"{name}_run"), SaveSettings(max_length=MAX_LENGTH, batch_tokens=40, shard_rows=64)

@@ -93,6 +93,7 @@ FAMILIES = {
     "deberta_v2": ("DebertaV2Model", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}),
     "electra": ("ElectraModel", {"embedding_size": 8}),
     "albert": ("AlbertModel", {"embedding_size": 8}),
+    "xlm": ("XLMModel", {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "pad_index": 0, "use_lang_emb": False}),
     "t5": ("T5ForConditionalGeneration", {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}),
     "bart": ("BartForConditionalGeneration", {
         "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
@@ -145,7 +146,8 @@ LACKS = {
     "jamba": {0: {"attn_out"}, 2: {"attn_out"}}, "bamba": {0: {"attn_out"}}, "recurrent_gemma": {0: {"attn_out"}, 1: {"attn_out"}},
     "falcon_h1": {"attn_out"},  # attention and Mamba side by side
 }  # fmt: skip
-WITHOUT_BLOCKS = {"albert": "has no list of blocks"}
+WITHOUT_BLOCKS = {"albert": "has no list of blocks", "xlm": "keeps the parts of its blocks apart"}
+DOTTED = {"albert": "encoder,embeddings", "xlm": "attentions.1,ffns.0"}
 NO_TEXT = {"vit": "does not read token ids", "clip": "does not read token ids"}
 TEXT_FAMILIES = [name for name in FAMILIES if name not in NO_TEXT]
 BLOCK_FAMILIES = [name for name in TEXT_FAMILIES if name not in WITHOUT_BLOCKS]
