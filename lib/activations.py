@@ -260,7 +260,7 @@ def _missing(writer: _Writer, tokenizer, texts: Sequence[str]) -> Iterator[float
 def _check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     """Raise InputError if `folder` holds part of a run that was begun with something else."""
     if (folder / "meta.json").exists():
-        then, now = ({k: v for k, v in m.items() if k != "provenance"} for m in (read_json(folder / "meta.json"), json.loads(json.dumps(meta))))
+        then, now = ({k: v for k, v in m.items() if k != "provenance"} for m in (read_json(folder / "meta.json", schemas.META), json.loads(json.dumps(meta))))
         if why := differences(then, now):
             raise InputError(f"{folder} holds part of another run ({why}); end that one, or delete the folder")
 

@@ -117,7 +117,7 @@ class Bench:
         step = "01_train_baseline.py" if cycle == 0 else "03_train_auxiliary.py"
         if not self.finished(path, self.key("model", arm, cycle)):
             raise InputError(f"{path} is missing; run {step} first")
-        load_trained(self.model, read_torch(path, f"run {step} first"))
+        load_trained(self.model, read_torch(path, f"run {step} first", dict))
         self.model.eval()
 
     def sae(self, arm: str, cycle: int, sae_seed: int = 0) -> SAE:
@@ -139,7 +139,8 @@ def load_base(c: Constants, device: torch.device) -> Any:
     trained: tuple[str, ...] = ()
     if c["LOAD_BITS"]:
         with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"]))
+            config = transformers.AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"], trust_remote_code=False)
+            empty = transformers.AutoModelForCausalLM.from_config(config)
             skeleton = TextClassifier(empty, 2, c["TARGET_LAYER"], 0, c["TRAIN_BELOW"])
         path, stack = blocks(empty)
         trained = tuple(f"{path}.{i}" for i in range(skeleton.first_trained, len(stack)))
@@ -255,4 +256,5 @@ def cached_entries(bench: Bench) -> Entries:
         for i in ids:
             places.append((number, start, start + lengths[i]))
             start += lengths[i]
-    return Entries([read_sealed(folder / f"{i}.safetensors")["x"] for i in range(len(shards))], places)
+    sizes = [sum(lengths[i] for i in ids) for ids in shards]
+    return Entries([read_sealed(folder / f"{i}.safetensors", {"x": "float N D"}, N=size)["x"] for i, size in enumerate(sizes)], places)

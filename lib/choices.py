@@ -50,7 +50,7 @@ def _check_target(c: dict[str, Any]) -> None:
         MLP(1, 2, c["TARGET_LAYER"], 0)
         return
     try:
-        config = AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"]).get_text_config()
+        config = AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"], trust_remote_code=False).get_text_config()
     except InputError:
         raise
     except Exception:  # loading the model will say what is wrong with it

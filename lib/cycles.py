@@ -133,7 +133,7 @@ def lambda0_cosine(bench: Bench, arm: str, cycle: int) -> float:
 
     Over the same examples and about the same centre as the arm's own (lib.fine_tuning.probe).
     """
-    stored = read_sealed(bench.root / arm / f"seed_{bench.seed}" / f"targets_cycle_{cycle - 1}.safetensors")
+    stored = read_sealed(bench.root / arm / f"seed_{bench.seed}" / f"targets_cycle_{cycle - 1}.safetensors", schemas.TARGETS)
     made = Targets(stored["example_id"], stored["t"], stored.get("centre"))
     bench.load("lambda0", cycle)
     ids = probe_ids(bench.task)

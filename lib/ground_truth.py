@@ -17,7 +17,7 @@ from torch import Tensor
 from lib import schemas
 from lib.environment import InputError, log
 from lib.files import read_json
-from lib.models import local_path
+from lib.models import local_path, source_of_run
 from lib.store import Run
 from lib.texts import load_documents
 
@@ -69,7 +69,7 @@ def concept_tree(run: Run, folder: Path) -> dict[str, Any] | None:
 
     One of another shape belongs to some other project; the log says that it is ignored.
     """
-    found = (local_path(run.meta["dataset"]["name"]) or folder).parent / "concepts.json"
+    found = (local_path(source_of_run(run.meta["dataset"])) or folder).parent / "concepts.json"
     if not found.exists():
         return None
     try:
@@ -86,7 +86,7 @@ def concept_tree(run: Run, folder: Path) -> dict[str, Any] | None:
 def _labelled(run: Run, tree: dict[str, Any]) -> Truth:
     """What the stories of a run say of its tokens. Raises KeyError and the like where they say it in another way."""
     paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
-    by_text = {story["text"]: story for story in load_documents(run.meta["dataset"]["name"])}
+    by_text = {story["text"]: story for story in load_documents(source_of_run(run.meta["dataset"]))}
     if missing := sum(text["text"] not in by_text for text in run.texts):
         raise InputError(f"{missing} texts of run {run.run_id} are not in its data set any more; run 01_save_activations.py again")
     stories = [by_text[text["text"]] for text in run.texts]

@@ -99,6 +99,7 @@ TUNING = {
     "key": SHORT_HASH, "settings": {}, "state": {}, "optimizer": {"state": {}, "param_groups": list},
     "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
 }  # fmt: skip
+TARGETS = {"example_id": "int64 N", "t": "float32 N D", "centre?": "float32 D"}
 SCORES = {Text(".+"): float}
 RESULTS = Schema({
     "meta": {"arm": str, "cycle": COUNT, "seed": int, "key": SHORT_HASH}, "val": SCORES, "test": SCORES,

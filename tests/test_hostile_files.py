@@ -23,9 +23,10 @@ from lib.files import read_json, read_sealed, read_torch, write_json, write_tens
 from lib.guards import up_to_date
 from lib.kept_saes import find
 from lib.models import hook_of_run
-from lib.rows import rows_of_run
+from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import load_sae, require_trained_on
 from lib.store import open_run, store_root
+from lib.training import TrainSettings, read_checkpoint, train_sae
 
 ALTERED = int(os.environ.get("FAULTS", 20))  # times that an entry of each kind of file is altered
 VERIFY, CYCLE = "verify_sae_training", "sae_ception/tiny/per_class/seed_0"
@@ -299,6 +300,26 @@ def test_an_sae_of_another_shape_is_refused(store_of, how):
     SAE_CHANGES[how](content)
     write_torch(path, content)
     assert str(path) in refused(load_sae, path)
+
+
+CHECKPOINT_CHANGES = {
+    "no state": lambda c: c.pop("state"), "no step": lambda c: c["state"].pop("step"), "other shape": lambda c: c["state"].update(dec=torch.zeros(3, 3)),
+    "a moment less": lambda c: c["state"].pop("enc_m"), "not finite": lambda c: c["state"]["enc"].fill_(float("inf")), "text": lambda c: c["best"].update(ev="1"),
+    "uneven history": lambda c: c["history"]["val"]["ev"].append(0.5), "no history": lambda c: c.update(history=[]), "unknown kind": lambda c: c["settings"].update(kind="x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CHECKPOINT_CHANGES)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, how):
+    x = torch.randn(120, 6, generator=torch.Generator().manual_seed(0))
+    settings = TrainSettings(12, 2, epochs=1, batch_size=30, precision="float32")
+    train_sae(rows_of_tensor(x, torch.arange(120) < 20), settings, tmp_path, progress=False)
+    path = tmp_path / "checkpoints" / "last.pt"
+    read_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    CHECKPOINT_CHANGES[how](content)
+    write_torch(path, content)
+    assert str(path) in refused(read_checkpoint, path)
 
 
 def test_a_packed_archive_is_not_unpacked(tmp_path):
