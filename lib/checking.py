@@ -127,7 +127,7 @@ def _is(value: Any, wanted: Any) -> bool:
 
 
 def _dict(value: Any, wanted: dict[Any, Any]) -> None:
-    if type(value) is not dict:
+    if not isinstance(value, dict):  # a state_dict is an ordered one
         raise Misfit(describe(wanted), value)
     known = {name.removesuffix("?"): inner for name, inner in wanted.items() if isinstance(name, str)}
     others = [(key, inner) for key, inner in wanted.items() if not isinstance(key, str)]
