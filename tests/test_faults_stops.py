@@ -56,7 +56,7 @@ def test_ctrl_c_says_that_the_run_can_go_on(forks, undisturbed, tmp_path, name, 
     whole, store = undisturbed(name), tmp_path / "store"
     shutil.copytree(whole.before, store)
     ended = forks.run(whole.command, store, kill_at_write=random.Random(name).randint(1, whole.ended.writes), kind=signal.SIGINT)
-    assert ended.code == 130 and "stopped; the same command continues where it was" in ended.said
+    assert ended.code == 130 and "stopped; rerun the same command to resume" in ended.said
     assert "Traceback" not in ended.said and "error:" not in ended.said
     ends_as_undisturbed(forks, whole, store)
 
