@@ -147,7 +147,7 @@ WRONG_SECOND = [
     (["LR=fast"], "LR=fast must be a number or None"),
     (["RUN_ID=nothing"], "run nothing is missing or unfinished"),
     (["RUN_ID=../../etc"], "RUN_ID=../../etc must be a file name of letters"),
-    (["LAYER=other"], "holds llamaforcausallm_model_layers_1, not other"),
+    (["LAYER=other"], "holds resid_post:1, not other"),
 ]
 
 
