@@ -60,6 +60,8 @@ def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epo
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     starts = [0, *accumulate(map(len, rows.shards))]
     groups = shuffled_groups(rows, generator)
+    if rows.n_train < batch_size:
+        groups = [list(range(len(rows.shards)))]  # one short batch a pass, whatever the buffer holds
     if len(groups) == 1:
         groups[0].sort()  # the cache is the same in every epoch
     mean = rows.mean.to(transform.device)
@@ -69,7 +71,7 @@ def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epo
         order = torch.randperm(len(ids), generator=generator)
         n_full = len(ids) // batch_size * batch_size
         if rows.n_train < batch_size:
-            n_full = len(ids)  # too few rows for one full batch: a short one
+            n_full = len(ids)
         batches = [batch[own_part(len(batch))] for batch in order[:n_full].split(batch_size)] if n_full else []
         if len(groups) == 1:
             if "rows" not in cache:

@@ -63,7 +63,7 @@ def test_a_probe_of_all_layers_in_one_pass(probed):
     assert 0 < table[0]["seconds_per_million"] < table[1]["seconds_per_million"] < table[2]["seconds_per_million"]
     assert "probe_accuracy" not in probe_layers(*probed, MANY, SaveSettings())[0]
     signature, _ = recommend_layer(table)
-    assert {plots.layers(table, signature).get_axes()[3].get_title(), signature} == {"What a linear probe reads", table[0]["signature"]}
+    assert {plots.layers(table, signature).get_axes()[3].get_title(), signature} == {"Linear probe on the labels", table[0]["signature"]}
 
 
 def test_labels_of_words_are_at_the_token_that_ends_them(probed):
@@ -146,4 +146,4 @@ def test_the_scripts(script, source, own_store, tmp_path):  # noqa: F811
     code, out, _ = script("choose_k.py", "KS=1,3", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64", "N_TEXTS=5")
     assert code == 0 and "loss_recovered" in out and json.loads((folder / "choose_k.json").read_text())["recommended"] in (1, 3)
     code, _, err = script("choose_k.py", "KS=4,9999")
-    assert code == 2 and "between 1 and the number of latents" in err
+    assert code == 2 and "KS=(4, 9999) must be at most the number of latents" in err
