@@ -65,7 +65,8 @@ def load_model(
     source = str(local_path(name) or name)
     if local_path(name) is None:
         log.info("asking the hub for %s", name)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    # Shapes that differ are refused below, with their names; transformers would only say that there are some.
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         kind = _class_of(config, name, trust_remote_code)

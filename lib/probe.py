@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib.activations import SaveSettings, block_rows
+from lib.activations import SaveSettings, block_rows, check_finite
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.metrics.layers import layer_statistics, linear_probe
@@ -48,6 +48,7 @@ def probe_layers(
     start = time.perf_counter()
     rows, states = block_rows(model, points, tokens, filler_id(tokenizer), settings)
     seconds = time.perf_counter() - start
+    check_finite(model, rows, states, points, torch.float32)
     if not len(rows):
         raise InputError("no text yields a token (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
     labelled = None if labels is None else _labelled_rows(rows, texts, labels)

@@ -107,7 +107,7 @@ DAMAGE = {
     "one weight missing": (lambda f: weights_changed(f, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}), "1 weights .* missing .lm_head.weight"),
     "another prefix": (lambda f: weights_changed(f, lambda t: {f"net.{k}": v for k, v in t.items()}), "are missing"),
     "more layers in the config": (lambda f: config_changed(f, num_hidden_layers=4), "9 weights .* are missing"),
-    "another shape": (lambda f: config_changed(f, intermediate_size=48), "shape|mismatch"),
+    "another shape": (lambda f: config_changed(f, intermediate_size=48), "has the shape .* but config.json says"),
     "unknown architecture": (lambda f: config_changed(f, architectures=["NewForCausalLM"]), "architecture NewForCausalLM, which transformers"),
     "an architecture that is no class": (lambda f: config_changed(f, architectures=["pipeline"]), "architecture pipeline, which transformers"),
     "another architecture": (lambda f: config_changed(f, architectures=["BertModel"]), "is of a llama, but names the architecture BertModel"),

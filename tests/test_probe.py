@@ -31,6 +31,15 @@ def test_statistics_in_closed_form():
     assert layer_statistics(wide)["outlier_dims"] == 1 and layer_statistics(wide / 7 * 5)["outlier_dims"] == 1
 
 
+def test_a_model_whose_weights_are_not_numbers_is_refused():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = float("inf")
+    points = [resolve(model, f"resid_post:{i}") for i in range(2)]
+    with pytest.raises(InputError, match="not finite, because model.layers.1.mlp.up_proj.weight"):
+        probe_layers(model, word_tokenizer(), points, MANY, SaveSettings())
+
+
 def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(600, 6, generator=g)
