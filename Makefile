@@ -90,8 +90,9 @@ faults: $(VENV)/installed
 coverage: $(VENV)/installed
 	$(PY) -m pytest -q --cov=lib --cov-report=term-missing:skip-covered tests
 
+# Two workers, each with one thread and whole files, so that what a file prepares is prepared once.
 test: $(VENV)/installed
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 clean:
 	rm -rf $(VENV) .venv-peers .venv-serve

@@ -155,7 +155,8 @@ def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results):
         lost = torchrun(__file__, tmp_path, name, store=tmp_path / "store", check=False, DIE_AT=death)
         assert lost.returncode and not (tmp_path / f"{name}_2_0.pt").exists()
         found = torch.load(tmp_path / f"{name}_2" / file, weights_only=True)
-        assert int(death) == (int(found["state"]["step"]) if name == "sae_training" else len(found["progress"]["epochs"]))
+        reached = int(found["state"]["step"]) if name == "sae_training" else len(found["progress"]["epochs"])
+        assert reached in (int(death) - 1, int(death))  # the first rank may be ended before it has written the last one
     torchrun(__file__, tmp_path, *places, store=tmp_path / "store")
     for name in places:
         resumed = torch.load(tmp_path / f"{name}_2_0.pt", weights_only=True)

@@ -22,8 +22,7 @@ SHAPES: tuple[tuple[Size, Size, Size, Size], ...] = (  # (width, latents, k, row
     (768, 24576, 32, 4096),
 )  # fmt: skip
 TRAINERS: tuple[Trained, ...] = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
-ROUNDS: Annotated[int, at_least(2), at_most(1000)] = 7  # turns of each trainer; the median counts, the first is left
-                                          # out
+ROUNDS: Annotated[int, at_least(2), at_most(1000)] = 7  # turns of each trainer; the median without the first
 SECONDS: Positive = 1.0                   # of one turn, at least one step
 THREADS: Threads = 2                      # processor cores each may use
 CONSTANTS = override(globals())

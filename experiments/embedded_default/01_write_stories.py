@@ -21,8 +21,7 @@ VAL_FRAC: Share = 0.08                    # share of the stories in val.jsonl
 TEST_FRAC: Share = 0.08                   # share of the stories in test.jsonl
 MIN_WORDS: Count = 40                     # a story with fewer words is written again
 MAX_WORDS: Count = 90                     # and one with more
-SAME_MOOD_FRAC: Part = 0.3                # stories that end in the mood they began in; the others turn, so that order
-                                          # decides
+SAME_MOOD_FRAC: Part = 0.3                # stories that end in the mood they began in; in the others order decides
 OTHER_TOPIC_FRAC: Part = 0.3              # stories with one sentence out of another topic
 SEED: Seed = 0
 CONSTANTS = override(globals())

@@ -38,8 +38,7 @@ VAL_FRAC: Share = 0.1                     # share of the training examples that 
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
 PIXEL_SCALE: Positive = 1.0               # images: pixels are multiplied by this
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
-MODEL_DTYPE: Precision = "float32"        # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are
-                                          # float32
+MODEL_DTYPE: Precision = "float32"        # of the frozen layers; auto: bfloat16 on CUDA. Trained ones are float32
 LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
 DEVICE_MAP: Literal["auto"] | None = None  # auto: spread the model over the devices (needs accelerate)
 FSDP = False                              # under torchrun: each rank keeps a share of the weights, for models beyond

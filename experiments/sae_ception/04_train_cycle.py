@@ -37,8 +37,7 @@ PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_m
                                           # gpt_neox_20b
 SETTING: FileName | None = None           # folder of the outputs; None: the preset's name. Other constants need
                                           # another one
-ARMS: tuple[Arm, ...] = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # README.md lists
-                                          # all
+ARMS: tuple[Arm, ...] = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # all: README.md
 SEEDS: tuple[Seed, ...] = (0, 1, 2)       # each: start, order, validation cut, SAE seed; arms are paired by seed
 CYCLES: Size = 1                          # auxiliary cycles after the baseline
 DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a
@@ -60,8 +59,7 @@ VAL_FRAC: Share = 0.1                     # share of the training examples that 
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
 PIXEL_SCALE: Positive = 1.0               # images: pixels are multiplied by this
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
-MODEL_DTYPE: Precision = "float32"        # precision of the frozen layers; auto: bfloat16 on CUDA. Trained layers are
-                                          # float32
+MODEL_DTYPE: Precision = "float32"        # of the frozen layers; auto: bfloat16 on CUDA. Trained ones are float32
 LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
 DEVICE_MAP: Literal["auto"] | None = None  # auto: spread the model over the devices (needs accelerate)
 TARGET_LAYER: TargetLayer = "last"        # whose output is pulled: last, a block's number, or a layer signature

@@ -25,27 +25,24 @@ MODEL: Location = "store/embedded/model"  # hub name or directory of a transform
 DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
 DATA_SPLIT: Name = "train"                # split of a hub data set; a file has none
 TEXT_FIELD: Name = "text"                 # the column that holds the text
-DATA_LIMIT: Annotated[int, at_least(2), at_most(10**12)] | None = 5000           # texts, drawn at random; None: all
-STREAM = False                            # copy the texts to the store block by block, for data sets larger than
-                                          # memory or disk
+DATA_LIMIT: Annotated[int, at_least(2), at_most(10**12)] | None = 5000  # texts, drawn at random; None: all
+STREAM = False                            # copy texts to the store block by block: for data larger than memory or disk
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included; the rest is cut
 LAYER_SIGNATURE: Name = "resid_post:0"    # one or several, separated by commas: resid_pre|mid|post:N, attn_out:N,
                                           # mlp_out:N (-1: the last, *: all), blocks.N.hook_resid_post, a dotted
                                           # module path, or class_path_with_underscores; ?: list them
 HOOK_POINT: Literal["input", "output"] = "output"  # input or output of the module, where the signature does not say
 BATCH_SIZE_SAVE: Size = 16                # texts of MAX_LENGTH in one forward pass; shorter texts: more of them
-STORE_DTYPE: Literal["float32", "bfloat16", "float16"] = "float32"  # float32, bfloat16 (half the disk, 3 digits) or
+STORE_DTYPE: Literal["float32", "bfloat16", "float16"] = "float32"  # half the disk in bfloat16 (3 digits) or
                                           # float16 (range 65504)
 SHARD_ROWS: Count = 65536                 # tokens in one file
 SKIP_SPECIAL = True                       # keep BOS, EOS and other control tokens out
 SKIP_FIRST: NotNegative = 0               # tokens to drop at the start of each text; 1 where there is no BOS
-MAX_NORM_MULTIPLE: Positive | None = None  # drop tokens whose norm is over this multiple of the median; None: keep
-                                          # all
+MAX_NORM_MULTIPLE: Positive | None = None  # drop tokens with a norm over this multiple of the median; None: none
 VAL_FRAC: Share = 0.1                     # share of the texts that training never sees
 PREFLIGHT = True                          # report norm, gamma, outliers and cost of every block before saving
 MODEL_DTYPE: Precision = "auto"           # precision of the model: auto, float32, bfloat16, float16
-LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: the model's linear layers quantised on loading (needs bitsandbytes
-                                          # and CUDA)
+LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: linear layers quantised (needs bitsandbytes and CUDA)
 DEVICE_MAP: Literal["auto", "disk"] | None = None  # auto: model spread over GPUs, memory, disk; disk: each block read
                                           # when it runs
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps

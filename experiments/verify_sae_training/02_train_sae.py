@@ -23,23 +23,19 @@ RUN_ID: FileName | None = None            # None: the run that 01_save_activatio
 LAYER: Name | None = None                 # which of the run's hook points, as in step 1 (resid_post:3); None: the first
 N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension
 TOP_K: Size = 4                           # latents that may fire on one token
-KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # topk, batchtopk, jumprelu or matryoshka; only
-                                          # topk has the fast step
+KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # only topk has the fast step
 EPOCHS: Size = 10                         # passes over the training tokens; the best one by validation is kept
 BATCH_SIZE_TRAIN: Size = 1024             # tokens per step; larger is faster but learns less per token
 LR: Rate | None = None                    # peak learning rate; None: a rule over shape and length of the run
 DEAD_AFTER_TOKENS: Count | None = None    # silence after which a latent is revived; None: max(3000, 10 F / k, 2 batches)
-AUXK_ALPHA: Annotated[float, at_least(0), at_most(100)] = 1 / 32  # weight of the loss that revives dead latents; 0:
-                                          # off
+AUXK_ALPHA: Annotated[float, at_least(0), at_most(100)] = 1 / 32  # weight of the loss that revives latents; 0: off
 WHITEN: Part = 1 / 8                      # power of the partial whitening, folded away at the end; 0: off
 ALIGNED = True                            # encoder aligned with the dictionary up to a learnt gain; False: free
-                                          # encoder
-PRECISION: Literal["auto", "float32", "bfloat16"] = "auto"  # of the product that proposes candidates: auto
-                                          # (by shape and processor), float32, bfloat16
+PRECISION: Literal["auto", "float32", "bfloat16"] = "auto"  # of the product that proposes candidates;
+                                          # auto: by shape and processor
 LOG_EVERY: Count = 50                     # steps between two points of the training curve
 VERIFY = False                            # compare the checksums of all activations first: reads the whole run once
-TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow; the history is always written
-                                          # as JSON
+TRACKER: Tracker = "local"                # the history is always written as JSON, whichever this is
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 SEED: Seed = 0                            # start of the weights and order of the tokens
 
