@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported where it is needed: constants are checked before a
     import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
+LONGEST = 1000  # characters of an error's line
 log = logging.getLogger("workbench")
 
 
@@ -85,7 +86,10 @@ def end(error: BaseException) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if quiet:
         sys.exit(141)
-    print("error: " + " ".join(line.split("\n")), file=sys.stderr)
+    line = " ".join(line.split("\n"))
+    if len(line) > LONGEST:  # a path or a name of thousands of characters
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
