@@ -48,7 +48,7 @@ ception: $(VENV)/installed
 	@echo "pages: $$STORE_DIR/sae_ception/pages/*.html"
 
 # The pictures of the README, from the figures that `make run` leaves; PAGE: the latent whose page is pictured, by a browser.
-PAGE ?= 460
+PAGE ?= 514
 pictures:
 	mkdir -p $(VERIFY)/pictures
 	for name in verification training_curves concept_recovery concept_examples baselines; do cp "$$STORE_DIR/verify_sae_training/figures/$$name.png" $(VERIFY)/pictures/; done

@@ -67,9 +67,14 @@ def ground_truth(run: Run, folder: Path) -> Truth | None:
 def concept_tree(run: Run, folder: Path) -> dict[str, Any] | None:
     """The concepts.json beside a data set: leaves (number, path, words), topics, moods. None where there is none.
 
-    One of another shape belongs to some other project; the log says that it is ignored.
+    One of another shape belongs to some other project, and a data set may have moved since; the log says so.
     """
-    found = (local_path(source_of_run(run.meta["dataset"])) or folder).parent / "concepts.json"
+    try:
+        source = source_of_run(run.meta["dataset"])
+    except InputError as error:
+        log.warning("no ground truth: %s", error)
+        return None
+    found = (local_path(source) or folder).parent / "concepts.json"
     if not found.exists():
         return None
     try:

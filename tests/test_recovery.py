@@ -189,6 +189,14 @@ def test_the_truth_goes_by_the_text_not_by_its_place(tmp_path):
         ground_truth(run, tmp_path)
 
 
+def test_a_data_set_that_has_moved_leaves_the_run_without_truth(tmp_path, caplog):
+    run = story_run(tmp_path, STORIES)
+    run.meta["dataset"]["path"] = str(tmp_path / "stories.jsonl")
+    assert ground_truth(run, tmp_path)
+    (tmp_path / "stories.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    assert ground_truth(run, tmp_path) is None and "is gone; put it back" in caplog.text
+
+
 def test_every_word_with_two_senses_in_the_shipped_stories_is_asked_for():
     """What test_embedded.py finds in the stories, ground_truth finds too."""
     from lib.ground_truth import _senses
