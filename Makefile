@@ -36,7 +36,7 @@ run: $(VENV)/installed
 	for name in $(NOTEBOOKS); do \
 	  $(RENDER) --output-dir "$$STORE_DIR/verify_sae_training/pages" $(VERIFY)/$$name.ipynb || exit 1; \
 	done
-	@$(PY) -m lib.verification
+	@$(PY) $(VERIFY)/show_verification.py
 	@echo "pages: $$STORE_DIR/verify_sae_training/pages/*.html and $$STORE_DIR/verify_sae_training/concepts.html"
 
 # The second experiment on the embedded default, with its notebooks.
@@ -81,6 +81,7 @@ bench: $(VENV)/installed .venv-peers/installed
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	for folder in experiments/*/; do MYPYPATH=$$folder $(VENV)/bin/mypy $$folder || exit 1; done
 
 # Each long script killed 24 times, 24 bytes flipped in each kind of file ..., and a table of it; a quarter of an hour.
 faults: $(VENV)/installed

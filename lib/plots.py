@@ -104,7 +104,7 @@ WEIGHT_PANELS = {
 
 
 def weight_histograms(columns: dict[str, np.ndarray]) -> Figure:
-    """Histograms over latents of the columns of lib.weights.inspect_weights that WEIGHT_PANELS names, [F] each."""
+    """Histograms over latents of the columns of checks.weights.inspect_weights that WEIGHT_PANELS names, [F] each."""
     shown = [key for key in WEIGHT_PANELS if key in columns]
     n_rows = -(-len(shown) // 3)
     figure, axes = plt.subplots(n_rows, 3, figsize=(12, 3.2 * n_rows), layout="constrained", squeeze=False)
@@ -133,7 +133,7 @@ def bars(values: dict[str, float], title: str, unit: str, highlight: str) -> Fig
 def recovery_boxes(rows: Sequence[dict[str, Any]], kinds: dict[str, str], highlight: str = "latent") -> Figure:
     """F1 of the best unit of each kind over concepts: word concepts left, context concepts right, kinds in the order of their mean on the left.
 
-    rows: lib.recovery.recover_concepts. kinds: kind -> what it is called.
+    rows: checks.recovery.recover_concepts. kinds: kind -> what it is called.
     """
     parts = [[row for row in rows if row["context"] == context] for context in (False, True)]
     order = sorted((kind for kind in kinds if kind in rows[0]), key=lambda kind: -_mean_f1(parts[0] or rows, kind))
@@ -197,7 +197,7 @@ def verdict_strip(checks: Sequence[dict[str, Any]]) -> Figure:
 
 
 def layers(table: list[dict[str, Any]], recommended: str) -> Figure:
-    """Size, spread, effective dimensions and, with labels, probe accuracy over depth. table: lib.probe.probe_layers."""
+    """Size, spread, effective dimensions and, with labels, probe accuracy over depth. table: checks.layers.probe_layers."""
     shown = {
         "median_norm": ("Size of activations", "median norm"),
         "gamma": ("Mean over spread", "gamma"),

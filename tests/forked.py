@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[1]
-IMPORTS = ("lib.environment", "lib.activations", "lib.training", "lib.cycles", "lib.task_evaluation", "lib.models", "lib.kernels", "pandas",
+IMPORTS = ("lib.environment", "lib.activations", "lib.training", "cycles.steps", "cycles.evaluation", "lib.models", "lib.kernels", "pandas",
            "sklearn.linear_model", "sklearn.feature_extraction.text", "sklearn.cluster", "transformers.models.llama.modeling_llama",
            "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "overcomplete.sae")  # fmt: skip
 
+# Where the packages of the experiments lie.
+ROOMS = os.pathsep.join(str(PROJECT / folder) for folder in (".", "experiments/verify_sae_training", "experiments/sae_ception"))
 # Set before a script starts, so that a run of a second writes as many files as a long one.
 OFTEN = {"lib.training.CHECKPOINT_SECONDS": 0.02, "lib.training.CHECKPOINT_SHARE": 1.0, "lib.activations.BLOCK_TEXTS": 16}
 VERIFY, CEPTION, EMBEDDED = (f"experiments/{name}" for name in ("verify_sae_training", "sae_ception", "embedded_default"))
@@ -81,7 +83,7 @@ class Forks:
     """The process that forks; close it, or use it in a with block."""
 
     def __init__(self):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOMS}
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def run(self, command, store, *, kill_after=None, kill_at_write=None, kind=signal.SIGKILL, environment=None) -> Ended:

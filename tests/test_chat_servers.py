@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_naming import GOOD, KEY, contexts, names_and_verdicts, openai, serve  # noqa: F401  (fixtures)
 
-from lib import chat_servers
-from lib.chat_keys import Secret
-from lib.chat_servers import NoAnswer
+from concepts import chat_servers
+from concepts.chat_keys import Secret
+from concepts.chat_names import check_name, check_verdict, name_with, score_people
+from concepts.chat_servers import NoAnswer
+from concepts.language_models import ask_json, find_json, open_chat
 from lib.environment import InputError
-from lib.language_models import ask_json, find_json, open_chat
-from lib.naming import check_name, check_verdict, name_with, score_people
 
 ANSWER = json.dumps(GOOD)
 

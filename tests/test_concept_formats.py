@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_dictionary import HEADER, MADE, dictionary
 
-from lib.concept_formats import concepts_to_csv, load, read_table
-from lib.dictionary import concepts_from_csv, export_concepts, merge_concepts, read_concepts
+from concepts.dictionary import concepts_from_csv, export_concepts, merge_concepts, read_concepts
+from concepts.formats import concepts_to_csv, load, read_table
 from lib.environment import InputError
 
 FORMULAS = ["=cmd|'/C calc'!A0", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "'=1", "''+1", "＝1", "'quoted'", "= ", "-", "'"]

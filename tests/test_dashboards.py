@@ -10,11 +10,11 @@ from conftest import TEXTS, tiny_model, word_tokenizer
 from safetensors.numpy import load_file
 from test_steering import random_sae
 
+from concepts.effects import direct_view, promoted_tokens
+from concepts.firings import collect_firings, encode_run
+from concepts.top_texts import read_top_texts, write_top_texts
+from exchange.dashboards import HISTOGRAM_BINS, code_histograms, write_delphi, write_neuronpedia
 from lib.activations import SaveSettings, save_activations
-from lib.concept_files import read_top_texts, write_top_texts
-from lib.concepts import collect_firings, encode_run
-from lib.dashboards import HISTOGRAM_BINS, code_histograms, write_delphi, write_neuronpedia
-from lib.effects import direct_view, promoted_tokens
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.texts import split_texts

@@ -10,19 +10,19 @@ from test_sae_ception_cycles import defaults, digits  # noqa: F401  (fixtures)
 from test_steering import MAXIMA, random_sae
 from test_training import SMALL, make_rows
 
+from checks.evaluation import ev, loss_recovered, row_scores
+from checks.layers import sweep_k
+from checks.weights import inspect_weights
+from concepts.effects import draw_firings, next_token_effects, promoted_tokens
+from concepts.firings import encode_run, live_codes
 from lib.activations import SaveSettings, preflight, save_activations
-from lib.concepts import encode_run, live_codes
-from lib.effects import draw_firings, next_token_effects, promoted_tokens
-from lib.evaluation import ev, loss_recovered, row_scores
 from lib.hooks import resolve
-from lib.probe import sweep_k
 from lib.rows import sample_rows
 from lib.sae import load_sae, save_sae
 from lib.steering import Edit, sweep
 from lib.texts import split_texts
 from lib.training import TrainSettings, score, train_sae
 from lib.variants import KINDS
-from lib.weights import inspect_weights
 
 SETTINGS = SaveSettings(shard_rows=50)
 RECORDED = {"max_length": 128, "skip_special": True, "skip_first": 0}
@@ -119,8 +119,8 @@ def test_choice_of_k():
 def on_device(monkeypatch, constants):
     """Test scores of a baseline with everything on the device, and a model trained towards its targets."""
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)  # its list has MPS
-    monkeypatch.setattr("lib.task_evaluation.label_selectivity", lambda *_: {})  # slow here, and all of it on the CPU
-    monkeypatch.setattr("lib.bench.choose_device", lambda _: torch.device(DEVICE))
+    monkeypatch.setattr("cycles.evaluation.label_selectivity", lambda *_: {})  # slow here, and all of it on the CPU
+    monkeypatch.setattr("cycles.session.choose_device", lambda _: torch.device(DEVICE))
     bench = cycles.Bench(constants, 0)
     assert next(bench.model.parameters()).device.type == DEVICE
     result = cycles.cycle(bench, "baseline", 0)

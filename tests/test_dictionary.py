@@ -6,8 +6,7 @@ import pytest
 import torch
 from test_verify_scripts import script  # noqa: F401  (a fixture)
 
-from lib.concept_formats import SCHEMA, concepts_to_csv
-from lib.dictionary import (
+from concepts.dictionary import (
     concepts_from_csv,
     edit_concepts,
     export_concepts,
@@ -16,6 +15,7 @@ from lib.dictionary import (
     search_concepts,
     write_concepts,
 )
+from concepts.formats import SCHEMA, concepts_to_csv
 from lib.environment import InputError
 from lib.files import read_json, write_tensors
 

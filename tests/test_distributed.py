@@ -18,12 +18,12 @@ from test_sae_ception_gates import text_model, text_task
 from test_training import SMALL, make_rows
 
 import lib.training as training
-from lib.classifier import trained_state
+from cycles.classifier import trained_state
+from cycles.fine_tuning import Targets, TuneSettings, fine_tune
 from lib.distributed import add_up, own_part, rank, ranks, world_size
 from lib.environment import InputError
 from lib.fast_step import Workspace, fast_step
 from lib.files import read_json
-from lib.fine_tuning import Targets, TuneSettings, fine_tune
 from lib.rows import epoch_batches
 from lib.sae_step import init_state, whitening
 from lib.store import open_run

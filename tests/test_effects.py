@@ -4,9 +4,9 @@ import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 from test_steering import random_sae
 
+from concepts.effects import ablation, contexts, direct_view, divergence, draw_firings, next_logits, next_token_effects, of_length
+from concepts.firings import encode_run
 from lib.activations import SaveSettings, save_activations
-from lib.concepts import encode_run
-from lib.effects import ablation, contexts, direct_view, divergence, draw_firings, next_logits, next_token_effects, of_length
 from lib.environment import InputError
 from lib.hooks import edit, resolve
 from lib.steering import Edit, steer

@@ -10,8 +10,8 @@ from conftest import PROJECT
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from exchange.formats import FORMATS, Folded, fold, read_foreign, transformer_lens_name, unfold
 from lib.environment import InputError
-from lib.exchange import FORMATS, Folded, fold, read_foreign, transformer_lens_name, unfold
 from lib.sae import make_sae
 
 PEERS = PROJECT / ".venv-peers" / "bin" / "python"

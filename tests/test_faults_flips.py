@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lib.bench import finished
+from cycles.session import finished
 from lib.environment import InputError
 from lib.files import check_files, read_json, read_sealed, read_torch
 from lib.rows import rows_of_run

@@ -13,15 +13,15 @@ from conftest import PROJECT
 from forked import contents
 from safetensors.torch import save
 
+from concepts.firings import encode_run
+from concepts.top_texts import read_top_texts
+from cycles.session import finished
+from kept_saes import find
 from lib import schemas
-from lib.bench import finished
 from lib.checking import Misfit, check, check_tensors
-from lib.concept_files import read_top_texts
-from lib.concepts import encode_run
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
 from lib.guards import up_to_date
-from lib.kept_saes import find
 from lib.models import hook_of_run
 from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import load_sae, require_trained_on

@@ -9,11 +9,11 @@ from test_verify_scripts import FOLDER, SMALL, TRAIN, script  # noqa: F401  (a f
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from checks.ground_truth import ground_truth
+from concepts.dictionary import write_concepts
+from concepts.firings import collect_firings, encode_run
 from lib import plots
-from lib.concepts import collect_firings, encode_run
-from lib.dictionary import write_concepts
 from lib.environment import log
-from lib.ground_truth import ground_truth
 from lib.sae import load_sae, sae_hash
 from lib.store import open_run
 

@@ -20,13 +20,13 @@ from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F4
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lib import chat_servers
-from lib.concept_formats import concepts_to_csv
-from lib.concept_names import score_words
-from lib.dictionary import concepts_from_csv, read_concepts, write_concepts
+from concepts import chat_servers
+from concepts.chat_names import Contexts, check_name, check_verdict, cost_estimate, judge, name_with, score_people, with_scores
+from concepts.dictionary import concepts_from_csv, read_concepts, write_concepts
+from concepts.formats import concepts_to_csv
+from concepts.language_models import ask_json, find_json, open_chat
+from concepts.names import score_words
 from lib.environment import InputError
-from lib.language_models import ask_json, find_json, open_chat
-from lib.naming import Contexts, check_name, check_verdict, cost_estimate, judge, name_with, score_people, with_scores
 
 KEY = "sk-test-0123456789"
 GOOD = {"name": "dogs", "description": "The word dog.", "confidence": 0.9}
@@ -123,7 +123,7 @@ def test_contexts_are_of_the_right_texts_and_tokens(contexts):
 
 
 def test_of_a_large_corpus_every_nth_text_is_used(contexts, monkeypatch):
-    monkeypatch.setattr("lib.concept_names.MAX_ROWS", -(-len(contexts.codes) // 5))
+    monkeypatch.setattr("concepts.names.MAX_ROWS", -(-len(contexts.codes) // 5))
     part = Contexts(contexts.codes, torch.from_numpy(contexts.is_val))
     rows, values = part.firing(0, held_out=False)
     whole, all_values = contexts.firing(0, held_out=False)

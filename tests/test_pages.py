@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from lib.pages import MARGIN, Piece, coloured, concept_card, example_pieces, page_concept, pieces, write_page
+from concepts.page import MARGIN, Piece, coloured, concept_card, example_pieces, page_concept, pieces, write_page
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\"\u2028<!--"
 STATS = {"fires": 3.0, "max": 2.0, "mean_active": 1.0, "p99": 2.0, "frequency": 0.1}

@@ -6,12 +6,12 @@ import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 from test_verify_scripts import SMALL, script, source  # noqa: F401  (two fixtures)
 
+from checks.layers import _word_labels, agreement, mean_cosine, probe_layers, recommend_k, recommend_layer, sweep_k
 from lib import plots
 from lib.activations import SaveSettings, block_rows, preflight
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.metrics.layers import layer_statistics, linear_probe
-from lib.probe import _word_labels, agreement, mean_cosine, probe_layers, recommend_k, recommend_layer, sweep_k
 from lib.rows import rows_of_tensor
 from lib.texts import tokenise
 from lib.training import TrainSettings

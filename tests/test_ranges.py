@@ -151,12 +151,12 @@ def test_annotations_are_read_from_the_source(tmp_path):
 
 def test_choices_are_those_of_the_library(declared):
     """Names that a script lists so that it need not import torch are the ones that lib knows."""
+    from cycles.evaluation import GROUPS
+    from cycles.targets import ARMS
+    from exchange.formats import FORMATS
     from lib.activations import STORE_DTYPES
-    from lib.exchange import FORMATS
     from lib.hooks import ROLES
-    from lib.sharpening import ARMS
     from lib.steering import MODES
-    from lib.task_evaluation import GROUPS
     from lib.trackers import TRACKERS
     from lib.variants import KINDS as SAE_KINDS
 

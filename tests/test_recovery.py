@@ -6,15 +6,15 @@ import pytest
 import torch
 from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
+from checks.controls import control_saes, control_settings, relative_change
+from checks.evaluation import untrained_sae
+from checks.ground_truth import Concept, Truth, ground_truth, label_rows
+from checks.recovery import KINDS, THRESHOLDS, compositions, gains, recover_concepts, recovery, table_scores
+from concepts.firings import Codes
 from lib import plots
 from lib.activations import SaveSettings, save_activations
-from lib.concepts import Codes
-from lib.controls import control_saes, control_settings, relative_change
 from lib.environment import InputError
-from lib.evaluation import untrained_sae
-from lib.ground_truth import Concept, Truth, ground_truth, label_rows
 from lib.hooks import resolve
-from lib.recovery import KINDS, THRESHOLDS, compositions, gains, recover_concepts, recovery, table_scores
 from lib.rows import rows_of_run
 from lib.sae import make_sae, sae_hash
 from lib.texts import split_texts
@@ -199,7 +199,7 @@ def test_a_data_set_that_has_moved_leaves_the_run_without_truth(tmp_path, caplog
 
 def test_every_word_with_two_senses_in_the_shipped_stories_is_asked_for():
     """What test_embedded.py finds in the stories, ground_truth finds too."""
-    from lib.ground_truth import _senses
+    from checks.ground_truth import _senses
 
     with open(PROJECT / "store/embedded/stories/train.jsonl", encoding="utf-8") as file:
         stories = [json.loads(line) for line in file]

@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checks.verification import check
 from lib.environment import InputError
 from lib.sae import load_sae, make_sae, reload_error, require_trained_on, sae_hash, save_sae
-from lib.verification import check
 
 
 def random_sae(n_inputs=12, n_latents=40, top_k=5, scale=7.0, offset=20.0, seed=0):

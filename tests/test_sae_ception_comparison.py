@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lib.comparison import (
+from cycles.comparison import (
     COLUMNS,
     CONTROLS,
     by_seed,

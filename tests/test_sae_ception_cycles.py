@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
-from lib.bench import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Bench, stage_constants
-from lib.classifier import TextClassifier, outputs
-from lib.cycles import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from cycles.classifier import TextClassifier, outputs
+from cycles.evaluation import GROUPS
+from cycles.fine_tuning import probe_ids
+from cycles.session import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Bench, stage_constants
+from cycles.steps import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from cycles.tasks import load_task, read_idx
 from lib.environment import InputError
 from lib.files import read_json, read_tensors
-from lib.fine_tuning import probe_ids
-from lib.labelled import load_task, read_idx
-from lib.task_evaluation import GROUPS
 
 SCRIPTS = PROJECT / "experiments" / "sae_ception"
 sys.path.insert(0, str(SCRIPTS))
@@ -106,15 +106,15 @@ def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
 
 def test_an_sae_leaves_the_number_of_threads(digits, monkeypatch):
     """Otherwise what is trained after the first SAE of a process differs in its last bits from a resumed run."""
-    import lib.cycles
+    import cycles.steps
 
     def train(*args, **options):
         made = real(*args, **options)
         torch.set_num_threads(before + 1)
         return made
 
-    real, before = lib.cycles.train_sae, torch.get_num_threads()
-    monkeypatch.setattr(lib.cycles, "train_sae", train)
+    real, before = cycles.steps.train_sae, torch.get_num_threads()
+    monkeypatch.setattr(cycles.steps, "train_sae", train)
     bench = Bench(digits, 0)
     train_model(bench, "baseline", 0)
     train_cycle_sae(bench, "baseline", 0)
@@ -234,11 +234,11 @@ def test_resume_ends_with_the_same_bytes(digits, monkeypatch, tmp_path):
         return files(root)
 
     whole = everything(tmp_path / "whole")
-    monkeypatch.setattr("lib.cycles.save_sae", interrupt_second_call(__import__("lib.cycles").cycles.save_sae))
+    monkeypatch.setattr("cycles.steps.save_sae", interrupt_second_call(__import__("cycles.steps").cycles.save_sae))
     with pytest.raises(KeyboardInterrupt):
         everything(tmp_path / "cut")
     monkeypatch.undo()
-    monkeypatch.setattr("lib.fine_tuning.PROBE_EXAMPLES", 256)
+    monkeypatch.setattr("cycles.fine_tuning.PROBE_EXAMPLES", 256)
     assert everything(tmp_path / "cut") == whole
 
 
@@ -344,7 +344,7 @@ def test_wrong_input_is_one_line(arguments, said, script):
     ({"ARMS": ("lambda0",), "ARM_CONSTANTS": {"per_class@weak": {"AUX_WEIGHT": 0.1}}}, "which is not in ARMS"), ({"TARGET_LAYER": "layers.9"}, "layers.9"),
 ])  # fmt: skip
 def test_typing_errors_are_refused_before_anything_is_loaded(digits, monkeypatch, given, said):
-    monkeypatch.setattr("lib.bench.load_task", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("cycles.session.load_task", lambda *_: pytest.fail("the data were read"))
     with pytest.raises(InputError, match=said) as error:
         Bench(digits | given, 0)
     assert "\n" not in str(error.value)
@@ -354,7 +354,7 @@ def test_typing_errors_are_refused_before_anything_is_loaded(digits, monkeypatch
 def test_a_target_layer_out_of_range_is_refused(defaults, tmp_path, monkeypatch, number):
     """Not wrapped round to another block; and before data and weights are read."""
     c = defaults[0] | write_texts(tmp_path, "llama") | {"TARGET_LAYER": number}
-    monkeypatch.setattr("lib.bench.load_task", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("cycles.session.load_task", lambda *_: pytest.fail("the data were read"))
     with pytest.raises(InputError, match="the model has 3 blocks, 0 to 2 or -3 to -1"):
         Bench(c, 0)
     with pytest.raises(InputError, match="out of range"):
@@ -392,7 +392,7 @@ def test_quantised_loading_skips_what_is_trained(defaults, tmp_path, monkeypatch
     """LOAD_BITS hands the library the device map and leaves the trained blocks out of the quantisation."""
     import transformers
 
-    from lib.bench import load_base
+    from cycles.session import load_base
 
     seen = {}
 

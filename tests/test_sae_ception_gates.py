@@ -5,12 +5,12 @@ import transformers
 from conftest import TEXTS, tiny_model, word_tokenizer
 from torch.nn.functional import cross_entropy
 
-from lib.classifier import MLP, Entries, TextClassifier, auxiliary_loss, load_trained, make_batch, outputs, trained_state
+from cycles.classifier import MLP, Entries, TextClassifier, auxiliary_loss, load_trained, make_batch, outputs, trained_state
+from cycles.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe, probe_ids
+from cycles.targets import derangement
+from cycles.tasks import Task
 from lib.environment import InputError
-from lib.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe, probe_ids
-from lib.labelled import Task
 from lib.rows import rows_of_tensor
-from lib.sharpening import derangement
 from lib.texts import tokenise
 from lib.training import TrainSettings, train_sae
 
@@ -304,7 +304,7 @@ def test_probe_says_how_strong_the_pull_is():
 
 def test_the_probe_draws_from_all_classes(monkeypatch):
     """Of training examples sorted by class not only the first class is looked at."""
-    monkeypatch.setattr("lib.fine_tuning.PROBE_EXAMPLES", 12)
+    monkeypatch.setattr("cycles.fine_tuning.PROBE_EXAMPLES", 12)
     task = image_task()
     task.splits["train"] = task.splits["train"][task.y[:80].argsort(stable=True)]
     assert torch.bincount(task.y[probe_ids(task)]).tolist() == [4, 4, 4]

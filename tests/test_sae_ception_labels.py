@@ -10,11 +10,11 @@ import torch
 from conftest import TEXTS, word_tokenizer
 from test_sae_ception_cycles import defaults, digits, script, write_texts  # noqa: F401  (fixtures)
 
-from lib.bench import Bench
+from cycles.evaluation import letter_tokens
+from cycles.labels import classes, draw
+from cycles.session import Bench
+from cycles.tasks import load_task
 from lib.environment import InputError
-from lib.labelled import load_task
-from lib.labels import classes, draw
-from lib.task_evaluation import letter_tokens
 
 WHERE = ["train", "train", "train", "test"]
 
@@ -85,7 +85,7 @@ def test_a_file_sorted_by_label(defaults, tmp_path, kind, caplog):  # noqa: F811
 
 def test_a_sorted_file_scores_as_a_shuffled_one_would(digits, monkeypatch):  # noqa: F811
     """Every limit of the evaluation draws from all classes: on digits sorted by class accuracy is no class's own."""
-    from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
+    from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 
     bench = Bench(digits | {"METRICS": ("robustness",), "EVAL_LIMIT": 100, "PROBE_LIMIT": 100, "ROBUST_LIMIT": 50, "EPOCHS_PER_CYCLE": 15}, 0)
     for name, ids in bench.task.splits.items():
@@ -94,7 +94,7 @@ def test_a_sorted_file_scores_as_a_shuffled_one_would(digits, monkeypatch):  # n
     for step in (train_model, train_cycle_sae):
         step(bench, "baseline", 0)
     seen = []
-    monkeypatch.setattr("lib.task_evaluation.robustness", lambda model, sae, task, ids, c, seed: seen.append(task.y[ids].unique().tolist()) or {})
+    monkeypatch.setattr("cycles.evaluation.robustness", lambda model, sae, task, ids, c, seed: seen.append(task.y[ids].unique().tolist()) or {})
     test = evaluate_cycle(bench, "baseline", 0)["test"]
     assert test["task_accuracy"] > 0.5 and 0.1 < test["base_u"] < 0.9 and test["base_csi"] < 0.9 and seen == [list(range(10))]
 

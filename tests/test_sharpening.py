@@ -2,8 +2,7 @@
 import pytest
 import torch
 
-from lib.environment import InputError
-from lib.sharpening import (
+from cycles.targets import (
     ARMS,
     NO_TARGET,
     class_masks,
@@ -18,6 +17,7 @@ from lib.sharpening import (
     sharpened_codes,
     targets,
 )
+from lib.environment import InputError
 
 # four latents; classes 0, 0, 1, 1. Latent 3 is on everywhere, so it is in every per_class mask, but in no contrast mask
 DENSE = torch.tensor([[4.0, 0, 0, 3], [2, 1, 0, 3], [0, 0, 5, 3], [0, 1, 1, 3]])

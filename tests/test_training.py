@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import normalize
 
 import lib.training as training
+from checks.evaluation import shuffled, untrained_sae
 from lib.environment import InputError
-from lib.evaluation import shuffled, untrained_sae
 from lib.finishing import write_stats
 from lib.metrics.reconstruction import explained_variance
 from lib.rows import Rows, epoch_batches, rows_of_tensor, sample_rows

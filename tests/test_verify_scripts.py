@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ASSETS, PROJECT, run_notebook, tiny_model
 
+from checks.verification import RULES
 from lib.environment import InputError, run
 from lib.sae import load_sae
 from lib.store import open_run
-from lib.verification import RULES
 
 FOLDER = PROJECT / "experiments" / "verify_sae_training"
 SMALL = ["LAYER_SIGNATURE=resid_post:1", "SHARD_ROWS=100"]

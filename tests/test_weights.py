@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from checks.weights import inspect_weights, nearest_rows, raw_weights
 from lib.sae import make_sae
-from lib.weights import inspect_weights, nearest_rows, raw_weights
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from torch.nn.functional import cross_entropy
 from transformers import LongformerConfig, LongformerModel
 from zoo import BLOCK_FAMILIES, DOTTED, FAMILIES, NO_TEXT, SIZE, SPECIAL, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks, table
 
+from checks.evaluation import loss_recovered
+from concepts.effects import draw_firings, next_token_effects
+from concepts.firings import encode_run, live_codes
 from lib.activations import SaveSettings, block_rows, save_activations
 from lib.blocks import blocks
-from lib.concepts import encode_run, live_codes
-from lib.effects import draw_firings, next_token_effects
 from lib.environment import InputError
-from lib.evaluation import loss_recovered
 from lib.hooks import capture, edit, resolve, resolve_all
 from lib.models import load_model
 from lib.roles import ROLES

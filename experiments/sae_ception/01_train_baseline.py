@@ -9,10 +9,9 @@ Writes store/sae_ception/<setting>/baseline/seed_<s>/checkpoints/model_cycle_0_b
 """
 from typing import Literal
 
-from presets import TargetLayer, presets_for
-
 from lib.constants import override
 from lib.ranges import Amount, Count, Device, FileName, Location, Name, NotNegative, Positive, Precision, Rate, Seed, Share, Size, Tracker
+from presets import TargetLayer, presets_for
 
 PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news,
                                           # gpt_neox_20b
@@ -63,11 +62,11 @@ TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, 
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
-from lib.bench import Bench
-from lib.cycles import train_model
+from cycles.labels import counts
+from cycles.session import Bench
+from cycles.steps import train_model
 from lib.environment import log, log_to, run, say_next
 from lib.guards import in_use
-from lib.labels import counts
 
 
 def main():

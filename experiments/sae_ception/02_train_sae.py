@@ -10,10 +10,9 @@ Writes .../checkpoints/sae_cycle_<n>_best.pt and .json
 """
 from typing import Literal
 
-from presets import Arm, presets_for
-
 from lib.constants import override
 from lib.ranges import Device, FileName, NotNegative, Rate, Seed, Size
+from presets import Arm, presets_for
 
 PRESET = "tiny"                           # as in step 1
 SETTING: FileName | None = None           # as in step 1
@@ -30,8 +29,8 @@ SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # tokens: all real tokens
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
-from lib.bench import Bench, inherited
-from lib.cycles import train_cycle_sae
+from cycles.session import Bench, inherited
+from cycles.steps import train_cycle_sae
 from lib.environment import log, log_to, run, say_next
 from lib.guards import in_use
 

@@ -11,10 +11,9 @@ Writes .../targets_cycle_<n>.safetensors, checkpoints/model_cycle_<n+1>_best.pt,
 """
 from typing import Literal
 
-from presets import Arm, ForArm, Weight, presets_for
-
 from lib.constants import override
 from lib.ranges import Device, FileName, NotNegative, Percent, Seed, Size, Tracker
+from presets import Arm, ForArm, Weight, presets_for
 
 PRESET = "tiny"                           # as in step 1
 SETTING: FileName | None = None           # as in step 1
@@ -33,14 +32,14 @@ TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, 
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
+from cycles.session import Bench, inherited
+from cycles.steps import train_model
+from cycles.targets import NO_TARGET, method
 from lib import schemas
-from lib.bench import Bench, inherited
-from lib.cycles import train_model
 from lib.distributed import rank
 from lib.environment import log, log_to, run, say_next
 from lib.files import read_json
 from lib.guards import in_use
-from lib.sharpening import NO_TARGET, method
 
 
 def main():

@@ -10,8 +10,6 @@ Writes store/sae_ception/<setting>/<arm>/seed_<s>/..., results.csv and summary.j
 """
 from typing import Annotated, Literal
 
-from presets import Arm, ForArm, Metric, TargetLayer, Weight, presets_for
-
 from lib.constants import override
 from lib.ranges import (
     Amount,
@@ -32,6 +30,7 @@ from lib.ranges import (
     at_least,
     at_most,
 )
+from presets import Arm, ForArm, Metric, TargetLayer, Weight, presets_for
 
 PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news,
                                           # gpt_neox_20b
@@ -112,13 +111,13 @@ CONSTANTS = override(globals(), presets_for(globals()))
 
 from tqdm.auto import tqdm
 
-from lib.bench import Bench, setting_root
-from lib.comparison import by_seed, interval, pulls, result_table, summary
-from lib.cycles import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from cycles.comparison import by_seed, interval, pulls, result_table, summary
+from cycles.session import Bench, setting_root
+from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from cycles.targets import NO_TARGET, method
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text
 from lib.guards import in_use
-from lib.sharpening import NO_TARGET, method
 
 WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u_weighted": "SAE U"}
 MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp", "clustering_ari": "ARI",

@@ -9,10 +9,9 @@ Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_C
 """
 from pathlib import Path
 
-from presets import Arm, Weight
-
 from lib.constants import override
 from lib.ranges import Percent, Seed
+from presets import Arm, Weight
 
 GRID_ARMS: tuple[Arm, ...] = ("per_class", "class_mean")  # every arm that competes gets the same grid of lambda
 GRID_KEEP_PCT: tuple[Percent, ...] = (1.0, 2.0, 4.0, 10.0)  # latents a class keeps, in percent; arms without
@@ -23,9 +22,9 @@ CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py
 
 from tqdm.auto import tqdm
 
-from lib.bench import Bench
-from lib.comparison import MAX_ACCURACY_LOSS
-from lib.cycles import evaluate_cycle, train_cycle_sae, train_model
+from cycles.comparison import MAX_ACCURACY_LOSS
+from cycles.session import Bench
+from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json
 from lib.guards import in_use

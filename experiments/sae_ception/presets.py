@@ -3,7 +3,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from lib.ranges import Name, Percent, Rule, Seed, Size, at_least, at_most, like
 
-# The ways of making targets, as lib/sharpening.py has them; an arm may carry a label: per_class@weak.
+# The ways of making targets, as cycles/targets.py has them; an arm may carry a label: per_class@weak.
 ARMS = (
     "lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "permuted_in_class",
     "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant", "to_zero", "complement", "contrast",

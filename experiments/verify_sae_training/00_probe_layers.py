@@ -37,13 +37,13 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 CONSTANTS = override(globals())
 
+from checks.layers import probe_layers, recommend_layer
 from lib import plots
 from lib.activations import SaveSettings
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.hooks import resolve_all
 from lib.models import choose_dtype, load_model, load_tokenizer
-from lib.probe import probe_layers, recommend_layer
 from lib.store import experiment_dir
 from lib.texts import load_documents
 

@@ -48,7 +48,8 @@ PRESETS = {
 }  # fmt: skip
 CONSTANTS = override(globals(), PRESETS)
 
-from lib import kept_saes, schemas
+import kept_saes
+from lib import schemas
 from lib.distributed import rank, wait_for_all
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json

@@ -31,9 +31,9 @@ CONSTANTS = override(globals())
 
 import torch
 
-from lib.concept_files import read_latent_stats
-from lib.dictionary import read_concepts
-from lib.effects import direct_view, promoted_ids
+from concepts.dictionary import read_concepts
+from concepts.effects import direct_view, promoted_ids
+from concepts.top_texts import read_latent_stats
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.models import model_of_run

@@ -25,12 +25,12 @@ CONSTANTS = override(globals())
 import torch
 from scipy.stats import wilcoxon
 
+from checks.controls import control_saes
+from checks.ground_truth import ground_truth
+from concepts.effects import ablation, contexts, divergence, next_logits, of_length
 from lib import schemas
-from lib.controls import control_saes
-from lib.effects import ablation, contexts, divergence, next_logits, of_length
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
-from lib.ground_truth import ground_truth
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run

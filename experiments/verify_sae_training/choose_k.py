@@ -24,11 +24,11 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 SEED: Seed = 0                            # of the first training; the second has the next one
 CONSTANTS = override(globals())
 
+from checks.evaluation import loss_recovered
+from checks.layers import recommend_k, sweep_k
 from lib.environment import InputError, choose_device, run, say_next
-from lib.evaluation import loss_recovered
 from lib.files import write_json
 from lib.models import model_of_run
-from lib.probe import recommend_k, sweep_k
 from lib.rows import rows_of_run
 from lib.store import experiment_dir, open_run
 from lib.training import TrainSettings

@@ -20,9 +20,7 @@ SEARCH: Name | None = None                # words to look for in names, descript
 LIMIT: Count = 20                         # concepts that a search shows
 CONSTANTS = override(globals())
 
-from lib.concept_files import read_latent_stats
-from lib.concept_formats import check, to_write
-from lib.dictionary import (
+from concepts.dictionary import (
     concepts_from_csv,
     edit_concepts,
     export_concepts,
@@ -31,6 +29,8 @@ from lib.dictionary import (
     require_new,
     search_concepts,
 )  # fmt: skip
+from concepts.formats import check, to_write
+from concepts.top_texts import read_latent_stats
 from lib.environment import run
 from lib.store import experiment_dir
 

@@ -31,15 +31,15 @@ CONSTANTS = override(globals())
 
 import torch
 
-from lib.concept_files import read_latent_stats, read_top_texts
-from lib.concepts import encode_run
-from lib.dashboards import write_delphi, write_neuronpedia
-from lib.dictionary import read_concepts
-from lib.effects import direct_view
+from concepts.dictionary import read_concepts
+from concepts.effects import direct_view
+from concepts.firings import encode_run
+from concepts.top_texts import read_latent_stats, read_top_texts
+from exchange.dashboards import write_delphi, write_neuronpedia
+from exchange.formats import FORMATS, fold
+from exchange.hub import facts_of, push, write_card
 from lib.environment import InputError, run
-from lib.exchange import FORMATS, fold
 from lib.files import safe_name
-from lib.hub import facts_of, push, write_card
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run

@@ -21,10 +21,10 @@ RUN_ID: FileName | None = None            # activations to look at it with; None
 LAYER: Name | None = None                 # which of the run's hook points; None: the first
 CONSTANTS = override(globals())
 
-from lib import kept_saes
+import kept_saes
+from exchange.formats import read_foreign, unfold
+from exchange.hub import pull
 from lib.environment import InputError, log, log_to, run, say_next
-from lib.exchange import read_foreign, unfold
-from lib.hub import pull
 from lib.models import local_path
 from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae, sae_hash, save_sae

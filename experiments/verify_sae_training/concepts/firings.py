@@ -2,7 +2,7 @@
 
     codes = encode_run(run, hook, sae)                     # or live_codes(texts, model, ...)
     firings = collect_firings(codes, top=10)
-    write_top_texts(path, codes, firings, meta)            # lib/concept_files.py
+    write_top_texts(path, codes, firings, meta)            # concepts/top_texts.py
 
 Everything streams: memory is that of one batch and of tables [F, M], whatever the length of the corpus. An example is
 one text with one latent's highest code in it, so a text comes at most once per latent; a code of 0 is never an example.

@@ -1,15 +1,7 @@
-"""Checks that say whether an SAE learnt something: a number, its thresholds, and PASS, WARN or FAIL.
-
-`python -m lib.verification` prints the table that notebook 03 wrote.
-"""
+"""Checks that say whether an SAE learnt something: a number, its thresholds, and PASS, WARN or FAIL."""
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
-
-from lib import schemas
-from lib.environment import run
-from lib.files import read_json
-from lib.store import experiment_dir
 
 Check = dict[str, Any]
 KINDS = {"evidence": "evidence", "sanity": "sanity, true by construction unless something is broken"}
@@ -87,13 +79,3 @@ def format_table(checks: list[Check]) -> str:
             value = "-" if row["value"] is None else f"{row['value']:.4g}"
             lines.append(f"{row['check']:<14} {value:>9}  {row['verdict']:<7}  {row['threshold']:<18}  {row['meaning']}")
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Print the verification table of experiments/verify_sae_training."""
-    path = experiment_dir("verify_sae_training") / "verification.json"
-    print(format_table(read_json(path, schemas.VERIFICATION)["checks"]))
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,7 +1,7 @@
 """SAEs in files of SAELens, dictionary_learning and sparsify, read as data that a stranger wrote.
 
 Sizes, k and numbers are checked, what our form can't be is refused by name, and nothing but tensors and plain values is
-unpickled. lib/exchange.py says what the tensors do.
+unpickled. exchange/formats.py says what the tensors do.
 """
 import json
 import zipfile
@@ -19,7 +19,7 @@ JUMPRELU_SLOTS = 512  # codes kept of a row at most, where a JumpReLU SAE's file
 
 
 class Folded(NamedTuple):
-    """A TopK SAE on raw activations; see lib.exchange for what the tensors do."""
+    """A TopK SAE on raw activations; see exchange.formats for what the tensors do."""
 
     W: Tensor
     """[F, D]."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lib.chat_keys import Secret
+from concepts.chat_keys import Secret
 from lib.environment import InputError
 
 ANTHROPIC_URL = "https://api.anthropic.com"

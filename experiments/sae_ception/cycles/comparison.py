@@ -27,7 +27,7 @@ def result_table(
 ) -> pandas.DataFrame:  # fmt: skip
     """results_cycle_<n>.json of these arms, seeds and cycles under `root`, one row for each number; COLUMNS.
 
-    cosines: (arm, seed, cycle) -> that of lambda0's model to the arm's targets (lib.cycles), kept as aux_cos_lambda0.
+    cosines: (arm, seed, cycle) -> that of lambda0's model to the arm's targets (cycles.steps), kept as aux_cos_lambda0.
     Raises InputError where one is missing.
     """
     rows = []

@@ -12,9 +12,9 @@ from typing import Any
 
 import huggingface_hub
 
-from lib.dictionary import free_name
+from concepts.dictionary import free_name
+from exchange.formats import FORMATS, transformer_lens_name
 from lib.environment import PROJECT, InputError, log
-from lib.exchange import FORMATS, transformer_lens_name
 from lib.files import fingerprint, write_text
 from lib.models import hook_of_run
 from lib.sae import SAE, sae_hash

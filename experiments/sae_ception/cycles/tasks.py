@@ -2,7 +2,7 @@
 
     task = load_task(constants, seed)
     task.splits["train"]            # ids of the examples of a split; an id never changes its example
-    task.batch(ids)                 # what a model of lib/classifier.py takes
+    task.batch(ids)                 # what a model of cycles/classifier.py takes
 
 The official test set is the test split where there is one; validation is cut from training by the seed.
 """
@@ -17,9 +17,9 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from cycles.labels import classes, counts, draw
 from lib.environment import InputError, log
 from lib.files import fingerprint
-from lib.labels import classes, counts, draw
 from lib.models import local_path
 from lib.texts import Tokens, filler_id, load_documents, pad, tokenise
 
@@ -70,7 +70,7 @@ class Task:
         return batch
 
     def sample(self, ids: Tensor, limit: int | None, seed: int, name: str) -> Tensor:
-        """`limit` of the ids, drawn by seed with each class's share (lib.labels.draw); the log tells once what was drawn."""
+        """`limit` of the ids, drawn by seed with each class's share (cycles.labels.draw); the log tells once what was drawn."""
         drawn = draw(ids, self.y, limit, seed)
         if len(drawn) < len(ids) and name not in self.reported:
             self.reported.add(name)

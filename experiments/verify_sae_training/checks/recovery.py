@@ -14,8 +14,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from lib.concepts import Codes
-from lib.ground_truth import Truth
+from checks.ground_truth import Truth
+from concepts.firings import Codes
 from lib.sae import SAE
 from lib.store import Run
 
@@ -65,7 +65,7 @@ def recover_concepts(saes: dict[str, SAE], run: Run, hook: str, truth: Truth, pr
 
 
 def gains(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What lib.verification asks of recover_concepts' rows, by the name of the check; without those that no concept speaks to."""
+    """What checks.verification asks of recover_concepts' rows, by the name of the check; without those that no concept speaks to."""
     found = {}
     for name, context in (("concept_gain", False), ("context_gain", True)):
         part = [row for row in rows if row["context"] == context]

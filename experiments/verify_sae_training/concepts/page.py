@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lib.files import write_text
 
-TEMPLATE = Path(__file__).with_name("concepts_page.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 MARGIN = 60  # characters of plain text shown before and after the coloured tokens
 Example = dict[str, Any]  # of top_texts.json
 Concept = dict[str, Any]  # of concepts.json
@@ -117,7 +117,7 @@ def page_concept(
     """The data of one concept on the page.
 
     stats: fires, max, mean_active, p99, and frequency (share of tokens). promotes: tokens that the latent's direction
-    makes more likely. near: (latent, cosine) of the dictionary rows closest to its own. effect: of lib.effects.next_token_effects.
+    makes more likely. near: (latent, cosine) of the dictionary rows closest to its own. effect: of concepts.effects.next_token_effects.
     """
     entry = entry or {"name": "", "description": "", "source": "none"}
     keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source", "model", "judge")

@@ -1,6 +1,6 @@
 """Names of latents by a chat model, and what those names are worth.
 
-    chat = open_chat("openai")                                # lib/language_models.py
+    chat = open_chat("openai")                                # concepts/language_models.py
     contexts = Contexts(codes, is_val)
     print(cost_estimate(chat, contexts, latents, cache))
     named = name_with(chat, contexts, latents, cache)         # latent -> an entry of concepts.json
@@ -19,12 +19,12 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN, NoAnswer
-from lib.concept_formats import EDITABLE, STALE, Concepts
-from lib.concept_names import codes_matrix, score_rule, score_words, used_rows
-from lib.concepts import Codes
+from concepts.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN, NoAnswer
+from concepts.firings import Codes
+from concepts.formats import EDITABLE, STALE, Concepts
+from concepts.language_models import Chat, ask_json, question_key
+from concepts.names import codes_matrix, score_rule, score_words, used_rows
 from lib.environment import log
-from lib.language_models import Chat, ask_json, question_key
 
 N_FIRING, N_SILENT = 10, 6  # contexts from which a name is made
 N_JUDGED = 10  # held-out contexts that fire, and as many silent ones, by which it is scored
@@ -55,7 +55,7 @@ Answer with one JSON object and nothing else, the numbers of those lines: {{"fir
 class Contexts:
     """Tokens of each latent in their surroundings, drawn for prompts; the same latent gets the same ones.
 
-    Drawn from the rows that offline names are made from (lib.concept_names.used_rows).
+    Drawn from the rows that offline names are made from (concepts.names.used_rows).
     """
 
     def __init__(self, codes: Codes, is_val: Tensor):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from exchange.foreign_saes import Folded, read_dictionary_learning, read_sae_lens, read_sparsify
 from lib.environment import InputError
 from lib.files import atomic_write, write_json, write_tensors
-from lib.foreign_saes import Folded, read_dictionary_learning, read_sae_lens, read_sparsify
 from lib.sae import SAE, make_sae
 
 SAE_LENS_VERSION = "6.54.12"  # whose files are written; SAELens migrates what claims to be older than 6
@@ -54,7 +54,7 @@ def transformer_lens_name(path: str, point: str) -> str:
 
 
 def write_sae_lens(folder: Path, sae: Folded, about: dict[str, Any]) -> list[Path]:
-    """Write what SAELens's SAE.load_from_disk(folder) reads; return the files. about: facts_of() in lib/hub.py."""
+    """Write what SAELens's SAE.load_from_disk(folder) reads; return the files. about: facts_of() in exchange/hub.py."""
     tensors = {"W_enc": sae.W.T, "b_enc": sae.b, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     kind: dict[str, Any] = {"architecture": "topk", "k": sae.top_k}
     if sae.threshold is not None:

@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from lib.classifier import MLP, block_in_range
+from cycles.classifier import MLP, block_in_range
+from cycles.evaluation import GROUPS
+from cycles.targets import ARMS, method
 from lib.environment import InputError
 from lib.models import local_path
-from lib.sharpening import ARMS, method
-from lib.task_evaluation import GROUPS
 
 CHOICES = {
     "SAE_POSITIONS": ("tokens", "pooled"), "INIT": ("continue", "scratch"), "OPTIMIZER": ("adam", "adamw"), "SELECT_EPOCH": ("last", "best"),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from concepts.firings import Codes
 from lib.blocks import input_device, no_cache
-from lib.concepts import Codes
 from lib.environment import InputError
 from lib.hooks import HookPoint, edit
 from lib.sae import SAE

@@ -21,9 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lib import chat_servers
-from lib.chat_keys import Secret
-from lib.chat_servers import ANSWER_TOKENS, Messages, NoAnswer, Reply
+from concepts import chat_servers
+from concepts.chat_keys import Secret
+from concepts.chat_servers import ANSWER_TOKENS, Messages, NoAnswer, Reply
 from lib.environment import InputError, choose_device, is_out_of_memory
 from lib.files import fingerprint, read_json, write_json
 

@@ -1,6 +1,6 @@
 """The steps of one SAE-ception cycle and what they leave on disk.
 
-    bench = Bench(constants, seed)                 # lib/bench.py: data, model and cache of one seed, loaded once
+    bench = Bench(constants, seed)                 # cycles/session.py: data, model and cache of one seed, loaded once
     train_model(bench, "baseline", 0)              # cycle 0: task loss only; shared by all arms
     train_cycle_sae(bench, "baseline", 0)          # an SAE on the frozen model's target layer
     train_model(bench, "per_class", 1)             # targets from model and SAE 0, then model 1
@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
+from cycles.classifier import MLP, load_trained, outputs, trained_state
+from cycles.evaluation import evaluate
+from cycles.fine_tuning import Targets, TuneSettings, fine_tune, probe_ids
+from cycles.session import Bench, Constants, sae_path, stage_constants, write_stamp
+from cycles.targets import NO_TARGET, method, n_kept, targets
 from lib import schemas
 from lib.activations import SaveSettings, save_activations
-from lib.bench import Bench, Constants, sae_path, stage_constants, write_stamp
-from lib.classifier import MLP, load_trained, outputs, trained_state
 from lib.distributed import rank
 from lib.environment import InputError, log
 from lib.files import fingerprint, read_json, read_sealed, write_json, write_sealed, write_torch
-from lib.fine_tuning import Targets, TuneSettings, fine_tune, probe_ids
 from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import save_sae
-from lib.sharpening import NO_TARGET, method, n_kept, targets
-from lib.task_evaluation import evaluate
 from lib.trackers import open_tracker
 from lib.training import TrainSettings, train_sae
 
@@ -131,7 +131,7 @@ def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Ta
 def lambda0_cosine(bench: Bench, arm: str, cycle: int) -> float:
     """Mean cosine of lambda0's model of a cycle to the targets that `arm` was pulled to: what the arm's end cosine is worth.
 
-    Over the same examples and about the same centre as the arm's own (lib.fine_tuning.probe).
+    Over the same examples and about the same centre as the arm's own (cycles.fine_tuning.probe).
     """
     stored = read_sealed(bench.root / arm / f"seed_{bench.seed}" / f"targets_cycle_{cycle - 1}.safetensors", schemas.TARGETS)
     made = Targets(stored["example_id"], stored["t"], stored.get("centre"))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from cycles.tasks import Task
 from lib.distributed import add_up, own_part, shard, shared_like, whole
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
-from lib.labelled import Task
 
 COSINE_EPS = 1e-8  # rows with a smaller norm get no auxiliary gradient
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.classifier import Entries, make_batch, outputs
+from cycles.classifier import Entries, make_batch, outputs
+from cycles.labels import draw
+from cycles.tasks import Task
 from lib.hooks import edit, resolve
-from lib.labelled import Task
-from lib.labels import draw
 from lib.metrics.clustering import clustering, unit_rows
 from lib.metrics.interpretability import absorption, base_threshold, selectivity, selectivity_given
 from lib.metrics.performance import classification, k_sparse_probe, linear_probe, next_token_loss, perplexity
@@ -21,7 +21,7 @@ from lib.metrics.reconstruction import Reconstruction, explained_variance
 from lib.metrics.robustness import active_jaccard, fgsm, pgd
 from lib.sae import SAE
 
-Model = Any  # MLP or TextClassifier of lib/classifier.py
+Model = Any  # MLP or TextClassifier of cycles/classifier.py
 Scores = dict[str, float]
 GROUPS = ("probes", "clustering", "robustness", "language")
 HEADLINE = {"u_weighted": "u_weighted", "csi": "csi", "csi_std": "csi_std", "csi_all": "csi_all", "u": "u", "u_std": "u_std", "u_label": "u_label",

@@ -5,7 +5,7 @@
     content = read_concepts(path, sae_hash(sae))
 
 A dictionary is about one SAE, told by its sae_hash. Beside it stands the same as a table, concepts.csv, which people
-edit: before anything is written the edits in it are taken in. Formats and checks: lib/concept_formats.py.
+edit: before anything is written the edits in it are taken in. Formats and checks: concepts/formats.py.
 """
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from lib.concept_formats import (
+from concepts.formats import (
     EDITABLE,
     YAML_ENDINGS,
     Concepts,

@@ -1,4 +1,4 @@
-"""The file of examples of step 4, top_texts.json; the names, concepts.json, are in lib/dictionary.py."""
+"""The file of examples of step 4, top_texts.json; the names, concepts.json, are in concepts/dictionary.py."""
 import json
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from concepts.firings import Codes, Firings, codes_at
 from lib import schemas
-from lib.concepts import Codes, Firings, codes_at
 from lib.environment import InputError
 from lib.files import read_json, read_tensors, write_text
 

@@ -16,16 +16,16 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cycles.choices import check_choices
+from cycles.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
+from cycles.tasks import load_task, own_data
 from lib import schemas
 from lib.blocks import require_positions
-from lib.choices import check_choices
-from lib.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from lib.distributed import own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, choose_device
 from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, safe_name, sha256, write_json, write_sealed
 from lib.guards import differences
 from lib.hooks import blocks
-from lib.labelled import load_task, own_data
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, weights_of
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir, provenance

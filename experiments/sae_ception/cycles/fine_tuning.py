@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from cycles.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, own_examples, trained_state
+from cycles.labels import draw
+from cycles.tasks import Task
 from lib import schemas
-from lib.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, own_examples, trained_state
 from lib.distributed import add_up, agree, is_sharded, rank, shared_like, whole, world_size
 from lib.environment import InputError
 from lib.files import fingerprint, read_torch, write_torch
 from lib.guards import differences
-from lib.labelled import Task
-from lib.labels import draw
 
 PROBE_EXAMPLES = 256  # training examples on which the auxiliary loss and its gradient are compared at start and end
 GROUPED_BATCHES = 20  # text batches whose examples are sorted by length together: less padding

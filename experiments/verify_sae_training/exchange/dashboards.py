@@ -15,13 +15,13 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from lib.concept_files import Examples
-from lib.concepts import Codes
-from lib.dictionary import Concepts
-from lib.effects import token_text
+from concepts.dictionary import Concepts
+from concepts.effects import token_text
+from concepts.firings import Codes
+from concepts.top_texts import Examples
+from exchange.hub import public_name
 from lib.environment import InputError
 from lib.files import atomic_write, fingerprint, safe_name, write_json, write_text
-from lib.hub import public_name
 from lib.sae import SAE
 from lib.store import Run
 from lib.texts import filler_id, tokenise
@@ -91,7 +91,7 @@ def write_neuronpedia(
     """Write a Neuronpedia export to root/<model>/<layer>-<name>/ and return that folder. InputError for an odd `name`.
 
     Files: release, model, source set and source, one record each, and in batches features, activations and explanations.
-    name: of the source set; created: a time in ISO format. stats, top, concepts: of step 4. view: lib.effects.direct_view, or None.
+    name: of the source set; created: a time in ISO format. stats, top, concepts: of step 4. view: concepts.effects.direct_view, or None.
     """
     block = re.match(r"blocks\.([0-9]+)\.", facts["hook_name"])
     source = f"{block[1] if block else 0}-{safe_name(name)}"

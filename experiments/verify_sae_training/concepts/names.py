@@ -1,6 +1,6 @@
 """Names of latents by statistics alone: which patterns of a token and its context tell that the latent fires.
 
-A name stands for a rule: a set of patterns (lib/patterns.py); the rule says "fires" where any of them holds. It is
+A name stands for a rule: a set of patterns (concepts/patterns.py); the rule says "fires" where any of them holds. It is
 found on the tokens of the training texts and scored on those of the held-out texts.
 
     named = name_latents(codes, is_val, latents)     # latent -> an entry of concepts.json
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.concepts import Codes
-from lib.patterns import EDGE, KINDS, PLACES, Patterns, find_patterns
+from concepts.firings import Codes
+from concepts.patterns import EDGE, KINDS, PLACES, Patterns, find_patterns
 
 SCORE_KIND = "balanced accuracy of the rule on held-out tokens; 0.5 is chance"
 WORDS_KIND = "balanced accuracy on held-out tokens of firing on the name's own words; 0.5 is chance"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lib.evaluation import untrained_sae
+from checks.evaluation import untrained_sae
 from lib.files import fingerprint
 from lib.guards import in_use
 from lib.rows import rows_of_run, sample_rows

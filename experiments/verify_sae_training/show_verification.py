@@ -1,0 +1,20 @@
+"""Print the verification table that notebook 03 wrote.
+
+    python show_verification.py
+
+Reads  store/verify_sae_training/verification.json
+"""
+from checks.verification import format_table
+from lib import schemas
+from lib.environment import run
+from lib.files import read_json
+from lib.store import experiment_dir
+
+
+def main() -> None:
+    path = experiment_dir("verify_sae_training") / "verification.json"
+    print(format_table(read_json(path, schemas.VERIFICATION)["checks"]))
+
+
+if __name__ == "__main__":
+    run(main)
