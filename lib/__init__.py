@@ -7,6 +7,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Fast tokenizers warn on every fork once they have run threads; nothing here tokenises in a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lib.imports import watch  # noqa: E402
+from .imports import watch  # noqa: E402
 
 watch()

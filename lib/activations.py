@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib import schemas
-from lib.blocks import input_device, n_embeddings, no_cache, require_positions
-from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
-from lib.environment import InputError, is_out_of_memory, log
-from lib.files import read_json, read_note, write_json, write_tensors
-from lib.finishing import finish
-from lib.guards import differences, require_room
-from lib.hooks import HookPoint, capture
-from lib.metrics.layers import layer_statistics
-from lib.store import ROW_COLUMNS, SCHEMA_VERSION, Run
-from lib.streaming import write_texts
-from lib.texts import Tokens, filler_id, length_batches, pad, tokenise
+from . import schemas
+from .blocks import input_device, n_embeddings, no_cache, require_positions
+from .distributed import add_up, own_part, rank, wait_for_all, world_size
+from .environment import InputError, is_out_of_memory, log
+from .files import read_json, read_note, write_json, write_tensors
+from .finishing import finish
+from .guards import differences, require_room
+from .hooks import HookPoint, capture
+from .metrics.layers import layer_statistics
+from .store import ROW_COLUMNS, SCHEMA_VERSION, Run
+from .streaming import write_texts
+from .texts import Tokens, filler_id, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
 SAMPLE_TEXTS = 64  # texts of the pre-flight report

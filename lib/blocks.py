@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lib.environment import InputError
+from .environment import InputError
 
 TEXTS, TOKENS = 2, 6  # of the trial pass
 Arguments = tuple[tuple, dict[str, Any]]

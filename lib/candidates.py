@@ -2,7 +2,7 @@
 import numpy as np
 from numba import prange
 
-from lib.compiled import compiled
+from .compiled import compiled
 
 
 @compiled()

@@ -15,8 +15,8 @@ import tokenize
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lib.environment import guard_imports, refuse_other_project
-from lib.ranges import Unfit, fit, is_tuple, nearest, range_of, shown
+from .environment import guard_imports
+from .ranges import Unfit, fit, is_tuple, nearest, range_of, shown
 
 Presets = dict[str, dict[str, Any]]
 
@@ -37,7 +37,6 @@ def override(namespace: dict[str, Any], presets: Presets | None = None, argv: li
         argv = sys.argv[1:] if is_run else namespace.get("__arguments__", [])
     if is_run:
         guard_imports()
-        refuse_other_project(Path(namespace["__file__"]))
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
     ours = [name for name in _assigned(source).values() if name in namespace]
     names = [name for name in ours if presets is None or namespace[name] is not presets]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lib.environment import InputError
+from .environment import InputError
 
 PATIENCE = timedelta(hours=12)  # that a rank waits for slower ones; where one dies, torchrun ends all at once
 

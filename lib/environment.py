@@ -126,17 +126,6 @@ def _stop_at_once(*_: Any) -> None:
     os._exit(130)
 
 
-def refuse_other_project(script: Path) -> None:
-    """End a script of another copy of the project: it would run with the lib of this one."""
-    for folder in script.resolve().parents:
-        if (folder / "lib" / "constants.py").exists():
-            if folder != PROJECT:
-                print(f"error: {script} belongs to {folder}, but this Python has lib from {PROJECT}; use the .venv that `make` builds there, "
-                      f"or set PYTHONPATH={folder}", file=sys.stderr)  # fmt: skip
-                sys.exit(2)
-            return
-
-
 def run(main: Callable[[], None], parallel: bool = False) -> None:
     """Run a script's main(); what a user can put right ends with one line and exit code 2, Ctrl-C with 130.
 
@@ -146,7 +135,7 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
     if signal.getsignal(signal.SIGINT) is _stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        from lib.distributed import ranks
+        from .distributed import ranks
 
         if not parallel and (os.environ.get("WORLD_SIZE") or "1") != "1":
             raise InputError(f"{Path(sys.argv[0]).name} runs in one process; start it without torchrun")
@@ -160,7 +149,7 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
 
 def say_next(script: str, **constants: Any) -> None:
     """Tell the command of the next step, a script or notebook beside this one, as it can be typed here."""
-    from lib.distributed import rank
+    from .distributed import rank
 
     given = [f"{name}={shlex.quote(str(value))}" for name, value in constants.items() if value is not None]
     path = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
@@ -171,7 +160,7 @@ def say_next(script: str, **constants: Any) -> None:
 
 def log_to(path: Path) -> None:
     """Send the log to the console and append it to the file `path`; with several ranks only rank 0 does, the others only warn."""
-    from lib.distributed import rank
+    from .distributed import rank
 
     if rank():
         return

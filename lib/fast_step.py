@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lib.distributed import add_up
-from lib.environment import log
-from lib.sae_step import EPS, GAIN_RATE, apply_gradients, bias_rate, count_step, dead_in_turn
+from .distributed import add_up
+from .environment import log
+from .sae_step import EPS, GAIN_RATE, apply_gradients, bias_rate, count_step, dead_in_turn
 
 try:
-    from lib import kernels
-    from lib.candidates import find_candidates
-    from lib.compiled import is_cached, use_threads
+    from . import kernels
+    from .candidates import find_candidates
+    from .compiled import is_cached, use_threads
 except ImportError:  # numba is not installed, or has no build for this machine
     kernels = None  # type: ignore[assignment]
 

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lib.checking import Misfit, Schema, check, check_tensors
-from lib.distributed import add_up, own_part
-from lib.environment import InputError, is_disk_full
+from .checking import Misfit, Schema, check, check_tensors
+from .distributed import add_up, own_part
+from .environment import InputError, is_disk_full
 
 HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # processes are told apart by machine and number
 ANYTHING = Schema(Any)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lib.distributed import add_up, own_part, rank, wait_for_all, world_size
-from lib.environment import InputError
-from lib.files import list_files, write_json, write_tensors
-from lib.store import Run
+from .distributed import add_up, own_part, rank, wait_for_all, world_size
+from .environment import InputError
+from .files import list_files, write_json, write_tensors
+from .store import Run
 
 ALIKE = 1e-6  # spread of the rows over the norm of their mean, up to which it is rounding
 

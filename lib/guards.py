@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lib import schemas
-from lib.distributed import rank, wait_for_all
-from lib.environment import InputError, log
-from lib.files import check_files, read_json
+from . import schemas
+from .distributed import rank, wait_for_all
+from .environment import InputError, log
+from .files import check_files, read_json
 
 try:
     import fcntl

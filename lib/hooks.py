@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lib.blocks import as_texts, blocks, can_run, hidden_argument, hidden_of, trial, with_hidden, with_output
-from lib.environment import InputError
-from lib.roles import ROLES, roles
+from .blocks import as_texts, blocks, can_run, hidden_argument, hidden_of, trial, with_hidden, with_output
+from .environment import InputError
+from .roles import ROLES, roles
 
 _ROLE = re.compile(rf"(?:({'|'.join(ROLES)}):|blocks\.(?=(?:-?\d+|\*)\.hook_))(-?\d+|\*)(?:\.hook_({'|'.join(ROLES)}))?")
 

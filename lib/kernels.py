@@ -6,7 +6,7 @@ and nothing is summed across pieces, so the result does not depend on the number
 import numpy as np
 from numba import prange
 
-from lib.compiled import compiled
+from .compiled import compiled
 
 DECODER, ENCODER = 1, 2  # which rows are frozen
 TINY = np.float32(1e-30)  # moments below it become 0: subnormal numbers are computed a hundred times slower

@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import nn
 
-from lib.blocks import blocks, input_device, n_embeddings
-from lib.environment import PROJECT, InputError, is_disk_full, is_out_of_memory, log
-from lib.files import fingerprint
-from lib.hooks import HookPoint, resolve
-from lib.store import Run, store_root
+from .blocks import blocks, input_device, n_embeddings
+from .environment import PROJECT, InputError, is_disk_full, is_out_of_memory, log
+from .files import fingerprint
+from .hooks import HookPoint, resolve
+from .store import Run, store_root
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

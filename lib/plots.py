@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 BLUE, ORANGE, GREEN, GREY, RED = "#3b6ea5", "#d9822b", "#4c9a6a", "#8a8f98", "#b5484b"
+# Notebooks would read formulas, which may hold links, between the dollar signs of a text; for the HTML of one.
+AS_TEXT = 'class="tex2jax_ignore mathjax_ignore"'
 VERDICT_COLOURS = {"PASS": GREEN, "WARN": ORANGE, "FAIL": RED}
 
 

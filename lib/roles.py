@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lib.blocks import Arguments, as_texts, blocks, can_run, copied, hidden_argument, hidden_of, quietly, trial, with_hidden, with_output
+from .blocks import Arguments, as_texts, blocks, can_run, copied, hidden_argument, hidden_of, quietly, trial, with_hidden, with_output
 
 ROLES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 Place = tuple[str, str]  # dotted path of a module, "input" | "output"

@@ -6,8 +6,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lib.distributed import own_part
-from lib.store import Run
+from .distributed import own_part
+from .store import Run
 
 BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
 EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after each epoch

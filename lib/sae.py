@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lib import schemas
-from lib.checking import Misfit, check, check_tensors
-from lib.environment import InputError
-from lib.files import fingerprint, read_torch, write_json, write_torch
-from lib.store import Run
+from . import schemas
+from .checking import Misfit, check, check_tensors
+from .environment import InputError
+from .files import fingerprint, read_torch, write_json, write_torch
+from .store import Run
 
 SCHEMA_VERSION = 1
 ENCODE_ROWS = 4096  # rows whose dense pre-activations [rows, F] exist at one time

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.environment import InputError
-from lib.variants import FORGET, WITH_THRESHOLD, codes_of, errors_of, first_threshold
+from .environment import InputError
+from .variants import FORGET, WITH_THRESHOLD, codes_of, errors_of, first_threshold
 
 FROZEN = {"decoder": "dec", "encoder": "enc"}  # what a training may leave at its random start: its rows in the state
 GAIN_RATE = 0.3  # learning rate of the gain over that of the dictionary

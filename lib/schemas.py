@@ -1,7 +1,7 @@
 """What each file of a store must hold when it is read back; the words are those of lib/checking.py."""
 from typing import Any
 
-from lib.checking import Columns, Number, Schema, Text
+from .checking import Columns, Number, Schema, Text
 
 COUNT, POSITIVE = Number(int, 0), Number(int, 1)
 NAME = Text(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lib.blocks import input_device, n_embeddings, no_cache
-from lib.environment import InputError
-from lib.hooks import HookPoint, capture, edit
-from lib.sae import SAE
-from lib.texts import control_ids, filler_id
+from .blocks import input_device, n_embeddings, no_cache
+from .environment import InputError
+from .hooks import HookPoint, capture, edit
+from .sae import SAE
+from .texts import control_ids, filler_id
 
 _padding_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 MODES = ("add", "scale", "clamp", "ablate")

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib import schemas
-from lib.environment import PROJECT, InputError
-from lib.files import check_files, fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
+from . import schemas
+from .environment import PROJECT, InputError
+from .files import check_files, fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from lib.distributed import rank, wait_for_all
-from lib.environment import InputError, log
-from lib.files import atomic_write
-from lib.models import local_path
-from lib.texts import drawn_from_stream, drawn_rows, tell_left_out
+from .distributed import rank, wait_for_all
+from .environment import InputError, log
+from .files import atomic_write
+from .models import local_path
+from .texts import drawn_from_stream, drawn_rows, tell_left_out
 
 COPY_TEXTS = 1000  # documents that are written together
 

@@ -8,10 +8,10 @@ import pandas
 import torch
 from torch import Tensor
 
-from lib.distributed import rank
-from lib.environment import InputError, log
-from lib.files import require_file
-from lib.models import local_path
+from .distributed import rank
+from .environment import InputError, log
+from .files import require_file
+from .models import local_path
 
 Documents = list[dict[str, Any]]
 MOST_LEFT_OUT = 0.5  # share of the rows that may have no text

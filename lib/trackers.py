@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.environment import InputError, log
+from .environment import InputError, log
 
 Record = dict[str, float]
 PROJECT_NAME = "sae-workbench"

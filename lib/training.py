@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import schemas
-from lib.checking import Misfit, check, check_tensors
-from lib.distributed import agree, rank, world_size
-from lib.environment import InputError, log
-from lib.fast_step import Workspace, fast_step
-from lib.files import fingerprint, read_torch, write_torch
-from lib.guards import differences
-from lib.metrics.reconstruction import Reconstruction
-from lib.rows import Rows, epoch_batches, sample_rows, steps_per_epoch
-from lib.sae import SAE, make_sae
-from lib.sae_step import FROZEN, aux_after, dense_step, folded_threshold, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
-from lib.variants import KINDS, RATES, SLOTS
+from . import schemas
+from .checking import Misfit, check, check_tensors
+from .distributed import agree, rank, world_size
+from .environment import InputError, log
+from .fast_step import Workspace, fast_step
+from .files import fingerprint, read_torch, write_torch
+from .guards import differences
+from .metrics.reconstruction import Reconstruction
+from .rows import Rows, epoch_batches, sample_rows, steps_per_epoch
+from .sae import SAE, make_sae
+from .sae_step import FROZEN, aux_after, dense_step, folded_threshold, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from .variants import KINDS, RATES, SLOTS
 
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints, or longer:
 CHECKPOINT_SHARE = 0.02  # of the time at most goes into them

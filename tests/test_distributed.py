@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 from conftest import PROJECT, run_script
+from forked import ROOMS
 from test_sae_ception_gates import text_model, text_task
 from test_training import SMALL, make_rows
 
@@ -101,7 +102,7 @@ def torchrun(*command: str | Path, store: Path, check: bool = True, **environmen
 
 
 def start(*command: str | Path, store: Path, **environment: str) -> subprocess.Popen:
-    environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)} | environment
+    environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOMS} | environment
     arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=store.parent)
 

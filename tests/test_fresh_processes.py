@@ -92,7 +92,8 @@ def became(labelled_texts, tmp_path_factory):
                 copy = store / step.path.replace("/", "_")
                 copy.write_text(json.dumps(with_constants(json.loads((PROJECT / step.path).read_text()), given)))
                 command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--output-dir", str(store / "pages"), str(copy)]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, cwd=store)
+            of_notebook = {"PYTHONPATH": str((PROJECT / step.path).parent)} if step.path.endswith(".ipynb") else {}  # the copy lies elsewhere
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment | of_notebook, cwd=store)
             found[step.path] = done.returncode, done.stdout + done.stderr
         return found
 

@@ -29,7 +29,7 @@ def test_every_third_party_import_is_declared():
     imported = set()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             imported |= {name.partition(".")[0] for name in names if name}
     needed = imported - own - set(sys.stdlib_module_names) - PEERS
     assert needed - declared - optional == set()
@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_file_of_lib():
     code = ("from setuptools.dist import Distribution; d = Distribution({'script_name': 'setup.py'}); d.parse_config_files(); "
             "c = d.get_command_obj('build_py'); c.build_lib = 'x'; c.ensure_finalized(); print(*c.get_outputs(include_bytecode=False), sep='\\n')")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
-    listed = {str(Path(line).relative_to("x/lib")) for line in done.stdout.splitlines() if line.startswith("x")}
+    listed = {str(Path(line).relative_to("x/sae_workbench")) for line in done.stdout.splitlines() if line.startswith("x")}
     there = {str(path.relative_to(PROJECT / "lib")) for path in (PROJECT / "lib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert there == listed, done.stderr
 

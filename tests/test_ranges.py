@@ -195,4 +195,4 @@ def test_lib_is_imported_before_what_brings_a_runtime_of_threads(path):
         source = path.read_text()
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [(node.names[0].name if isinstance(node, ast.Import) else node.module).partition(".")[0] for node in imports]
-    assert next(name for name in names if name not in sys.stdlib_module_names) in ("lib", "presets")  # presets imports lib first
+    assert next(name for name in names if name not in sys.stdlib_module_names) == "checkout"  # which imports lib first

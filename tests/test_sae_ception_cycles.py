@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
+import cycles.steps
 from cycles.classifier import TextClassifier, outputs
 from cycles.evaluation import GROUPS
 from cycles.fine_tuning import probe_ids
@@ -106,8 +107,6 @@ def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
 
 def test_an_sae_leaves_the_number_of_threads(digits, monkeypatch):
     """Otherwise what is trained after the first SAE of a process differs in its last bits from a resumed run."""
-    import cycles.steps
-
     def train(*args, **options):
         made = real(*args, **options)
         torch.set_num_threads(before + 1)
@@ -234,7 +233,7 @@ def test_resume_ends_with_the_same_bytes(digits, monkeypatch, tmp_path):
         return files(root)
 
     whole = everything(tmp_path / "whole")
-    monkeypatch.setattr("cycles.steps.save_sae", interrupt_second_call(__import__("cycles.steps").cycles.save_sae))
+    monkeypatch.setattr("cycles.steps.save_sae", interrupt_second_call(cycles.steps.save_sae))
     with pytest.raises(KeyboardInterrupt):
         everything(tmp_path / "cut")
     monkeypatch.undo()

@@ -11,6 +11,7 @@ Reads store/at_scale/measured.json
 """
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Count, Positive, Size, above, at_least, at_most
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Location, NotNegative, Size, Threads
 

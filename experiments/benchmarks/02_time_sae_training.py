@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Positive, Size, Threads, at_least, at_most
 

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Count, Positive, Rate, Seed, Size, Threads, at_least, at_most
 

@@ -13,6 +13,7 @@ import json
 import random
 from pathlib import Path
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override, refuse
 from lib.ranges import Count, Part, Seed, Share
 

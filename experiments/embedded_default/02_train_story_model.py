@@ -13,6 +13,7 @@ import math
 import shutil
 from pathlib import Path
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override, refuse
 from lib.ranges import Amount, Count, NotNegative, Rate, Seed, Size, Threads
 

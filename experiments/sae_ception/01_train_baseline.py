@@ -9,6 +9,7 @@ Writes store/sae_ception/<setting>/baseline/seed_<s>/checkpoints/model_cycle_0_b
 """
 from typing import Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Amount, Count, Device, FileName, Location, Name, NotNegative, Positive, Precision, Rate, Seed, Share, Size, Tracker
 from presets import TargetLayer, presets_for

@@ -10,6 +10,7 @@ Writes .../checkpoints/sae_cycle_<n>_best.pt and .json
 """
 from typing import Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Device, FileName, NotNegative, Rate, Seed, Size
 from presets import Arm, presets_for

@@ -11,6 +11,7 @@ Writes .../targets_cycle_<n>.safetensors, checkpoints/model_cycle_<n+1>_best.pt,
 """
 from typing import Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Device, FileName, NotNegative, Percent, Seed, Size, Tracker
 from presets import Arm, ForArm, Weight, presets_for

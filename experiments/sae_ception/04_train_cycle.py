@@ -10,6 +10,7 @@ Writes store/sae_ception/<setting>/<arm>/seed_<s>/..., results.csv and summary.j
 """
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import (
     Amount,

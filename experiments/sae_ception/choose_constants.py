@@ -9,6 +9,7 @@ Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_C
 """
 from pathlib import Path
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Percent, Seed
 from presets import Arm, Weight

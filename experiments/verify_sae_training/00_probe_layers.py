@@ -11,6 +11,7 @@ Writes store/verify_sae_training/layers.json and figures/layers.png
 """
 from typing import Annotated
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Device, Location, Name, NotNegative, Precision, Size, at_least, at_most, like
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import Presets, override
 from lib.ranges import Count, Device, Location, Name, NotNegative, Positive, Precision, Seed, Share, Size, at_least, at_most
 

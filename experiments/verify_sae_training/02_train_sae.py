@@ -14,6 +14,7 @@ that is there is kept as sae_model_<its hash>/, and taken back when its constant
 import shutil
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Count, Device, FileName, Name, Part, Rate, Seed, Size, Tracker, at_least, at_most
 

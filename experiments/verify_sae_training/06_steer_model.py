@@ -11,6 +11,7 @@ Writes store/verify_sae_training/steering.json
 """
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Device, Name, NotNegative, Seed, Size, at_least, at_most
 

@@ -12,6 +12,7 @@ distribution from the untouched one is compared, concept by concept. The concept
 Reads  store/verify_sae_training/: the run, the SAE, verification.json and the controls of notebook 03
 Writes store/verify_sae_training/causality.json
 """
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Device, Part, Seed, Size
 

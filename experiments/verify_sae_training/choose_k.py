@@ -9,6 +9,7 @@ two seeds find the same ones. Its word is worth as much as the sweep is long: fe
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
 Writes store/verify_sae_training/choose_k.json
 """
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Device, FileName, Name, NotNegative, Seed, Size
 

@@ -8,6 +8,7 @@ Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training
 """
 import time
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Rate, Seed, Size
 

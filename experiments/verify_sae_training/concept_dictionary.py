@@ -11,6 +11,7 @@ Reads and writes store/verify_sae_training/concepts.json
 """
 from pathlib import Path
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Count, Location, Name
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import FileName, Location, like
 

@@ -12,6 +12,7 @@ Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
 import math
 from pathlib import Path
 
+import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import FileName, Location, Name
 

@@ -4,6 +4,7 @@
 
 Reads  store/verify_sae_training/verification.json
 """
+import checkout  # noqa: F401  (first: finds lib)
 from checks.verification import format_table
 from lib import schemas
 from lib.environment import run
