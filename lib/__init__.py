@@ -1,4 +1,6 @@
-"""What two or more experiments share. Importing it is cheap: torch and transformers come with the files that need them."""
+"""What two or more experiments share. Importing it is cheap: torch and transformers come with the files that need
+them.
+"""
 import os
 
 # torch and numba bring an OpenMP runtime each, whose idle threads spin by default and take the processors from one

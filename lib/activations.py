@@ -50,14 +50,16 @@ class SaveSettings:
 
 
 def forward(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_id: int) -> list[list[Tensor]]:
-    """Hidden states of each text, none of them empty, at each hook point: result[point][text] is [T, D] of its T tokens.
+    """Hidden states of each text, none of them empty, at each hook point: result[point][text] is [T, D] of its T
+    tokens.
 
     Raises InputError for a token that the model has no embedding for, and for a hook point that gives no [B, T, D].
     """
     ids, mask = pad(batch, pad_id)
     known = n_embeddings(model)
     if known is not None and int(ids.max()) >= known:
-        raise InputError(f"the tokenizer gives the id {int(ids.max())}, but {type(model).__name__} has {known} embeddings; use the model's own tokenizer")
+        raise InputError(f"the tokenizer gives the id {int(ids.max())}, but {type(model).__name__} has {known} "
+                         "embeddings; use the model's own tokenizer")
     require_positions(model, ids.shape[1])
     device = input_device(model)
     with torch.inference_mode(), capture(model, points) as seen:
@@ -66,7 +68,8 @@ def forward(model: nn.Module, points: list[HookPoint], batch: list[Tokens], pad_
     for point in points:
         hidden = seen[point.signature]
         if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
-            raise InputError(f"{point.signature} gives a tensor of shape {tuple(hidden.shape)}, not [texts, tokens, width]; choose another layer")
+            raise InputError(f"{point.signature} gives a tensor of shape {tuple(hidden.shape)}, not [texts, tokens, "
+                             "width]; choose another layer")
         states.append([row[: len(item.ids)] for row, item in zip(hidden, batch)])
     return states
 
@@ -82,16 +85,20 @@ def forward_in_parts(model: nn.Module, points: list[HookPoint], batch: list[Toke
         if not is_out_of_memory(error):
             raise
     if len(batch) == 1:
-        raise InputError(f"a text of {len(batch[0].ids)} tokens is too large for the memory; lower MAX_LENGTH, or use a smaller model or MODEL_DTYPE=bfloat16")
+        raise InputError(f"a text of {len(batch[0].ids)} tokens is too large for the memory; lower MAX_LENGTH, or use "
+                         "a smaller model or MODEL_DTYPE=bfloat16")
     half = len(batch) // 2
-    log.warning("%d texts are too many for the memory, trying %d; lower BATCH_SIZE_SAVE to avoid this", len(batch), half)
+    log.warning("%d texts are too many for the memory, trying %d; lower BATCH_SIZE_SAVE to avoid this", len(batch),
+                half)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     parts = [forward_in_parts(model, points, part, pad_id) for part in (batch[:half], batch[half:])]
     return [first + second for first, second in zip(*parts)]
 
 
-def block_rows(model: nn.Module, points: list[HookPoint], block: list[Tokens], pad_id: int, settings: SaveSettings) -> tuple[Tensor, list[Tensor]]:
+def block_rows(
+    model: nn.Module, points: list[HookPoint], block: list[Tokens], pad_id: int, settings: SaveSettings
+) -> tuple[Tensor, list[Tensor]]:
     """Rows of a block of texts in text order, whatever the batches: columns int32 [R, 5], activations per point [R, D].
 
     A text without a token has no row and is not run; without any row the activations are [0, 0].
@@ -103,7 +110,8 @@ def block_rows(model: nn.Module, points: list[HookPoint], block: list[Tokens], p
         for i, item in enumerate(batch):
             found[item.text_id] = [per_point[i][torch.tensor(item.keep)].cpu() for per_point in states]
     columns = [
-        (item.text_id, pos, item.ids[pos], *item.offsets[pos]) for item in block for pos in range(len(item.ids)) if item.keep[pos]
+        (item.text_id, pos, item.ids[pos], *item.offsets[pos]) for item in block for pos in range(len(item.ids))
+        if item.keep[pos]
     ]
     rows = torch.tensor(columns, dtype=torch.int32).reshape(-1, len(ROW_COLUMNS))
     if not block:
@@ -111,23 +119,28 @@ def block_rows(model: nn.Module, points: list[HookPoint], block: list[Tokens], p
     return rows, [torch.cat([found[item.text_id][p] for item in block]) for p in range(len(points))]
 
 
-def preflight(model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], settings: SaveSettings) -> list[dict[str, Any]]:
+def preflight(
+    model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], settings: SaveSettings
+) -> list[dict[str, Any]]:
     """What a sample of the texts says of each hook point, before anything is written; one dict a point.
 
     What lib/metrics/layers.py says of the sample's rows, and rows_per_text; seconds, of the sample's second pass.
     """
     require_positions(model, settings.max_length)
-    sample = tokenise(tokenizer, texts[:SAMPLE_TEXTS], 0, settings.max_length, settings.skip_special, settings.skip_first)
+    sample = tokenise(tokenizer, texts[:SAMPLE_TEXTS], 0, settings.max_length, settings.skip_special,
+                      settings.skip_first)
     block_rows(model, points, sample[:4], filler_id(tokenizer), settings)  # the first pass pays for set-up
     start = time.perf_counter()
     rows, states = block_rows(model, points, sample, filler_id(tokenizer), settings)
     seconds = time.perf_counter() - start
     if not len(rows):
-        raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
+        raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and "
+                         "SKIP_FIRST")
     check_finite(model, rows, states, points, STORE_DTYPES[settings.store_dtype])
     report = []
     for point, x in zip(points, states):
-        report.append({"signature": point.signature, **layer_statistics(x), "rows_per_text": len(rows) / len(sample), "seconds": seconds})
+        report.append({"signature": point.signature, **layer_statistics(x), "rows_per_text": len(rows) / len(sample),
+                       "seconds": seconds})
     return report
 
 
@@ -182,7 +195,8 @@ class _Writer:
 
 
 def save_activations(
-    folder: Path, model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], splits: list[str], settings: SaveSettings, meta: dict[str, Any]
+    folder: Path, model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], splits: list[str],
+    settings: SaveSettings, meta: dict[str, Any]
 ) -> Run:
     """Run `texts` through the model and store what passes the hook points; see lib/store.py for the layout.
 
@@ -193,7 +207,8 @@ def save_activations(
     """
     require_positions(model, settings.max_length)
     hooks = [point._asdict() for point in points]
-    meta = {"schema_version": SCHEMA_VERSION, **meta, "settings": asdict(settings), "hooks": hooks, "n_texts": len(texts)}
+    meta = {"schema_version": SCHEMA_VERSION, **meta, "settings": asdict(settings), "hooks": hooks,
+            "n_texts": len(texts)}
     if rank() == 0:
         _check_same_run(folder, meta)
         write_json(folder / "meta.json", meta)
@@ -201,8 +216,10 @@ def save_activations(
     limits: list[float | None] = [None] * len(points)
     if settings.max_norm_multiple is not None:
         if world_size() > 1:
-            raise InputError("MAX_NORM_MULTIPLE drops rows that only the model can tell, so ranks can't share them out; save in one process")
-        limits = [settings.max_norm_multiple * r["median_norm"] for r in preflight(model, tokenizer, points, texts, settings)]
+            raise InputError("MAX_NORM_MULTIPLE drops rows that only the model can tell, so ranks can't share them "
+                             "out; save in one process")
+        limits = [settings.max_norm_multiple * r["median_norm"]
+                  for r in preflight(model, tokenizer, points, texts, settings)]
     writer = _Writer(folder, points, settings)
     if writer.n_shards:
         log.info("continuing after shard %d", writer.n_shards)
@@ -220,19 +237,22 @@ def save_activations(
     wait_for_all()
     n_shards = _Writer(folder, points, settings).n_shards
     if not n_shards:
-        raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
+        raise InputError("no text yields a token to store (all are empty or special tokens); check TEXT_FIELD and "
+                         "SKIP_FIRST")
     return finish(folder, meta, [point.signature for point in points], n_shards)
 
 
 def _tokens(tokenizer, texts: Sequence[str], block: int, settings: SaveSettings) -> list[Tokens]:
     first = block * BLOCK_TEXTS
-    return tokenise(tokenizer, texts[first : first + BLOCK_TEXTS], first, settings.max_length, settings.skip_special, settings.skip_first)
+    return tokenise(tokenizer, texts[first : first + BLOCK_TEXTS], first, settings.max_length, settings.skip_special,
+                    settings.skip_first)
 
 
 def _missing(writer: _Writer, tokenizer, texts: Sequence[str]) -> Iterator[float]:
     """Put the writer before each stretch of shards that this rank is to write, and yield the shard after its last.
 
-    One process goes on where its shards end. Ranks count the rows of all blocks together, and each takes its part of the
+    One process goes on where its shards end. Ranks count the rows of all blocks together, and each takes its part of
+    the
     shards that are not there, from the block that holds their first row: a shard is the same whoever writes it.
     """
     if world_size() == 1:
@@ -246,7 +266,8 @@ def _missing(writer: _Writer, tokenizer, texts: Sequence[str]) -> Iterator[float
     ends = n_rows.cumsum(0)
     is_missing = torch.zeros(-(-int(ends[-1]) // settings.shard_rows), dtype=torch.int64)
     if rank() == 0:  # one look for all, before anyone writes
-        is_missing += torch.tensor([not writer.shard("rows", i).exists() for i in range(len(is_missing))], dtype=torch.int64)
+        is_missing += torch.tensor([not writer.shard("rows", i).exists() for i in range(len(is_missing))],
+                                   dtype=torch.int64)
     add_up(is_missing)
     missing = is_missing.nonzero()[:, 0].tolist()
     own = missing[own_part(len(missing))]
@@ -260,22 +281,30 @@ def _missing(writer: _Writer, tokenizer, texts: Sequence[str]) -> Iterator[float
 def _check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     """Raise InputError if `folder` holds part of a run that was begun with something else."""
     if (folder / "meta.json").exists():
-        then, now = ({k: v for k, v in m.items() if k != "provenance"} for m in (read_json(folder / "meta.json", schemas.META), json.loads(json.dumps(meta))))
+        then, now = ({k: v for k, v in m.items() if k != "provenance"}
+                     for m in (read_json(folder / "meta.json", schemas.META), json.loads(json.dumps(meta))))
         if why := differences(then, now):
             raise InputError(f"{folder} holds part of another run ({why}); end that one, or delete the folder")
 
 
-def check_finite(model: nn.Module, rows: Tensor, states: list[Tensor], points: list[HookPoint], dtype: torch.dtype) -> None:
-    """Raise InputError if an activation is not finite, or would not be in the stored precision; says whether the model is to blame."""
+def check_finite(
+    model: nn.Module, rows: Tensor, states: list[Tensor], points: list[HookPoint], dtype: torch.dtype
+) -> None:
+    """Raise InputError if an activation is not finite, or would not be in the stored precision; says whether the model
+    is to blame.
+    """
     for point, x in zip(points, states):
         bad = ~torch.isfinite(x.to(dtype)).all(1)
         if bad.any():
             text_ids = rows[bad, 0].unique().tolist()
             reason = "beyond the range of float16; set STORE_DTYPE=bfloat16"
             if not torch.isfinite(x).all():
-                broken = next((name for name, p in model.named_parameters() if not (p.is_meta or torch.isfinite(p).all())), None)
-                reason = f"not finite, because {broken} of the model is not: download it again" if broken else "not finite; try MODEL_DTYPE=float32"
-            raise InputError(f"activations of {point.signature} are {reason} (texts {', '.join(map(str, text_ids[:5]))})")
+                broken = next((name for name, p in model.named_parameters()
+                               if not (p.is_meta or torch.isfinite(p).all())), None)
+                reason = (f"not finite, because {broken} of the model is not: download it again" if broken
+                          else "not finite; try MODEL_DTYPE=float32")
+            raise InputError(f"activations of {point.signature} are {reason} (texts "
+                             f"{', '.join(map(str, text_ids[:5]))})")
 
 
 def _drop_outliers(rows: Tensor, states: list[Tensor], limits: list[float | None]) -> tuple[Tensor, list[Tensor]]:

@@ -20,25 +20,29 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     With a transformers config: the list as long as the config says, outside any other list (experts, parts of a block)
     and any part with another config (a vision tower). Without: the longest list of modules of one class.
-    Raises InputError if there is none, as in ALBERT, which runs one block over and over, or in XLM, whose attentions and
-    MLPs stand in lists of their own.
+    Raises InputError if there is none, as in ALBERT, which runs one block over and over, or in XLM, whose attentions
+    and MLPs stand in lists of their own.
     """
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [(path, module) for path, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module)]
     lists = [(path, module) for path, module in lists if not any(path.startswith(f"{outer}.") for outer, _ in lists)]
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         text = config.get_text_config()
         n, kinds = getattr(text, "num_hidden_layers", None), (type(text), type(config))
-        lists = [(path, module) for path, module in lists if len(module) == n and isinstance(_config_at(model, path), kinds)]
+        lists = [(path, module) for path, module in lists
+                 if len(module) == n and isinstance(_config_at(model, path), kinds)]
     else:
         lists = [(path, module) for path, module in lists if len({type(m) for m in module}) == 1]
     if not lists:
         raise InputError(f"{type(model).__name__} has no list of blocks; name the layer by its dotted path")
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists}
     path, stack = max(lists, key=lambda item: (len(item[1]), sizes[item[0]]))
-    beside = [other for other, module in lists if len(module) == len(stack) and other.rpartition(".")[0] == path.rpartition(".")[0]]
+    beside = [other for other, module in lists
+              if len(module) == len(stack) and other.rpartition(".")[0] == path.rpartition(".")[0]]
     if any(other != path and sizes[other] > sizes[path] / 10 for other in beside):
-        raise InputError(f"{type(model).__name__} keeps the parts of its blocks apart ({', '.join(beside)}); name the layer by its dotted path")
+        raise InputError(f"{type(model).__name__} keeps the parts of its blocks apart ({', '.join(beside)}); name the "
+                         "layer by its dotted path")
     return path, stack
 
 
@@ -53,12 +57,15 @@ def _config_at(model: nn.Module, path: str) -> Any:
 
 def hidden_of(value: Any) -> Tensor | None:
     """The hidden states in what a module gives: the tensor itself, or the first item of a tuple or model output."""
-    first = value if isinstance(value, Tensor) else value[0] if isinstance(value, tuple | list | dict) and len(value) else None
+    first = (value if isinstance(value, Tensor) else value[0] if isinstance(value, tuple | list | dict) and len(value)
+             else None)
     return first if isinstance(first, Tensor) else None
 
 
 def hidden_argument(args: tuple, kwargs: dict[str, Any]) -> tuple[str | int, Tensor] | None:
-    """Name or number of the argument that carries the hidden states, and its value: the first tensor of numbers with a width."""
+    """Name or number of the argument that carries the hidden states, and its value: the first tensor of numbers with a
+    width.
+    """
     numbered: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in numbered:
         if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point():
@@ -87,7 +94,8 @@ def with_output(output: Any, new: Tensor) -> Any:
 
 def as_texts(value: Tensor, texts: tuple[int, ...]) -> Tensor:
     """Hidden states [B * T, D] as [B, T, D], texts = (B, T): OPT's blocks flatten them half-way. Others as they are."""
-    return value.view(*texts, -1) if value.ndim == 2 and len(texts) == 2 and len(value) == texts[0] * texts[1] else value
+    return (value.view(*texts, -1) if value.ndim == 2 and len(texts) == 2 and len(value) == texts[0] * texts[1]
+            else value)
 
 
 def _embedding(model: Any) -> Any:
@@ -102,7 +110,8 @@ def n_embeddings(model: Any) -> int | None:
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
     embedding = _embedding(model)
-    return getattr(embedding, "num_embeddings", None) or getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
+    return (getattr(embedding, "num_embeddings", None)
+            or getattr(getattr(embedding, "weight", None), "shape", (None,))[0])
 
 
 def input_device(model: Any) -> torch.device:
@@ -121,7 +130,8 @@ def max_positions(model: Any) -> int | None:
     found = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     for path, module in model.named_modules():
         named = re.search(r"(^|\.)(wpe|\w*position\w*)$", path)
-        if named and isinstance(module, nn.Embedding) and isinstance(_config_at(model, path), (type(text), type(config))):
+        if (named and isinstance(module, nn.Embedding)
+            and isinstance(_config_at(model, path), (type(text), type(config)))):
             # RoBERTa counts from behind its padding id, OPT and BART from 2.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(module.num_embeddings - getattr(module, "offset", first))
@@ -133,7 +143,8 @@ def require_positions(model: Any, max_length: int) -> None:
     """Raise InputError if texts of MAX_LENGTH tokens are longer than the model can read."""
     limit = max_positions(model)
     if limit is not None and max_length > limit:
-        raise InputError(f"MAX_LENGTH={max_length} is beyond the {limit} positions of {type(model).__name__}; set MAX_LENGTH={limit} or less")
+        raise InputError(f"MAX_LENGTH={max_length} is beyond the {limit} positions of {type(model).__name__}; set "
+                         f"MAX_LENGTH={limit} or less")
 
 
 class Trial(NamedTuple):
@@ -152,7 +163,8 @@ _trials: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 
 def can_run(model: nn.Module) -> bool:
     """Whether a trial pass is possible: a model that reads token ids and has its weights, in memory or on the disk."""
-    empty = any(p.is_meta for p in model.parameters()) and not any(hasattr(module, "_hf_hook") for module in model.modules())
+    empty = (any(p.is_meta for p in model.parameters())
+             and not any(hasattr(module, "_hf_hook") for module in model.modules()))
     return hasattr(model, "get_input_embeddings") and not empty
 
 
@@ -198,14 +210,16 @@ def trial(model: Any) -> Trial:
         except InputError:
             stack_of_blocks = nn.ModuleList()
         for block in stack_of_blocks:
-            keep = block.register_forward_pre_hook(lambda _, args, kwargs: arguments.append(copied(args, kwargs)), with_kwargs=True)
+            keep = block.register_forward_pre_hook(lambda _, args, kwargs: arguments.append(copied(args, kwargs)),
+                                                   with_kwargs=True)
             stack.callback(keep.remove)
         stack.enter_context(quietly(model))
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(model))
         except Exception as error:  # another architecture's own complaint
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            raise InputError(f"{type(model).__name__} can't run on token ids alone ({first}); use a language model or a text encoder") from None
+            raise InputError(f"{type(model).__name__} can't run on token ids alone ({first}); use a language model or "
+                             "a text encoder") from None
     _trials[model] = Trial(calls, arguments, widths)
     return _trials[model]
 
@@ -219,5 +233,6 @@ def copied(args: tuple, kwargs: dict[str, Any]) -> Arguments:
 def no_cache(model: Any) -> dict[str, Any]:
     """The argument that turns the model's cache off, where it has one."""
     accepted = inspect.signature(model.forward).parameters.values()
-    passed_on = any(p.kind is p.VAR_KEYWORD for p in accepted) and hasattr(model, "config") and hasattr(model.config.get_text_config(), "use_cache")
+    passed_on = (any(p.kind is p.VAR_KEYWORD for p in accepted) and hasattr(model, "config")
+                 and hasattr(model.config.get_text_config(), "use_cache"))
     return {"use_cache": False} if passed_on or any(p.name == "use_cache" for p in accepted) else {}

@@ -32,7 +32,9 @@ def _largest_bound(keys, n, keep, one):
 
 @compiled()
 def _cut(keys, index, n, keep, one):
-    """Move the `keep` largest of n keys to the front, in their order, the first of equals; returns the smallest kept."""
+    """Move the `keep` largest of n keys to the front, in their order, the first of equals; returns the smallest
+    kept.
+    """
     one[0] = _largest_bound(keys, n, keep, one)
     bound = one[0]
     above = 0
@@ -52,8 +54,8 @@ def _cut(keys, index, n, keep, one):
 def _candidates_of_row(scores, n_wanted, maxima, keys, index, one):
     """Indices of the n_wanted largest positive scores of a row into `index`; returns how many there are.
 
-    scores are integers with the order of the positive floats. The n_wanted-th largest of the maxima over interleaved blocks
-    bounds the n_wanted-th largest score from below, so few scores have to be looked at twice.
+    scores are integers with the order of the positive floats. The n_wanted-th largest of the maxima over interleaved
+    blocks bounds the n_wanted-th largest score from below, so few scores have to be looked at twice.
     """
     n, n_blocks, room = len(scores), len(maxima), len(keys)
     for j in range(n_blocks):
@@ -88,7 +90,9 @@ def _candidates_of_row(scores, n_wanted, maxima, keys, index, one):
 
 @compiled(parallel=True)
 def find_candidates(scores, n_wanted, n_blocks, n_pieces, index, count):
-    """scores int [R, F] -> index int32 [R, n_wanted], count int32 [R]: the n_wanted largest positive scores of each row."""
+    """scores int [R, F] -> index int32 [R, n_wanted], count int32 [R]: the n_wanted largest positive scores of each
+    row.
+    """
     rows = len(scores)
     for piece in prange(n_pieces):
         room = max(4 * n_wanted, n_blocks)

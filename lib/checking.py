@@ -26,9 +26,10 @@ from torch import Tensor
 DEEPEST = 32  # lists and dicts inside each other
 LARGEST = 2**63  # of a whole number
 DTYPES = {
-    "float32": (torch.float32,), "int64": (torch.int64,), "int32": (torch.int32,), "float": (torch.float32, torch.bfloat16, torch.float16),
+    "float32": (torch.float32,), "int64": (torch.int64,), "int32": (torch.int32,),
+    "float": (torch.float32, torch.bfloat16, torch.float16),
     "sums": (torch.float64, torch.float32),
-}  # fmt: skip
+}
 
 
 class Misfit(Exception):
@@ -179,12 +180,15 @@ def describe(wanted: Any) -> str:
     if isinstance(wanted, Number):
         name = "a whole number" if wanted.kind is int else "a number"
         low, high = (None if abs(bound) >= LARGEST else f"{bound:g}" for bound in (wanted.low, wanted.high))
-        return name + (f" from {low} to {high}" if low and high else f" from {low} up" if low else f" up to {high}" if high else "")
+        return (name
+                + (f" from {low} to {high}" if low and high else f" from {low} up" if low else f" up to {high}" if high
+                   else ""))
     if isinstance(wanted, Text):
         return f"text like {wanted.pattern}"
     if isinstance(wanted, dict | Columns):
         return "a dict"
-    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", None: "null", Any: "anything"}
+    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", None: "null",
+             Any: "anything"}
     if isinstance(wanted, list):
         return "a list" if len(wanted) == 1 else f"a list of {len(wanted)}"
     return words.get(wanted) or repr(wanted)
@@ -214,7 +218,8 @@ def check_tensors(tensors: Any, wanted: dict[str, str], finite: bool = True, **s
         tensor, (dtype, *letters) = tensors.get(name), description.split()
         try:
             # A tensor that repeats a small storage can have any size on paper.
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            if (not isinstance(tensor, Tensor) or tensor.layout != torch.strided
+                or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes()):
                 raise Misfit("a tensor", tensor)
             if tensor.dtype not in DTYPES[dtype] or tensor.ndim != len(letters):
                 raise Misfit(f"a tensor {description}", tensor)

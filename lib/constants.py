@@ -21,7 +21,9 @@ from .ranges import Unfit, fit, is_tuple, nearest, range_of, shown
 Presets = dict[str, dict[str, Any]]
 
 
-def override(namespace: dict[str, Any], presets: Presets | None = None, argv: list[str] | None = None, also: Path | None = None) -> dict[str, Any]:
+def override(
+    namespace: dict[str, Any], presets: Presets | None = None, argv: list[str] | None = None, also: Path | None = None
+) -> dict[str, Any]:
     """Replace the constants in `namespace` by the chosen preset and then by NAME=value arguments, and check them all.
 
     namespace: the script's globals(); its constants are the UPPERCASE names that its own source assigns, imported
@@ -49,14 +51,16 @@ def override(namespace: dict[str, Any], presets: Presets | None = None, argv: li
         sys.exit(0)
     theirs: dict[str, Any] = {}
     if also:
-        theirs = constants_of(also, [argument for argument in argv if argument.partition("=")[0] not in names])["CONSTANTS"]
+        theirs = constants_of(also,
+                              [argument for argument in argv if argument.partition("=")[0] not in names])["CONSTANTS"]
         argv = [argument for argument in argv if argument.partition("=")[0] in names]
     try:
         given = dict(_parse(argument, names, kinds) for argument in argv)
         if presets is not None:
             preset = given.get("PRESET", namespace.get("PRESET"))
             if preset not in presets:
-                raise ValueError(f"PRESET={shown(preset)} must be one of {', '.join(presets)}{nearest(str(preset), list(presets))}")
+                raise ValueError(f"PRESET={shown(preset)} must be one of "
+                                 f"{', '.join(presets)}{nearest(str(preset), list(presets))}")
             namespace.update({name: _fit(name, value, kinds[name]) for name, value in presets[preset].items()})
         namespace.update(given)
         namespace.update({name: _fit(name, namespace[name], kinds[name]) for name in names})
@@ -75,7 +79,8 @@ def constants_of(script: Path, argv: list[str] | None = None) -> dict[str, Any]:
     """The namespace of a script after its call of override() with these arguments; what comes below is not run."""
     source = script.read_text(encoding="utf-8")
     tree = ast.parse(source)
-    calls = [i for i, node in enumerate(tree.body) if any(isinstance(part, ast.Name) and part.id == "override" for part in ast.walk(node))]
+    calls = [i for i, node in enumerate(tree.body)
+             if any(isinstance(part, ast.Name) and part.id == "override" for part in ast.walk(node))]
     tree.body = tree.body[: calls[0] + 1]
     namespace: dict[str, Any] = {"__name__": script.stem, "__file__": str(script), "__arguments__": argv or []}
     sys.path.insert(0, str(script.parent))  # as when it is run
@@ -137,7 +142,10 @@ def _fit(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{name}={shown(value)} {error}") from None
 
 
-def _help(namespace: dict[str, Any], names: list[str], presets: Presets | None, comments: dict[str, str], kinds: dict[str, Any]) -> str:
+def _help(
+    namespace: dict[str, Any], names: list[str], presets: Presets | None, comments: dict[str, str],
+    kinds: dict[str, Any],
+) -> str:
     width = max(len(f"{name}={namespace[name]!r}") for name in names)
     lines = []
     for name in names:
@@ -147,7 +155,8 @@ def _help(namespace: dict[str, Any], names: list[str], presets: Presets | None, 
         line = f"  {f'{name}={namespace[name]!r}':<{min(width, 44)}}  {text}{f' ({told})' if told else ''}"
         lines.append(line.rstrip())
     for preset, values in (presets or {}).items():
-        lines.append(f"  PRESET={preset}: " + (", ".join(f"{k}={v!r}" for k, v in values.items()) or "the values above"))
+        lines.append(f"  PRESET={preset}: "
+                     + (", ".join(f"{k}={v!r}" for k, v in values.items()) or "the values above"))
     return "\n".join([(namespace.get("__doc__") or "").strip(), "", "Constants (NAME=value):", *lines])
 
 
@@ -155,7 +164,8 @@ def _assigned(source: str) -> dict[int, str]:
     """Line where the assignment ends -> name, for every UPPERCASE name that the script assigns at its top level."""
     ends = {}
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign)
+                   else [])
         for target in targets:
             if isinstance(target, ast.Name) and target.id.isupper():
                 ends[node.end_lineno or node.lineno] = target.id

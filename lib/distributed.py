@@ -30,9 +30,11 @@ def ranks() -> Iterator[None]:
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         if not os.environ.get(name, "").isdecimal():
-            raise InputError(f"{name}={os.environ.get(name, '')} must be a number where WORLD_SIZE is set; start the script with torchrun, or unset WORLD_SIZE")
+            raise InputError(f"{name}={os.environ.get(name, '')} must be a number where WORLD_SIZE is set; start the "
+                             "script with torchrun, or unset WORLD_SIZE")
     if not os.environ.get("MASTER_ADDR") or int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        raise InputError("MASTER_ADDR is missing, or RANK is not below WORLD_SIZE; start the script with torchrun, or unset WORLD_SIZE")
+        raise InputError("MASTER_ADDR is missing, or RANK is not below WORLD_SIZE; start the script with torchrun, or "
+                         "unset WORLD_SIZE")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # "cuda" now means this one
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
@@ -72,12 +74,15 @@ def wait_for_all() -> None:
 
 
 def own_part(n: int) -> slice:
-    """The part of n things in a row that is this rank's: parts follow each other, and their sizes differ by at most one."""
+    """The part of n things in a row that is this rank's: parts follow each other, and their sizes differ by at most
+    one.
+    """
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def shard(model: nn.Module, parts: list[nn.Module]) -> None:
-    """Keep of each part's weights, gradients and moments only this rank's share (FSDP); what no part holds is a part too.
+    """Keep of each part's weights, gradients and moments only this rank's share (FSDP); what no part holds is a part
+    too.
 
     A part is gathered on every rank for the moment in which it runs. The weights must not be tied across parts, and are
     of one precision within each. The backward pass leaves in the gradients their mean over the ranks.
@@ -86,7 +91,8 @@ def shard(model: nn.Module, parts: list[nn.Module]) -> None:
 
     mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     for part in [*parts, model]:
-        # Also what belongs to the model itself goes after a pass: left gathered by an evaluation, it would miss the next update.
+        # Also what belongs to the model itself goes after a pass: left gathered by an evaluation, it would miss the
+        # next update.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 

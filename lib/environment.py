@@ -1,4 +1,6 @@
-"""The ground every script stands on: its device, its log, and how it ends: with one line, never with a traceback of ours."""
+"""The ground every script stands on: its device, its log, and how it ends: with one line, never with a traceback of
+ours.
+"""
 import errno
 import logging
 import os
@@ -45,7 +47,8 @@ MEANING = {
     errno.EISDIR: "a folder stands where a file is needed",
     errno.ENOENT: "no such file or folder",
     errno.ENAMETOOLONG: "the path is too long",
-    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows; raise that, then rerun the same command to resume",
+    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows; raise that, then rerun the same "
+                 "command to resume",
     errno.EMFILE: "too many open files; raise `ulimit -n`, then rerun the same command to resume",
     errno.EIO: "the disk can't be read or written; check it, then rerun the same command to resume",
 }
@@ -64,7 +67,8 @@ def in_one_line(error: BaseException) -> str | None:
         place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         said = MEANING.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
         store = os.environ.get("STORE_DIR")
-        advice = "; set STORE_DIR to a folder that you can write" if store and place.startswith(os.path.expanduser(store)) else ""
+        advice = ("; set STORE_DIR to a folder that you can write" if store
+                  and place.startswith(os.path.expanduser(store)) else "")
         return f"{place}: {said}{advice}" if place else said
     return None
 
@@ -116,7 +120,8 @@ def guard_imports() -> None:
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if (threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
         signal.signal(signal.SIGINT, _stop_at_once)
 
 
@@ -159,7 +164,9 @@ def say_next(script: str, **constants: Any) -> None:
 
 
 def log_to(path: Path) -> None:
-    """Send the log to the console and append it to the file `path`; with several ranks only rank 0 does, the others only warn."""
+    """Send the log to the console and append it to the file `path`; with several ranks only rank 0 does, the others
+    only warn.
+    """
     from .distributed import rank
 
     if rank():

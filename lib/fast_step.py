@@ -32,7 +32,8 @@ TILE_ROWS = 512  # at least so many rows to a tile: thinner products run at half
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 ALIGNED = 32  # columns of a bfloat16 product: at D = 288 two more than a multiple of it doubled one thread's time
-SMALL = 1 << 18  # weights of an encoder below which it stays in float32, on every machine: bfloat16 would gain a fifth at most
+SMALL = 1 << 18  # weights of an encoder below which it stays in float32, on every machine: bfloat16 would gain a fifth
+                 # at most
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # of x86 processors that multiply bfloat16, by torch.cpu.get_capabilities
 
 
@@ -46,7 +47,9 @@ class Workspace:
     apply it at once are then no use, because the other ranks' parts come between.
     """
 
-    def __init__(self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None, shared: bool = False):
+    def __init__(
+        self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None, shared: bool = False
+    ):
         device = state["dec"].device
         self.shared = shared
         self.compiled = kernels is not None and device.type == "cpu" and not shared if compiled is None else compiled
@@ -79,8 +82,10 @@ def choose_precision(n_latents: int, width: int, device: torch.device) -> tuple[
     if n_latents * width < SMALL:
         return "float32", "encoder product in float32 (too small for the precision to matter)"
     if multiplies_bfloat16(device):
-        return "bfloat16", f"encoder product in bfloat16 (the {device.type} has instructions for it); its candidates are computed again in float32"
-    return "float32", f"encoder product in float32 (the {device.type} has no instructions for bfloat16 that are known to be faster)"
+        return "bfloat16", (f"encoder product in bfloat16 (the {device.type} has instructions for it); "
+                            "its candidates are computed again in float32")
+    return "float32", (f"encoder product in float32 (the {device.type} has no instructions for bfloat16 "
+                       "that are known to be faster)")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -120,7 +125,8 @@ def fast_step(
     work = work or Workspace(state)
     x = x.float().contiguous()
     step = _compiled_step if work.compiled else _torch_step
-    n_rows, n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, betas, clip, frozen)
+    n_rows, n_active, recon, auxk, fired, grad_norm = step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio,
+                                                           betas, clip, frozen)
     count_step(state, n_rows, fired, recon, aux_weight, auxk, n_active / n_rows, dead_after, grad_norm)
 
 
@@ -147,8 +153,11 @@ def candidates_wanted(k: int, n_latents: int, work: Workspace) -> int:
     return min(n_latents, k if work.low is None else k + max(4, k // 4))
 
 
-def aux_gradients(state: dict[str, Tensor], x: Tensor, error: Tensor, total: Tensor, dead_after: int, aux_weight: float):
-    """AuxK and its gradients: (value, latents [A], of dec, of enc [A, D], of bias [A]); None on a CPU where none is dead.
+def aux_gradients(
+    state: dict[str, Tensor], x: Tensor, error: Tensor, total: Tensor, dead_after: int, aux_weight: float
+):
+    """AuxK and its gradients: (value, latents [A], of dec, of enc [A, D], of bias [A]); None on a CPU where none is
+    dead.
 
     total: sum of squares of the step's errors, over all ranks.
     """
@@ -227,7 +236,8 @@ def _update(state, arrays, x, error, pairs, aux, weights, work, lr, bias_lr_rati
     rates = tuple(np.float32(value) for value in (1 - betas[0], 1 - betas[1], 1 / (1 - betas[1] ** step), EPS))
     lrs = tuple(np.float32(value) for value in (rate, rate * GAIN_RATE, rate * ratio))
     low = np.empty((0, 0), np.uint16) if work.low is None else work.low.view(torch.uint16).numpy()
-    kernels.update_latents(x, error, pairs, aux, weights, moments, low, bounds, np.float32(factor), lrs, rates, norms, still)
+    kernels.update_latents(x, error, pairs, aux, weights, moments, low, bounds, np.float32(factor), lrs, rates, norms,
+                           still)
     return torch.tensor(float(np.sqrt(norms.sum(dtype=np.float64))))
 
 
@@ -260,7 +270,8 @@ def _torch_step(state, x, k, work, dead_after, aux_weight, lr, bias_lr_ratio, be
         auxk, latents = found[0], found[1]
         for whole, part in zip((g_dec, g_enc, g_bias), found[2:]):
             whole.index_add_(0, latents, part)
-    n_active, fired = (code > 0).sum(), torch.zeros(n_latents + 1, device=x.device)  # the last place takes what did not fire
+    # the last place takes what did not fire
+    n_active, fired = (code > 0).sum(), torch.zeros(n_latents + 1, device=x.device)
     fired.index_fill_(0, index.where(code > 0, n_latents).flatten(), 1)
     if work.shared:
         add_up(g_dec, g_enc, g_bias, auxk, n_active, fired)

@@ -46,10 +46,13 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except Exception as error:  # safetensors and torch raise kinds of their own
         if is_disk_full(error):
-            raise InputError(f"the disk of {path.parent} is full; make room, then rerun the same command to resume") from None
+            raise InputError(
+                f"the disk of {path.parent} is full; make room, then rerun the same command to resume"
+            ) from None
         if not isinstance(error, OSError):
             raise
-        raise InputError(f"{path} can't be written ({error.strerror or error}); make it writable, or set another place") from None
+        raise InputError(f"{path} can't be written ({error.strerror or error}); make it writable, or set another "
+                         "place") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -97,7 +100,8 @@ def read_json(path: Path, schema: Schema = ANYTHING) -> Any:
             raise InputError(f"{path} has no seal, so it was altered since it was written; {schema.remedy}")
         # A seal is known by its name and by its value, so that it is missed wherever one of the two was altered.
         entries = value.items() if isinstance(value, dict) else ()
-        found = [name for name, inner in entries if name == "sha256" or isinstance(inner, str) and inner.startswith("sha256:")]
+        found = [name for name, inner in entries
+                 if name == "sha256" or isinstance(inner, str) and inner.startswith("sha256:")]
         seals = {name: value.pop(name) for name in found}
         if seals and seals != {"sha256": _json_digest(value)}:
             raise InputError(f"{path} was altered since it was written; {schema.remedy}")
@@ -119,7 +123,9 @@ def parse_json(data: bytes, path: Path, remedy: str) -> Any:
 
 
 def read_lines(path: Path, wanted: Any, remedy: str) -> Iterator[Any]:
-    """The values of a file with one JSON value a line, each as described in `wanted`; InputError names the line that is not."""
+    """The values of a file with one JSON value a line, each as described in `wanted`; InputError names the line that is
+    not.
+    """
     require_file(path, remedy=remedy)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -181,7 +187,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> N
 
 
 def read_note(path: Path, wanted: Any = str) -> Any:
-    """The note in a safetensors file's header. Raises InputError if there is none that fits `wanted` (lib/checking.py)."""
+    """The note in a safetensors file's header. Raises InputError if there is none that fits `wanted`
+    (lib/checking.py).
+    """
     require_file(path)
     try:
         with safe_open(path, "pt") as file:
@@ -192,8 +200,12 @@ def read_note(path: Path, wanted: Any = str) -> Any:
     return note
 
 
-def read_tensors(path: Path, wanted: dict[str, str] | None = None, finite: bool = False, **sizes: int) -> dict[str, Tensor]:
-    """A safetensors file, memory-mapped. Raises InputError if it is missing, damaged or not as described (lib/checking.py)."""
+def read_tensors(
+    path: Path, wanted: dict[str, str] | None = None, finite: bool = False, **sizes: int
+) -> dict[str, Tensor]:
+    """A safetensors file, memory-mapped. Raises InputError if it is missing, damaged or not as described
+    (lib/checking.py).
+    """
     require_file(path)
     try:
         tensors = load_file(path)
@@ -235,8 +247,9 @@ def write_torch(path: Path, value: Any) -> None:
 def read_torch(path: Path, otherwise: str, wanted: Any = None) -> Any:
     """What write_torch wrote, on the CPU; nothing but tensors and plain values is unpickled.
 
-    wanted: a description of its plain values (lib/checking.py). Raises InputError for a missing or damaged file, with what
-    to do `otherwise`. torch itself does not compare the checksums that the archive holds, and unpacks what is packed.
+    wanted: a description of its plain values (lib/checking.py). Raises InputError for a missing or damaged file, with
+    what to do `otherwise`. torch itself does not compare the checksums that the archive holds, and unpacks what is
+    packed.
     """
     require_file(path, remedy=otherwise)
     try:
@@ -277,23 +290,29 @@ def safe_name(name: str) -> str:
 
 
 def list_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """The entries of a manifest for files under `folder`: name, bytes, sha256. All ranks call it, each reads its part."""
+    """The entries of a manifest for files under `folder`: name, bytes, sha256. All ranks call it, each reads its
+    part.
+    """
     digests = torch.zeros(len(names), 32, dtype=torch.uint8)
     for i in range(len(names))[own_part(len(names))]:
         digests[i] = torch.tensor(list(bytes.fromhex(sha256(folder / names[i]))), dtype=torch.uint8)
     add_up(digests)
     return [
-        {"file": name, "bytes": (folder / name).stat().st_size, "sha256": bytes(digest).hex()} for name, digest in zip(names, digests.tolist())
+        {"file": name, "bytes": (folder / name).stat().st_size, "sha256": bytes(digest).hex()}
+        for name, digest in zip(names, digests.tolist())
     ]
 
 
 def check_files(folder: Path, entries: list[dict[str, Any]], verify: bool = False) -> None:
-    """Raise InputError for the first listed file that is missing, outside, has another size or (verify, or small) another sha256."""
+    """Raise InputError for the first listed file that is missing, outside, has another size or (verify, or small)
+    another sha256.
+    """
     whole = folder.resolve()
     for entry in entries:
         path = folder / entry["file"]
         require_file(path, remedy=f"delete {folder} and make it again")
         if not path.resolve().is_relative_to(whole):
             raise InputError(f"{path} is a link that leaves {folder}; put the file itself there")
-        if path.stat().st_size != entry["bytes"] or ((verify or entry["bytes"] <= SMALL_FILE) and sha256(path) != entry["sha256"]):
+        if (path.stat().st_size != entry["bytes"]
+            or ((verify or entry["bytes"] <= SMALL_FILE) and sha256(path) != entry["sha256"])):
             raise InputError(f"{path} was altered or truncated since it was written; delete {folder} and make it again")

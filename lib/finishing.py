@@ -14,7 +14,9 @@ ALIKE = 1e-6  # spread of the rows over the norm of their mean, up to which it i
 
 
 def finish(folder: Path, meta: dict[str, Any], hooks: list[str], n_shards: int) -> Run:
-    """Write the statistics of each hook point and the manifest, which makes the run complete. Ranks share the reading."""
+    """Write the statistics of each hook point and the manifest, which makes the run complete. Ranks share the
+    reading.
+    """
     names = {name: [f"{name}/shard_{i:05d}.safetensors" for i in range(n_shards)] for name in ["rows", *hooks]}
     rows_of = []
     for name in names["rows"]:
@@ -37,7 +39,8 @@ def finish(folder: Path, meta: dict[str, Any], hooks: list[str], n_shards: int) 
 def write_stats(run: Run, hook: str) -> None:
     """Mean [D], covariance [D, D] and scalars of the hook's training rows, in two passes with float64 sums.
 
-    scale = sqrt(mean squared norm of x - mean), so that x' = (x - mean) / scale has mean squared norm 1. Each rank reads
+    scale = sqrt(mean squared norm of x - mean), so that x' = (x - mean) / scale has mean squared norm 1.
+    Each rank reads
     its part of the shards; the order of the sums, and with it the last digits, depends on how many ranks there are.
     Raises InputError if there is no training row, if all are alike, or if squares overflow float32.
     """
@@ -51,7 +54,8 @@ def write_stats(run: Run, hook: str) -> None:
         mean += x[train[i : i + len(x)]].double().sum(0)
     add_up(mean)
     mean /= n
-    covariance, norms, largest = torch.zeros(len(mean), len(mean), dtype=torch.float64), torch.zeros(len(train)), torch.zeros(world_size())
+    covariance, norms, largest = torch.zeros(len(mean), len(mean),
+                                             dtype=torch.float64), torch.zeros(len(train)), torch.zeros(world_size())
     for i, x in run.batches(hook, part=own):
         keep = train[i : i + len(x)]
         norms[i : i + len(x)] = x.norm(dim=1)
@@ -63,11 +67,13 @@ def write_stats(run: Run, hook: str) -> None:
     add_up(covariance, norms, largest)
     covariance /= n
     if not torch.isfinite(covariance.float()).all():
-        raise InputError(f"the activations at {hook} are too large for statistics in float32; choose another LAYER_SIGNATURE, or check the model")
+        raise InputError(f"the activations at {hook} are too large for statistics in float32; choose another "
+                         "LAYER_SIGNATURE, or check the model")
     norm = norms[train]
     scale = covariance.trace().sqrt()
     if not scale > ALIKE * mean.norm():
-        raise InputError(f"all tokens have the same activation at {hook}, so there is nothing to learn; use more texts, or another LAYER_SIGNATURE")
+        raise InputError(f"all tokens have the same activation at {hook}, so there is nothing to learn; use more "
+                         "texts, or another LAYER_SIGNATURE")
     if rank():
         return
     write_tensors(run.path / hook / "stats.safetensors", {"mean": mean.float(), "covariance": covariance.float()})
@@ -78,4 +84,4 @@ def write_stats(run: Run, hook: str) -> None:
         "gamma": (mean.norm() / scale).item(),
         "n_outliers": int((norm > 10 * norm.median()).sum()),
         "n_rows": n,
-    })  # fmt: skip
+    })

@@ -70,7 +70,8 @@ def require_room(folder: Path, n_bytes: float) -> None:
     free = shutil.disk_usage(there).free
     if n_bytes > free:
         raise InputError(
-            f"{folder} needs {n_bytes / 1e9:.3g} GB more, its disk has {free / 1e9:.3g} GB free; make room, then rerun the same command to resume, "
+            f"{folder} needs {n_bytes / 1e9:.3g} GB more, its disk has {free / 1e9:.3g} GB free; "
+            "make room, then rerun the same command to resume, "
             "or set STORE_DIR to a folder on another disk"
         )
 
@@ -89,13 +90,16 @@ def up_to_date(report: Path, made_from: dict[str, Any]) -> bool:
         return False
     found = read_json(report, schemas.REPORT)
     if why := differences({name: found.get(name) for name in made_from}, json.loads(json.dumps(made_from))):
-        raise InputError(f"{report.parent} was made with other constants ({why}); set STORE_DIR to another folder, or delete {report} to make it anew")
+        raise InputError(f"{report.parent} was made with other constants ({why}); set STORE_DIR to another folder, or "
+                         f"delete {report} to make it anew")
     check_files(report.parent, found["files"], verify=True)
     return True
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Which entries differ, those of inner dicts too, in words: "top_k was 4, is 8; seed was 0, is 1"; empty if none does."""
+    """Which entries differ, those of inner dicts too, in words: "top_k was 4, is 8; seed was 0, is 1"; empty if none
+    does.
+    """
     found = []
     for name in [*then, *(name for name in now if name not in then)]:
         old, new = then.get(name), now.get(name)

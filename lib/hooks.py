@@ -22,7 +22,9 @@ from .blocks import as_texts, blocks, can_run, hidden_argument, hidden_of, trial
 from .environment import InputError
 from .roles import ROLES, roles
 
-_ROLE = re.compile(rf"(?:({'|'.join(ROLES)}):|blocks\.(?=(?:-?\d+|\*)\.hook_))(-?\d+|\*)(?:\.hook_({'|'.join(ROLES)}))?")
+_ROLE = re.compile(
+    rf"(?:({'|'.join(ROLES)}):|blocks\.(?=(?:-?\d+|\*)\.hook_))(-?\d+|\*)(?:\.hook_({'|'.join(ROLES)}))?"
+)
 
 
 class HookPoint(NamedTuple):
@@ -97,13 +99,16 @@ def resolve(model: nn.Module, name: str, point: str = "output") -> HookPoint:
     if len(paths) > 1:
         raise InputError(f"{name} may mean {' or '.join(paths)}; give the dotted path")
     if not paths:
-        raise InputError(f"there is no layer {name} in {type(model).__name__}{_nearest(model, name)}; LAYER_SIGNATURE='?' lists all")
+        raise InputError(f"there is no layer {name} in {type(model).__name__}{_nearest(model, name)}; "
+                         "LAYER_SIGNATURE='?' lists all")
     _check_runs_once(model, paths[0])
     return _named(model, paths[0], point)
 
 
 def _nearest(model: nn.Module, name: str) -> str:
-    """The names most like a wrong one, of the kind that was meant: short, TransformerLens', dotted, or with underscores."""
+    """The names most like a wrong one, of the kind that was meant: short, TransformerLens', dotted, or with
+    underscores.
+    """
     signatures = layer_signatures(model)
     try:
         numbers = range(len(blocks(model)[1]))
@@ -127,9 +132,11 @@ def _check_runs_once(model: nn.Module, path: str) -> None:
         return
     n = trial(model).calls.get(path, 0)
     if not n:
-        raise InputError(f"{path} does not run when {type(model).__name__} reads a text (it may be a list of modules); choose another layer")
+        raise InputError(f"{path} does not run when {type(model).__name__} reads a text (it may be a list of modules); "
+                         "choose another layer")
     if n > 1:
-        raise InputError(f"{path} runs {n} times in one pass of {type(model).__name__}, so it has no one activation; choose another layer")
+        raise InputError(f"{path} runs {n} times in one pass of {type(model).__name__}, so it has no one activation; "
+                         "choose another layer")
 
 
 def _is_block(model: nn.Module, path: str) -> bool:
@@ -156,7 +163,8 @@ def _names(model: nn.Module, path: str, point: str) -> tuple[str, ...]:
     i, inner = int(number), path != f"{prefix}.{number}"
     place_of = roles(model, i) if inner else {"resid_pre": (path, "input"), "resid_post": (path, "output")}
     found = [role for role, place in place_of.items() if place == (path, point)]
-    return tuple(name for role in found for name in (f"{role}:{i}", f"{role}:{i - len(stack)}", f"blocks.{i}.hook_{role}"))
+    return tuple(name for role in found
+                 for name in (f"{role}:{i}", f"{role}:{i - len(stack)}", f"blocks.{i}.hook_{role}"))
 
 
 def _place(model: nn.Module, role: str, number: str) -> tuple[str, str]:

@@ -53,7 +53,8 @@ def hide_broken_torchvision(module: ModuleType) -> None:
         return
 
     def answer(name: str, *arguments: Any, **named: Any) -> Any:
-        if name == "torchvision" and not can_import("torchvision.transforms.functional"):  # what transformers takes from it
+        # what transformers takes from it
+        if name == "torchvision" and not can_import("torchvision.transforms.functional"):
             return ask("a_package_that_is_not_there", *arguments, **named)  # in whatever form it answers
         return ask(name, *arguments, **named)
 

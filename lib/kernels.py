@@ -151,7 +151,9 @@ def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen):
 
 @compiled()
 def _adam(w, g, m, v, rate, rates):
-    """Adam on a row, in place. rates: float32 (1 - beta1, 1 - beta2, 1 / (1 - beta2^t), eps); rate: lr / (1 - beta1^t)."""
+    """Adam on a row, in place. rates: float32 (1 - beta1, 1 - beta2, 1 / (1 - beta2^t), eps); rate: lr / (1 -
+    beta1^t).
+    """
     new1, new2, correction, eps = rates
     for d in range(len(w)):
         m_d = m[d] + new1 * (g[d] - m[d])

@@ -30,7 +30,8 @@ def local_path(name: str) -> Path | None:
     for path in (Path(name).expanduser(), PROJECT / name):
         if path.exists():
             return path.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet"):
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+        or Path(name).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")):
         raise InputError(f"there is no file or directory {name}")
     return None
 
@@ -55,8 +56,8 @@ def load_model(
     device_map: "auto" spreads the model over all GPUs, then memory, then disk; "disk" leaves every block on the disk
     and loads it when it runs, so that memory holds one block and what stands outside the blocks.
     Of an encoder and decoder (T5, BART) the encoder is loaded.
-    Raises InputError if the model can't be reached, is damaged or incomplete, reads no text, or needs a package that is not
-    installed.
+    Raises InputError if the model can't be reached, is damaged or incomplete, reads no text, or needs a package that is
+    not installed.
     """
     if bits not in (None, 4, 8):
         raise InputError(f"LOAD_BITS={bits} must be None, 4 or 8")
@@ -74,7 +75,7 @@ def load_model(
             options["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=[*whole_modules, "lm_head", "embed_out"],
-            )  # fmt: skip
+            )
         if bits or device_map:
             places: Any = device_map or {"": device}
             if device_map == "disk":
@@ -95,7 +96,8 @@ def load_model(
         log.info("%s has an encoder and a decoder; its encoder is used", type(model).__name__)
         model = model.get_encoder()
     if n_embeddings(model) is None:
-        raise InputError(f"{type(model).__name__} does not read token ids; set MODEL to a language model or a text encoder")
+        raise InputError(f"{type(model).__name__} does not read token ids; set MODEL to a language model or a text "
+                         "encoder")
     if not (bits or device_map):
         model.to(device)
         found = next(model.parameters())
@@ -103,7 +105,8 @@ def load_model(
             raise RuntimeError(f"the model is on {found.device}, not on {device}")
     model.eval()
     size = f"{model.num_parameters():,}"
-    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, size, model.dtype, input_device(model))
+    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, size, model.dtype,
+             input_device(model))
     return model
 
 
@@ -123,10 +126,12 @@ def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:
     kind = getattr(transformers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         version = f"transformers {transformers.__version__}"
-        raise InputError(f"MODEL={name} has the architecture {named}, which {version} does not know; update it, or use another model")
+        raise InputError(f"MODEL={name} has the architecture {named}, which {version} does not know; update it, or use "
+                         "another model")
     expected = getattr(kind, "config_class", None)
     if expected is not None and not isinstance(config, expected):
-        raise InputError(f"MODEL={name}: config.json is of a {config.model_type}, but names the architecture {named}; download it again")
+        raise InputError(f"MODEL={name}: config.json is of a {config.model_type}, but names the architecture {named}; "
+                         "download it again")
     return kind
 
 
@@ -147,11 +152,13 @@ def _check_complete(name: str, kind: str, info: dict[str, Any]) -> None:
     missing = sorted(key for key in info["missing_keys"] if not re.search(r"(^|\.)pooler\.", key))
     if missing:
         some = ", ".join(missing[:3])
-        raise InputError(f"MODEL={name}: {len(missing)} weights of {kind} are missing ({some}); download it again, or correct config.json")
+        raise InputError(f"MODEL={name}: {len(missing)} weights of {kind} are missing ({some}); download it again, or "
+                         "correct config.json")
     if info["mismatched_keys"]:
         key, *shapes = next(iter(sorted(info["mismatched_keys"])))
         stored, wanted = map(tuple, shapes)
-        raise InputError(f"MODEL={name}: {key} has the shape {stored}, but config.json says {wanted}; download the model again")
+        raise InputError(f"MODEL={name}: {key} has the shape {stored}, but config.json says {wanted}; download the "
+                         "model again")
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         log.warning("%s has no place for %d weights of the files (%s ...)", kind, len(extra), ", ".join(extra[:3]))
@@ -174,22 +181,27 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """
     source = str(local_path(name) or name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, use_fast=True,
+                                                               trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises many kinds, bare Exception among them, for files that are damaged
         raise InputError(_reach(f"the tokenizer of MODEL={name}", error)) from None
     if not tokenizer.is_fast:
-        raise InputError(f"the tokenizer of {name} has no fast version, so no character offsets; use a model that has one")
+        raise InputError(f"the tokenizer of {name} has no fast version, so no character offsets; use a model that has "
+                         "one")
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _reach(what: str, error: Exception) -> str:
-    return f"{what} can't be loaded ({first_line(error)}); set a local directory, or a hub name that this machine can reach"
+    return (f"{what} can't be loaded ({first_line(error)}); "
+            "set a local directory, or a hub name that this machine can reach")
 
 
 def model_identity(model: Any, name: str) -> dict[str, Any]:
-    """What tells this model from another one: name, place, revision, class, precision, a hash over all values of its weights."""
+    """What tells this model from another one: name, place, revision, class, precision, a hash over all values of its
+    weights.
+    """
     path = local_path(name)
     return {
         "name": name,
@@ -211,7 +223,8 @@ def weights_of(model: nn.Module) -> str:
     for path, module in model.named_modules():
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if id(p) not in seen]
         seen |= {id(p) for _, p in own}
-        own += [(name, b) for name, b in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
+        own += [(name, b) for name, b in module.named_buffers(recurse=False)
+                if name not in module._non_persistent_buffers_set]
         with ExitStack() as stack:
             if any(p.is_meta for _, p in own):
                 from accelerate.utils import align_module_device
@@ -223,9 +236,12 @@ def weights_of(model: nn.Module) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
-    """What tells this tokenizer from another one: its class, and a hash of its whole state (vocabulary, merges, rules, special tokens)."""
+    """What tells this tokenizer from another one: its class, and a hash of its whole state (vocabulary, merges, rules,
+    special tokens).
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}  # these change with every call
+    # these change with every call
+    state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {"class": type(tokenizer).__name__, "fingerprint": fingerprint([state, special])}
 
@@ -236,11 +252,13 @@ def require_same_model(model: nn.Module, saved: dict[str, Any]) -> None:
     if "weights" not in saved:
         raise InputError("the run was saved before all weights were compared; run step 1 again")
     if dtype == saved.get("dtype", dtype) and weights_of(model) != saved["weights"]:
-        raise InputError(f"the weights of {saved['name']} have changed since its activations were saved; run step 1 again")
+        raise InputError(f"the weights of {saved['name']} have changed since its activations were saved; run step 1 "
+                         "again")
 
 
 def source_of_run(saved: dict[str, Any]) -> str:
-    """What to load for a run's meta["model"] (or ["dataset"]): a hub name, or the path where it lay or lies in this project.
+    """What to load for a run's meta["model"] (or ["dataset"]): a hub name, or the path where it lay or lies in this
+    project.
 
     Raises InputError for a directory that is gone: its name must not become that of somebody's repository.
     """
@@ -249,27 +267,33 @@ def source_of_run(saved: dict[str, Any]) -> str:
     for path in (Path(saved["path"]), PROJECT / saved["name"]):
         if path.exists():
             return str(path)
-    raise InputError(f"{saved['name']} lay in {saved['path']} when the run was saved and is gone; put it back, or run step 1 again")
+    raise InputError(f"{saved['name']} lay in {saved['path']} when the run was saved and is gone; put it back, or run "
+                     "step 1 again")
 
 
-def model_of_run(run: Run, hook: str, device: torch.device | str, trust_remote_code: bool = False) -> tuple[Any, Any, HookPoint]:
+def model_of_run(
+    run: Run, hook: str, device: torch.device | str, trust_remote_code: bool = False
+) -> tuple[Any, Any, HookPoint]:
     """The model and tokenizer that a run was saved from, and its hook point of that name, in any spelling of step 1.
 
-    trust_remote_code: of the user, not of the run: whoever wrote the store could have set that. Raises InputError if they
-    can't be reached, have changed since, or come with code that is not trusted.
+    trust_remote_code: of the user, not of the run: whoever wrote the store could have set that. Raises InputError if
+    they can't be reached, have changed since, or come with code that is not trusted.
     """
     saved, constants = run.meta.get("model"), run.meta.get("constants", {})
     if not isinstance(saved, dict) or "MODEL_DTYPE" not in constants:
         raise InputError(f"{run.path / 'meta.json'} names no model; run 01_save_activations.py again")
     if constants.get("TRUST_REMOTE_CODE") and not trust_remote_code:
-        raise InputError(f"the run was saved with code that comes with {saved['name']}; set TRUST_REMOTE_CODE=True if you trust its author")
+        raise InputError(f"the run was saved with code that comes with {saved['name']}; set TRUST_REMOTE_CODE=True if "
+                         "you trust its author")
     source, device = source_of_run(saved), torch.device(device)
     dtype = choose_dtype(constants["MODEL_DTYPE"], device)
-    model = load_model(source, device, dtype, trust_remote_code, constants.get("LOAD_BITS"), constants.get("DEVICE_MAP"))
+    model = load_model(source, device, dtype, trust_remote_code, constants.get("LOAD_BITS"),
+                       constants.get("DEVICE_MAP"))
     require_same_model(model, saved)
     tokenizer = load_tokenizer(source, trust_remote_code)
     if tokenizer_identity(tokenizer) != run.meta.get("tokenizer"):
-        raise InputError(f"the tokenizer of {saved['name']} has changed since its activations were saved; run step 1 again")
+        raise InputError(f"the tokenizer of {saved['name']} has changed since its activations were saved; run step 1 "
+                         "again")
     point = hook_of_run(run, run.hook(hook))
     return model, tokenizer, resolve(model, point.path, point.point)
 

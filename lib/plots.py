@@ -17,7 +17,8 @@ VERDICT_COLOURS = {"PASS": GREEN, "WARN": ORANGE, "FAIL": RED}
 def style() -> None:
     """One look for every figure."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    plt.rcParams.update({"figure.dpi": 110, "axes.titlesize": 11, "axes.titleweight": "bold", "grid.color": "#e6e8eb", "axes.edgecolor": "#9aa0a8"})
+    plt.rcParams.update({"figure.dpi": 110, "axes.titlesize": 11, "axes.titleweight": "bold", "grid.color": "#e6e8eb",
+                         "axes.edgecolor": "#9aa0a8"})
 
 
 def plain(text: str) -> str:
@@ -36,7 +37,9 @@ def _label(axis: Any, title: str, x: str, y: str) -> None:
 
 
 def training_curves(history: dict[str, Any]) -> Figure:
-    """Loss, explained variance, L0 and dead latents, learning rate over training tokens. history: training_history.json."""
+    """Loss, explained variance, L0 and dead latents, learning rate over training tokens. history:
+    training_history.json.
+    """
     train, val, sample = history["train"], history["val"], history["train_sample"]
     tokens = np.array(train["tokens"]) / 1e6
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 6.6), layout="constrained")
@@ -78,14 +81,16 @@ def firing_histogram(frequency: np.ndarray, top_k: int) -> Figure:
     axis.axvline(-1, color=RED, linestyle="--", label="dense: over 10 % of tokens")
     axis.legend()
     dead = int((frequency == 0).sum())
-    _label(axis, f"How often latents fire ({dead} of {len(frequency)} never do)", "log10 of the share of tokens on which the latent fires", "latents")
+    _label(axis, f"How often latents fire ({dead} of {len(frequency)} never do)",
+           "log10 of the share of tokens on which the latent fires", "latents")
     return figure
 
 
 def ev_profile(by_position: Sequence[tuple], by_norm: Sequence[tuple], overall: float) -> Figure:
     """EV over token position and over activation norm; each item is (lower edge, upper edge, EV, rows)."""
     figure, axes = _panels(2)
-    titles = (("EV by place in the text", "position (tokens)"), ("EV by size of the activation", "norm of x (raw units)"))
+    titles = (("EV by place in the text", "position (tokens)"),
+              ("EV by size of the activation", "norm of x (raw units)"))
     for axis, bins, (title, name) in zip(axes, (by_position, by_norm), titles):
         middle = [(low + high) / 2 for low, high, _, _ in bins]
         axis.plot(middle, [item[2] for item in bins], "o-", color=BLUE)
@@ -133,7 +138,8 @@ def bars(values: dict[str, float], title: str, unit: str, highlight: str) -> Fig
 
 
 def recovery_boxes(rows: Sequence[dict[str, Any]], kinds: dict[str, str], highlight: str = "latent") -> Figure:
-    """F1 of the best unit of each kind over concepts: word concepts left, context concepts right, kinds in the order of their mean on the left.
+    """F1 of the best unit of each kind over concepts: word concepts left, context concepts right, kinds in the order of
+    their mean on the left.
 
     rows: checks.recovery.recover_concepts. kinds: kind -> what it is called.
     """
@@ -148,10 +154,12 @@ def recovery_boxes(rows: Sequence[dict[str, Any]], kinds: dict[str, str], highli
             continue
         values = [row[kind]["f1"] for kind in order for row in part]
         names = [kinds[kind] for kind in order for _ in part]
-        sns.boxplot(x=values, y=names, hue=names, palette=colours, fliersize=0, width=0.62, linewidth=1, legend=False, ax=axis)
+        sns.boxplot(x=values, y=names, hue=names, palette=colours, fliersize=0, width=0.62, linewidth=1, legend=False,
+                    ax=axis)
         sns.stripplot(x=values, y=names, color="#30343b", size=2.4, alpha=0.45, jitter=0.2, ax=axis)
         means = [_mean_f1(part, kind) for kind in order]
-        axis.plot(means, range(len(order)), "D", color=ORANGE, markersize=6, markeredgecolor="white", label="mean", zorder=5)
+        axis.plot(means, range(len(order)), "D", color=ORANGE, markersize=6, markeredgecolor="white", label="mean",
+                  zorder=5)
     (axes[0] if parts[0] else axes[1]).legend(loc="lower right")
     return figure
 
@@ -163,14 +171,16 @@ def _mean_f1(rows: Sequence[dict[str, Any]], kind: str) -> float:
 def recovery_examples(rows: Sequence[dict[str, Any]], kinds: dict[str, str], n: int = 6) -> Figure:
     """F1 of a few kinds of unit for n word and n context concepts, evenly spaced by the F1 of the SAE's latent."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * n + 1.7), layout="constrained")
-    styles = {"latent": (BLUE, "o", 9), "frozen_decoder": ("#7c8794", "^", 7), "neuron": (ORANGE, "D", 6), "table": (GREEN, "|", 14)}
+    styles = {"latent": (BLUE, "o", 9), "frozen_decoder": ("#7c8794", "^", 7), "neuron": (ORANGE, "D", 6),
+              "table": (GREEN, "|", 14)}
     for axis, context, title in zip(axes, (False, True), ("Word concepts", "Context concepts")):
         part = sorted((row for row in rows if row["context"] == context), key=lambda row: row["latent"]["f1"])
         shown = [part[i] for i in np.linspace(0, len(part) - 1, min(n, len(part))).round().astype(int)]
         for kind in (kind for kind in styles if part and kind in part[0]):
             colour, marker, size = styles[kind]
             scores = [row[kind]["f1"] for row in shown]
-            axis.plot(scores, range(len(shown)), marker, color=colour, markersize=size, markeredgewidth=2.5 if marker == "|" else 0.5, label=kinds[kind])
+            axis.plot(scores, range(len(shown)), marker, color=colour, markersize=size,
+                      markeredgewidth=2.5 if marker == "|" else 0.5, label=kinds[kind])
         axis.set_yticks(range(len(shown)), [plain(row["concept"]) for row in shown])
         axis.set(xlim=(-0.02, 1.05), ylim=(-0.6, len(shown) - 0.4))
         _label(axis, f"{title}: {len(shown)} of {len(part)}", "F1 on held-out tokens", "")
@@ -189,7 +199,8 @@ def verdict_strip(checks: Sequence[dict[str, Any]]) -> Figure:
         for row in part:
             axis.add_patch(plt.Rectangle((at, 0), 0.92, 1, color=VERDICT_COLOURS[row["verdict"]]))
             value = "-" if row["value"] is None else f"{row['value']:.2f}"
-            axis.text(at + 0.46, 0.5, f"{row['verdict']}\n{value}", ha="center", va="center", color="white", fontsize=8, fontweight="bold")
+            axis.text(at + 0.46, 0.5, f"{row['verdict']}\n{value}", ha="center", va="center", color="white", fontsize=8,
+                      fontweight="bold")
             axis.text(at + 0.46, -0.12, row["check"], ha="right", va="top", rotation=30, fontsize=8)
             at += 1
         at += 0.5
@@ -199,7 +210,9 @@ def verdict_strip(checks: Sequence[dict[str, Any]]) -> Figure:
 
 
 def layers(table: list[dict[str, Any]], recommended: str) -> Figure:
-    """Size, spread, effective dimensions and, with labels, probe accuracy over depth. table: checks.layers.probe_layers."""
+    """Size, spread, effective dimensions and, with labels, probe accuracy over depth. table:
+    checks.layers.probe_layers.
+    """
     shown = {
         "median_norm": ("Size of activations", "median norm"),
         "gamma": ("Mean over spread", "gamma"),

@@ -85,7 +85,8 @@ Location = Annotated[  # a file, a directory, or a name on the hub
     Rule("a path that a file system can hold: it is too long", _fits_on_disk, False),
     Rule("a path without an unknown user's ~", lambda value: not os.path.expanduser(value).startswith("~"), False),
 ]
-FileName = Annotated[str, like(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}", "a file name of letters, digits, '_', '-' and '.'")]
+FileName = Annotated[str,
+                     like(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}", "a file name of letters, digits, '_', '-' and '.'")]
 Device = Annotated[str, like(r"auto|cpu|mps|cuda(:\d{1,3})?", "one of auto, cpu, mps, cuda, cuda:N")]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tracker = Literal["local", "tensorboard", "wandb", "trackio", "mlflow"]
@@ -139,7 +140,8 @@ def _fit_one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
             return fit(value, kind)
         except Unfit as error:
             plain = _plain(kind)
-            fits = plain is type(value) or (plain, type(value)) == (float, int) or (plain is tuple and kind != tuple[()])
+            fits = (plain is type(value) or (plain, type(value)) == (float, int)
+                    or (plain is tuple and kind != tuple[()]))
             faults.append((fits, str(error)))
     close = [text for fits, text in faults if fits]
     if close:
@@ -172,7 +174,8 @@ def _fit_tuple(value: Any, parts: tuple[Any, ...]) -> tuple:
         try:
             found.append(fit(member, kind))
         except Unfit as error:
-            raise Unfit(f"holds {shown(member)}, which {error}" if isinstance(value, list | tuple) else str(error)) from None
+            raise Unfit(f"holds {shown(member)}, which {error}" if isinstance(value, list | tuple)
+                        else str(error)) from None
     return tuple(found)
 
 
@@ -197,7 +200,8 @@ def _fit_dict(value: Any, kind: Any) -> dict:
 def is_tuple(kind: Any) -> bool:
     """Whether a kind holds several values."""
     origin = typing.get_origin(kind)
-    return origin is tuple or origin in (typing.Union, types.UnionType) and any(is_tuple(part) for part in typing.get_args(kind))
+    return (origin is tuple or origin in (typing.Union, types.UnionType)
+            and any(is_tuple(part) for part in typing.get_args(kind)))
 
 
 def words(kind: Any) -> str:

@@ -8,7 +8,8 @@ Roles are defined by sums, not by names of modules:
 
 and each is confirmed by running the block: the sums must hold, and a change made there must arrive in the sum as it is.
 A module that normalises or scales before the sum, or adds the stream itself, is passed over for the one that gives the
-summand; where no module does, the role is refused. So an architecture that nobody has looked at can't be silently wrong.
+summand; where no module does, the role is refused. So an architecture that nobody has looked at can't be silently
+wrong.
 """
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +19,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .blocks import Arguments, as_texts, blocks, can_run, copied, hidden_argument, hidden_of, quietly, trial, with_hidden, with_output
+from .blocks import (
+    Arguments,
+    as_texts,
+    blocks,
+    can_run,
+    copied,
+    hidden_argument,
+    hidden_of,
+    quietly,
+    trial,
+    with_hidden,
+    with_output,
+)
 
 ROLES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 Place = tuple[str, str]  # dotted path of a module, "input" | "output"
@@ -99,8 +112,8 @@ def roles(model: nn.Module, index: int) -> dict[str, Place | str]:
 
 
 def short_names(model: nn.Module) -> list[dict[str, Any]]:
-    """One dict a role: role; blocks, the numbers of those that have it; width, of the stream; example, a place; refused, why
-    the other blocks have none."""
+    """One dict a role: role; blocks, the numbers of those that have it; width, of the stream; example, a place;
+    refused, why the other blocks have none."""
     path, stack = blocks(model)
     table = []
     for role in ROLES:
@@ -118,7 +131,8 @@ def _by_name(block: nn.Module) -> dict[str, Place | str]:
     names = [name for name, _ in block.named_children()]
     attention = next((name for name in names if "att" in name and not _is_norm(block, name)), None)
     mlp = next((name for name in names if any(part in name for part in ("mlp", "feed_forward", "ffn"))), None)
-    norm = next((name for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2") if name in names), None)
+    norm = next((name for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2") if name in names),
+                None)
     unknown = f"{type(block).__name__} has no part known by name"
     return {
         "resid_mid": (norm, "input") if norm else unknown,
@@ -136,7 +150,8 @@ def _is_attention(block: nn.Module, name: str) -> bool:
     parts = name.split(".")
     above = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(
-        ("att" in part.lower() or "attention" in type(block.get_submodule(path)).__name__.lower()) and not _is_norm(block, path)
+        ("att" in part.lower() or "attention" in type(block.get_submodule(path)).__name__.lower())
+        and not _is_norm(block, path)
         for part, path in zip(parts, above)
     )
 
@@ -188,13 +203,16 @@ class _Confirm:
         norm = next((name for name in reversed(self.read) if _is_norm(self.block, name) and self.is_mid(name)), None)
         attention, mlp = self.summands(norm)
         found: dict[str, Place | str] = {}
-        found["attn_out"] = (attention, "output") if attention else f"no part of {kind} gives what attention adds to the stream"
+        found["attn_out"] = (attention,
+                             "output") if attention else f"no part of {kind} gives what attention adds to the stream"
         found["mlp_out"] = (mlp, "output") if mlp else f"no part of {kind} gives what the MLP adds to the stream"
         found["resid_mid"] = f"{kind} has no norm between attention and MLP that reads the stream; use resid_post"
         if norm:
             found["resid_mid"] = (norm, "input")
         elif attention and mlp and self.is_parallel(attention, mlp):
-            found["resid_mid"] = f"{kind} runs attention and MLP in parallel, so there is no stream between them; use resid_post"
+            found[
+                "resid_mid"
+            ] = f"{kind} runs attention and MLP in parallel, so there is no stream between them; use resid_post"
         return found
 
     def is_mid(self, name: str) -> bool:
@@ -241,7 +259,9 @@ class _Confirm:
         return None, None
 
     def arrives(self, name: str, where: Callable[[_Pass], Tensor | None]) -> bool:
-        """Whether something added to the output of `name` comes out at `where` as it is, neither scaled nor normalised."""
+        """Whether something added to the output of `name` comes out at `where` as it is, neither scaled nor
+        normalised.
+        """
         delta = self.delta * max(float(self.clean.outputs[name].abs().max()), float(self.x.abs().max()))
         before, after = where(self.clean), where(self.run({(name, "output"): lambda a: a + delta.to(a)}))
         return before is not None and after is not None and self.same(after - before, delta, before, after)

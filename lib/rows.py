@@ -49,7 +49,9 @@ def rows_of_tensor(x: Tensor, is_val: Tensor) -> Rows:
     return Rows([x], is_val, mean.float(), (centred.T @ centred / len(train)).float())
 
 
-def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epoch: int, cache: dict[str, Tensor]) -> Iterator[Tensor]:
+def epoch_batches(
+    rows: Rows, transform: Tensor, batch_size: int, seed: int, epoch: int, cache: dict[str, Tensor]
+) -> Iterator[Tensor]:
     """One pass over the training rows: float32 [batch_size, D] on the transform's device, (x - mean) @ transform.
 
     Shuffled in two levels: the order of the shards, then the rows of a buffer of at least two shards. Rows that do not
@@ -67,7 +69,8 @@ def epoch_batches(rows: Rows, transform: Tensor, batch_size: int, seed: int, epo
     mean = rows.mean.to(transform.device)
     left_over = torch.empty(0, dtype=torch.int64)
     for group in groups:
-        ids = torch.cat([left_over, *(starts[i] + (~rows.is_val[starts[i] : starts[i + 1]]).nonzero()[:, 0] for i in group)])
+        ids = torch.cat([left_over,
+                         *(starts[i] + (~rows.is_val[starts[i] : starts[i + 1]]).nonzero()[:, 0] for i in group)])
         order = torch.randperm(len(ids), generator=generator)
         n_full = len(ids) // batch_size * batch_size
         if rows.n_train < batch_size:

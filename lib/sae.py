@@ -33,7 +33,8 @@ class Origin(dict):
     """A loaded SAE's config: what it does not say and is asked for is an InputError."""
 
     def __missing__(self, name: str) -> Any:
-        raise InputError(f"the SAE does not say its {name}; train it with 02_train_sae.py, or take it with import_sae.py")
+        raise InputError(f"the SAE does not say its {name}; train it with 02_train_sae.py, or take it with "
+                         "import_sae.py")
 
 
 @dataclass
@@ -74,7 +75,8 @@ class SAE:
         # Its start is drawn, on "meta" without memory, and thrown away. After eval(), which normalises the dictionary
         # into the copy that it decodes with, both are set as they are: normalising anew would change their last digit.
         with torch.random.fork_rng(devices=[]):
-            module = TopKSAE(n_inputs, nb_concepts=self.n_latents, top_k=self.top_k, device="meta").untied(bias=True).eval()
+            module = TopKSAE(n_inputs, nb_concepts=self.n_latents, top_k=self.top_k,
+                             device="meta").untied(bias=True).eval()
         module.encoder.weight, module.encoder.bias = nn.Parameter(self.W_enc), nn.Parameter(self.b_enc)
         dictionary = module.dictionary
         dictionary._weights, dictionary._fused_dictionary = nn.Parameter(self.W_dec), self.W_dec
@@ -84,7 +86,8 @@ class SAE:
 
     def to(self, device: torch.device | str) -> "SAE":
         """A copy on `device`."""
-        return make_sae(self.W_enc, self.b_enc, self.W_dec, self.mean, self.scale, self.top_k, self.config, device, self.threshold)
+        return make_sae(self.W_enc, self.b_enc, self.W_dec, self.mean, self.scale, self.top_k, self.config, device,
+                        self.threshold)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +111,8 @@ class SAE:
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Reconstruction [N, D] in raw activation units, from sparse codes [N, k]; costs k rows, not F."""
-        rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values.to(self.W_dec.dtype), mode="sum")
+        rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values.to(self.W_dec.dtype),
+                                           mode="sum")
         return self.scale * rebuilt + self.mean
 
 
@@ -123,7 +127,8 @@ def make_sae(
     """
     n_latents, n_inputs = W_dec.shape
     if W_enc.shape != W_dec.shape or b_enc.shape != (n_latents,) or mean.shape != (n_inputs,):
-        raise InputError(f"shapes disagree: W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)}, W_dec {tuple(W_dec.shape)}, mean {tuple(mean.shape)}")
+        raise InputError(f"shapes disagree: W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)}, W_dec "
+                         f"{tuple(W_dec.shape)}, mean {tuple(mean.shape)}")
     if not 1 <= top_k <= n_latents:
         raise InputError(f"TOP_K={top_k} must be between 1 and the number of latents, {n_latents}")
     if threshold is not None and (threshold.shape != b_enc.shape or (threshold < 0).any()):
@@ -131,7 +136,8 @@ def make_sae(
     # Unit rows are kept as they are: normalising them once more would change their last digit at each save and load.
     if (W_dec.detach().float().norm(dim=1) - 1).abs().max() > 1e-6:
         W_dec = functional.normalize(W_dec.detach().cpu().double(), dim=1)
-    encoder, bias, dictionary, centre = (tensor.detach().float().to(device, copy=True) for tensor in (W_enc, b_enc, W_dec, mean))
+    encoder, bias, dictionary, centre = (tensor.detach().float().to(device, copy=True)
+                                         for tensor in (W_enc, b_enc, W_dec, mean))
     kept = None if threshold is None else threshold.detach().float().to(device, copy=True)
     # The scale as the file keeps it, in float32: the hash of an SAE is then that of its file.
     in_file = float(torch.tensor(scale, dtype=torch.float32))
@@ -141,13 +147,14 @@ def make_sae(
 def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     """Write `path` (topk_sae.pt, loads with weights_only=True) and the same without tensors as .json.
 
-    probe: raw activations [N, D]; the first 64 and their codes go into the file, and loading checks them. Raises InputError,
-    and writes nothing, if a weight or a score is not finite.
+    probe: raw activations [N, D]; the first 64 and their codes go into the file, and loading checks them. Raises
+    InputError, and writes nothing, if a weight or a score is not finite.
     """
     probe = probe[:PROBE_ROWS].float().cpu().clone()
     values, indices = sae.encode(probe.to(sae.mean.device))
     config = {"n_inputs": len(sae.mean), "n_latents": sae.n_latents, "top_k": sae.top_k, **sae.config}
-    state = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "mean": sae.mean, "scale": torch.tensor(sae.scale)}
+    state = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "mean": sae.mean,
+             "scale": torch.tensor(sae.scale)}
     if sae.threshold is not None:
         state["threshold"] = sae.threshold
     state = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
@@ -164,12 +171,13 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
         "probe": {"x": probe, "values": values.cpu(), "indices": indices.cpu()},
     }
     write_torch(path, content)
-    write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config}, sealed=True)
+    write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config},
+               sealed=True)
 
 
 def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
-    """Load what save_sae wrote. Raises InputError if it is missing, damaged or of another schema, if its weights are not
-    those that were saved, or if the codes of its probe rows differ by more than rounding explains."""
+    """Load what save_sae wrote. Raises InputError if it is missing, damaged or of another schema, if its weights are
+    not those that were saved, or if the codes of its probe rows differ by more than rounding explains."""
     content = read_torch(path, "run 02_train_sae.py first", dict)
     if content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is no SAE of schema {SCHEMA_VERSION}; train it again or convert it")
@@ -183,10 +191,12 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
     weights = (state["W_enc"], state["b_enc"], state["W_dec"], state["mean"])
     sae = make_sae(*weights, state["scale"].item(), config["top_k"], config, device, state.get("threshold"))
     if content.get("sae_hash", sae_hash(sae)) != sae_hash(sae):
-        raise InputError(f"{path}: its weights are not those that were saved; the file was altered, so train the SAE again")
+        raise InputError(f"{path}: its weights are not those that were saved; the file was altered, so train the SAE "
+                         "again")
     if not (error := reload_error(sae, probe)) <= 1:
         raise InputError(
-            f"{path}: the codes of its stored rows come out {error:.3g} times further from the stored ones than float32 rounding"
+            f"{path}: the codes of its stored rows come out {error:.3g} times further "
+            "from the stored ones than float32 rounding"
             " explains; the file was altered, or this device multiplies float32 in a lower precision"
         )
     sae.config = Origin(sae.config)
@@ -220,7 +230,8 @@ def reload_error(sae: SAE, probe: dict[str, Tensor]) -> float:
     others = torch.ones_like(pre).scatter_reduce(1, indices, (~fired).to(pre), "amin")
     over = ((pre - limit).clamp(min=0) * others).amax(1)
     under = ((floor[indices] - values).clamp(min=0) * fired).amax(1)
-    return float((torch.stack([wrong, over, under]).amax(0) / allowed[:, 0].clamp(min=torch.finfo(torch.float32).tiny)).max())
+    return float((torch.stack([wrong, over,
+                               under]).amax(0) / allowed[:, 0].clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
 def sae_hash(sae: SAE) -> str:
@@ -233,5 +244,6 @@ def require_trained_on(sae: SAE, run: Run, hook: str) -> None:
     """Raise InputError if the SAE was trained on other activations than this run's at `hook`."""
     if sae.config.get("data_digest") != run.digest(hook):
         raise InputError(
-            f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, not on {run.run_id} at {hook}; run 02_train_sae.py again"
+            f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, "
+            f"not on {run.run_id} at {hook}; run 02_train_sae.py again"
         )

@@ -19,7 +19,8 @@ The state is a dict of tensors and nothing else: what safetensors wrote of it re
     silent int64 [F]                  tokens since the latent last fired
     step int64 [], sums [7]           steps taken; what `read_stats` averages
 
-Sums of whole arrays go over the last dimension first, which makes their last digit independent of the number of threads.
+Sums of whole arrays go over the last dimension first, which makes their last digit independent of the number of
+threads.
 
 Loss: mean over rows of the squared error summed over dimensions, + aux_weight * AuxK. AuxK (Gao et al. 2024,
 arXiv 2406.04093): the dead latents, ReLU only, decode the residual e; sum (e - e_hat)^2 / sum e^2, with e a constant.
@@ -70,7 +71,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = True, kind: str = "topk") -> dict[str, Tensor]:
+def init_state(
+    transform: Tensor, n_latents: int, seed: int, aligned: bool = True, kind: str = "topk"
+) -> dict[str, Tensor]:
     """Random unit rows, the encoder equal to the dictionary, zero bias and moments, on the transform's device.
 
     aligned: recipe R's encoder with a learnt gain; False is the plain recipe's free encoder.
@@ -89,7 +92,8 @@ def init_state(transform: Tensor, n_latents: int, seed: int, aligned: bool = Tru
     state["silent"] = torch.zeros(n_latents, dtype=torch.int64, device=device)
     state["step"] = torch.zeros((), dtype=torch.int64)
     # float64 stays on the CPU: MPS has none, and some dozens of steps lose nothing in float32
-    state["sums"] = torch.zeros(len(STATS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    state["sums"] = torch.zeros(len(STATS) + 1, dtype=torch.float64 if device.type == "cpu" else torch.float32,
+                                device=device)
     return state
 
 
@@ -106,13 +110,15 @@ def learning_rate(n_latents: int, n_tokens: int) -> float:
 def bias_rate(n_latents: int, width: int) -> float:
     """Learning rate of the encoder bias over that of the encoder: 0.06 at F = 4 D, 0.3 at 16 D; 0.03 to 1.
 
-    A bias that learns as fast as the encoder silences latents of a large dictionary; one that is too slow costs FVU there.
+    A bias that learns as fast as the encoder silences latents of a large dictionary; one that is too slow costs FVU
+    there.
     """
     return min(1.0, max(0.03, 0.06 * (n_latents / width / 4) ** 1.16))
 
 
 def aux_after(n_latents: int, k: int, batch: int) -> int:
-    """Tokens of silence beyond which AuxK works on a latent: 10 F / k, at least 3,000 and at least two batches of `batch` rows.
+    """Tokens of silence beyond which AuxK works on a latent: 10 F / k, at least 3,000 and at least two batches of
+    `batch` rows.
 
     An average latent fires ten times in 10 F / k tokens. Silence is counted at the end of a batch, so more than two
     batches means three in a row: the weights have moved twice in between, and one odd batch calls nothing dead.
@@ -122,7 +128,9 @@ def aux_after(n_latents: int, k: int, batch: int) -> int:
 
 
 def schedule(step: int, n_steps: int) -> float:
-    """Multiplier of the learning rate at `step` (from 0): linear warm-up over 5 %, constant, linear to 0 over the last half."""
+    """Multiplier of the learning rate at `step` (from 0): linear warm-up over 5 %, constant, linear to 0 over the last
+    half.
+    """
     return min(1.0, (step + 1) / max(1.0, 0.05 * n_steps), (n_steps - step) / max(1.0, 0.5 * n_steps))
 
 
@@ -176,7 +184,8 @@ def dense_step(
     aux_weight: float = 1 / 32, betas: tuple[float, float] = (0.9, 0.95), clip: float | None = None, kind: str = "topk",
     frozen: str | None = None,
 ) -> None:
-    """One step by autograd on dense arrays, in place: of any kind of SAE, and the reference that the fast step is tested against.
+    """One step by autograd on dense arrays, in place: of any kind of SAE, and the reference that the fast step is
+    tested against.
 
     x: float32 [B, D], centred rows times state["transform"]. lr: of this step. dead_after: tokens
     of silence after which AuxK works on a latent.
@@ -210,7 +219,8 @@ def dense_step(
             smallest = codes.where(fires, torch.inf).amin()
             threshold = state["log_threshold"].exp()
             state["log_threshold"].copy_((threshold + FORGET * (smallest - threshold)).log())
-        count_step(state, len(x), fires.any(0), total / len(x), aux_weight, auxk, fires.sum() / len(x), dead_after, grad_norm)
+        count_step(state, len(x), fires.any(0), total / len(x), aux_weight, auxk, fires.sum() / len(x), dead_after,
+                   grad_norm)
 
 
 def dead_in_turn(state: dict[str, Tensor], dead_after: int) -> tuple[Tensor, Tensor]:
@@ -257,10 +267,13 @@ def apply_gradients(
 
 
 def count_step(
-    state: dict[str, Tensor], n_rows: int | Tensor, fired: Tensor, recon: Tensor, aux_weight: float, auxk: Tensor, l0: Tensor,
+    state: dict[str, Tensor], n_rows: int | Tensor, fired: Tensor, recon: Tensor, aux_weight: float, auxk: Tensor,
+    l0: Tensor,
     dead_after: int, grad_norm: Tensor,
 ) -> None:
-    """Bring `silent` and the sums of `read_stats` up to date. fired: bool [F]. AuxK counts as 0 where nothing is dead."""
+    """Bring `silent` and the sums of `read_stats` up to date. fired: bool [F]. AuxK counts as 0 where nothing is
+    dead.
+    """
     n_dead = (state["silent"] > dead_after).sum()
     auxk = auxk * (n_dead > 0)
     state["silent"] += n_rows
@@ -279,4 +292,5 @@ def _adam(state: dict[str, Tensor], name: str, grad: Tensor, lr: float, betas: t
 
 def _parameters(state: dict[str, Tensor], kind: str) -> list[str]:
     """The tensors that Adam moves; batchtopk's threshold is a running mean."""
-    return [name for name in ("dec", "enc", "gain", "bias", "log_threshold") if name in state and (name != "log_threshold" or kind == "jumprelu")]
+    return [name for name in ("dec", "enc", "gain", "bias", "log_threshold")
+            if name in state and (name != "log_threshold" or kind == "jumprelu")]

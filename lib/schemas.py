@@ -16,92 +16,111 @@ SHARDS = [{"file": PATH, "rows": POSITIVE}]
 RUN_AGAIN = "delete the run's folder and run 01_save_activations.py again"
 
 # A run of activations.
-MANIFEST = Schema({"rows": SHARDS, "hooks": {NAME: SHARDS}, "n_rows": POSITIVE, "files": FILES}, sealed=True, remedy=RUN_AGAIN)
+MANIFEST = Schema({"rows": SHARDS, "hooks": {NAME: SHARDS}, "n_rows": POSITIVE, "files": FILES}, sealed=True,
+                  remedy=RUN_AGAIN)
 SETTINGS = {
-    "max_length": POSITIVE, "batch_tokens": POSITIVE, "store_dtype": ("float32", "bfloat16", "float16"), "shard_rows": POSITIVE,
+    "max_length": POSITIVE, "batch_tokens": POSITIVE, "store_dtype": ("float32", "bfloat16", "float16"),
+    "shard_rows": POSITIVE,
     "skip_special": bool, "skip_first": COUNT, "max_norm_multiple": (float, None),
-}  # fmt: skip
+}
 META = Schema({
     "schema_version": int, "settings": SETTINGS, "n_texts": POSITIVE,
     "hooks": [{"path": str, "point": ("input", "output"), "signature": NAME, "names?": [str]}],
     "model?": {"name": str, "path?": (str, None), "class?": str, "dtype?": str, "weights?": SHORT_HASH},
     "tokenizer?": (str, {"class": str, "fingerprint": SHORT_HASH}),
     "dataset?": {"name": str, "path?": (str, None), "limit?": (POSITIVE, None)}, "constants?": CONSTANTS,
-}, remedy=RUN_AGAIN)  # fmt: skip
+}, remedy=RUN_AGAIN)
 RUN_TEXT = {"text_id": COUNT, "text": str, "split": ("train", "val")}
 POSITIVE_NUMBER = Number(float, 1e-30)
 STATS = Schema(
-    {"scale": POSITIVE_NUMBER, "median_norm": float, "max_abs": float, "gamma": Number(float, 0), "n_outliers": COUNT, "n_rows": POSITIVE}, remedy=RUN_AGAIN
+    {"scale": POSITIVE_NUMBER, "median_norm": float, "max_abs": float, "gamma": Number(float, 0), "n_outliers": COUNT,
+     "n_rows": POSITIVE}, remedy=RUN_AGAIN
 )
 SHARD_NOTE = [COUNT, COUNT]  # block of texts that its first row is in, rows before that block
 
 # An SAE and its training.
 SAE_CONFIG = {
-    "n_inputs": POSITIVE, "n_latents": POSITIVE, "top_k": POSITIVE, "hook?": str, "run_id?": NAME, "data_digest?": str, "constants?": CONSTANTS,
-    "final?": NUMBERS, "tokens_trained?": (POSITIVE, None), "provenance?": {"git": (str, None)}, "imported?": {"format": str, "source": str},
-}  # fmt: skip
-SAE_STATE = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "mean": "float32 D", "scale": "float32", "threshold?": "float32 F"}
+    "n_inputs": POSITIVE, "n_latents": POSITIVE, "top_k": POSITIVE, "hook?": str, "run_id?": NAME, "data_digest?": str,
+    "constants?": CONSTANTS,
+    "final?": NUMBERS, "tokens_trained?": (POSITIVE, None), "provenance?": {"git": (str, None)},
+    "imported?": {"format": str, "source": str},
+}
+SAE_STATE = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "mean": "float32 D",
+             "scale": "float32", "threshold?": "float32 F"}
 SAE_PROBE = {"x": "float32 N D", "values": "float32 N K", "indices": "int64 N K"}
-SAE_SIDECAR = Schema(SAE_CONFIG | {"schema_version": 1, "sae_hash": SHORT_HASH}, sealed=True, remedy="run 02_train_sae.py again")
+SAE_SIDECAR = Schema(SAE_CONFIG | {"schema_version": 1, "sae_hash": SHORT_HASH}, sealed=True,
+                     remedy="run 02_train_sae.py again")
 VALIDATION = Columns("step", "tokens", "recon_mse", "ev", "l0", "dead_pct")
 CURVES = {
     "lr": float, "dead_after": COUNT, "n_steps": POSITIVE, "val": VALIDATION, "train_sample": VALIDATION,
     "train": Columns("step", "tokens", "loss", "recon", "auxk", "l0", "dead_pct", "lr", "grad_norm"),
     "epochs": Columns("loss", "recon_mse", "l1", "r2", "l0", "dead_features_pct"),
-}  # fmt: skip
+}
 HISTORY = Schema(CURVES | {
-    "schema_version": 1, "run_id": NAME, "sae_hash?": SHORT_HASH, "constants": CONSTANTS, "settings": {"top_k": POSITIVE, "epochs": POSITIVE},
+    "schema_version": 1, "run_id": NAME, "sae_hash?": SHORT_HASH, "constants": CONSTANTS,
+    "settings": {"top_k": POSITIVE, "epochs": POSITIVE},
     "units": {Text(".+"): str}, "best_epoch": POSITIVE, "final": NUMBERS,
-}, sealed=True, remedy="delete it and run 02_train_sae.py again")  # fmt: skip
-CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision": ("float32", "bfloat16"), "history": CURVES, "state": {}, "best": {}}
+}, sealed=True, remedy="delete it and run 02_train_sae.py again")
+CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision": ("float32", "bfloat16"),
+              "history": CURVES, "state": {}, "best": {}}
 TRAINING = {"aligned": bool, "kind": ("topk", "batchtopk", "jumprelu", "matryoshka")}
 STATE = {
-    "transform": "float32 D D", "dec": "float32 F D", "enc": "float32 F D", "bias": "float32 F", "gain": "float32 F", "log_threshold": "float32 F",
+    "transform": "float32 D D", "dec": "float32 F D", "enc": "float32 F D", "bias": "float32 F", "gain": "float32 F",
+    "log_threshold": "float32 F",
     "silent": "int64 F", "step": "int64", "sums": "sums S",
-}  # fmt: skip
+}
 BEST = {"ev": float, "epoch": POSITIVE}
 BEST_WEIGHTS = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "threshold?": "float32 F"}
 
 # What notebooks and help scripts leave for later steps.
-CHECKS = [{"check": str, "value": (float, None), "verdict": ("PASS", "WARN", "FAIL"), "threshold": str, "meaning": str, "kind": ("evidence", "sanity")}]
+CHECKS = [{"check": str, "value": (float, None), "verdict": ("PASS", "WARN", "FAIL"), "threshold": str, "meaning": str,
+           "kind": ("evidence", "sanity")}]
 UNIT = {"unit": COUNT, "f1": Number(float, 0, 1)}
 RECOVERED = {"concept": str, "part": ("leaf", "node", "sense", "state"), "context": bool, "latent": UNIT}
 RECOVERED |= {"untrained?": UNIT, "frozen_decoder?": UNIT, "frozen_encoder?": UNIT}
 VERIFICATION = Schema({
     "run_id": NAME, "sae_hash": SHORT_HASH, "checks": CHECKS, "concept_recovery": [RECOVERED],
-}, remedy="delete it and run notebook 03 again")  # fmt: skip
+}, remedy="delete it and run notebook 03 again")
 LAYERS = Schema({
-    "constants": {"MODEL": str}, "layers": [{"signature": str, Text("[a-z_]+"): float}], "recommended": str, "reason": str,
-}, remedy="delete it and run 00_probe_layers.py again")  # fmt: skip
-EXAMPLE = {"text": str, "score": float, "token_str": str, "acts?": [float], "spans?": [[COUNT]], "char_start?": COUNT, "char_end?": COUNT}
+    "constants": {"MODEL": str}, "layers": [{"signature": str, Text("[a-z_]+"): float}], "recommended": str,
+    "reason": str,
+}, remedy="delete it and run 00_probe_layers.py again")
+EXAMPLE = {"text": str, "score": float, "token_str": str, "acts?": [float], "spans?": [[COUNT]], "char_start?": COUNT,
+           "char_end?": COUNT}
 TOP_TEXTS = Schema({
     "meta?": {"n_tokens?": POSITIVE, "n_texts?": COUNT, "n_latents?": POSITIVE, "sae_hash?": str},
     "middle?": {Text(r"0|[1-9][0-9]{0,8}"): [EXAMPLE]}, Text(r"0|[1-9][0-9]{0,8}"): [EXAMPLE],
-}, remedy="delete it and run notebook 04 again", limit=1 << 34)  # fmt: skip
+}, remedy="delete it and run notebook 04 again", limit=1 << 34)
 # Beside a data set whose words have concepts, as the embedded stories do.
-TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}], "topics": [str], "moods": [str]})
+TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}],
+                "topics": [str], "moods": [str]})
 LATENT_STATS = {"fires": "int64 F", "max": "float32 F", "mean_active": "float32 F", "p99": "float32 F"}
 REPORT = Schema({"files": FILES})  # of the embedded default
 STORY = {"text": str, "concepts": [COUNT], "mood": COUNT}
 STORY_CHECKPOINT = {"stamp": str, "step": COUNT, "model": {}, "optimizer": {}, "schedule": {}}
-KINDS_COMPARED = Schema({"key": SHORT_HASH, "results": [{"kind": str, "top_k": POSITIVE, "seed": int, Text("[a-z0-9]+"): float}]})
+KINDS_COMPARED = Schema({"key": SHORT_HASH,
+                         "results": [{"kind": str, "top_k": POSITIVE, "seed": int, Text("[a-z0-9]+"): float}]})
 RATE = {"tokens_per_s": POSITIVE_NUMBER}
-MEASURED = Schema({"models": {"bielik_1.5b": RATE}, "saes": [RATE | {"width": POSITIVE}]}, remedy="delete it and run 01_large_shapes.py again")
-KNOWN_FEATURES = Schema({"settings": CONSTANTS | {"key": SHORT_HASH}, "runs": [{"trainer": str, "lr": (float, None), "seed": int}]})
+MEASURED = Schema({"models": {"bielik_1.5b": RATE}, "saes": [RATE | {"width": POSITIVE}]},
+                  remedy="delete it and run 01_large_shapes.py again")
+KNOWN_FEATURES = Schema({"settings": CONSTANTS | {"key": SHORT_HASH},
+                         "runs": [{"trainer": str, "lr": (float, None), "seed": int}]})
 
 # SAE-ception.
-STAMP = Schema({"key": SHORT_HASH, "file": SHA256, "data": SHORT_HASH, "model": SHORT_HASH, "constants": CONSTANTS}, sealed=True)
+STAMP = Schema({"key": SHORT_HASH, "file": SHA256, "data": SHORT_HASH, "model": SHORT_HASH, "constants": CONSTANTS},
+               sealed=True)
 ORIGIN = Schema({"paths": {Text("[A-Z_]+"): str}}, sealed=True)
 SETTING = Schema(CONSTANTS, sealed=True)
 CYCLE_HISTORY = Schema({"key": SHORT_HASH, "epochs": [NUMBERS], "best_epoch": POSITIVE, "aux?": NUMBERS}, sealed=True)
-SUMMARY = Schema({"n_seeds": POSITIVE, "cells": [{"arm": str, "cycle": COUNT, "metric": str, "mean?": float, "low?": float, "high?": float}]}, sealed=True)
+SUMMARY = Schema({"n_seeds": POSITIVE, "cells": [{"arm": str, "cycle": COUNT, "metric": str, "mean?": float,
+                                                  "low?": float, "high?": float}]}, sealed=True)
 TUNING = {
     "key": SHORT_HASH, "settings": {}, "state": {}, "optimizer": {"state": {}, "param_groups": list},
     "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
-}  # fmt: skip
+}
 TARGETS = {"example_id": "int64 N", "t": "float32 N D", "centre?": "float32 D"}
 SCORES = {Text(".+"): float}
 RESULTS = Schema({
     "meta": {"arm": str, "cycle": COUNT, "seed": int, "key": SHORT_HASH}, "val": SCORES, "test": SCORES,
     "other_sae_seeds?": [{"sae_seed": POSITIVE, "val": SCORES, "test": SCORES}],
-}, sealed=True)  # fmt: skip
+}, sealed=True)

@@ -46,7 +46,8 @@ def new_codes(codes: Tensor, edits: Sequence[Edit], maxima: Tensor) -> Tensor:
     columns = []
     for z, (latent, mode, strength) in zip(codes.T, edits):
         unit = maxima[latent].to(z)
-        columns.append({"add": z + strength * unit, "scale": z * strength, "clamp": (strength * unit).expand_as(z), "ablate": torch.zeros_like(z)}[mode])
+        columns.append({"add": z + strength * unit, "scale": z * strength, "clamp": (strength * unit).expand_as(z),
+                        "ablate": torch.zeros_like(z)}[mode])
     return torch.stack(columns, 1)
 
 
@@ -80,12 +81,13 @@ def _check(sae: SAE, edits: Sequence[Edit], maxima: Tensor) -> None:
 def steer(
     model: Any, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor,
     positions: Container[int] | None = None, skip_ids: Collection[int] = (),
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[None]:
     """Make the edits at `point` in every forward pass of `model` inside the block, generate() with its cache included.
 
     maxima: highest code of each latent, [F] (latent_stats.safetensors, "max"). positions: numbers of the tokens to
     edit, counted in each text from 0, special tokens included and padding left out; None: all. skip_ids: token ids
-    that are never edited, those that the SAE was not trained on. Padding is never edited; it is known from a 2-D attention mask.
+    that are never edited, those that the SAE was not trained on. Padding is never edited; it is known from a 2-D
+    attention mask.
 
     Raises InputError for a latent, mode or strength that makes no sense.
     """
@@ -120,7 +122,9 @@ def _tokens_of_pass(ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any
     return {"ids": ids, "mask": mask, "past": cache.get_seq_length() if cache is not None else 0}
 
 
-def _chosen(hidden: Tensor, seen: dict[str, Any], positions: Container[int] | None, skip_ids: Collection[int]) -> Tensor:
+def _chosen(
+    hidden: Tensor, seen: dict[str, Any], positions: Container[int] | None, skip_ids: Collection[int]
+) -> Tensor:
     """Which tokens of this pass are edited, bool [B, T]."""
     n_texts, n_tokens = hidden.shape[:2]
     if seen["mask"] is None:
@@ -172,11 +176,14 @@ def continue_texts(
     together = _reads_left_padding(model)  # tried before anything is steered
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     arguments = dict(max_new_tokens=n_tokens, pad_token_id=filler_id(tokenizer), **how)
-    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []), nullcontext() if steering is None else steering:
+    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda"
+                               else []), nullcontext() if steering is None else steering:
         torch.manual_seed(seed)  # generate() has no generator of its own
-        whole = model.generate(ids, attention_mask=mask, **arguments) if together else _generated_one_by_one(model, ids, mask, arguments)
+        whole = (model.generate(ids, attention_mask=mask, **arguments) if together
+                 else _generated_one_by_one(model, ids, mask, arguments))
     new = whole[:, ids.shape[1] :]
-    ended = (new == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else torch.zeros_like(new, dtype=torch.bool)
+    ended = ((new == tokenizer.eos_token_id) if tokenizer.eos_token_id is not None
+             else torch.zeros_like(new, dtype=torch.bool))
     written = torch.cat([torch.zeros_like(mask, dtype=torch.bool), ended.cumsum(1) - ended.long() == 0], 1)
     full = torch.cat([mask, written[:, ids.shape[1] :].to(mask)], 1)
     texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(whole, full)]
@@ -188,7 +195,8 @@ def _generated_one_by_one(model: Any, ids: Tensor, mask: Tensor, arguments: dict
     new = ids.new_full((len(ids), arguments["max_new_tokens"]), arguments["pad_token_id"])
     for row, (prompt, real) in enumerate(zip(ids, mask.bool())):
         alone = prompt[real][None]
-        written = model.generate(alone, attention_mask=torch.ones_like(alone), use_cache=False, **arguments)[0, alone.shape[1] :]
+        written = model.generate(alone, attention_mask=torch.ones_like(alone), use_cache=False,
+                                 **arguments)[0, alone.shape[1] :]
         new[row, : len(written)] = written
     return torch.cat([ids, new], 1)
 
@@ -197,13 +205,15 @@ def _generated_one_by_one(model: Any, ids: Tensor, mask: Tensor, arguments: dict
 def _reads_left_padding(model: Any) -> bool:
     """Whether padding on the left changes nothing: not so in RWKV and RecurrentGemma, whose states run through it.
 
-    In transformers 5.23 RWKV also mixes up the states of a batch that it continues, and RecurrentGemma begins a prompt of
+    In transformers 5.23 RWKV also mixes up the states of a batch that it continues, and RecurrentGemma begins a prompt
+    of
     one token with the state of the prompt before: such models continue one prompt at a time, without states.
     """
     if model not in _padding_tried:
         ids = torch.arange(3, 7, device=input_device(model))[None] % (n_embeddings(model) or 7)
         padded, mask = (functional.pad(x, (3, 0)) for x in (ids, torch.ones_like(ids)))
-        places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "position_ids" in inspect.signature(model.forward).parameters else {}
+        places = ({"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+                  if "position_ids" in inspect.signature(model.forward).parameters else {})
         alone = model(input_ids=ids, **no_cache(model)).logits[0, -1].float()
         beside = model(input_ids=padded, attention_mask=mask, **places, **no_cache(model)).logits[0, -1].float()
         _padding_tried[model] = bool((alone - beside).abs().max() <= 0.05 * alone.std())
@@ -213,7 +223,8 @@ def _reads_left_padding(model: Any) -> bool:
 def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """ids and mask [B, T] of the prompts, without an end-of-text token that the tokenizer may have put behind them."""
     rows = [[*ids] for ids in tokenizer(list(prompts))["input_ids"]]
-    rows = [ids[:-1] if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids for ids in rows]
+    rows = [ids[:-1] if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids
+            for ids in rows]
     if not all(rows):
         raise InputError("a prompt holds no token; give it a word")
     length = max(map(len, rows))
@@ -229,7 +240,8 @@ def perplexities(model: Any, ids: Tensor, mask: Tensor, judged: Tensor) -> Tenso
     """
     ids, mask, judged = _padded_right(mask, ids, mask, judged)
     logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits[:, :-1].float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none").view(len(ids), -1)
+    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device),
+                                      reduction="none").view(len(ids), -1)
     keep = judged[:, 1:].to(losses)
     return ((losses * keep).sum(1) / keep.sum(1).clamp(min=1)).exp().cpu()
 
@@ -241,15 +253,17 @@ def _padded_right(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def sweep(
-    model: Any, tokenizer, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor, strengths: Sequence[float],
-    prompts: Sequence[str], n_tokens: int, skip_ids: Collection[int] = (), favoured: Collection[int] = (), temperature: float = 0.0, seed: int = 0,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: Any, tokenizer, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor,
+    strengths: Sequence[float],
+    prompts: Sequence[str], n_tokens: int, skip_ids: Collection[int] = (), favoured: Collection[int] = (),
+    temperature: float = 0.0, seed: int = 0,
+) -> list[dict[str, Any]]:
     """Continuations of the prompts at several strengths, what they gained and what they cost.
 
     Each strength takes the place of that of every edit. One dict a strength: "texts"; "fires", the share of written
     tokens on which one of the edited latents fires when the unsteered model reads the text; "favoured", the share of
-    written tokens whose ids are in `favoured`; "perplexity", of the written tokens under the unsteered model, median over
-    the prompts; "repeated", the share of written three-token sequences that were written before in the same text.
+    written tokens whose ids are in `favoured`; "perplexity", of the written tokens under the unsteered model, median
+    over the prompts; "repeated", the share of written three-token sequences that were written before in the same text.
     """
     latents = torch.tensor([e.latent for e in edits], device=sae.mean.device)
     liked = torch.tensor(sorted(favoured), dtype=torch.long, device=sae.mean.device)
@@ -266,9 +280,10 @@ def sweep(
         repeated = [_repeated(ids[keep].tolist()) for ids, keep in zip(done.ids, done.written)]
         found.append({
             "strength": strength, "fires": float(fires.float().mean()),
-            "favoured": float(torch.isin(done.ids[done.written], liked).float().mean()), "perplexity": float(done.perplexity.median()),
+            "favoured": float(torch.isin(done.ids[done.written], liked).float().mean()),
+            "perplexity": float(done.perplexity.median()),
             "repeated": sum(repeated) / len(repeated), "texts": done.texts,
-        })  # fmt: skip
+        })
     return found
 
 

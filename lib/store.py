@@ -1,4 +1,5 @@
-"""Everything on disk: where it lies, and runs of activations that can be read back. How files are written: lib/files.py.
+"""Everything on disk: where it lies, and runs of activations that can be read back. How files are written:
+lib/files.py.
 
 A run is a folder `store/<experiment>/runs/<run_id>/`:
 
@@ -50,10 +51,13 @@ def experiment_dir(experiment: str) -> Path:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and code revision (None without git) that an output is stamped with. No time: equal runs give equal bytes."""
+    """Versions and code revision (None without git) that an output is stamped with. No time: equal runs give equal
+    bytes.
+    """
     packages = ("torch", "transformers", "datasets", "overcomplete", "numpy", "scikit-learn")
     try:
-        git = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=30).stdout.strip()
+        git = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty"], capture_output=True,
+                             text=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         git = ""
     return {
@@ -123,7 +127,8 @@ class Run:
             columns = read_tensors(self.path / shard["file"], wanted, R=shard["rows"])
             text_id = columns["text_id"]
             if int(text_id.min()) < 0 or int(text_id.max()) >= self.meta["n_texts"]:
-                raise InputError(f"{self.path / shard['file']} is damaged: it names a text that is not there; {schemas.RUN_AGAIN}")
+                raise InputError(f"{self.path / shard['file']} is damaged: it names a text that is not there; "
+                                 f"{schemas.RUN_AGAIN}")
             yield columns
 
     @cached_property
@@ -132,7 +137,8 @@ class Run:
         shards = list(self._row_shards())
         rows = {column: torch.cat([shard[column] for shard in shards]) for column in ROW_COLUMNS}
         length = torch.tensor([len(text["text"]) for text in self.texts])[rows["text_id"]]
-        if (rows["char_start"] < 0).any() or (rows["char_start"] > rows["char_end"]).any() or (rows["char_end"] > length).any() or (rows["pos"] < 0).any():
+        if ((rows["char_start"] < 0).any() or (rows["char_start"] > rows["char_end"]).any()
+            or (rows["char_end"] > length).any() or (rows["pos"] < 0).any()):
             raise InputError(f"{self.path / 'rows'} is damaged: a token stands outside its text; {schemas.RUN_AGAIN}")
         return rows
 
@@ -147,11 +153,14 @@ class Run:
         found: list[Tensor] = []
         for shard in self.manifest["hooks"][self.hook(hook)]:
             width = {"D": found[0].shape[1]} if found else {}
-            found.append(read_tensors(self.path / shard["file"], {"x": "float R D"}, False, R=shard["rows"], **width)["x"])
+            found.append(read_tensors(self.path / shard["file"], {"x": "float R D"}, False, R=shard["rows"],
+                                      **width)["x"])
         return found
 
     def batches(self, hook: str, batch_rows: int = 8192, part: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, or those of a part of the shards: (number of the first row, float32 [<= batch_rows, D])."""
+        """All rows in order, or those of a part of the shards: (number of the first row, float32 [<= batch_rows,
+        D]).
+        """
         shards = self.shards(hook)
         starts = [0, *accumulate(map(len, shards))]
         for start, shard in list(zip(starts, shards))[part]:
@@ -167,7 +176,8 @@ class Run:
     def stats(self, hook: str) -> dict[str, Any]:
         """Statistics of the hook's training rows: mean, covariance, scale, median_norm, max_abs, gamma ..."""
         folder, width = self.path / hook, self.shards(hook)[0].shape[1]
-        tensors = read_tensors(folder / "stats.safetensors", {"mean": "float32 D", "covariance": "float32 D D"}, finite=True, D=width)
+        tensors = read_tensors(folder / "stats.safetensors", {"mean": "float32 D", "covariance": "float32 D D"},
+                               finite=True, D=width)
         return read_json(folder / "stats.json", schemas.STATS) | tensors
 
     def digest(self, hook: str) -> str:
@@ -197,7 +207,8 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
         raise InputError(f"run {run_id} is missing or unfinished; run 01_save_activations.py to finish it")
     run = Run(path, read_json(path / "meta.json", schemas.META), read_json(path / "manifest.json", schemas.MANIFEST))
     if run.meta["schema_version"] != SCHEMA_VERSION:
-        raise InputError(f"run {run_id} has schema {run.meta['schema_version']}, this code reads {SCHEMA_VERSION}; save it again")
+        raise InputError(f"run {run_id} has schema {run.meta['schema_version']}, this code reads {SCHEMA_VERSION}; "
+                         "save it again")
     _check_manifest(run)
     check_files(path, run.manifest["files"], verify)
     return run
@@ -207,8 +218,10 @@ def _check_manifest(run: Run) -> None:
     """Raise InputError if the manifest's parts disagree: rows, hooks and the files whose checksums it holds."""
     manifest, stated = run.manifest, {entry["file"] for entry in run.manifest["files"]}
     sizes = [shard["rows"] for shard in manifest["rows"]]
-    needed = {"meta.json", "texts.jsonl", *(f"{hook}/stats.{ending}" for hook in manifest["hooks"] for ending in ("json", "safetensors"))}
+    needed = {"meta.json", "texts.jsonl",
+              *(f"{hook}/stats.{ending}" for hook in manifest["hooks"] for ending in ("json", "safetensors"))}
     needed |= {shard["file"] for shards in (manifest["rows"], *manifest["hooks"].values()) for shard in shards}
     same = all([shard["rows"] for shard in shards] == sizes for shards in manifest["hooks"].values())
     if not manifest["hooks"] or not needed <= stated or not same or sum(sizes) != manifest["n_rows"]:
-        raise InputError(f"{run.path / 'manifest.json'} is damaged: its files and rows don't fit together; {schemas.RUN_AGAIN}")
+        raise InputError(f"{run.path / 'manifest.json'} is damaged: its files and rows don't fit together; "
+                         f"{schemas.RUN_AGAIN}")

@@ -28,7 +28,9 @@ COPY_TEXTS = 1000  # documents that are written together
 
 
 class TextFile(Sequence[str]):
-    """The strings of a file with one JSON value a line; in memory is only where each begins. Other values are left out."""
+    """The strings of a file with one JSON value a line; in memory is only where each begins. Other values are left
+    out.
+    """
 
     def __init__(self, path: Path):
         self.path, self.starts, self.n_lines = path, array("q"), 0
@@ -62,7 +64,8 @@ class TextFile(Sequence[str]):
 
 
 def stream_texts(dataset: str, split: str, text_field: str, limit: int | None, path: Path) -> TextFile:
-    """The texts of `limit` documents (None: all), drawn as load_documents draws them, copied to `path` a block at a time if they are not there yet.
+    """The texts of `limit` documents (None: all), drawn as load_documents draws them, copied to `path` a block at a
+    time if they are not there yet.
 
     dataset: a hub name, or a local .jsonl or .parquet file. A copy that was interrupted goes on where it was.
     Of several ranks the first one copies. Raises InputError if the data can't be reached or read, or lacks the field.
@@ -74,7 +77,8 @@ def stream_texts(dataset: str, split: str, text_field: str, limit: int | None, p
             raise
         except Exception as error:  # datasets raises many kinds for what can't be reached or read
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise InputError(f"DATASET={dataset} can't be streamed ({first}); set a local file, or a hub name that this machine can reach") from None
+            raise InputError(f"DATASET={dataset} can't be streamed ({first}); set a local file, or a hub name that "
+                             "this machine can reach") from None
     wait_for_all()
     texts = TextFile(path)
     if not texts.n_lines:
@@ -98,7 +102,9 @@ def _open_stream(dataset: str, split: str) -> Any:
 
 
 def _drawn(dataset: str, stream: Any, limit: int | None) -> Any:
-    """The documents that the limit leaves: of a file, whose length can be known, the very ones that load_documents draws."""
+    """The documents that the limit leaves: of a file, whose length can be known, the very ones that load_documents
+    draws.
+    """
     path = local_path(dataset)
     if limit is None:
         return stream
@@ -125,7 +131,8 @@ def _copy(documents: Any, dataset: str, text_field: str, limit: int | None, path
         lines = []
         for document in tqdm(documents, initial=done, total=limit, unit="text", desc="copying the texts"):
             if text_field not in document:
-                raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has {', '.join(map(str, document))}: set TEXT_FIELD")
+                raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has "
+                                 f"{', '.join(map(str, document))}: set TEXT_FIELD")
             lines.append(json.dumps(document[text_field] if isinstance(document[text_field], str) else None) + "\n")
             if len(lines) == COPY_TEXTS:
                 file.writelines(lines)

@@ -15,9 +15,11 @@ from .models import local_path
 
 Documents = list[dict[str, Any]]
 MOST_LEFT_OUT = 0.5  # share of the rows that may have no text
-DRAW_SEED = 0  # of the documents that a limit leaves: the same ones for every SEED, so that cached activations serve all
+DRAW_SEED = 0  # of the documents that a limit leaves: the same ones for every SEED, so that cached activations serve
+               # all
 CHUNK_ROWS = 10_000  # rows of a file in memory at one time while some are drawn
-STREAM_BUFFER = 10_000  # a hub data set is not read to its end: what is drawn comes from so many documents more than asked for
+STREAM_BUFFER = 10_000  # a hub data set is not read to its end: what is drawn comes from so many documents more than
+                        # asked for
 LONG_TEXT, CHARS_PER_TOKEN = 4096, 64  # characters of a text that are tokenised at once, and more for each token wanted
 
 
@@ -44,21 +46,26 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
         raise
     except Exception as error:  # pandas, pyarrow and datasets raise many kinds for unreadable input
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise InputError(f"DATASET={dataset} can't be read ({first}); set a local file, or a hub name that this machine can reach") from None
+        raise InputError(f"DATASET={dataset} can't be read ({first}); set a local file, or a hub name that this "
+                         "machine can reach") from None
     if not documents:
         raise InputError(f"DATASET={dataset} is empty")
     if text_field not in documents[0]:
-        raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has {', '.join(map(str, documents[0]))}: set TEXT_FIELD")
+        raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has {', '.join(map(str, documents[0]))}: "
+                         "set TEXT_FIELD")
     missing = [row for row, document in enumerate(documents) if not isinstance(document[text_field], str)]
     if missing:
-        tell_left_out(dataset, text_field, len(documents), len(missing), missing[0] + 1, documents[missing[0]][text_field])
+        tell_left_out(dataset, text_field, len(documents), len(missing), missing[0] + 1,
+                      documents[missing[0]][text_field])
     for row in reversed(missing):
         del documents[row]
     return documents
 
 
 def tell_left_out(dataset: str, text_field: str, n_rows: int, n_missing: int, first: int, example: Any = None) -> None:
-    """Say how many rows have no text, the first of them counted from 1. Raises InputError if they are more than MOST_LEFT_OUT."""
+    """Say how many rows have no text, the first of them counted from 1. Raises InputError if they are more than
+    MOST_LEFT_OUT.
+    """
     what = f"{n_missing:,} of {n_rows:,} rows have no text in {text_field!r}; the first is row {first:,} of these"
     if example is not None and example == example:  # NaN stands for what is missing
         what += f", {_kind(example)}"
@@ -78,7 +85,8 @@ def _from_file(path, text_field: str, limit: int | None) -> Documents:
         paragraphs = (part.strip() for part in path.read_text(encoding="utf-8").split("\n\n"))
         documents = [{text_field: part} for part in paragraphs if part]
         return [documents[i] for i in drawn_rows(len(documents), limit)]
-    csv = {"keep_default_na": False, "low_memory": False}  # else a column's type may change from one part of a large file to the next
+    # else a column's type may change from one part of a large file to the next
+    csv = {"keep_default_na": False, "low_memory": False}
     readers: dict[str, Callable[..., Any]] = {
         ".jsonl": lambda **chunks: pandas.read_json(path, lines=True, dtype=False, **chunks),
         ".json": lambda: pandas.read_json(path, dtype=False),
@@ -98,7 +106,9 @@ def _from_file(path, text_field: str, limit: int | None) -> Documents:
 
 
 def drawn_rows(n: int, limit: int | None) -> list[int]:
-    """The rows, ascending, that a limit leaves of n: those with the smallest random keys, so that parts can be drawn one by one."""
+    """The rows, ascending, that a limit leaves of n: those with the smallest random keys, so that parts can be drawn
+    one by one.
+    """
     if limit is None or n <= limit:
         return list(range(n))
     log.info("%s of %s documents drawn at random", f"{limit:,}", f"{n:,}")
@@ -112,7 +122,8 @@ def _drawn_from(chunks: Any, limit: int) -> Documents:
     n = 0
     for chunk in chunks:
         of_rows = keys.random(len(chunk))
-        kept += [(key, n + i, document) for i, (key, document) in enumerate(zip(of_rows.tolist(), chunk.to_dict("records")))]
+        kept += [(key, n + i, document)
+                 for i, (key, document) in enumerate(zip(of_rows.tolist(), chunk.to_dict("records")))]
         n += len(chunk)
         kept = sorted(kept, key=lambda item: item[:2])[:limit]
     if n > limit:
@@ -154,7 +165,9 @@ class Tokens(NamedTuple):
     """False for special tokens and for positions below SKIP_FIRST: these are never stored."""
 
 
-def tokenise(tokenizer, texts: Sequence[str], first_id: int, max_length: int, skip_special: bool = True, skip_first: int = 0) -> list[Tokens]:
+def tokenise(
+    tokenizer, texts: Sequence[str], first_id: int, max_length: int, skip_special: bool = True, skip_first: int = 0
+) -> list[Tokens]:
     """Tokenise texts numbered from first_id, cut at max_length tokens, special tokens included.
 
     skip_special drops BOS, EOS, padding and other control tokens from what is kept; the unknown token stands for
@@ -163,7 +176,8 @@ def tokenise(tokenizer, texts: Sequence[str], first_id: int, max_length: int, sk
     encoded = _encoded(tokenizer, texts, max_length)
     dropped = control_ids(tokenizer) if skip_special else set()
     return [
-        Tokens(first_id + i, ids, offsets, [pos >= skip_first and token not in dropped for pos, token in enumerate(ids)])
+        Tokens(first_id + i, ids, offsets,
+               [pos >= skip_first and token not in dropped for pos, token in enumerate(ids)])
         for i, (ids, offsets) in enumerate(encoded)
     ]
 
@@ -203,7 +217,8 @@ def filler_id(tokenizer) -> int:
 def control_ids(tokenizer) -> set[int]:
     """Ids of BOS, EOS, padding and other control tokens, without an unknown token of its own."""
     unknown = {tokenizer.unk_token_id} - {
-        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.cls_token_id,
+        tokenizer.sep_token_id, tokenizer.mask_token_id
     }
     return set(tokenizer.all_special_ids) - unknown
 

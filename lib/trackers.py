@@ -121,5 +121,5 @@ def _mlflow(path: Path, name: str, constants: dict[str, Any]) -> Tracker:
 
 ADAPTERS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
     "tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow,
-}  # fmt: skip
+}
 TRACKERS = ("local", *ADAPTERS)

@@ -27,7 +27,18 @@ from .guards import differences
 from .metrics.reconstruction import Reconstruction
 from .rows import Rows, epoch_batches, sample_rows, steps_per_epoch
 from .sae import SAE, make_sae
-from .sae_step import FROZEN, aux_after, dense_step, folded_threshold, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from .sae_step import (
+    FROZEN,
+    aux_after,
+    dense_step,
+    folded_threshold,
+    folded_weights,
+    init_state,
+    learning_rate,
+    read_stats,
+    schedule,
+    whitening,
+)
 from .variants import KINDS, RATES, SLOTS
 
 CHECKPOINT_SECONDS = 30.0  # between two checkpoints, or longer:
@@ -38,7 +49,8 @@ UNITS = {
     "l1": "mean sum of codes per token, units of x' = (x - mean) / scale",
     "ev, r2": "1 - SSE/SST about the per-dimension mean, held out in the block val and in epochs",
     "l0": "codes per token",
-    "dead_pct": "0-100; in the block train and in epochs: silent for more than dead_after tokens; else: never fired on the scored rows",
+    "dead_pct": "0-100; in the block train and in epochs: silent for more than dead_after tokens; else: never fired on "
+                "the scored rows",
 }
 
 
@@ -55,7 +67,9 @@ class TrainSettings:
     top_k: int
     """Latents that may fire on one token; on average, where a threshold decides (batchtopk, jumprelu)."""
     kind: str = "topk"
-    """topk, batchtopk, jumprelu or matryoshka (lib.variants); only topk has the fast step, the others take dense steps."""
+    """topk, batchtopk, jumprelu or matryoshka (lib.variants); only topk has the fast step, the others take dense
+    steps.
+    """
     epochs: int = 10
     """Passes over the training rows; the best validation epoch is kept."""
     batch_size: int = 1024
@@ -63,7 +77,9 @@ class TrainSettings:
     lr: float | None = None
     """Peak learning rate; None: lib.sae_step.learning_rate, a rule over shape and length of the run."""
     dead_after: int | None = None
-    """Tokens of silence after which a latent counts as dead and AuxK works on it; None: lib.sae_step.aux_after, a rule."""
+    """Tokens of silence after which a latent counts as dead and AuxK works on it; None: lib.sae_step.aux_after, a
+    rule.
+    """
     aux_weight: float = 1 / 32
     """Weight of AuxK in the loss; 0 turns it off."""
     whiten: float = 1 / 8
@@ -71,13 +87,17 @@ class TrainSettings:
     aligned: bool = True
     """Encoder tied to its dictionary row up to a learnt gain and an orthogonal part; False: free encoder."""
     precision: str = "auto"
-    """Of the encoder product that proposes candidates (their codes are exact): auto, by shape and device; float32 or bfloat16."""
+    """Of the encoder product that proposes candidates (their codes are exact): auto, by shape and device; float32 or
+    bfloat16.
+    """
     log_every: int = 50
     """Steps between two points of the training curve."""
     seed: int = 0
     """Draws the start and the order of the rows."""
     frozen: str | None = None
-    """decoder or encoder: that part keeps its random start, as a control (arXiv 2602.14111); needs whiten 0 and aligned False."""
+    """decoder or encoder: that part keeps its random start, as a control (arXiv 2602.14111); needs whiten 0 and aligned
+    False.
+    """
 
 
 def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
@@ -91,16 +111,18 @@ def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
 
 
 def train_sae(
-    rows: Rows, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu", progress: bool = True,
+    rows: Rows, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu",
+    progress: bool = True,
     track: Callable[[dict[str, float]], None] = lambda record: None,
-) -> tuple[SAE, dict[str, Any]]:  # fmt: skip
+) -> tuple[SAE, dict[str, Any]]:
     """Train an SAE on the training rows; returns that of the best epoch by validation EV, and the history.
 
     folder: where checkpoints/last.pt is kept; None keeps nothing. A checkpoint of the same settings and rows is
     continued. history: see UNITS; `val` and `train_sample` have one entry an epoch, `train` one every log_every steps.
     track: is given each entry of `train`, and of `val` as val_<name>, as soon as it is there (lib/trackers.py).
 
-    Several ranks train one SAE: each takes its part of every batch, their gradients are added up, and only the first writes.
+    Several ranks train one SAE: each takes its part of every batch, their gradients are added up, and only the first
+    writes.
 
     Raises InputError for settings that can't work, for a loss that is no longer finite, and if `folder` holds an
     unfinished training with other settings.
@@ -110,15 +132,18 @@ def train_sae(
     n_steps, n_tokens = settings.epochs * per_epoch, settings.epochs * rows.n_train
     rate = RATES[settings.kind] * learning_rate(settings.n_latents, n_tokens) if settings.lr is None else settings.lr
     batch = min(settings.batch_size, rows.n_train)
-    dead_after = aux_after(settings.n_latents, settings.top_k, batch) if settings.dead_after is None else settings.dead_after
+    dead_after = (aux_after(settings.n_latents, settings.top_k, batch) if settings.dead_after is None
+                  else settings.dead_after)
     transform = whitening(rows.covariance, settings.whiten).to(device)
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
     progress_made = _load_checkpoint(checkpoint, key, settings) if checkpoint and checkpoint.exists() else None
     if not agree(progress_made is not None):
-        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
+        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them "
+                         "share")
     if progress_made is None:
-        progress_made = {"key": key, "history": _empty_history(rate, dead_after, n_steps), **_start(transform, settings)}
+        progress_made = {"key": key, "history": _empty_history(rate, dead_after, n_steps),
+                         **_start(transform, settings)}
         if checkpoint:  # keeps the precision, which another machine might choose otherwise
             _save_checkpoint(checkpoint, progress_made)
     state, history, best = progress_made["state"], progress_made["history"], progress_made["best"]
@@ -127,14 +152,16 @@ def train_sae(
     log.info("peak learning rate %.1e, %s steps", rate, f"{n_steps:,}")
     cache: dict[str, Tensor] = {}
     due = time.monotonic() + CHECKPOINT_SECONDS
-    with tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE", disable=not progress or rank() > 0) as bar:
+    with tqdm(total=n_steps, initial=int(state["step"]), unit="step", desc="training the SAE",
+              disable=not progress or rank() > 0) as bar:
         while int(state["step"]) < n_steps:
             epoch, done = divmod(int(state["step"]), per_epoch)
             for i, x in enumerate(epoch_batches(rows, transform, settings.batch_size, settings.seed, epoch, cache)):
                 if i < done:
                     continue
                 lr = rate * schedule(int(state["step"]), n_steps)
-                arguments: dict[str, Any] = {"k": settings.top_k, "lr": lr, "dead_after": dead_after, "aux_weight": settings.aux_weight}
+                arguments: dict[str, Any] = {"k": settings.top_k, "lr": lr, "dead_after": dead_after,
+                                             "aux_weight": settings.aux_weight}
                 arguments["frozen"] = settings.frozen
                 if settings.kind == "topk":
                     fast_step(state, x, work=work, **arguments)
@@ -146,14 +173,17 @@ def train_sae(
                     track({name: column[-1] for name, column in history["train"].items()})
                 if i + 1 == per_epoch:
                     _end_epoch(progress_made, rows, settings, device)
-                    track({"step": int(state["step"])} | {f"val_{name}": column[-1] for name, column in history["val"].items() if name != "step"})
-                    bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}", dead=f"{history['train']['dead_pct'][-1]:.1f}%")
+                    track({"step": int(state["step"])}
+                          | {f"val_{name}": column[-1] for name, column in history["val"].items() if name != "step"})
+                    bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}",
+                                    dead=f"{history['train']['dead_pct'][-1]:.1f}%")
                 if checkpoint and time.monotonic() > due:
                     due = _save_checkpoint(checkpoint, progress_made)
     if checkpoint:
         _save_checkpoint(checkpoint, progress_made)
     sae = _sae_of(best, rows, settings, device)
-    made = {"settings": asdict(settings), "precision": progress_made["precision"], "units": UNITS, "best_epoch": best["epoch"]}
+    made = {"settings": asdict(settings), "precision": progress_made["precision"], "units": UNITS,
+            "best_epoch": best["epoch"]}
     return sae, {**history, **made}
 
 
@@ -170,7 +200,8 @@ def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings, device
     """The SAE of folded weights W_enc, b_enc, W_dec and, where there is one, threshold."""
     threshold = weights.get("threshold")
     slots = settings.top_k if threshold is None else min(settings.n_latents, SLOTS * settings.top_k)
-    return make_sae(weights["W_enc"], weights["b_enc"], weights["W_dec"], rows.mean, rows.scale, slots, device=device, threshold=threshold)
+    return make_sae(weights["W_enc"], weights["b_enc"], weights["W_dec"], rows.mean, rows.scale, slots, device=device,
+                    threshold=threshold)
 
 
 def _check(rows: Rows, settings: TrainSettings) -> None:
@@ -190,14 +221,17 @@ def _check(rows: Rows, settings: TrainSettings) -> None:
     if settings.frozen not in (None, *FROZEN):
         raise InputError(f"frozen={settings.frozen} is unknown; choose one of {', '.join(FROZEN)}")
     if settings.frozen and (settings.whiten or settings.aligned):
-        raise InputError("a frozen part must be random: train it with whiten=0 and aligned=False, which shape it after the data or the dictionary")
+        raise InputError("a frozen part must be random: train it with whiten=0 and aligned=False, which shape it after "
+                         "the data or the dictionary")
     if settings.kind != "topk" and world_size() > 1:
         raise InputError(f"KIND={settings.kind} trains in one process only; use KIND=topk with several ranks")
     n_val = len(rows.is_val) - rows.n_train
     if rows.n_train == 0 or n_val < 2:  # a single one has no variance to explain
-        raise InputError("the run needs rows of training texts and two of validation texts at least; raise DATA_LIMIT in 01_save_activations.py")
+        raise InputError("the run needs rows of training texts and two of validation texts at least; raise DATA_LIMIT "
+                         "in 01_save_activations.py")
     if min(settings.batch_size, rows.n_train) < world_size():
-        raise InputError(f"batch_size={settings.batch_size} leaves some of {world_size()} ranks without a row; raise it")
+        raise InputError(f"batch_size={settings.batch_size} leaves some of {world_size()} ranks without a row; raise "
+                         "it")
 
 
 def _empty_history(rate: float, dead_after: int, n_steps: int) -> dict[str, Any]:
@@ -207,7 +241,8 @@ def _empty_history(rate: float, dead_after: int, n_steps: int) -> dict[str, Any]
         "train_sample": "step tokens recon_mse ev l0 dead_pct",
         "epochs": "loss recon_mse l1 r2 l0 dead_features_pct",
     }
-    return {"lr": rate, "dead_after": dead_after, "n_steps": n_steps} | {block: {name: [] for name in text.split()} for block, text in names.items()}
+    return ({"lr": rate, "dead_after": dead_after, "n_steps": n_steps}
+            | {block: {name: [] for name in text.split()} for block, text in names.items()})
 
 
 def _append(block: dict[str, list[float]], **values: float) -> None:
@@ -218,8 +253,10 @@ def _append(block: dict[str, list[float]], **values: float) -> None:
 def _log_point(block: dict[str, list[float]], state: dict[str, Tensor], settings: TrainSettings, lr: float) -> None:
     stats, step = read_stats(state), int(state["step"])
     if not all(map(math.isfinite, stats.values())):
-        raise Diverged(f"the loss is no longer finite at step {step}; lower LR (now {lr:.1e} at this step) or check the activations")
-    _append(block, step=step, tokens=step * settings.batch_size, lr=lr, dead_pct=100 * stats.pop("dead") / settings.n_latents, **stats)
+        raise Diverged(f"the loss is no longer finite at step {step}; lower LR (now {lr:.1e} at this step) or check "
+                       "the activations")
+    _append(block, step=step, tokens=step * settings.batch_size, lr=lr,
+            dead_pct=100 * stats.pop("dead") / settings.n_latents, **stats)
 
 
 def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str) -> None:
@@ -232,18 +269,21 @@ def _end_epoch(progress_made: dict[str, Any], rows: Rows, settings: TrainSetting
     step = int(state["step"])
     for block, validation in (("val", True), ("train_sample", False)):
         result = score(sae, sample_rows(rows, validation))
-        values = {"recon_mse": result["mse"], "ev": result["ev"], "l0": result["l0_mean"], "dead_pct": result["dead_pct"]}
+        values = {"recon_mse": result["mse"], "ev": result["ev"], "l0": result["l0_mean"],
+                  "dead_pct": result["dead_pct"]}
         _append(history[block], step=step, tokens=step * settings.batch_size, **values)
         if validation:
             val = result
     since = history["val"]["step"][-2] if len(history["val"]["step"]) > 1 else 0
     losses = [loss for at, loss in zip(history["train"]["step"], history["train"]["loss"]) if at > since]
     _append(
-        history["epochs"], loss=sum(losses) / len(losses), recon_mse=val["mse"], l1=val["l1_mean"], r2=val["ev"], l0=val["l0_mean"],
+        history["epochs"], loss=sum(losses) / len(losses), recon_mse=val["mse"], l1=val["l1_mean"], r2=val["ev"],
+        l0=val["l0_mean"],
         dead_features_pct=history["train"]["dead_pct"][-1],
-    )  # fmt: skip
+    )
     if not all(map(math.isfinite, (val["ev"], val["mse"], val["l1_mean"]))):
-        raise Diverged(f"the SAE of epoch {len(history['val']['ev'])} rebuilds nothing (EV {val['ev']}); lower LR (now {history['lr']:.1e})")
+        raise Diverged(f"the SAE of epoch {len(history['val']['ev'])} rebuilds nothing (EV {val['ev']}); lower LR (now "
+                       f"{history['lr']:.1e})")
     if not best or val["ev"] > best["ev"]:
         best |= {name: w.cpu() for name, w in weights.items()} | {"ev": val["ev"], "epoch": len(history["val"]["ev"])}
 
@@ -252,7 +292,8 @@ def _save_checkpoint(path: Path, progress_made: dict[str, Any]) -> float:
     """Write a checkpoint; returns when the next one is due, so that they take at most CHECKPOINT_SHARE of the time."""
     state = progress_made["state"]
     if not all(torch.isfinite(state[name]).all() for name in ("enc", "dec")):
-        raise Diverged(f"the weights are no longer finite at step {int(state['step'])}; lower LR or check the activations")
+        raise Diverged(f"the weights are no longer finite at step {int(state['step'])}; lower LR or check the "
+                       "activations")
     start = time.monotonic()
     if rank() == 0:
         write_torch(path, progress_made)
@@ -267,7 +308,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         check(settings, schemas.TRAINING)
         names = init_state(torch.eye(2), 2, 0, settings["aligned"], settings["kind"])
-        check_tensors(state, {name: schemas.STATE[name.removesuffix("_m").removesuffix("_v")] for name in names}, F=settings["n_latents"])
+        check_tensors(state, {name: schemas.STATE[name.removesuffix("_m").removesuffix("_v")] for name in names},
+                      F=settings["n_latents"])
         if best:
             check(best, schemas.BEST)
             check_tensors(best, schemas.BEST_WEIGHTS, F=settings["n_latents"], D=len(state["transform"]))
@@ -288,5 +330,6 @@ def _load_checkpoint(path: Path, key: str, settings: TrainSettings) -> dict[str,
         return found
     if step:
         why = differences(found["settings"], asdict(settings)) or "other activations, or another device"
-        raise InputError(f"{path.parent} holds an unfinished training ({why}); end it with its own constants, or delete that folder to train anew")
+        raise InputError(f"{path.parent} holds an unfinished training ({why}); end it with its own constants, or "
+                         "delete that folder to train anew")
     return None

@@ -16,7 +16,8 @@ from torch import Tensor
 KINDS = ("topk", "batchtopk", "jumprelu", "matryoshka")
 WITH_THRESHOLD = ("batchtopk", "jumprelu")
 SLOTS = 4  # times k: latents of one row that are kept at most where a threshold decides how many fire
-RATES = {"topk": 1.0, "batchtopk": 0.7, "jumprelu": 0.5, "matryoshka": 1.0}  # times lib.sae_step.learning_rate: more kills latents
+RATES = {"topk": 1.0, "batchtopk": 0.7, "jumprelu": 0.5, "matryoshka": 1.0}  # times lib.sae_step.learning_rate: more
+                                                                             # kills latents
 WINDOW = 0.1  # width of the window around a threshold, in units of a row's root mean square norm
 FORGET = 0.05  # weight of the newest batch in the running mean of batchtopk's threshold
 L0_WEIGHT = 1.0  # of jumprelu's penalty beside the squared error, whose scale is 1
@@ -49,7 +50,9 @@ def errors_of(kind: str, x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor,
 
 
 def prefix_sizes(n_latents: int) -> list[int]:
-    """Latents in each nested part of a matryoshka SAE, the whole last: F/16, F/8, F/4, F/2, F, at least 1, without repeats."""
+    """Latents in each nested part of a matryoshka SAE, the whole last: F/16, F/8, F/4, F/2, F, at least 1, without
+    repeats.
+    """
     return sorted({max(1, n_latents >> shift) for shift in range(5)})
 
 
@@ -59,7 +62,9 @@ def first_threshold(pre: Tensor, k: int) -> Tensor:
 
 
 class _Jump(torch.autograd.Function):
-    """pre * H(pre - threshold) and H(pre - threshold), H the step; the threshold's gradient as in arXiv 2407.14435, eq. 11-12."""
+    """pre * H(pre - threshold) and H(pre - threshold), H the step; the threshold's gradient as in arXiv 2407.14435, eq.
+    11-12.
+    """
 
     @staticmethod
     def forward(ctx, pre, threshold):

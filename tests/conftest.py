@@ -41,7 +41,9 @@ def own_store(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_hooks():
-    """A script that ends early in this process leaves what catches Ctrl-C and errors in its imports; see lib.environment.guard_imports."""
+    """A script that ends early in this process leaves what catches Ctrl-C and errors in its imports; see
+    lib.environment.guard_imports.
+    """
     hook, handler = sys.excepthook, signal.getsignal(signal.SIGINT)
     yield
     sys.excepthook = hook
@@ -55,18 +57,21 @@ def word_tokenizer(bos: bool = True):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]",
+                                                eos_token="[EOS]", unk_token="[UNK]")
 
 
 def tiny_model(kind: str, width: int = 16, n_blocks: int = 3, seed: int = 0, **extra):
     """A random model of the given family: llama, gpt2, neox or bert; causal LM, or encoder for bert."""
     torch.manual_seed(seed)
-    size = {"hidden_size": width, "num_hidden_layers": n_blocks, "num_attention_heads": 2, "intermediate_size": 2 * width}
+    size = {"hidden_size": width, "num_hidden_layers": n_blocks, "num_attention_heads": 2,
+            "intermediate_size": 2 * width}
     common = {"vocab_size": len(WORDS) + 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **extra}
     if kind == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, **common))
     elif kind == "gpt2":
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=width, n_layer=n_blocks, n_head=2, **common))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=width, n_layer=n_blocks, n_head=2,
+                                                                     **common))
     elif kind == "neox":
         model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**size, **common))
     elif kind == "bert":
@@ -99,7 +104,9 @@ def saved_model(tmp_path):
 
 @pytest.fixture(scope="session")
 def labelled_texts(tmp_path_factory):
-    """A folder with a tiny model (llama/) and train.jsonl, val.jsonl, test.jsonl of texts whose mood is told by a word."""
+    """A folder with a tiny model (llama/) and train.jsonl, val.jsonl, test.jsonl of texts whose mood is told by a
+    word.
+    """
     folder = tmp_path_factory.mktemp("labelled")
     tiny_model("llama").save_pretrained(folder / "llama")
     word_tokenizer().save_pretrained(folder / "llama")
@@ -118,7 +125,9 @@ def forks():
 
 @pytest.fixture(scope="session")
 def undisturbed(forks, labelled_texts, tmp_path_factory):
-    """undisturbed(name): a script of forked.SCRIPTS run once in peace, after the steps that it needs; see forked.Whole."""
+    """undisturbed(name): a script of forked.SCRIPTS run once in peace, after the steps that it needs; see
+    forked.Whole.
+    """
 
     @functools.cache
     def run(name):
@@ -153,7 +162,8 @@ def pytest_terminal_summary(terminalreporter):
 def run_script(path: str, *arguments: str, store: Path, check: bool = True) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, from another directory."""
     environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(PROJECT / path), *arguments], capture_output=True, text=True, env=environment, cwd=store.parent)
+    done = subprocess.run([sys.executable, str(PROJECT / path), *arguments], capture_output=True, text=True,
+                          env=environment, cwd=store.parent)
     if check and done.returncode:
         raise AssertionError(done.stdout + done.stderr)
     return done

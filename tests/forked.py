@@ -19,24 +19,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[1]
-IMPORTS = ("lib.environment", "lib.activations", "lib.training", "cycles.steps", "cycles.evaluation", "lib.models", "lib.kernels", "pandas",
-           "sklearn.linear_model", "sklearn.feature_extraction.text", "sklearn.cluster", "transformers.models.llama.modeling_llama",
-           "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "overcomplete.sae")  # fmt: skip
+IMPORTS = ("lib.environment", "lib.activations", "lib.training", "cycles.steps", "cycles.evaluation", "lib.models",
+           "lib.kernels", "pandas",
+           "sklearn.linear_model", "sklearn.feature_extraction.text", "sklearn.cluster",
+           "transformers.models.llama.modeling_llama",
+           "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "overcomplete.sae")
 
 # Where the packages of the experiments lie.
-ROOMS = os.pathsep.join(str(PROJECT / folder) for folder in (".", "experiments/verify_sae_training", "experiments/sae_ception"))
+ROOMS = os.pathsep.join(str(PROJECT / folder)
+                        for folder in (".", "experiments/verify_sae_training", "experiments/sae_ception"))
 # Set before a script starts, so that a run of a second writes as many files as a long one.
-OFTEN = {"lib.training.CHECKPOINT_SECONDS": 0.02, "lib.training.CHECKPOINT_SHARE": 1.0, "lib.activations.BLOCK_TEXTS": 16}
-VERIFY, CEPTION, EMBEDDED = (f"experiments/{name}" for name in ("verify_sae_training", "sae_ception", "embedded_default"))
-SAVE = ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "LAYER_SIGNATURE=resid_post:1,resid_post:0", "SHARD_ROWS=60", "PREFLIGHT=False"]
+OFTEN = {"lib.training.CHECKPOINT_SECONDS": 0.02, "lib.training.CHECKPOINT_SHARE": 1.0,
+         "lib.activations.BLOCK_TEXTS": 16}
+VERIFY, CEPTION, EMBEDDED = (f"experiments/{name}"
+                             for name in ("verify_sae_training", "sae_ception", "embedded_default"))
+SAVE = ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "LAYER_SIGNATURE=resid_post:1,resid_post:0",
+        "SHARD_ROWS=60", "PREFLIGHT=False"]
 TRAIN = ["N_LATENTS_MULTIPLIER=4", "EPOCHS=12", "BATCH_SIZE_TRAIN=64", "TOP_K=3", "PRECISION=float32"]
-DATA = ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "VAL_DATASET={data}/val.jsonl", "TEST_DATASET={data}/test.jsonl", "DATA_LIMIT=None"]
+DATA = ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "VAL_DATASET={data}/val.jsonl",
+        "TEST_DATASET={data}/test.jsonl", "DATA_LIMIT=None"]
 BASELINE = [f"{CEPTION}/01_train_baseline.py", *DATA, "EPOCHS_PER_CYCLE=6", "BATCH_SIZE=16"]
 SAE = [f"{CEPTION}/02_train_sae.py", "SAE_EPOCHS=4", "SAE_BATCH_SIZE=64", "TOP_K=4"]
-CYCLE = [f"{CEPTION}/04_train_cycle.py", *BASELINE[1:], *SAE[1:], "SEEDS=0,", "ARMS=('lambda0','per_class')", "KEEP_PCT=5.0", "ABSORPTION_TOKENS=200"]
+CYCLE = [f"{CEPTION}/04_train_cycle.py", *BASELINE[1:], *SAE[1:], "SEEDS=0,", "ARMS=('lambda0','per_class')",
+         "KEEP_PCT=5.0", "ABSORPTION_TOKENS=200"]
 STORIES = [f"{EMBEDDED}/01_write_stories.py", "N_STORIES=240"]
-MODEL = [f"{EMBEDDED}/02_train_story_model.py", "HIDDEN=16", "LAYERS=1", "HEADS=2", "MLP_WIDTH=16", "N_MERGES=50", "EPOCHS=2", "BATCH_SIZE=8",
-         "WARMUP=2", "SAVE_EVERY=3"]  # fmt: skip
+MODEL = [f"{EMBEDDED}/02_train_story_model.py", "HIDDEN=16", "LAYERS=1", "HEADS=2", "MLP_WIDTH=16", "N_MERGES=50",
+         "EPOCHS=2", "BATCH_SIZE=8",
+         "WARMUP=2", "SAVE_EVERY=3"]
 # Each script after those that it needs.
 SCRIPTS = {
     "verify 01": [[f"{VERIFY}/01_save_activations.py", *SAVE]],
@@ -52,7 +61,8 @@ SCRIPTS = {
 
 def contents(folder):
     """The bytes of every file of a store but the logs."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".log"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".log"}
 
 
 class Ended(NamedTuple):
@@ -83,14 +93,21 @@ class Forks:
     """The process that forks; close it, or use it in a with block."""
 
     def __init__(self):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOMS}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        environment = (os.environ
+                       | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOMS})
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env=environment)
 
-    def run(self, command, store, *, kill_after=None, kill_at_write=None, kind=signal.SIGKILL, environment=None) -> Ended:
-        """Run one of the project's scripts on a store; `kind` is sent after so many seconds, or when it has written so many files."""
+    def run(
+        self, command, store, *, kill_after=None, kill_at_write=None, kind=signal.SIGKILL, environment=None
+    ) -> Ended:
+        """Run one of the project's scripts on a store; `kind` is sent after so many seconds, or when it has written so
+        many files.
+        """
         store.mkdir(parents=True, exist_ok=True)
-        job = {"script": str(PROJECT / command[0]), "arguments": command[1:], "store": str(store), "kill_after": kill_after,
-               "kill_at_write": kill_at_write, "kind": int(kind), "environment": environment or {}}  # fmt: skip
+        job = {"script": str(PROJECT / command[0]), "arguments": command[1:], "store": str(store),
+               "kill_after": kill_after,
+               "kill_at_write": kill_at_write, "kind": int(kind), "environment": environment or {}}
         return Ended(**self._ask(job))
 
     def end(self, stopped: Ended) -> None:

@@ -25,7 +25,8 @@ def save(folder, model=None, tokenizer=None, texts=MANY, names=("resid_post:1",)
     model = model or tiny_model("llama")
     points = [resolve(model, name, point) for name in names]
     settings = SaveSettings(**{"shard_rows": 64, **settings})
-    return save_activations(folder, model, tokenizer or word_tokenizer(), points, texts, split_texts(len(texts), 0.2, 0), settings, {})
+    return save_activations(folder, model, tokenizer or word_tokenizer(), points, texts,
+                            split_texts(len(texts), 0.2, 0), settings, {})
 
 
 def stored(run, hook=None):
@@ -48,7 +49,8 @@ def test_each_row_is_its_tokens_own_activation(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
 def test_batch_size_changes_nothing(tmp_path, kind):
     model = tiny_model(kind)
-    runs = [save(tmp_path / str(i), model, **s) for i, s in enumerate(({}, {"batch_tokens": 1}, {"batch_tokens": 10**6}))]
+    runs = [save(tmp_path / str(i), model, **s)
+            for i, s in enumerate(({}, {"batch_tokens": 1}, {"batch_tokens": 10**6}))]
     for other in runs[1:]:
         torch.testing.assert_close(stored(other), stored(runs[0]), rtol=1e-5, atol=1e-5)
         assert all(torch.equal(other.rows[c], runs[0].rows[c]) for c in other.rows)
@@ -228,7 +230,8 @@ def test_texts_are_cut_at_max_length(tmp_path):
     assert run.rows["pos"].max() == 3
 
 
-@pytest.mark.parametrize("texts", [["", "a cat", "", "the dog ran", ""] * 3, ["", "", "", "", "it was red", "a cat"], ["a cat", *[""] * 9]])
+@pytest.mark.parametrize("texts", [["", "a cat", "", "the dog ran", ""] * 3, ["", "", "", "", "it was red", "a cat"],
+                                   ["a cat", *[""] * 9]])
 @pytest.mark.parametrize("batch_tokens", [1, 3, 1000])
 def test_empty_texts_and_no_bos_take_no_row(tmp_path, monkeypatch, texts, batch_tokens):
     """Tokenizers without BOS give an empty text no token at all, and a whole block of texts may be empty."""
@@ -238,7 +241,8 @@ def test_empty_texts_and_no_bos_take_no_row(tmp_path, monkeypatch, texts, batch_
     words = [(i, word) for i, text in enumerate(texts) for word in text.split()]
     assert [(int(i), run.token(row)) for row, i in enumerate(run.rows["text_id"])] == words
     with torch.no_grad():
-        alone = model(tokenizer("a cat", return_tensors="pt")["input_ids"], output_hidden_states=True).hidden_states[2][0]
+        alone = model(tokenizer("a cat", return_tensors="pt")["input_ids"],
+                      output_hidden_states=True).hidden_states[2][0]
     torch.testing.assert_close(stored(run)[run.rows["text_id"] == texts.index("a cat")], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -274,7 +278,8 @@ def test_a_long_text_is_read_as_far_as_it_is_needed(monkeypatch):
     assert sum(seen) < 50_000 < len(text)
 
 
-@pytest.mark.parametrize("text", ["x" * 100_000 + " the cat", " " * 300_000 + "the cat sat", "the" + " " * 200_000 + "cat", "a cat " * 3])
+@pytest.mark.parametrize("text", ["x" * 100_000 + " the cat", " " * 300_000 + "the cat sat",
+                                  "the" + " " * 200_000 + "cat", "a cat " * 3])
 def test_of_a_long_word_or_a_long_gap_more_is_read(text):
     tokenizer = word_tokenizer()
     whole = tokenizer(text, truncation=True, max_length=128, return_offsets_mapping=True)
@@ -287,7 +292,8 @@ def test_a_token_without_an_embedding_is_named(tmp_path):
         save(tmp_path / "run", tiny_model("llama", vocab_size=10), texts=["the cat .", "a , ."] * 3)
 
 
-@pytest.mark.parametrize("kind, limit", [("gpt2", "n_positions"), ("bert", "max_position_embeddings"), ("llama", "max_position_embeddings")])
+@pytest.mark.parametrize("kind, limit", [("gpt2", "n_positions"), ("bert", "max_position_embeddings"),
+                                         ("llama", "max_position_embeddings")])
 def test_texts_longer_than_the_positions_are_refused_before_anything_is_written(tmp_path, kind, limit):
     with pytest.raises(InputError, match="MAX_LENGTH=128 is beyond the 32 positions"):
         save(tmp_path / "run", tiny_model(kind, **{limit: 32}))
@@ -307,12 +313,14 @@ def test_weights_that_are_not_numbers_are_named(tmp_path):
 
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40), (3, 3)])
 def test_effective_dimensions_are_those_of_the_singular_values(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.double) * torch.arange(1, shape[1] + 1)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.double) * torch.arange(1,
+                                                                                                          shape[1] + 1)
     values = torch.linalg.svdvals(x - x.mean(0)).square()
     expected = float(values.sum() ** 2 / values.square().sum())
     assert layer_statistics(x)["participation"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_lists_of_words_in_a_parquet_file_are_lists(tmp_path):
-    pandas.DataFrame({"text": ["a cat", "the dog"], "concepts": [[1, 2], [0, 3]]}).to_parquet(tmp_path / "texts.parquet")
+    pandas.DataFrame({"text": ["a cat", "the dog"],
+                      "concepts": [[1, 2], [0, 3]]}).to_parquet(tmp_path / "texts.parquet")
     assert [document["concepts"] for document in load_documents(str(tmp_path / "texts.parquet"))] == [[1, 2], [0, 3]]

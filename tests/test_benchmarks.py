@@ -1,4 +1,6 @@
-"""The benchmarks' own arithmetic: known features, scores of dictionaries with a known answer, and the notebook. Nothing is timed."""
+"""The benchmarks' own arithmetic: known features, scores of dictionaries with a known answer, and the notebook. Nothing
+is timed.
+"""
 import json
 import sys
 
@@ -57,9 +59,12 @@ def test_the_notebook_shows_what_there_is(own_store, capsys):
     (folder / "sae_training_speed.json").write_text(json.dumps({"made_with": made_with, "timed": timed}))
     scores = {"dead_pct": 0, "found_pct": 90, "cosine": 0.9, "mcc": 0.9, "f1": 0.8, "cpu_seconds": 1}
     runs = [{"trainer": "ours", "lr": None, "seed": seed, "fvu": 0.1 + seed / 10, **scores} for seed in (0, 1)]
-    runs += [{"trainer": "sparsify", "lr": lr, "seed": seed, "fvu": fvu, **scores} for lr, seed, fvu in ((1, 9, 0.3), (2, 9, 0.2), (2, 0, 0.4), (2, 1, 0.5))]
-    c = {"CHOOSE_SEED": 9, "REPORT_SEEDS": [0, 1], "WIDTH": 8, "N_LATENTS": 16, "TOP_K": 2, "N_ROWS": 100, "N_FEATURES": 12}
-    (folder / "known_features_small.json").write_text(json.dumps({"made_with": made_with, "constants": c, "runs": runs}))
+    runs += [{"trainer": "sparsify", "lr": lr, "seed": seed, "fvu": fvu, **scores}
+             for lr, seed, fvu in ((1, 9, 0.3), (2, 9, 0.2), (2, 0, 0.4), (2, 1, 0.5))]
+    c = {"CHOOSE_SEED": 9, "REPORT_SEEDS": [0, 1], "WIDTH": 8, "N_LATENTS": 16, "TOP_K": 2, "N_ROWS": 100,
+         "N_FEATURES": 12}
+    (folder / "known_features_small.json").write_text(json.dumps({"made_with": made_with, "constants": c,
+                                                                  "runs": runs}))
     names = run_notebook(FOLDER / "04_show_benchmarks.ipynb")
     assert [run["fvu"] for run in names["reported"](names["quality"]["small"])["sparsify"]] == [0.4, 0.5]
     assert names["interval"]([1.0, 3.0])[0] == 2 and names["interval"]([1.0, 3.0])[1] == pytest.approx(12.706, abs=1e-3)

@@ -1,4 +1,6 @@
-"""Chat servers that are slow, broken, busy or hostile: a latent keeps its offline name, the run goes on, no key leaks."""
+"""Chat servers that are slow, broken, busy or hostile: a latent keeps its offline name, the run goes on, no key
+leaks.
+"""
 import json
 import logging
 import threading
@@ -26,21 +28,24 @@ def message(content):
 
 
 @pytest.mark.parametrize(("reply", "tokens"), [
-    (message([{"type": "text", "text": ANSWER[:9]}, {"type": "image_url"}, {"text": ANSWER[9:]}]), (1, len(ANSWER) // 4)),
+    (message([{"type": "text", "text": ANSWER[:9]}, {"type": "image_url"}, {"text": ANSWER[9:]}]),
+     (1, len(ANSWER) // 4)),
     ((200, {}, message(ANSWER)[2] | {"usage": "many"}), (1, len(ANSWER) // 4)),
     ((200, {}, message(ANSWER)[2] | {"usage": [1, 2]}), (1, len(ANSWER) // 4)),
     ((200, {}, message(ANSWER)[2] | {"usage": {"prompt_tokens": "9", "completion_tokens": -4}}), (1, len(ANSWER) // 4)),
-    ((200, {}, message(ANSWER)[2] | {"usage": {"prompt_tokens": True, "completion_tokens": 1e300}}), (1, len(ANSWER) // 4)),
-])  # fmt: skip
-def test_answers_of_other_shapes_are_read(serve, tmp_path, reply, tokens):  # noqa: F811
+    ((200, {}, message(ANSWER)[2] | {"usage": {"prompt_tokens": True, "completion_tokens": 1e300}}),
+     (1, len(ANSWER) // 4)),
+])
+def test_answers_of_other_shapes_are_read(serve, tmp_path, reply, tokens):
     serve(lambda *_: reply)
     chat = open_chat("openai")
     assert ask_json(chat, "Name it", check_name, tmp_path) == GOOD and (chat.tokens_in, chat.tokens_out) == tokens
 
 
-@pytest.mark.parametrize("content", [3, {"text": "x"}, [3], ["x"], [{"type": "text"}], [{"type": "text", "text": 3}], [[]]])
+@pytest.mark.parametrize("content",
+                         [3, {"text": "x"}, [3], ["x"], [{"type": "text"}], [{"type": "text", "text": 3}], [[]]])
 @pytest.mark.parametrize("backend", ["openai", "anthropic"])
-def test_answers_of_no_known_shape_are_one_line(serve, tmp_path, backend, content):  # noqa: F811
+def test_answers_of_no_known_shape_are_one_line(serve, tmp_path, backend, content):
     serve(lambda *_: message(content) if backend == "openai" else (200, {}, {"content": content}))
     with pytest.raises(NoAnswer, match="protocol") as error:
         ask_json(open_chat(backend), "Name it", check_name, tmp_path)
@@ -65,17 +70,21 @@ RAW = {
     "no HTTP": lambda handler: handler.wfile.write(b"220 mail.example SMTP\r\n"),
     "a connection that ends": lambda handler: None,
     "half a body": lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"),
-    "half a chunk": lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n{"),
+    "half a chunk": lambda handler: handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n{"
+    ),
     "no chunk": lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n{"),
     "too long a body": lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 5_000_000),
     "500 without its body": lambda handler: handler.wfile.write(b"HTTP/1.1 500 No\r\nContent-Length: 500\r\n\r\n{"),
     "500 with a late body": lambda handler: drip(handler, b"HTTP/1.1 500 No\r\nContent-Length: 500\r\n\r\n"),
-    "500 that is no text": lambda handler: handler.wfile.write(b"HTTP/1.1 500 No\r\nContent-Length: 3\r\n\r\n\xff\xfe\x00"),
+    "500 that is no text": lambda handler: handler.wfile.write(
+        b"HTTP/1.1 500 No\r\nContent-Length: 3\r\n\r\n\xff\xfe\x00"
+    ),
 }
 
 
 @pytest.mark.parametrize("what", RAW)
-def test_a_broken_server_costs_one_name_and_not_the_run(serve, contexts, tmp_path, monkeypatch, what, caplog):  # noqa: F811
+def test_a_broken_server_costs_one_name_and_not_the_run(serve, contexts, tmp_path, monkeypatch, what, caplog):
     """The first latent is named; on the second the server breaks; the third is named again."""
     good, broken = names_and_verdicts(lambda n: [1]), contexts.for_name(2)
 
@@ -103,11 +112,12 @@ def test_a_broken_server_costs_one_name_and_not_the_run(serve, contexts, tmp_pat
     assert list(named) == [0] and time.monotonic() - start < 6 and "latent 2 keeps its offline name: " in caplog.text
 
 
-def test_waiting_for_a_busy_server_as_long_as_it_asks(serve, tmp_path, monkeypatch):  # noqa: F811
+def test_waiting_for_a_busy_server_as_long_as_it_asks(serve, tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(chat_servers, "WAITS", (1.0, 2.0, 4.0, 8.0, 16.0))
     monkeypatch.setattr(time, "sleep", waited.append)
-    replies = [(429, {"Retry-After": "7"}, {}), (503, {}, b""), (408, {"Retry-After": "soon"}, {}), (429, {"Retry-After": "Mon, 01 Jan 2001 00:00:00 GMT"}, {})]
+    replies = [(429, {"Retry-After": "7"}, {}), (503, {}, b""), (408, {"Retry-After": "soon"}, {}),
+               (429, {"Retry-After": "Mon, 01 Jan 2001 00:00:00 GMT"}, {})]
     serve(lambda number, *_: replies[number - 1] if number <= len(replies) else openai(ANSWER))
     assert ask_json(open_chat("openai"), "Name it", check_name, tmp_path) == GOOD and waited == [7, 2, 4, 8]
     serve(lambda *_: (429, {"Retry-After": "86400"}, {"error": "enough for today"}))
@@ -120,7 +130,7 @@ def test_patience_is_minutes():
     assert 180 <= sum(chat_servers.WAITS) <= chat_servers.PATIENCE
 
 
-def test_a_server_that_stops_answering_keeps_what_was_named(serve, contexts, tmp_path, caplog):  # noqa: F811
+def test_a_server_that_stops_answering_keeps_what_was_named(serve, contexts, tmp_path, caplog):
     good = names_and_verdicts(lambda n: [1])
     server = serve(lambda number, *rest: good(number, *rest) if number <= 2 else (503, {}, {}))
     chat = open_chat("openai")
@@ -130,7 +140,7 @@ def test_a_server_that_stops_answering_keeps_what_was_named(serve, contexts, tmp
         name_with(open_chat("openai"), contexts, [2, 0], tmp_path / "other", progress=False)
 
 
-def test_a_judge_that_stops_answering_leaves_names_unscored(serve, contexts, tmp_path, caplog):  # noqa: F811
+def test_a_judge_that_stops_answering_leaves_names_unscored(serve, contexts, tmp_path, caplog):
     good = names_and_verdicts(lambda n: [1])
     serve(lambda number, *rest: good(number, *rest) if number == 1 else (503, {}, {}))
     people = {i: {"name": name, "source": "human"} for i, name in ((0, "dogs"), (2, "cats"))}
@@ -143,19 +153,22 @@ def escapes(text):
 
 
 SPELLINGS = {
-    "plain": lambda key: key, "escaped": escapes, "escaped twice": lambda key: escapes(key).replace("\\", "\\\\"), "percent": lambda key: "".join(f"%{ord(c):02x}" for c in key),
+    "plain": lambda key: key, "escaped": escapes, "escaped twice": lambda key: escapes(key).replace("\\", "\\\\"),
+    "percent": lambda key: "".join(f"%{ord(c):02x}" for c in key),
     "html": lambda key: "".join(f"&#{ord(c)};" for c in key), "partly": lambda key: key[:2] + escapes(key[2:]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("key", [KEY, "sk-1", "x7"])
-def test_no_spelling_of_a_key_is_kept_or_told(serve, contexts, tmp_path, monkeypatch, caplog, capsys, key, spelling):  # noqa: F811
+def test_no_spelling_of_a_key_is_kept_or_told(serve, contexts, tmp_path, monkeypatch, caplog, capsys, key, spelling):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("OPENAI_API_KEY", key)
     said = SPELLINGS[spelling](key)
     answers = [
-        (200, {}, json.dumps({"choices": [{"message": {"content": json.dumps(GOOD | {"name": "a KEY b"})}}]}).replace("KEY", said).encode()),
+        (200, {},
+         json.dumps({"choices": [{"message": {"content": json.dumps(GOOD | {"name": "a KEY b"})}}]}).replace("KEY",
+                                                                                                             said).encode()),
         (200, {}, json.dumps({"choices": [{"message": {"content": "KEY"}}]}).replace("KEY", said).encode()),
         (404, {}, json.dumps({"error": f"key={said}"}).encode()),
         (404, {}, f'{{"error": "bad key \\"{said}\\""}}'.encode()),
@@ -172,21 +185,26 @@ def test_no_spelling_of_a_key_is_kept_or_told(serve, contexts, tmp_path, monkeyp
     for text in everything:
         for _ in range(3):
             assert key not in text
-            text = urllib.parse.unquote(text.replace("\\\\", "\\").encode().decode("unicode_escape") if "\\u" in text else text)
+            text = urllib.parse.unquote(text.replace("\\\\", "\\").encode().decode("unicode_escape") if "\\u" in text
+                                        else text)
 
 
 def test_a_short_key_does_not_eat_words():
-    assert Secret("fox").removed({"name": "foxes fox", "lines": ["the fox."]}) == {"name": "foxes [key]", "lines": ["the [key]."]}
+    assert Secret("fox").removed({"name": "foxes fox", "lines": ["the fox."]}) == {"name": "foxes [key]",
+                                                                                   "lines": ["the [key]."]}
     assert Secret("").removed(["fox", 1, None]) == ["fox", 1, None] and "fox" not in repr(Secret("fox"))
 
 
-def test_half_a_character_is_replaced(serve, tmp_path):  # noqa: F811
+def test_half_a_character_is_replaced(serve, tmp_path):
     serve(lambda *_: message('{"name": "dog \\ud83d", "description": "\\ud83d\\udc36 and \\udc36"}'))
-    assert ask_json(open_chat("openai"), "Name it", check_name, tmp_path) == {"name": "dog �", "description": "🐶 and �", "confidence": None}
+    assert ask_json(open_chat("openai"), "Name it", check_name, tmp_path) == {
+        "name": "dog �", "description": "🐶 and �",
+                                                                              "confidence": None}
 
 
-@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"choices": ' + b'{"a":' * 100_000, b"\xff\xff", b'"text"', b"3", b"1" * 5000, b"NaN"])
-def test_bodies_that_are_no_answer(serve, tmp_path, body):  # noqa: F811
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"choices": ' + b'{"a":' * 100_000, b"\xff\xff", b'"text"', b"3",
+                                  b"1" * 5000, b"NaN"])
+def test_bodies_that_are_no_answer(serve, tmp_path, body):
     serve(lambda *_: (200, {}, body))
     with pytest.raises(NoAnswer, match="not JSON|not in OpenAI's protocol") as error:
         ask_json(open_chat("openai"), "Name it", check_name, tmp_path)
@@ -194,10 +212,12 @@ def test_bodies_that_are_no_answer(serve, tmp_path, body):  # noqa: F811
 
 
 @pytest.mark.parametrize(("text", "found"), [
-    ('<think>{"a": 1}</think>{"b": 2}', {"b": 2}), ('{"a": 1} so?</think>{"b": 2}', {"b": 2}), ('<THINK>x</THINK> {"b": 2}', {"b": 2}),
-    ('<think>{"a": 1}</think><thinking>{"c": 1}</thinking>{"b": 2}', {"b": 2}), ('{"b": 2}<think>{"a": 1}', {"b": 2}), ('<think><think>{"a": 1}</think>{"b": 2}', {"b": 2}),
+    ('<think>{"a": 1}</think>{"b": 2}', {"b": 2}), ('{"a": 1} so?</think>{"b": 2}', {"b": 2}),
+    ('<THINK>x</THINK> {"b": 2}', {"b": 2}),
+    ('<think>{"a": 1}</think><thinking>{"c": 1}</thinking>{"b": 2}', {"b": 2}), ('{"b": 2}<think>{"a": 1}', {"b": 2}),
+    ('<think><think>{"a": 1}</think>{"b": 2}', {"b": 2}),
     ('<think>{"a": 1}', None), ('<think>{"a": 1}</think>', None), ('<think>' * 3 + '{"a": 1}', None),
-])  # fmt: skip
+])
 def test_what_was_only_thought_is_no_answer(text, found):
     if found is not None:
         assert find_json(text) == found
@@ -206,7 +226,9 @@ def test_what_was_only_thought_is_no_answer(text, found):
             find_json(text)
 
 
-@pytest.mark.parametrize("text", ["<think>" * 100_000, "<think></think>" * 50_000, "{" * 300_000, '{"a":' * 100_000, '{"a":[' * 100_000, '{"' * 200_000, "</think>" * 100_000, "a<think></think>" * 200_000])
+@pytest.mark.parametrize("text",
+                         ["<think>" * 100_000, "<think></think>" * 50_000, "{" * 300_000, '{"a":' * 100_000,
+                          '{"a":[' * 100_000, '{"' * 200_000, "</think>" * 100_000, "a<think></think>" * 200_000])
 def test_long_answers_take_no_time(text):
     start = time.monotonic()
     with pytest.raises(ValueError, match="no JSON object"):
@@ -215,10 +237,12 @@ def test_long_answers_take_no_time(text):
 
 
 @pytest.mark.parametrize("address", [
-    "http://[::1", "http://[zz]/v1", "http://../v1", "http://a..b/v1", "http://höst/v1", "http://host:99999/v1", "http://host:x/v1", "http://ho st/v1",
-    "http://host/v1 x", "ftp://host", "http://", "http:///v1", "host/v1", "http://" + "a" * 300, "http://host/v1#x", "http://@host/v1", "http://host/ü",
+    "http://[::1", "http://[zz]/v1", "http://../v1", "http://a..b/v1", "http://höst/v1", "http://host:99999/v1",
+    "http://host:x/v1", "http://ho st/v1",
+    "http://host/v1 x", "ftp://host", "http://", "http:///v1", "host/v1", "http://" + "a" * 300, "http://host/v1#x",
+    "http://@host/v1", "http://host/ü",
     f"http://host/{KEY}/v1", "http://host\\@other/v1", "file:///etc/passwd",
-])  # fmt: skip
+])
 def test_odd_addresses_are_one_line(monkeypatch, address):
     monkeypatch.setenv("NAMING_MODEL", "m")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -228,14 +252,18 @@ def test_odd_addresses_are_one_line(monkeypatch, address):
     assert "\n" not in str(error.value) and KEY not in str(error.value)
 
 
-@pytest.mark.parametrize("address", ["http://localhost:1/v1", "https://[::1]:8000/v1/", "http://10.0.0.1", "http://my_host.local./v1"])
+@pytest.mark.parametrize("address", ["http://localhost:1/v1", "https://[::1]:8000/v1/", "http://10.0.0.1",
+                                     "http://my_host.local./v1"])
 def test_usual_addresses_are_taken(monkeypatch, address):
     monkeypatch.setenv("NAMING_MODEL", "m")
     monkeypatch.setenv("OPENAI_BASE_URL", address)
     assert open_chat("openai").model == "m"
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["choices", "message", "content", "usage", "text", "type", "name", "fires"]), inner, max_size=3), max_leaves=12)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.sampled_from(["choices", "message", "content", "usage", "text", "type", "name",
+                                                       "fires"]), inner, max_size=3), max_leaves=12)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -246,11 +274,13 @@ def test_no_answer_is_a_traceback(tmp_path, monkeypatch, data, answer, backend):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
     monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
     inner = json.dumps(answer)
-    for value in (data, {"choices": [data]}, {"choices": [{"message": {"content": inner}}], "content": [{"type": "text", "text": inner}], "usage": data}):
+    for value in (data, {"choices": [data]}, {"choices": [{"message": {"content": inner}}],
+                                              "content": [{"type": "text", "text": inner}], "usage": data}):
         monkeypatch.setattr(chat_servers, "_post", lambda *_, value=value: value)
         for number, check in enumerate((check_name, check_verdict(3))):
             try:
-                found = ask_json(open_chat(backend), str(np.random.default_rng(0).random()) + str(number), check, tmp_path / "none")
+                found = ask_json(open_chat(backend), str(np.random.default_rng(0).random()) + str(number), check,
+                                 tmp_path / "none")
                 assert found is None or set(found) <= {"name", "description", "confidence", "fires"}
             except NoAnswer as error:
                 assert "\n" not in str(error)

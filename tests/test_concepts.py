@@ -1,4 +1,6 @@
-"""Top texts, statistics and live codes against brute force; patterns and names on texts with a known answer; the files."""
+"""Top texts, statistics and live codes against brute force; patterns and names on texts with a known answer; the
+files.
+"""
 
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ def run(tmp_path, model):
     texts = [" ".join(TEXTS[(i + j) % len(TEXTS)] for j in range(1 + i % 3)) for i in range(30)]
     points = [resolve(model, "resid_post:1")]
     settings = SaveSettings(shard_rows=100)
-    return save_activations(tmp_path / "run", model, word_tokenizer(), points, texts, split_texts(30, 0.2, 0), settings, {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), points, texts, split_texts(30, 0.2, 0), settings,
+                            {})
 
 
 @pytest.fixture
@@ -93,8 +96,10 @@ def test_the_batches_do_not_matter(run, sae, size):
 
 
 def test_the_last_text_counts_even_if_the_last_batch_is_silent():
-    rows = {name: torch.zeros(4, dtype=torch.int32) for name in ("text_id", "pos", "token_id", "char_start", "char_end")}
-    batches = [(0, torch.tensor([[1.0], [2.0]]), torch.tensor([[0], [0]])), (2, torch.zeros(2, 1), torch.zeros(2, 1).int())]
+    rows = {name: torch.zeros(4, dtype=torch.int32)
+            for name in ("text_id", "pos", "token_id", "char_start", "char_end")}
+    batches = [(0, torch.tensor([[1.0], [2.0]]), torch.tensor([[0], [0]])),
+               (2, torch.zeros(2, 1), torch.zeros(2, 1).int())]
     firings = collect_firings(Codes(["abcd"], rows, 2, lambda: iter(batches)), 2)
     assert firings.fires.tolist() == [2, 0] and firings.top_rows.tolist() == [[1, -1], [-1, -1]]
 
@@ -199,7 +204,8 @@ def test_patterns_of_pieces():
     text = "Sally sailed.\n "
     spans = [(0, 3), (3, 5), (5, 9), (9, 12), (12, 13), (13, 14), (14, 15)]  # Sal ly ⎵sai led . newline blank
     rows = {"text_id": torch.zeros(7, dtype=torch.int32)}
-    rows |= {"char_start": torch.tensor([a for a, _ in spans]).int(), "char_end": torch.tensor([b for _, b in spans]).int()}
+    rows |= {"char_start": torch.tensor([a for a, _ in spans]).int(),
+             "char_end": torch.tensor([b for _, b in spans]).int()}
     patterns = find_patterns([text], rows)
     assert patterns.find("word", "sal").tolist() == [0] and patterns.find("word", "sally").tolist() == [1]
     assert patterns.find("within", "sailed").tolist() == [2] and patterns.find("token", "led").tolist() == [3]
@@ -230,7 +236,9 @@ def test_planted_rules_are_named_and_scored():
     assert named[1]["name"] == "after “the”"
     assert 2 not in named
     for latent in (0, 1):
-        assert named[latent]["score"] == named[latent]["precision"] == named[latent]["recall"] == named[latent]["f1"] == 1
+        assert named[latent]["score"] == named[latent][
+            "precision"
+        ] == named[latent]["recall"] == named[latent]["f1"] == 1
     assert 0.5 < named[1]["baseline"] < 1
     assert named == name_latents(codes, is_val, range(3), progress=False)
 
@@ -240,7 +248,8 @@ def test_a_name_groups_its_patterns_by_kind():
     codes, is_val = planted(rules, TEXTS * 12)
     entry = name_latents(codes, is_val, [0], progress=False)[0]
     assert entry["score"] == 1 and "; " in entry["name"]
-    assert sorted(entry["name"].split("; ")) in (["after “on”, “under”", "dog, red"], ["after “under”, “on”", "dog, red"])
+    assert sorted(entry["name"].split("; ")) in (["after “on”, “under”", "dog, red"],
+                                                 ["after “under”, “on”", "dog, red"])
 
 
 def test_the_score_is_of_held_out_texts():
@@ -249,7 +258,8 @@ def test_the_score_is_of_held_out_texts():
     (start, values, indices), rows = next(iter(codes)), codes.rows
     dog = torch.tensor([codes.slice(i) == "dog" for i in range(len(codes))])
     values[is_val, 0] = dog[is_val].float()
-    entry = name_latents(Codes(codes.texts, rows, 1, lambda: iter([(start, values, indices)])), is_val, [0], progress=False)[0]
+    entry = name_latents(Codes(codes.texts, rows, 1, lambda: iter([(start, values, indices)])), is_val, [0],
+                         progress=False)[0]
     assert entry["name"] == "cat" and entry["recall"] == 0 and entry["score"] < 0.5
 
 
@@ -266,7 +276,8 @@ def test_scores_in_closed_form():
     found = score_rule(says, fires)
     assert found == {"balanced_accuracy": round((0.5 + 0.75) / 2, 4), "precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert score_rule(~says, fires)["balanced_accuracy"] == pytest.approx(1 - found["balanced_accuracy"])
-    assert score_rule(np.ones(6, bool), fires)["balanced_accuracy"] == score_rule(np.zeros(6, bool), fires)["balanced_accuracy"] == 0.5
+    assert score_rule(np.ones(6, bool), fires)["balanced_accuracy"] == score_rule(np.zeros(6, bool),
+                                                                                  fires)["balanced_accuracy"] == 0.5
     assert set(score_rule(says, np.zeros(6, bool)).values()) == {None}
 
 
@@ -304,7 +315,8 @@ def test_codes_may_be_read_inside_a_reading_of_them(run, sae, monkeypatch):
             outer.append(batch)
             if number == 1:
                 assert torch.equal(dense_codes(codes), expected)
-        assert len(outer) > 3 and torch.equal(dense_codes(Codes(codes.texts, codes.rows, 40, lambda: iter(outer))), expected)
+        assert (len(outer) > 3
+                and torch.equal(dense_codes(Codes(codes.texts, codes.rows, 40, lambda: iter(outer))), expected))
         assert torch.equal(dense_codes(codes), expected) and torch.equal(dense_codes(codes), expected)
 
 
@@ -314,9 +326,12 @@ def test_closest_directions_are_those_of_all_cosines(sae):
     for chunk in (1, 2, 256):
         found = closest_directions(sae.W_dec, latents, 3, 0.1, chunk)
         for latent, near in zip(latents.tolist(), found):
-            order = [i for i in cosines[latent].argsort(descending=True).tolist() if i != latent and cosines[latent, i] > 0.1][:3]
-            assert [i for i, _ in near] == order and [c for _, c in near] == pytest.approx(cosines[latent, order].tolist(), abs=1e-6)
-    assert closest_directions(sae.W_dec[:1], torch.tensor([0]), 5, 0.3) == [[]] and closest_directions(sae.W_dec, latents[:0], 5, 0.3) == []
+            order = [i for i in cosines[latent].argsort(descending=True).tolist()
+                     if i != latent and cosines[latent, i] > 0.1][:3]
+            assert ([i for i, _ in near] == order
+                    and [c for _, c in near] == pytest.approx(cosines[latent, order].tolist(), abs=1e-6))
+    assert (closest_directions(sae.W_dec[:1], torch.tensor([0]), 5, 0.3) == [[]]
+            and closest_directions(sae.W_dec, latents[:0], 5, 0.3) == [])
 
 
 def test_a_page_of_letters_is_no_long_name():
@@ -325,5 +340,6 @@ def test_a_page_of_letters_is_no_long_name():
     rows = {"text_id": [0, 0], "char_start": [0, 50_001], "char_end": [50_000, 50_002]}
     patterns = find_patterns([text], {name: torch.tensor(column, dtype=torch.int32) for name, column in rows.items()})
     fires = np.array([True, True])
-    for kind, name in (("word", "a" * 50_000), ("token", "a" * 50_000), ("after", "a" * 50_000), ("phrase", "a" * 50_000 + " b"), ("before", "b")):
+    for kind, name in (("word", "a" * 50_000), ("token", "a" * 50_000), ("after", "a" * 50_000),
+                       ("phrase", "a" * 50_000 + " b"), ("before", "b")):
         assert len(patterns.find(kind, name)) == 1 and 0 < len(describe(patterns, kind, name, fires)) < 80

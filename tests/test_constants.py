@@ -36,7 +36,8 @@ def call(script, *argv):
 
 
 def test_returns_the_constants_and_nothing_else(script):
-    assert call(script) == {"PRESET": "tiny", "TOP_K": 8, "LR": None, "RATE": 0.5, "NAME": "a", "FLAG": False, "ANY": None}
+    assert call(script) == {"PRESET": "tiny", "TOP_K": 8, "LR": None, "RATE": 0.5, "NAME": "a", "FLAG": False,
+                            "ANY": None}
 
 
 def test_values_replace_constants_with_their_type(script):

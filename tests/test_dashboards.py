@@ -19,7 +19,8 @@ from lib.environment import InputError
 from lib.hooks import resolve
 from lib.texts import split_texts
 
-FACTS = {"hook_name": "blocks.1.hook_resid_post", "model_name": "some/model", "dataset_path": "stories", "context_size": 128}
+FACTS = {"hook_name": "blocks.1.hook_resid_post", "model_name": "some/model", "dataset_path": "stories",
+         "context_size": 128}
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def model():
 def run(tmp_path, model):
     meta = {"model": {"name": "some/model"}, "dataset": {"name": "stories", "split": "train", "field": "text"}}
     point = resolve(model, "resid_post:1")
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], TEXTS * 4, split_texts(24, 0.2, 0), SaveSettings(shard_rows=50), meta)
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], TEXTS * 4, split_texts(24, 0.2, 0),
+                            SaveSettings(shard_rows=50), meta)
 
 
 @pytest.fixture
@@ -82,32 +84,41 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
     _, top, _ = read_top_texts(tmp_path / "top.json")
     latent = int(firings.fires.argmax())
     concepts = {latent: {"name": "something", "source": "human"}}
-    arguments = ("set", "2026-01-01T00:00:00", FACTS, sae, codes, firings.stats(), top, concepts, direct_view(model, 16), tokenizer)
+    arguments = ("set", "2026-01-01T00:00:00", FACTS, sae, codes, firings.stats(), top, concepts,
+                 direct_view(model, 16), tokenizer)
     folder = write_neuronpedia(tmp_path / "out", *arguments)
     assert folder == tmp_path / "out" / "model" / "1-set"
-    assert {path.name for path in folder.glob("*.jsonl")} == {"release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl"}
+    assert {path.name
+            for path in folder.glob("*.jsonl")} == {"release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl"}
 
     def lines(kind):
-        return [json.loads(line) for line in gzip.decompress((folder / kind / "batch-0.jsonl.gz").read_bytes()).splitlines()]
+        return [json.loads(line)
+                for line in gzip.decompress((folder / kind / "batch-0.jsonl.gz").read_bytes()).splitlines()]
 
     feature = lines("features")[latent]
-    assert (feature["modelId"], feature["layer"], feature["index"], feature["hookName"]) == ("model", "1-set", str(latent), FACTS["hook_name"])
+    assert (feature["modelId"], feature["layer"], feature["index"],
+            feature["hookName"]) == ("model", "1-set", str(latent), FACTS["hook_name"])
     assert feature["maxActApprox"] == pytest.approx(sae.scale * float(firings.max[latent]))
     assert feature["frac_nonzero"] == pytest.approx(float((dense(codes)[:, latent] > 0).float().mean()))
     assert feature["vector"] == pytest.approx(sae.W_dec[latent].tolist()) and len(lines("features")) == 32
-    assert feature["pos_str"][:8] == promoted_tokens(sae, model, tokenizer)[latent] and feature["pos_values"][0] > 0 > feature["neg_values"][0]
+    assert (feature["pos_str"][:8] == promoted_tokens(sae, model, tokenizer)[latent]
+            and feature["pos_values"][0] > 0 > feature["neg_values"][0])
     mine = [activation for activation in lines("activations") if activation["index"] == str(latent)]
     assert [a["maxValue"] for a in mine] == pytest.approx([sae.scale * e["score"] for e in top[latent]])
     for activation, example in zip(mine, top[latent]):
-        assert activation["tokens"][activation["maxValueTokenIndex"]] == example["token_str"] and len(activation["tokens"]) == len(activation["values"])
-    assert [(e["index"], e["description"], e["typeName"]) for e in lines("explanations")] == [(str(latent), "something", "human")]
+        assert (activation["tokens"][activation["maxValueTokenIndex"]] == example["token_str"]
+                and len(activation["tokens"]) == len(activation["values"]))
+    assert [(e["index"], e["description"], e["typeName"])
+            for e in lines("explanations")] == [(str(latent), "something", "human")]
     outside = set(tmp_path.rglob("*"))
     for name, change in (("../x", {}), ("/abs", {}), ("..", {}), ("", {})):
         with pytest.raises(InputError, match="use letters"):
             write_neuronpedia(tmp_path / "out", name, arguments[1], FACTS | change, *arguments[3:])
-    for change in ({"model_name": ".."}, {"model_name": "../../x"}, {"model_name": "a/<b>\x00"}, {"hook_name": "blocks.../../x"}):
+    for change in ({"model_name": ".."}, {"model_name": "../../x"}, {"model_name": "a/<b>\x00"},
+                   {"hook_name": "blocks.../../x"}):
         there = write_neuronpedia(tmp_path / "odd", "set", arguments[1], FACTS | change, *arguments[3:])
-        assert there.parent.parent == tmp_path / "odd" and re.fullmatch(r"[\w.-]+/\d+-set", str(there.relative_to(tmp_path / "odd")))
+        assert (there.parent.parent == tmp_path / "odd"
+                and re.fullmatch(r"[\w.-]+/\d+-set", str(there.relative_to(tmp_path / "odd"))))
     assert {path for path in tmp_path.rglob("*") if tmp_path / "odd" not in (path, *path.parents)} == outside
     first = (folder / "activations" / "batch-0.jsonl.gz").read_bytes()
     write_neuronpedia(tmp_path / "again", *arguments)

@@ -1,4 +1,6 @@
-"""Everything that runs on a GPU runs on a device that has no float64 and refuses to mix with the CPU; see fake_device."""
+"""Everything that runs on a GPU runs on a device that has no float64 and refuses to mix with the CPU; see
+fake_device.
+"""
 import sys
 
 import pytest
@@ -43,12 +45,15 @@ def language_model():
 def run(tmp_path):
     model = language_model()
     points = [resolve(model, "resid_post:1")]
-    return save_activations(tmp_path / "run", model, word_tokenizer(), points, TEXTS * 4, split_texts(24, 0.2, 0), SETTINGS, {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), points, TEXTS * 4, split_texts(24, 0.2, 0),
+                            SETTINGS, {})
 
 
 def test_the_device_refuses_what_a_real_one_refuses():
     x = torch.ones(2, 3, device=DEVICE)
-    for refused in (x.double, lambda: torch.zeros(2).double().to(DEVICE), lambda: torch.tensor(0.5, dtype=torch.float64, device=DEVICE), lambda: x @ torch.ones(3).double().to(DEVICE)):
+    for refused in (x.double, lambda: torch.zeros(2).double().to(DEVICE),
+                    lambda: torch.tensor(0.5, dtype=torch.float64, device=DEVICE),
+                    lambda: x @ torch.ones(3).double().to(DEVICE)):
         with pytest.raises(TypeError, match="float64"):
             refused()
     for refused in (lambda: x + torch.ones(3), lambda: x @ torch.ones(3, 1), lambda: torch.cat([x, torch.ones(2, 3)])):
@@ -93,7 +98,8 @@ def test_what_the_language_model_loses(run):
     found = []
     for device in ("cpu", DEVICE):
         model = language_model().to(device)
-        found.append(loss_recovered(model, word_tokenizer(), resolve(model, "resid_post:1"), random_sae().to(device), TEXTS, mean, RECORDED))
+        found.append(loss_recovered(model, word_tokenizer(), resolve(model, "resid_post:1"), random_sae().to(device),
+                                    TEXTS, mean, RECORDED))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
@@ -104,9 +110,11 @@ def test_effects_and_steering(run):
         model, sae, tokenizer = language_model().to(device), random_sae().to(device), word_tokenizer()
         point = resolve(model, "resid_post:1")
         found.append(next_token_effects(model, tokenizer, point, sae, run, firings, MAXIMA, progress=False))
-        steered.append(sweep(model, tokenizer, point, sae, [Edit(5, "add")], MAXIMA, (0.0, 2.0), ["the cat sat", "a dog"], 3, skip_ids={1}, favoured={5, 6}))
+        steered.append(sweep(model, tokenizer, point, sae, [Edit(5, "add")], MAXIMA, (0.0, 2.0),
+                             ["the cat sat", "a dog"], 3, skip_ids={1}, favoured={5, 6}))
         assert len(promoted_tokens(sae, model, tokenizer)) == 32
-    assert [e["added"]["kl"] for e in found[1].values()] == pytest.approx([e["added"]["kl"] for e in found[0].values()], rel=1e-2)
+    assert [e["added"]["kl"]
+            for e in found[1].values()] == pytest.approx([e["added"]["kl"] for e in found[0].values()], rel=1e-2)
     assert [s["texts"] for s in steered[1]] == [s["texts"] for s in steered[0]]
 
 
@@ -118,7 +126,8 @@ def test_choice_of_k():
 
 def on_device(monkeypatch, constants):
     """Test scores of a baseline with everything on the device, and a model trained towards its targets."""
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)  # its list has MPS
+    # its list has MPS
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)
     monkeypatch.setattr("cycles.evaluation.label_selectivity", lambda *_: {})  # slow here, and all of it on the CPU
     monkeypatch.setattr("cycles.session.choose_device", lambda _: torch.device(DEVICE))
     bench = cycles.Bench(constants, 0)
@@ -129,7 +138,8 @@ def on_device(monkeypatch, constants):
 
 
 def test_sae_ception_on_images(monkeypatch, digits):  # noqa: F811
-    digits |= {"DATA_LIMIT": 400, "N_LATENTS_MULTIPLIER": 2, "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "METRICS": ("robustness",)}
+    digits |= {"DATA_LIMIT": 400, "N_LATENTS_MULTIPLIER": 2, "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1,
+               "METRICS": ("robustness",)}
     digits |= {"EVAL_LIMIT": 40, "PROBE_LIMIT": 40, "ROBUST_LIMIT": 10}
     expected = cycles.cycle(cycles.Bench(digits | {"SETTING": "cpu"}, 0), "baseline", 0)["test"]
     found = on_device(monkeypatch, digits)
@@ -139,8 +149,10 @@ def test_sae_ception_on_images(monkeypatch, digits):  # noqa: F811
 
 def test_sae_ception_on_texts(monkeypatch, defaults, labelled_texts):  # noqa: F811
     tiny, _ = defaults
-    small = {"EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "PROBE_LIMIT": 40, "EVAL_LIMIT": 20, "ROBUST_LIMIT": 4, "N_SAE_SEEDS": 1, "ABSORPTION_TOKENS": 50, "METRICS": ("robustness", "language")}
+    small = {"EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "PROBE_LIMIT": 40, "EVAL_LIMIT": 20, "ROBUST_LIMIT": 4,
+             "N_SAE_SEEDS": 1, "ABSORPTION_TOKENS": 50, "METRICS": ("robustness", "language")}
     constants = tiny | small | {"MODEL": str(labelled_texts / "llama"), "LABEL_FIELD": "mood", "DATA_LIMIT": None}
-    constants |= {name: str(labelled_texts / f"{file}.jsonl") for name, file in (("DATASET", "train"), ("VAL_DATASET", "val"), ("TEST_DATASET", "test"))}
+    constants |= {name: str(labelled_texts / f"{file}.jsonl")
+                  for name, file in (("DATASET", "train"), ("VAL_DATASET", "val"), ("TEST_DATASET", "test"))}
     found = on_device(monkeypatch, constants)
     assert {"task_perplexity", "absorption_n_tokens", "robust_clean", "sae_explained_variance"} <= found.keys()

@@ -20,7 +20,8 @@ from lib.environment import InputError
 from lib.files import read_json, write_tensors
 
 HEADER = {"sae_hash": "aa", "run_id": "r", "model_id": "m", "hook": "h", "n_latents": 8}
-MADE = {"name": "dog, cat", "description": "Fires on dog", "source": "offline", "score": 0.75, "rule": [["word", "dog"]], "model": None}
+MADE = {"name": "dog, cat", "description": "Fires on dog", "source": "offline", "score": 0.75,
+        "rule": [["word", "dog"]], "model": None}
 # Names that YAML or a table would read as something else if they were not quoted.
 AWKWARD = ["no", "1.0", 'a, "b"', "Öl: ”x”", "- dash", "null", "{x}", "#1", "a\u2028b"]
 
@@ -93,8 +94,9 @@ def test_a_table_comes_back_without_a_change(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("c.yaml", "a: [", "is damaged or not YAML"), ("c.yaml", "- 1", "is no concept dictionary"), ("c.json", "{", "is damaged"), ("gone.yaml", None, "is missing"),
-])  # fmt: skip
+    ("c.yaml", "a: [", "is damaged or not YAML"), ("c.yaml", "- 1", "is no concept dictionary"),
+    ("c.json", "{", "is damaged"), ("gone.yaml", None, "is missing"),
+])
 def test_files_that_are_none(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -107,12 +109,15 @@ def test_files_that_are_none(tmp_path, name, content, message):
 
 def test_merge_tells_conflicts_and_keeps_what_people_wrote():
     person = MADE | {"source": "human"}
-    mine = dictionary({1: MADE, 2: MADE, 3: person | {"name": "mine"}, 4: MADE | {"name": "same"}, 5: person | {"name": "first"}})
-    other = dictionary({2: person | {"name": "theirs"}, 3: MADE, 4: MADE | {"name": "same", "score": 0.1}, 5: person, 6: MADE})
+    mine = dictionary({1: MADE, 2: MADE, 3: person | {"name": "mine"}, 4: MADE | {"name": "same"},
+                       5: person | {"name": "first"}})
+    other = dictionary({2: person | {"name": "theirs"}, 3: MADE, 4: MADE | {"name": "same", "score": 0.1}, 5: person,
+                        6: MADE})
     merged, conflicts = merge_concepts(mine, other)
     assert list(merged) == [1, 2, 3, 4, 5, 6]
     assert [merged[i]["name"] for i in (2, 3, 5)] == ["theirs", "mine", "first"] and merged[4]["score"] == 0.75
-    assert [(c.latent, c.kept, c.dropped) for c in conflicts] == [(2, "theirs", "dog, cat"), (3, "mine", "dog, cat"), (5, "first", "dog, cat")]
+    assert [(c.latent, c.kept, c.dropped)
+            for c in conflicts] == [(2, "theirs", "dog, cat"), (3, "mine", "dog, cat"), (5, "first", "dog, cat")]
     assert [c.reason for c in conflicts] == ["a person's name", "a person's name", "the first dictionary's"]
     assert merge_concepts(mine, mine) == (mine["concepts"], [])
     with pytest.raises(InputError, match="different SAEs"):
@@ -121,11 +126,13 @@ def test_merge_tells_conflicts_and_keeps_what_people_wrote():
 
 def test_search_puts_names_first_then_scores():
     concepts = {
-        1: MADE | {"name": "pets", "description": "a Dog"}, 2: MADE | {"name": "dog"}, 3: MADE | {"name": "big dog", "score": 0.9},
+        1: MADE | {"name": "pets", "description": "a Dog"}, 2: MADE | {"name": "dog"},
+        3: MADE | {"name": "big dog", "score": 0.9},
         4: {"name": "cat", "source": "human"}, 5: {"name": "x", "notes": "dog", "source": "human"},
-    }  # fmt: skip
+    }
     assert search_concepts(concepts, "DOG") == [3, 2, 1, 5]
-    assert search_concepts(concepts, "dog big") == [3] and search_concepts(concepts, " ") == [] == search_concepts(concepts, "zebra")
+    assert (search_concepts(concepts, "dog big") == [3]
+            and search_concepts(concepts, " ") == [] == search_concepts(concepts, "zebra"))
 
 
 def test_the_schema_describes_what_the_steps_write():
@@ -139,9 +146,11 @@ def test_the_script(script, own_store):  # noqa: F811
     write_concepts(path, HEADER, {1: MADE, 2: MADE | {"name": "cow"}})
     other = path.with_name("other.yaml")
     export_concepts(dictionary({2: MADE | {"name": "moo", "source": "human"}, 3: MADE}), other)
-    code, out, _ = script("concept_dictionary.py", f"MERGE={other}", f"EXPORT={path.with_name('out.csv')}", "SEARCH=moo")
+    code, out, _ = script("concept_dictionary.py", f"MERGE={other}", f"EXPORT={path.with_name('out.csv')}",
+                          "SEARCH=moo")
     assert code == 0 and "2: kept moo, dropped cow" in out and "1 found" in out
-    assert read_concepts(path)["concepts"][2]["source"] == "human" and (path.parent / "out.csv").read_text().count("\n") == 4
+    assert (read_concepts(path)["concepts"][2]["source"] == "human"
+            and (path.parent / "out.csv").read_text().count("\n") == 4)
     (path.parent / "out.csv").write_text("latent,name\n3,hay\n")
     assert script("concept_dictionary.py", f"MERGE={path.with_name('out.csv')}")[0] == 0
     assert read_json(path)["concepts"]["3"] == MADE | {"name": "hay", "source": "human"}
@@ -201,7 +210,8 @@ def test_a_table_edited_in_place_is_taken_in(tmp_path, caplog):
     path = tmp_path / "concepts.json"
     written(path, {1: "one", 2: "two"})
     edit_table(path, "1,one,", "1,mine,")
-    assert written(path, {1: "newer", 2: "newer"})[1] | {"name": "mine", "source": "human"} == read_concepts(path)["concepts"][1]
+    assert (written(path, {1: "newer", 2: "newer"})[1]
+            | {"name": "mine", "source": "human"} == read_concepts(path)["concepts"][1])
     assert "1 concepts were edited in concepts.csv" in caplog.text and names_of(path) == {1: "mine", 2: "newer"}
     assert "1,mine," in path.with_suffix(".csv").read_text()
     before = path.read_bytes()
@@ -215,14 +225,15 @@ def test_a_table_edited_in_place_is_taken_in(tmp_path, caplog):
     lambda raw: raw.replace(b"aa/d", b"cc/d").replace(b"1,one,", b"1,mine,"),
     lambda raw: raw.replace(b"1,one,", b'1,"one,'),
     lambda raw: b"latent,name\n1,mine\n",  # has no stamps: old names could not be told from edits
-])  # fmt: skip
+])
 def test_a_table_whose_edits_cannot_be_taken_in_is_kept(tmp_path, caplog, spoil):
     path, table = tmp_path / "concepts.json", tmp_path / "concepts.csv"
     for kept in ("concepts_edited.csv", "concepts_edited_2.csv"):
         written(path, {1: "one"})
         table.write_bytes(spoiled := spoil(table.read_bytes()))
         written(path, {1: "newer", 2: "two"})
-        assert (tmp_path / kept).read_bytes() == spoiled and kept in caplog.text and names_of(path) == {1: "newer", 2: "two"}
+        assert ((tmp_path / kept).read_bytes() == spoiled and kept in caplog.text
+                and names_of(path) == {1: "newer", 2: "two"})
     table.write_bytes(spoiled)
     path.unlink()
     written(path, {1: "one"})
@@ -234,7 +245,8 @@ def test_both_files_edited_at_one_latent_are_both_kept(tmp_path, caplog):
     written(path, {1: "one"})
     path.write_text(path.read_text().replace('"name": "one"', '"name": "json\'s"'))
     edit_table(path, "1,one,", "1,csv's,")
-    assert written(path, {1: "newer"})[1]["name"] == "json's" and "csv's" in (tmp_path / "concepts_edited.csv").read_text()
+    assert (written(path, {1: "newer"})[1]["name"] == "json's"
+            and "csv's" in (tmp_path / "concepts_edited.csv").read_text())
 
 
 @pytest.mark.parametrize("ending", ["yaml", "json"])
@@ -243,7 +255,8 @@ def test_an_exported_file_tells_what_was_edited(tmp_path, ending):
     export_concepts(read_concepts(tmp_path / "concepts.json"), export := tmp_path / f"mine.{ending}")
     export.write_text(export.read_text().replace("one", "mine", 1).replace("Fires on dog", "Barks", 1))
     merged, conflicts = merge_concepts(read_concepts(tmp_path / "concepts.json"), read_concepts(export))
-    assert (merged[1]["name"], merged[1]["source"], merged[2]["source"]) == ("mine", "human", "offline") and len(conflicts) == 1
+    assert ((merged[1]["name"], merged[1]["source"], merged[2]["source"]) == ("mine", "human", "offline")
+            and len(conflicts) == 1)
 
 
 def test_a_file_from_before_there_were_digests(tmp_path):
@@ -257,7 +270,8 @@ def test_an_edited_table_against_another_persons_name(tmp_path):
     path = tmp_path / "concepts.json"
     written(path, {1: "one", 2: "two", 3: "three"})
     export_concepts(read_concepts(path), mine := tmp_path / "mine.csv")
-    edit_concepts(path, lambda content: content["concepts"] | {i: {"name": "theirs", "source": "human"} for i in (1, 2)})
+    edit_concepts(path,
+                  lambda content: content["concepts"] | {i: {"name": "theirs", "source": "human"} for i in (1, 2)})
     edit_table(mine, "1,one,", "1,mine,")
     edit_table(mine, "3,three,", "3,drei,")
     conflicts = []
@@ -273,7 +287,8 @@ def test_eight_people_at_once_lose_nothing(tmp_path):
     written(path, {i: f"made {i}" for i in range(8)})
 
     def name(latent):
-        edit_concepts(path, lambda content: content["concepts"] | {latent: {"name": f"mine {latent}", "source": "human"}})
+        edit_concepts(path,
+                      lambda content: content["concepts"] | {latent: {"name": f"mine {latent}", "source": "human"}})
 
     with ThreadPoolExecutor(8) as people:
         list(people.map(name, range(8)))
@@ -286,11 +301,12 @@ def test_eight_people_at_once_lose_nothing(tmp_path):
     ("t.json", json.dumps(dictionary({"9": MADE}, n_latents=10)), "of 8 and of 10 latents"),
     ("t.json", json.dumps(dictionary({"1": MADE | {"score": float("nan")}})), "NaN is not a number that JSON has"),
     ("t.json", json.dumps(dictionary({"1": MADE}, sae_hash="bb")), "different SAEs"),
-])  # fmt: skip
+])
 def test_a_merge_is_checked_before_anything_is_written(script, own_store, tmp_path, name, text, message):  # noqa: F811
     path = own_store / "verify_sae_training" / "concepts.json"
     written(path, {1: "one"})
-    stats = {"fires": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1])} | {name: torch.ones(8) for name in ("max", "mean_active", "p99")}
+    stats = ({"fires": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1])}
+             | {name: torch.ones(8) for name in ("max", "mean_active", "p99")})
     write_tensors(path.with_name("latent_stats.safetensors"), stats)
     (tmp_path / name).write_text(text)
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
@@ -305,7 +321,8 @@ def test_an_export_replaces_nothing(script, own_store, tmp_path):  # noqa: F811
     assert script("concept_dictionary.py", "EXPORT=mine.yaml")[0] == 0
     (tmp_path / "mine.yaml").write_text("notes of a person")
     (tmp_path / "t.csv").write_text("latent,name\n1,mine\n")
-    for export, message in (("mine.yaml", "already exists; choose another name"), (path, "already exists"), ("out.xml", "has no known ending")):
+    for export, message in (("mine.yaml", "already exists; choose another name"), (path, "already exists"),
+                            ("out.xml", "has no known ending")):
         code, _, err = script("concept_dictionary.py", f"EXPORT={export}", "MERGE=t.csv")
         assert code == 2 and message in err and err.count("\n") == 1
     assert (tmp_path / "mine.yaml").read_text() == "notes of a person" and names_of(path) == {1: "one"}

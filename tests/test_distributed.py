@@ -55,11 +55,14 @@ def sae_training(folder: Path) -> dict[str, torch.Tensor]:
 
     with mock.patch.multiple(training, CHECKPOINT_SECONDS=0.0, CHECKPOINT_SHARE=float("inf"), fast_step=step):
         sae, history = training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), folder, progress=False)
-    return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]), "loss": torch.tensor(history["train"]["loss"])}
+    return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]),
+            "loss": torch.tensor(history["train"]["loss"])}
 
 
 def tuning(folder: Path, shards: bool = False) -> dict[str, torch.Tensor]:
-    """A classifier on a tiny Llama with targets; the last batch is smaller than the ranks, and some steps are clipped."""
+    """A classifier on a tiny Llama with targets; the last batch is smaller than the ranks, and some steps are
+    clipped.
+    """
     task = text_task(27)
     task.splits["train"] = torch.arange(21)
     model = text_model("llama", layer="0", train_below=True, tie_word_embeddings=True)
@@ -67,7 +70,8 @@ def tuning(folder: Path, shards: bool = False) -> dict[str, torch.Tensor]:
         model.shard()
     generator = torch.Generator().manual_seed(0)
     targets = Targets(torch.arange(21), torch.randn(21, 16, generator=generator))
-    settings = TuneSettings(epochs=3, batch_size=4, accumulate=3, lr=3e-3, optimizer="adamw", weight_decay=0.01, clip_norm=4.0, aux_weight=0.5)
+    settings = TuneSettings(epochs=3, batch_size=4, accumulate=3, lr=3e-3, optimizer="adamw", weight_decay=0.01,
+                            clip_norm=4.0, aux_weight=0.5)
     die = int(os.environ.get("DIE_AT", -1))
 
     def stop(record: dict[str, float]) -> None:
@@ -103,8 +107,10 @@ def torchrun(*command: str | Path, store: Path, check: bool = True, **environmen
 
 def start(*command: str | Path, store: Path, **environment: str) -> subprocess.Popen:
     environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOMS} | environment
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=store.parent)
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                 *map(str, command)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                            cwd=store.parent)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,8 @@ def results(tmp_path_factory):
     names = ["sae_steps", "sae_training", "tuning", "sharded_tuning"]
     main(folder, names)
     torchrun(__file__, folder, *names, store=folder / "store")
-    return {name: [torch.load(folder / f"{name}_{who}.pt", weights_only=True) for who in ("1_0", "2_0", "2_1")] for name in names}
+    return {name: [torch.load(folder / f"{name}_{who}.pt", weights_only=True) for who in ("1_0", "2_0", "2_1")]
+            for name in names}
 
 
 def test_the_parts_of_all_ranks_are_the_whole(monkeypatch):
@@ -150,7 +157,9 @@ def test_training_with_two_ranks_ends_where_one_process_does(results):
 
 
 def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results):
-    """The second rank is killed in an SAE's training, then in a classifier's; the same command ends both as if undisturbed."""
+    """The second rank is killed in an SAE's training, then in a classifier's; the same command ends both as if
+    undisturbed.
+    """
     places = {"sae_training": ("13", "checkpoints/last.pt"), "sharded_tuning": ("1", "unfinished.pt")}
     for name, (death, file) in places.items():
         lost = torchrun(__file__, tmp_path, name, store=tmp_path / "store", check=False, DIE_AT=death)
@@ -174,7 +183,8 @@ def test_a_classifier_shared_by_two_ranks_is_that_of_one_process(results, name):
 
 
 def tree(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and p.suffix not in (".log", ".tmp")}
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*"))
+            if p.is_file() and p.suffix not in (".log", ".tmp")}
 
 
 def test_two_ranks_save_and_resume_the_shards_of_one_process(tmp_path, monkeypatch):
@@ -195,7 +205,8 @@ def test_two_ranks_save_and_resume_the_shards_of_one_process(tmp_path, monkeypat
     for store in (one, two):
         monkeypatch.setenv("STORE_DIR", str(store))
         runs.append(open_run("verify_sae_training", verify=True))
-    files = [{name: data for name, data in tree(store).items() if "/stats." not in name and "manifest" not in name} for store in (one, two)]
+    files = [{name: data for name, data in tree(store).items() if "/stats." not in name and "manifest" not in name}
+             for store in (one, two)]
     assert files[0] == files[1] and len(runs[0].manifest["rows"]) > n_written
     stats = [run.stats(run.hooks[0]) for run in runs]
     for name, value in stats[0].items():  # their sums were taken in another order
@@ -213,7 +224,8 @@ def check_training(store: Path) -> None:
 def test_a_script_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = run_script("experiments/sae_ception/02_train_sae.py", store=tmp_path / "store", check=False)
-    assert done.returncode == 2 and done.stderr == "error: 02_train_sae.py runs in one process; start it without torchrun\n"
+    assert (done.returncode == 2
+            and done.stderr == "error: 02_train_sae.py runs in one process; start it without torchrun\n")
 
 
 def test_more_ranks_than_rows_of_a_batch_are_refused(monkeypatch):

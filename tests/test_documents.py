@@ -47,8 +47,9 @@ def test_mostly_no_text_is_refused(tmp_path, bad):
 
 
 @pytest.mark.parametrize(("name", "text"), [
-    ("numbers.csv", "text,n\n1,2\n3,4\n"), ("flags.csv", "text,n\nTrue,2\nFalse,4\n"), ("numbers.tsv", "text\tn\n1.5\t2\n2.5\t4\n"),
-])  # fmt: skip
+    ("numbers.csv", "text,n\n1,2\n3,4\n"), ("flags.csv", "text,n\nTrue,2\nFalse,4\n"),
+    ("numbers.tsv", "text\tn\n1.5\t2\n2.5\t4\n"),
+])
 def test_a_column_of_other_values_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match="2 of 2 rows have no text in 'text'"):
@@ -84,5 +85,6 @@ def test_activations_that_are_all_alike_are_refused_and_leave_no_run(tmp_path, t
         model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[5]
     splits = ["val"] + ["train"] * (len(texts) - 1)
     with pytest.raises(InputError, match="same activation at .*, so there is nothing to learn"):
-        save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_pre:0")], texts, splits, SaveSettings(), {})
+        save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_pre:0")], texts, splits,
+                         SaveSettings(), {})
     assert not (tmp_path / "run" / "manifest.json").exists()

@@ -4,7 +4,16 @@ import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 from test_steering import random_sae
 
-from concepts.effects import ablation, contexts, direct_view, divergence, draw_firings, next_logits, next_token_effects, of_length
+from concepts.effects import (
+    ablation,
+    contexts,
+    direct_view,
+    divergence,
+    draw_firings,
+    next_logits,
+    next_token_effects,
+    of_length,
+)
 from concepts.firings import encode_run
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
@@ -21,7 +30,8 @@ def model():
 @pytest.fixture
 def run(tmp_path, model):
     point = resolve(model, "resid_post:1")
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], TEXTS * 4, split_texts(24, 0.2, 0), SaveSettings(shard_rows=50), {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], TEXTS * 4, split_texts(24, 0.2, 0),
+                            SaveSettings(shard_rows=50), {})
 
 
 def test_firings_are_drawn_evenly_where_the_latent_fires(run):
@@ -93,7 +103,8 @@ def test_effects_equal_steering_at_the_tokens_where_the_latent_fires(run, model)
         mean = torch.cat(differences).mean(0)
         assert found[name]["kl"] == pytest.approx(sum(kl) / 3, rel=2e-2)
         token, value = found[name]["raised"][0]
-        assert token == tokenizer.convert_ids_to_tokens(int(mean.argmax())) and value == pytest.approx(float(mean.max()), rel=1e-2)
+        assert (token == tokenizer.convert_ids_to_tokens(int(mean.argmax()))
+                and value == pytest.approx(float(mean.max()), rel=1e-2))
         assert found[name]["lowered"][0][1] == pytest.approx(float(mean.min()), rel=1e-2)
     assert found["n_tokens"] == 3 and -1 <= found["direct_cosine"] <= 1
 

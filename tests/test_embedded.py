@@ -62,7 +62,8 @@ def words(story: dict) -> list[str]:
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock"}
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path, monkeypatch):
@@ -117,7 +118,8 @@ def test_words_with_two_senses_occur_in_both(shipped, concepts):
     for story in shipped["train"]:
         for word, number in zip(words(story), story["concepts"]):
             senses.setdefault(word.lower(), set()).add(number)
-    twofold = {word for word, leaves in concepts["two_senses"].items() if word in senses and len(senses[word] - {0}) > 1}
+    twofold = {word for word, leaves in concepts["two_senses"].items()
+               if word in senses and len(senses[word] - {0}) > 1}
     assert twofold >= {"bat", "bark", "orange", "saw", "fly", "fall", "watch", "chicken", "her", "hand"}
     for word in ("rose", "fish", "cold", "duck", "light", "ring", "park", "kind", "left"):
         assert 0 in senses[word] and len(senses[word]) == 2, word
@@ -232,7 +234,8 @@ def test_ngram_perplexity_in_closed_form():
     assert scores["bigram"] == pytest.approx(1 / (0.95 + 0.05 * 2 / 5))
 
 
-TINY = {"HIDDEN": 16, "LAYERS": 1, "HEADS": 2, "MLP_WIDTH": 16, "N_MERGES": 50, "EPOCHS": 2, "BATCH_SIZE": 8, "WARMUP": 2, "SAVE_EVERY": 3}
+TINY = {"HIDDEN": 16, "LAYERS": 1, "HEADS": 2, "MLP_WIDTH": 16, "N_MERGES": 50, "EPOCHS": 2, "BATCH_SIZE": 8,
+        "WARMUP": 2, "SAVE_EVERY": 3}
 
 
 def train_tiny(folder: Path, monkeypatch, stop_after: int | None = None) -> dict[str, bytes]:

@@ -1,4 +1,6 @@
-"""How a script starts and ends, whatever it meets: other packages, Ctrl-C, a full disk, a closed pipe, the wrong lib."""
+"""How a script starts and ends, whatever it meets: other packages, Ctrl-C, a full disk, a closed pipe, the wrong
+lib.
+"""
 import errno
 import os
 import shutil
@@ -35,7 +37,8 @@ BROKEN = "raise RuntimeError('operator torchvision::nms does not exist')"
 
 def python(code, *folders, **environment):
     path = os.pathsep.join(map(str, [*folders, PROJECT]))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path} | environment)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": path} | environment)
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -43,28 +46,34 @@ def test_torchvision_is_left_to_the_user_and_breaks_no_model_class(tmp_path, wor
     """One that works stays usable; one that does not match torch costs its own import alone, with its own error."""
     package = tmp_path / "torchvision"
     (package / "transforms" / "v2").mkdir(parents=True)
-    for name, code in {"io": "", "transforms/__init__": MODES, "transforms/v2/__init__": "", "transforms/v2/functional": "",
-                       "transforms/functional": "def pil_to_tensor(image): ...", "__init__": "__version__ = '9.9'" if works else BROKEN}.items():  # fmt: skip
+    for name, code in {"io": "", "transforms/__init__": MODES, "transforms/v2/__init__": "",
+                       "transforms/v2/functional": "",
+                       "transforms/functional": "def pil_to_tensor(image): ...",
+                       "__init__": "__version__ = '9.9'" if works else BROKEN}.items():
         (package / f"{name}.py").write_text(code)
     done = python(MODELS, tmp_path)
     assert done.stdout.splitlines()[0] == f"{works} False", done.stderr
     assert done.stdout.splitlines()[1:] == (["9.9"] if works else [])
-    assert done.returncode == (0 if works else 1) and (works or "operator torchvision::nms does not exist" in done.stderr)
+    assert (done.returncode == (0 if works else 1)
+            and (works or "operator torchvision::nms does not exist" in done.stderr))
 
 
 def test_lib_can_come_after_transformers(tmp_path):
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(BROKEN)
-    done = python("import transformers, transformers.utils as u; u.is_torchvision_available(); import lib; print(u.is_torchvision_available())", tmp_path)
+    done = python("import transformers, transformers.utils as u; u.is_torchvision_available(); import lib; "
+                  "print(u.is_torchvision_available())", tmp_path)
     assert done.stdout == "False\n", done.stderr
 
 
 def test_importing_lib_is_cheap_and_sets_how_threads_wait():
-    code = "import lib, lib.constants, lib.ranges, lib.environment, sys, os; print(os.environ['OMP_WAIT_POLICY'], {'torch', 'numpy', 'pandas'} & set(sys.modules))"
+    code = ("import lib, lib.constants, lib.ranges, lib.environment, sys, os; "
+            "print(os.environ['OMP_WAIT_POLICY'], {'torch', 'numpy', 'pandas'} & set(sys.modules))")
     assert python(code, OMP_WAIT_POLICY="").stdout == " set()\n"  # what the user has set stays
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=PROJECT).stdout == "PASSIVE set()\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
+                          cwd=PROJECT).stdout == "PASSIVE set()\n"
 
 
 ERRORS = [
@@ -109,10 +118,12 @@ def test_a_fault_of_the_program_stays_a_traceback():
     assert in_one_line(ValueError("x")) is None
 
 
-@pytest.mark.parametrize("place", ["file", "file/deeper", "/proc/nowhere/store", "/dev/null", "/dev/null/x", "{long}", "~unknown_user_1/store", "\udcff"])
+@pytest.mark.parametrize("place", ["file", "file/deeper", "/proc/nowhere/store", "/dev/null", "/dev/null/x", "{long}",
+                                   "~unknown_user_1/store", "\udcff"])
 def test_a_store_that_can_not_be_there_is_one_line(forks, tmp_path, place):
     (tmp_path / "file").write_text("precious")
-    store = place.format(long="/".join([str(tmp_path), *["a" * 200] * 30])) if place.startswith(("/", "~", "{", "\udcff")) else str(tmp_path / place)
+    store = (place.format(long="/".join([str(tmp_path), *["a" * 200] * 30]))
+             if place.startswith(("/", "~", "{", "\udcff")) else str(tmp_path / place))
     if place == "\udcff":
         (tmp_path / "cwd" / "\udcff").parent.mkdir()
         (tmp_path / "cwd" / "\udcff").write_text("")
@@ -129,8 +140,10 @@ def test_a_store_in_the_home_folder_is_found(monkeypatch, tmp_path):
     assert store_root() == tmp_path / "my store"
 
 
-@pytest.mark.parametrize("environment", [{}, {"RANK": "0"}, {"RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-                                         {"RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])  # fmt: skip
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0"}, {"RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+                                                             "MASTER_PORT": "1"},
+                                         {"RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+                                          "MASTER_PORT": "1"}])
 def test_half_of_torchruns_variables_is_one_line(monkeypatch, capsys, environment):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -145,15 +158,19 @@ def test_half_of_torchruns_variables_is_one_line(monkeypatch, capsys, environmen
 def start(tmp_path, stub, *arguments, **options):
     """Step 2 in a fresh process whose torch is the Python code `stub`."""
     (tmp_path / "torch.py").write_text(stub)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "STORE_DIR": str(tmp_path / "store")} | options.pop("env", {})
-    return subprocess.run([sys.executable, str(PROJECT / VERIFY / "02_train_sae.py"), *arguments], text=True, env=environment, **options)
+    environment = (os.environ | {"PYTHONPATH": str(tmp_path), "STORE_DIR": str(tmp_path / "store")}
+                   | options.pop("env", {}))
+    return subprocess.run([sys.executable, str(PROJECT / VERIFY / "02_train_sae.py"), *arguments], text=True,
+                          env=environment, **options)
 
 
 @pytest.mark.parametrize(
     ("stub", "code", "line"),
     [
-        ("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "stopped; rerun the same command to resume"),
-        ("try:\n    raise KeyboardInterrupt\nexcept BaseException:\n    raise ImportError('half imported')", 130, "stopped; rerun"),
+        ("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130,
+         "stopped; rerun the same command to resume"),
+        ("try:\n    raise KeyboardInterrupt\nexcept BaseException:\n    raise ImportError('half imported')", 130,
+         "stopped; rerun"),
         ("raise OSError(28, 'No space left on device')", 2, "error: the disk is full"),
         ("raise OSError(24, 'Too many open files', '/x/torch.so')", 2, "error: /x/torch.so: too many open files"),
         ("raise MemoryError", 2, "error: out of memory"),
@@ -161,12 +178,15 @@ def start(tmp_path, stub, *arguments, **options):
 )
 def test_what_happens_while_a_script_imports_is_one_line(tmp_path, stub, code, line):
     done = start(tmp_path, stub, capture_output=True)
-    assert done.returncode == code and done.stderr.strip().startswith(line) and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.returncode == code and done.stderr.strip().startswith(line) and len(
+        done.stderr.strip().splitlines()
+    ) == 1, done.stderr
 
 
 def test_ctrl_c_while_it_imports_is_ignored_where_the_shell_says_so(tmp_path):
     ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731  (as nohup and `&` do)
-    done = start(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise MemoryError", capture_output=True, preexec_fn=ignore)
+    done = start(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise MemoryError",
+                 capture_output=True, preexec_fn=ignore)
     assert done.returncode == 2
 
 
@@ -175,24 +195,27 @@ def test_a_closed_pipe_is_quiet(tmp_path, arguments):
     """What `| head` leaves: in the constants' help, and in main()."""
     script = tmp_path / "script.py"
     script.write_text('"""Help."""\nfrom lib.constants import override\nX = True\nCONSTANTS = override(globals())\n'
-                      'from lib.environment import run\n\n\ndef main():\n    print("x" * 100)\n\n\nrun(main)\n')  # fmt: skip
+                      'from lib.environment import run\n\n\ndef main():\n    print("x" * 100)\n\n\nrun(main)\n')
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, str(script), *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=PROJECT,
-                          env=os.environ | {"PYTHONPATH": str(PROJECT)})  # fmt: skip
+    done = subprocess.run([sys.executable, str(script), *arguments], stdout=writing, stderr=subprocess.PIPE, text=True,
+                          cwd=PROJECT,
+                          env=os.environ | {"PYTHONPATH": str(PROJECT)})
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, str(PROJECT / VERIFY / "02_train_sae.py"), "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, str(PROJECT / VERIFY / "02_train_sae.py"), "--help"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: the disk is full") and done.stderr.count("\n") == 1
 
 
 def test_a_console_without_unicode_shows_escapes(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text('"""Żółw 😀"""\nfrom lib.constants import override\nX = True\nCONSTANTS = override(globals())\n', encoding="utf-8")
+    script.write_text('"""Żółw 😀"""\nfrom lib.constants import override\nX = True\nCONSTANTS = override(globals())\n',
+                      encoding="utf-8")
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(PROJECT)}
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "\\u017b\\xf3\\u0142w" in done.stdout
@@ -206,5 +229,6 @@ def test_a_copy_of_the_project_uses_its_own_lib(tmp_path):
     ranges = other / "lib" / "ranges.py"
     ranges.write_text(ranges.read_text().replace('"a whole number"', '"a number of the copy"'))
     command = [sys.executable, str(other / VERIFY / "02_train_sae.py"), "TOP_K=x"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(PROJECT)}, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(PROJECT)},
+                          cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "error: TOP_K=x must be a number of the copy\n"

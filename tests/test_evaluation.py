@@ -24,7 +24,8 @@ def model():
 @pytest.fixture
 def run(tmp_path, model):
     texts = TEXTS * 6
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts, split_texts(len(texts), 0.2, 0), SaveSettings(shard_rows=100), {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts,
+                            split_texts(len(texts), 0.2, 0), SaveSettings(shard_rows=100), {})
 
 
 def exact_sae(n_inputs):
@@ -60,7 +61,8 @@ def test_row_scores_add_up_to_the_dense_computation(run):
 
 
 def test_bins_hold_every_row_once_and_their_ev_is_about_the_common_mean(run):
-    scores = row_scores(untrained_sae(rows_of_run(run, run.hooks[0]), TrainSettings(n_latents=40, top_k=3)), run, run.hooks[0], run.is_val)
+    scores = row_scores(untrained_sae(rows_of_run(run, run.hooks[0]), TrainSettings(n_latents=40, top_k=3)), run,
+                        run.hooks[0], run.is_val)
     bins = ev_by(scores, scores.norm, 4)
     assert sum(item[3] for item in bins) == len(scores.norm)
     low, high, value, _ = bins[0]
@@ -124,12 +126,13 @@ def test_clean_loss_is_the_models_own_and_independent_of_batches(model):
         ("loss_fell", 0.7, "PASS"), ("loss_fell", 0.9, "WARN"), ("loss_fell", 0.96, "FAIL"),
         ("weights_moved", 0.05, "PASS"), ("weights_moved", 0.02, "WARN"), ("weights_moved", 0.0, "FAIL"),
         ("l0_cap", 0, "PASS"), ("l0_cap", 1, "FAIL"), ("l0_mean", 0.9, "PASS"), ("l0_mean", 0.4, "FAIL"),
-        ("ev", 0.5, "PASS"), ("ev", 0.1, "WARN"), ("ev", 0.0, "FAIL"), ("ev_pca", 0.01, "PASS"), ("ev_pca", 0.0, "FAIL"),
+        ("ev", 0.5, "PASS"), ("ev", 0.1, "WARN"), ("ev", 0.0, "FAIL"), ("ev_pca", 0.01, "PASS"),
+        ("ev_pca", 0.0, "FAIL"),
         ("ev_random", 0.0, "FAIL"), ("ev_trim", 0.05, "PASS"), ("gap", -0.2, "PASS"), ("gap", 0.2, "FAIL"),
         ("dead", 9.9, "PASS"), ("dead", 49.0, "WARN"), ("dead", 95.0, "FAIL"), ("duplicates", 10.0, "FAIL"),
         ("ce_recovered", 0.95, "PASS"), ("ce_recovered", float("nan"), "FAIL"),
     ],
-)  # fmt: skip
+)
 def test_verdicts(name, value, verdict):
     assert check(name, value)["verdict"] == verdict
 

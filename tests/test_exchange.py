@@ -16,9 +16,10 @@ from lib.sae import make_sae
 
 PEERS = PROJECT / ".venv-peers" / "bin" / "python"
 ABOUT = {
-    "model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", "hf_module_path": "h.3", "context_size": 128, "dataset_path": "stories",
+    "model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", "hf_module_path": "h.3", "context_size": 128,
+    "dataset_path": "stories",
     "prepend_bos": True, "seed": 0, "lr": 1e-3, "steps": 10,
-}  # fmt: skip
+}
 
 
 def raw(n=200, width=16):
@@ -31,7 +32,8 @@ def sae():
     generator = torch.Generator().manual_seed(1)
     W_enc, W_dec = torch.randn(2, 64, 16, generator=generator)
     x = raw()
-    return make_sae(W_enc, torch.randn(64, generator=generator) / 5, functional.normalize(W_dec, dim=1), x.mean(0), 7.3, 4)
+    return make_sae(W_enc, torch.randn(64, generator=generator) / 5, functional.normalize(W_dec, dim=1), x.mean(0), 7.3,
+                    4)
 
 
 @pytest.fixture
@@ -116,7 +118,8 @@ def test_sae_lens_variants_of_the_same_sae(sae, tmp_path):
     file = tmp_path / "sae_weights.safetensors"
     plain = load_file(file)
     norms = torch.rand(64) + 0.5
-    save_file(plain | {"W_enc": (plain["W_enc"] / norms).contiguous(), "b_enc": plain["b_enc"] / norms, "W_dec": plain["W_dec"] * norms[:, None]}, file)
+    save_file(plain | {"W_enc": (plain["W_enc"] / norms).contiguous(), "b_enc": plain["b_enc"] / norms,
+                       "W_dec": plain["W_dec"] * norms[:, None]}, file)
     with pytest.raises(InputError, match="can't be made unit"):
         read_foreign(tmp_path)
     rewrite(tmp_path / "cfg.json", rescale_acts_by_decoder_norm=True, metadata={})
@@ -217,7 +220,9 @@ with torch.no_grad():
 trained.save_inference_model(str(native / "sae_lens"))
 other = AutoEncoderTopK(16, 64, 4)
 with torch.no_grad():
-    other.encoder.weight.add_(0.1 * torch.randn(64, 16)); other.encoder.bias.add_(0.1 * torch.randn(64)); other.b_dec.copy_(x.mean(0))
+    other.encoder.weight.add_(0.1 * torch.randn(64, 16))
+    other.encoder.bias.add_(0.1 * torch.randn(64))
+    other.b_dec.copy_(x.mean(0))
 (native / "dictionary_learning").mkdir()
 torch.save(other.state_dict(), native / "dictionary_learning" / "ae.pt")
 import json
@@ -225,7 +230,9 @@ config = {"trainer": {"dict_class": "AutoEncoderTopK", "k": 4, "activation_dim":
 (native / "dictionary_learning" / "config.json").write_text(json.dumps(config))
 third = Sae(16, SaeConfig(expansion_factor=4, k=4))
 with torch.no_grad():
-    third.encoder.weight.add_(0.1 * torch.randn(64, 16)); third.encoder.bias.add_(0.1 * torch.randn(64)); third.b_dec.copy_(x.mean(0))
+    third.encoder.weight.add_(0.1 * torch.randn(64, 16))
+    third.encoder.bias.add_(0.1 * torch.randn(64))
+    third.b_dec.copy_(x.mean(0))
 third.save_to_disk(native / "sparsify")
 for which in ("sae_lens", "dictionary_learning", "sparsify"):
     judge("ours." + which, which, folder / which)
@@ -251,12 +258,15 @@ def test_the_tools_themselves_open_ours_and_we_open_theirs(sae, jumping, tmp_pat
     assert torch.allclose(jumping.scale * dense(*jumping.encode(x)), found["ours.jumping.codes"], rtol=1e-5, atol=1e-3)
     for name in FORMATS:
         for mine, other in ((codes, found[f"ours.{name}.codes"]), (xhat, found[f"ours.{name}.xhat"])):
-            torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5 * float(mine.abs().max()), msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5 * float(mine.abs().max()), msg=lambda text,
+                                       name=name: f"{name}: {text}")
         kind, folded = read_foreign(tmp_path / "native" / name)
         back = unfold(folded, 5.0)
         assert kind == name
-        for mine, other in ((5 * dense(*back.encode(x)), found[f"native.{name}.codes"]), (back.decode(*back.encode(x)), found[f"native.{name}.xhat"])):
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()), msg=lambda text, name=name: f"native {name}: {text}")
+        for mine, other in ((5 * dense(*back.encode(x)), found[f"native.{name}.codes"]),
+                            (back.decode(*back.encode(x)), found[f"native.{name}.xhat"])):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()), msg=lambda text,
+                                       name=name: f"native {name}: {text}")
 
 
 def test_shapes_that_disagree_are_refused(tmp_path):
@@ -292,8 +302,9 @@ def test_a_k_that_is_none_is_one_line(sae, tmp_path, name, k):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda config, inner: [1], "must hold a JSON object"), (lambda config, inner: "x", "must hold a JSON object"),
     (lambda config, inner: inner.update(d_in=3, activation_dim=3), "is 3, but the weights have 16"),
-    (lambda config, inner: inner.update(d_sae="many", dict_size="many", num_latents="many"), '"many", but the weights have 64'),
-])  # fmt: skip
+    (lambda config, inner: inner.update(d_sae="many", dict_size="many", num_latents="many"),
+     '"many", but the weights have 64'),
+])
 def test_configurations_of_other_shapes_are_one_line(sae, tmp_path, name, change, message):
     FORMATS[name].write(tmp_path, fold(sae), ABOUT)
     respell(tmp_path, name, change)
@@ -302,11 +313,15 @@ def test_configurations_of_other_shapes_are_one_line(sae, tmp_path, name, change
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
-    ("sae_lens", {"apply_b_dec_to_input": "yes"}, "must be true or false"), ("sae_lens", {"rescale_acts_by_decoder_norm": 1}, "must be true or false"),
-    ("sae_lens", {"architecture": {"a": [1] * 500}}, "architecture is"), ("sae_lens", {"architecture": "jumprelu", "metadata": 3}, "threshold"),
-    ("sae_lens", {"architecture": "jumprelu", "metadata": {}}, "need 'threshold', which is missing"), ("sparsify", {"signed": True}, "signed is true"),
-    ("dictionary_learning", {"trainer": []}, "has no object trainer"), ("sae_lens", {"architecture": "standard"}, '"standard"; only "topk"'),
-])  # fmt: skip
+    ("sae_lens", {"apply_b_dec_to_input": "yes"}, "must be true or false"),
+    ("sae_lens", {"rescale_acts_by_decoder_norm": 1}, "must be true or false"),
+    ("sae_lens", {"architecture": {"a": [1] * 500}}, "architecture is"),
+    ("sae_lens", {"architecture": "jumprelu", "metadata": 3}, "threshold"),
+    ("sae_lens", {"architecture": "jumprelu", "metadata": {}}, "need 'threshold', which is missing"),
+    ("sparsify", {"signed": True}, "signed is true"),
+    ("dictionary_learning", {"trainer": []}, "has no object trainer"),
+    ("sae_lens", {"architecture": "standard"}, '"standard"; only "topk"'),
+])
 def test_values_that_ours_cannot_be_are_one_line(sae, tmp_path, name, changes, message):
     FORMATS[name].write(tmp_path, fold(sae), ABOUT)
     rewrite(tmp_path / ("config.json" if name == "dictionary_learning" else "cfg.json"), **changes)
@@ -316,10 +331,12 @@ def test_values_that_ours_cannot_be_are_one_line(sae, tmp_path, name, changes, m
 
 
 TENSORS = {
-    "a number": lambda x: torch.tensor(1.0), "no rows": lambda x: x[:0], "another dimension": lambda x: x[None], "whole numbers": lambda x: x.int(),
-    "complex numbers": lambda x: x.to(torch.complex64), "half of it": lambda x: x[: len(x) // 2].clone(), "infinite": lambda x: x.clone().fill_(torch.inf),
+    "a number": lambda x: torch.tensor(1.0), "no rows": lambda x: x[:0], "another dimension": lambda x: x[None],
+    "whole numbers": lambda x: x.int(),
+    "complex numbers": lambda x: x.to(torch.complex64), "half of it": lambda x: x[: len(x) // 2].clone(),
+    "infinite": lambda x: x.clone().fill_(torch.inf),
     "beyond float32": lambda x: x.double() * 1e60,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", TENSORS)

@@ -43,14 +43,16 @@ def test_every_export_comes_back_as_the_same_sae(script, trained):  # noqa: F811
     code, out, _ = script("export_sae.py")
     assert code == 0 and all(name in out for name in FORMATS)
     before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")
-    folders = {"sae_lens": "blocks.1.hook_resid_post", "dictionary_learning": "blocks.1.hook_resid_post", "sparsify": "layers.1"}
+    folders = {"sae_lens": "blocks.1.hook_resid_post", "dictionary_learning": "blocks.1.hook_resid_post",
+               "sparsify": "layers.1"}
     shutil.move(trained / "sae_model", trained / "ours")
     for kind, folder in folders.items():
         code, out, err = script("import_sae.py", f"SOURCE={trained}/exports/{kind}", f"SUBFOLDER={folder}")
         assert code == 0 and kind in out and "held out: EV" in out, err
         for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
             torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
-        assert script("import_sae.py", f"SOURCE={trained}/exports/{kind}/{folder}")[0] == 0, "the same SAE may be imported again"
+        assert script("import_sae.py",
+                      f"SOURCE={trained}/exports/{kind}/{folder}")[0] == 0, "the same SAE may be imported again"
         shutil.rmtree(trained / "sae_model")
 
 
@@ -59,12 +61,16 @@ def test_the_export_says_what_it_is(script, trained):  # noqa: F811
     metadata = json.loads((trained / "exports/sae_lens/blocks.1.hook_resid_post/cfg.json").read_text())["metadata"]
     sae = load_sae(trained / "sae_model" / "topk_sae.pt")
     expected = {
-        "hook_name": "blocks.1.hook_resid_post", "hf_module_path": "model.layers.1", "context_size": 128, "prepend_bos": True,
-        "k": 3, "seed": 0, "tokens_trained": sae.config["tokens_trained"], "run_id": sae.config["run_id"], "explained_variance": sae.config["final"]["ev"],
-    }  # fmt: skip
-    assert {key: metadata[key] for key in expected} == expected and "per-dimension mean" in metadata["explained_variance_formula"]
+        "hook_name": "blocks.1.hook_resid_post", "hf_module_path": "model.layers.1", "context_size": 128,
+        "prepend_bos": True,
+        "k": 3, "seed": 0, "tokens_trained": sae.config["tokens_trained"], "run_id": sae.config["run_id"],
+        "explained_variance": sae.config["final"]["ev"],
+    }
+    assert ({key: metadata[key] for key in expected} == expected
+            and "per-dimension mean" in metadata["explained_variance_formula"])
     card = (trained / "exports/sae_lens/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: saelens\n") and 'from_pretrained("user/repository", "blocks.1.hook_resid_post")' in card
+    assert (card.startswith("---\nlibrary_name: saelens\n")
+            and 'from_pretrained("user/repository", "blocks.1.hook_resid_post")' in card)
 
 
 def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, trained, capsys):  # noqa: F811
@@ -76,7 +82,8 @@ def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, t
     said = capsys.readouterr().out
     assert "trained elsewhere (sparsify" in said and "brought no history" in said
     checks = {row["check"] for row in names["checks"]}
-    assert {"ev", "dead", "duplicates", "reload", "ce_recovered"} <= checks and not checks & {"loss_fell", "weights_moved", "ev_random", "gap"}
+    assert ({"ev", "dead", "duplicates", "reload", "ce_recovered"} <= checks
+            and not checks & {"loss_fell", "weights_moved", "ev_random", "gap"})
     for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
         run_notebook(FOLDER / name)
     assert (trained / "concepts.html").exists()
@@ -87,11 +94,13 @@ def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
     (tmp_path / "empty").mkdir()
     folded = read_foreign(trained / "exports/sparsify/layers.1")[1]
     narrow = tmp_path / "narrow"
-    FORMATS["sparsify"].write(narrow, folded._replace(W=torch.ones(64, 4), W_dec=torch.full((64, 4), 0.5), b_dec=torch.zeros(4)), {})
+    FORMATS["sparsify"].write(narrow, folded._replace(W=torch.ones(64, 4), W_dec=torch.full((64, 4), 0.5),
+                                                      b_dec=torch.zeros(4)), {})
     other = tmp_path / "other"
     FORMATS["sparsify"].write(other, folded._replace(b=folded.b + 1), {})
     for name, arguments, message in (
-        ("export_sae.py", ["FORMAT=onnx"], "FORMAT=onnx must be one of all, sae_lens, dictionary_learning, sparsify, delphi, neuronpedia"),
+        ("export_sae.py", ["FORMAT=onnx"],
+         "FORMAT=onnx must be one of all, sae_lens, dictionary_learning, sparsify, delphi, neuronpedia"),
         ("export_sae.py", ["PUSH_TO=user/name"], "PUSH_TO takes an SAE in one format"),
         ("export_sae.py", ["FORMAT=sparsify", "PUSH_TO=user/name"], "PUSH_TO=user/name: "),  # the tests are offline
         ("export_sae.py", ["FORMAT=neuronpedia"], "top_texts.json is missing"),
@@ -99,7 +108,8 @@ def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
         ("import_sae.py", [f"SOURCE={tmp_path}/empty"], "holds none of"),
         ("import_sae.py", ["SOURCE=nobody/nothing"], "set a local folder, or a repository that this machine can reach"),
         ("import_sae.py", [f"SOURCE={narrow}", "SUBFOLDER=../other"], "must be a folder inside SOURCE"),
-        ("import_sae.py", [f"SOURCE={narrow}"], "the SAE is for activations of width 4, llamaforcausallm_model_layers_1 has 16"),
+        ("import_sae.py", [f"SOURCE={narrow}"],
+         "the SAE is for activations of width 4, llamaforcausallm_model_layers_1 has 16"),
         ("import_sae.py", [f"SOURCE={other}"], "holds another SAE; move the folder sae_model away"),
     ):
         code, _, err = script(name, *arguments)
@@ -129,7 +139,8 @@ def test_an_edited_card_is_kept(script, trained):  # noqa: F811
     assert card.read_text() == made and "fine latents" in kept.read_text()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Cannot connect\nto host"), KeyError("token"), OSError(""), type("ConnectError", (Exception,), {})("late")])
+@pytest.mark.parametrize("error", [RuntimeError("Cannot connect\nto host"), KeyError("token"), OSError(""),
+                                   type("ConnectError", (Exception,), {})("late")])
 def test_whatever_the_hubs_client_raises_is_one_line(tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
@@ -144,10 +155,13 @@ def test_whatever_the_hubs_client_raises_is_one_line(tmp_path, monkeypatch, erro
 
 
 @pytest.mark.parametrize(("name", "public"), [
-    ("gpt2", "gpt2"), ("user/model", "user/model"), ("/home/ann/customers/acme", "acme"), ("/home/ann/customers/acme/", "acme"), ("~/secret/model", "model"),
-    ("./customers/acme", "acme"), ("customers/acme/texts", "texts"), ("customers/acme.jsonl", "acme.jsonl"), ("C:\\Users\\ann\\model", "model"), ("../..", None),
-    ("store/embedded/model", "embedded/model"), ("store/embedded/stories/train.jsonl", "embedded/stories/train.jsonl"), ("/", "local"), ("lib/metrics", "metrics"),
-])  # fmt: skip
+    ("gpt2", "gpt2"), ("user/model", "user/model"), ("/home/ann/customers/acme", "acme"),
+    ("/home/ann/customers/acme/", "acme"), ("~/secret/model", "model"),
+    ("./customers/acme", "acme"), ("customers/acme/texts", "texts"), ("customers/acme.jsonl", "acme.jsonl"),
+    ("C:\\Users\\ann\\model", "model"), ("../..", None),
+    ("store/embedded/model", "embedded/model"), ("store/embedded/stories/train.jsonl", "embedded/stories/train.jsonl"),
+    ("/", "local"), ("lib/metrics", "metrics"),
+])
 def test_what_others_are_told_of_a_name(name, public, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = public_name(name)
@@ -185,10 +199,12 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"url": f"{address}/user/name", "name": "user/name"})
         if "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+            return self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False}
+                                          for name in names]})
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines() if line.strip()]
-            self.files.update({line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"})
+            self.files.update({line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines
+                               if line["key"] == "file"})
             return self.answer({"success": True, "commitUrl": f"{address}/user/name/commit/abc", "commitOid": "a" * 40})
         return self.answer({})
 
@@ -198,7 +214,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(content, ETag=f'"{hash(content)}"', X_Repo_Commit="a" * 40)
         if self.path.startswith("/api/models/user/name"):
             if "/tree/" in self.path:
-                return self.answer([{"type": "file", "path": name, "size": len(content), "oid": "b" * 40} for name, content in self.files.items()])
+                return self.answer([{"type": "file", "path": name, "size": len(content), "oid": "b" * 40}
+                                    for name, content in self.files.items()])
             siblings = [{"rfilename": name} for name in self.files]
             return self.answer({"id": "user/name", "sha": "a" * 40, "siblings": siblings, "tags": [], "private": False})
         return self.answer({"error": "there is none"}, 404, X_Error_Code="RepoNotFound")
@@ -220,20 +237,24 @@ def hub():
 
 def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
     """Through huggingface_hub itself, from push to a usable SAE; a wrong token is one line."""
-    own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path / "hf"),
+           "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
 
     def run(name, *arguments, **more):
-        return subprocess.run([sys.executable, str(PROJECT / FOLDER / name), *arguments], capture_output=True, text=True, env=os.environ | own | more)
+        return subprocess.run([sys.executable, str(PROJECT / FOLDER / name), *arguments], capture_output=True,
+                              text=True, env=os.environ | own | more)
 
     folder = "blocks.1.hook_resid_post"
-    others = [trained / "exports/sae_lens" / name for name in (".env", "notes.md", "blocks.0.hook_mlp_out/cfg.json", f"{folder}/mine.txt")]
+    others = [trained / "exports/sae_lens" / name
+              for name in (".env", "notes.md", "blocks.0.hook_mlp_out/cfg.json", f"{folder}/mine.txt")]
     for other in others:
         other.parent.mkdir(parents=True, exist_ok=True)
         other.write_text("a secret of " + str(tmp_path))
     done = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name")
     assert done.returncode == 0, done.stderr
     assert "/user/name/commit/" in done.stdout
-    assert not [name for name, content in Hub.files.items() if str(tmp_path).encode() in content], "no path of this machine"
+    assert not [name for name, content in Hub.files.items()
+                if str(tmp_path).encode() in content], "no path of this machine"
     assert set(Hub.files) == {"README.md", f"{folder}/cfg.json", f"{folder}/sae_weights.safetensors"}
     assert b'from_pretrained("user/name"' in Hub.files["README.md"]
     before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")
@@ -244,7 +265,9 @@ def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
     for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
         torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
     refused = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name", HF_TOKEN="hf_wrong")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: PUSH_TO=user/name: ") and refused.stderr.count("\n") == 1, refused.stderr
+    assert refused.returncode == 2 and refused.stderr.startswith(
+        "error: PUSH_TO=user/name: "
+    ) and refused.stderr.count("\n") == 1, refused.stderr
 
 
 @pytest.mark.skipif(not PEERS.exists(), reason="the other libraries are not installed: make peers")
@@ -255,10 +278,13 @@ def test_saebench_accepts_the_export_and_finds_the_same_numbers(script, own_stor
     assert script("export_sae.py", "FORMAT=dictionary_learning")[0] == 0
     folder = own_store / "verify_sae_training"
     export = folder / "exports/dictionary_learning/blocks.0.hook_resid_post"
-    command = [str(PEERS), "experiments/benchmarks/saebench_core.py", "store/embedded/model", str(export), "store/embedded/stories/val.jsonl"]
+    command = [str(PEERS), "experiments/benchmarks/saebench_core.py", "store/embedded/model", str(export),
+               "store/embedded/stories/val.jsonl"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, final = json.loads(done.stdout.splitlines()[-1]), load_sae(folder / "sae_model" / "topk_sae.pt").config["final"]
+    found, final = json.loads(done.stdout.splitlines()[-1]), load_sae(
+        folder / "sae_model" / "topk_sae.pt"
+    ).config["final"]
     assert found["sparsity"]["l0"] == pytest.approx(final["l0_mean"], abs=0.01)
     assert found["reconstruction_quality"]["explained_variance"] == pytest.approx(final["ev"], abs=0.02)
     assert found["model_performance_preservation"]["ce_loss_score"] > 0.9

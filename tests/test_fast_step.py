@@ -32,7 +32,9 @@ def activations(n_rows=1500, width=WIDTH):
 
 
 def pair_of_states(x, aligned=True, n_latents=LATENTS):
-    """The same state twice. With zero bias, k=1 has gradients that vanish but for rounding, which Adam would scale up."""
+    """The same state twice. With zero bias, k=1 has gradients that vanish but for rounding, which Adam would scale
+    up.
+    """
     state = init_state(whitening(x.T @ x / len(x)), n_latents, 0, aligned=aligned)
     state["bias"] += 0.1 * torch.randn(n_latents, generator=torch.Generator().manual_seed(2))
     return state, {name: value.clone() for name, value in state.items()}
@@ -99,7 +101,8 @@ def test_the_gradient_of_what_is_not_frozen_is_autograds(compiled, frozen):
     ((rows - codes @ leaves["dec"]).square().sum() / 200).backward()
     tangent = leaves["dec"].grad - (leaves["dec"].grad * state["dec"]).sum(1, keepdim=True) * state["dec"]
     expected = {"dec_m": tangent, "enc_m": leaves["enc"].grad, "bias_m": leaves["bias"].grad}
-    fast_step(state, rows, k=4, lr=0.0, dead_after=10**9, betas=(0.0, 0.0), work=Workspace(state, "float32", compiled), frozen=frozen)
+    fast_step(state, rows, k=4, lr=0.0, dead_after=10**9, betas=(0.0, 0.0), work=Workspace(state, "float32", compiled),
+              frozen=frozen)
     still = {"decoder": "dec_m", "encoder": "enc_m"}[frozen]
     assert not state[still].any()
     for name in expected.keys() - {still}:
@@ -161,14 +164,17 @@ def test_every_latent_may_be_asked_for_and_rows_of_zeros_fire_nothing(compiled):
     assert_close(dense, fast)
 
 
-ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1), (1, 3, 8, 1), (5, 37, 3, 2), (257, 6, 300, 17)]
+ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1), (1, 3, 8, 1), (5, 37, 3, 2),
+       (257, 6, 300, 17)]
 
 
 @pytest.mark.parametrize("rows", ["plain", "half zero", "duplicates", "constant dimension", "all zero", "one huge"])
 @pytest.mark.parametrize("compiled", PATHS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_odd_shapes_and_rows_equal_the_dense_reference(compiled, precision, rows):
-    """Latents, width, batch, k: multiples of nothing, one row, one dimension, one latent, fewer rows than dimensions."""
+    """Latents, width, batch, k: multiples of nothing, one row, one dimension, one latent, fewer rows than
+    dimensions.
+    """
     for number, (n_latents, width, n_rows, k) in enumerate(ODD):
         generator = torch.Generator().manual_seed(number)
         dense = init_state(torch.eye(width), n_latents, 0, aligned=number % 2 == 0)
@@ -255,10 +261,12 @@ def test_precision_is_chosen_by_what_the_processor_can_do(monkeypatch, flags, pl
     assert not hasattr(module, "time")  # no clock
     precision, line = choose_precision(2048, 128, torch.device("cpu"))
     assert precision == expected and expected in line
-    assert choose_precision(2048, 127, torch.device("cpu"))[0] == choose_precision(64, 16, torch.device("cpu"))[0] == "float32"
+    assert choose_precision(2048, 127, torch.device("cpu"))[0] == choose_precision(64, 16,
+                                                                                   torch.device("cpu"))[0] == "float32"
 
 
-@pytest.mark.parametrize("device, capability, expected", [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float32"), ("mps", None, "float32")])
+@pytest.mark.parametrize("device, capability, expected",
+                         [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float32"), ("mps", None, "float32")])
 def test_precision_is_chosen_by_what_the_gpu_can_do(monkeypatch, device, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert choose_precision(4096, 512, torch.device(device))[0] == expected

@@ -22,7 +22,8 @@ def whole_run(path):
     """All that a run gives, with the checksums of large files too."""
     run = open_run("verify_sae_training", verify=True)
     rows = rows_of_run(run, run.hooks[0])
-    return [run.meta, run.manifest, run.texts, run.rows, rows.shards, rows.mean, rows.covariance, run.stats(run.hooks[1])]
+    return [run.meta, run.manifest, run.texts, run.rows, rows.shards, rows.mean, rows.covariance,
+            run.stats(run.hooks[1])]
 
 
 def stories(path):
@@ -47,11 +48,13 @@ KINDS = {
     "activations": ("verify 02", "verify_sae_training/runs/*/llama*/shard_00001.safetensors", whole_run),
     "statistics": ("verify 02", "verify_sae_training/runs/*/llama*/stats.safetensors", whole_run),
     "scalars": ("verify 02", "verify_sae_training/runs/*/llama*/stats.json", whole_run),
-    "SAE": ("verify 02", "verify_sae_training/sae_model/topk_sae.pt", lambda path: [(sae := load_sae(path)).config, sae_hash(sae)]),
+    "SAE": ("verify 02", "verify_sae_training/sae_model/topk_sae.pt",
+            lambda path: [(sae := load_sae(path)).config, sae_hash(sae)]),
     "SAE, sidecar": ("verify 02", "verify_sae_training/sae_model/topk_sae.json", read_json),
     "history": ("verify 02", "verify_sae_training/training_history.json", read_json),
     "classifier": ("sae_ception 04", f"{CYCLE}/checkpoints/model_cycle_1_best.pt", lambda path: read_torch(path, "")),
-    "classifier's SAE": ("sae_ception 04", f"{CYCLE}/checkpoints/sae_cycle_1_best.pt", lambda path: [(sae := load_sae(path)).config, sae_hash(sae)]),
+    "classifier's SAE": ("sae_ception 04", f"{CYCLE}/checkpoints/sae_cycle_1_best.pt",
+                         lambda path: [(sae := load_sae(path)).config, sae_hash(sae)]),
     "stamp": ("sae_ception 04", f"{CYCLE}/checkpoints/model_cycle_1_best.stamp.json", stamped),
     "constants": ("sae_ception 04", f"{CYCLE}/constants.json", read_json),
     "cycle's history": ("sae_ception 04", f"{CYCLE}/history_cycle_1.json", read_json),

@@ -1,4 +1,6 @@
-"""What a user can get wrong in any script: one line that says what to do, exit code 2, nothing written. And what may not leak."""
+"""What a user can get wrong in any script: one line that says what to do, exit code 2, nothing written. And what may
+not leak.
+"""
 import logging
 import shutil
 
@@ -17,7 +19,8 @@ FIRST, SECOND = [f"{VERIFY}/01_save_activations.py", *SAVE], [f"{VERIFY}/02_trai
 AUXILIARY = ["experiments/sae_ception/03_train_auxiliary.py"]
 CHOOSE = ["experiments/sae_ception/choose_constants.py", "PRESET=mlp_digits"]
 BENCH = ["experiments/benchmarks/02_time_sae_training.py"]
-NEEDS = {SECOND[0]: "verify 02", SAE[0]: "sae_ception 02", AUXILIARY[0]: "sae_ception 03", MODEL[0]: "embedded 02"}  # whose earlier steps
+# whose earlier steps
+NEEDS = {SECOND[0]: "verify 02", SAE[0]: "sae_ception 02", AUXILIARY[0]: "sae_ception 03", MODEL[0]: "embedded 02"}
 WRONG = [
     (FIRST, "BATCH_SIZE_SAVE=0", "BATCH_SIZE_SAVE=0 must be at least 1"),
     (FIRST, "MODEL=/nowhere", "there is no file or directory /nowhere"),
@@ -68,8 +71,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("command", "wrong", "said"), WRONG, ids=[f"{c[0].split('/')[1]} {c[0].split('/')[2][:2]} {w}" for c, w, _ in WRONG])
-def test_wrong_input_is_one_line_and_writes_nothing(forks, undisturbed, labelled_texts, tmp_path, command, wrong, said, record_property):
+@pytest.mark.parametrize(("command", "wrong", "said"), WRONG,
+                         ids=[f"{c[0].split('/')[1]} {c[0].split('/')[2][:2]} {w}" for c, w, _ in WRONG])
+def test_wrong_input_is_one_line_and_writes_nothing(
+    forks, undisturbed, labelled_texts, tmp_path, command, wrong, said, record_property
+):
     name = wrong.partition("=")[0]
     rest = [part.format(data=labelled_texts) for part in command[1:] if part.partition("=")[0] != name]
     store = tmp_path / "deep" / "store"  # so that a path with .. still ends in tmp_path
@@ -84,7 +90,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(forks, undisturbed, labelled
     after = contents(tmp_path)
     assert {path: data for path, data in after.items() if path in before} == before
     new = [path for path in after if path not in before]
-    assert not [path for path in new if path.endswith((".pt", ".jsonl", ".csv")) or "results" in path or "manifest" in path], new
+    assert not [path for path in new
+                if path.endswith((".pt", ".jsonl", ".csv")) or "results" in path or "manifest" in path], new
     record_property("fault", "wrong input")
     record_property("tried", 1)
 
@@ -116,10 +123,12 @@ def test_a_text_too_large_for_the_memory_is_named(monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr(activations, "forward", no_memory)
     with pytest.raises(InputError, match="a text of 4 tokens is too large for the memory; lower MAX_LENGTH"):
-        block_rows(model, [resolve(model, "resid_post:1")], tokenise(word_tokenizer(), ["the cat sat"], 0, 128), 0, SaveSettings())
+        block_rows(model, [resolve(model, "resid_post:1")], tokenise(word_tokenizer(), ["the cat sat"], 0, 128), 0,
+                   SaveSettings())
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   OSError(28, "No space left on device")])
 def test_full_memory_and_full_disk_end_any_script_with_one_line(error, capsys):
     def main():
         raise error
@@ -127,19 +136,22 @@ def test_full_memory_and_full_disk_end_any_script_with_one_line(error, capsys):
     with pytest.raises(SystemExit) as ended:
         run(main)
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith(("error: the disk is full (", "error: out of memory ("))
+    assert (ended.value.code == 2 and said.count("\n") == 1
+            and said.startswith(("error: the disk is full (", "error: out of memory (")))
 
 
 def test_other_errors_are_not_taken_for_full_memory():
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("allocate memory"))
 
 
-SECRETS = {"HF_TOKEN": "hf_veryhidden123", "OPENAI_API_KEY": "sk-veryhidden123", "ANTHROPIC_API_KEY": "veryhidden123", "WANDB_API_KEY": "veryhidden123"}
+SECRETS = {"HF_TOKEN": "hf_veryhidden123", "OPENAI_API_KEY": "sk-veryhidden123", "ANTHROPIC_API_KEY": "veryhidden123",
+           "WANDB_API_KEY": "veryhidden123"}
 
 
 def test_keys_in_the_environment_reach_no_file_and_no_line(forks, labelled_texts, tmp_path):
     for command in (FIRST, SECOND, BASELINE, SAE):
-        ended = forks.run([part.format(data=labelled_texts) for part in command], tmp_path / "store", environment=SECRETS)
+        ended = forks.run([part.format(data=labelled_texts) for part in command], tmp_path / "store",
+                          environment=SECRETS)
         assert ended.code == 0 and "veryhidden" not in ended.said
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20 and not [path for path in files if b"veryhidden" in path.read_bytes()]

@@ -1,7 +1,8 @@
-"""Every long script, killed at random moments and at random files, ends with the bytes of a run that was never disturbed.
+"""Every long script, killed at random moments and at random files, ends with the bytes of a run that was never
+disturbed.
 
-FAULTS=n in the environment asks for n kills of each script, half of them at a moment drawn over the time that the undisturbed
-run took, half at a file drawn from those it wrote; `make faults` does that and prints the table.
+FAULTS=n in the environment asks for n kills of each script, half of them at a moment drawn over the time that the
+undisturbed run took, half at a file drawn from those it wrote; `make faults` does that and prints the table.
 """
 import os
 import random

@@ -55,7 +55,8 @@ def test_ctrl_c_says_that_the_run_can_go_on(forks, undisturbed, tmp_path, name, 
     fault(record_property, "Ctrl-C")
     whole, store = undisturbed(name), tmp_path / "store"
     shutil.copytree(whole.before, store)
-    ended = forks.run(whole.command, store, kill_at_write=random.Random(name).randint(1, whole.ended.writes), kind=signal.SIGINT)
+    ended = forks.run(whole.command, store, kill_at_write=random.Random(name).randint(1, whole.ended.writes),
+                      kind=signal.SIGINT)
     assert ended.code == 130 and "stopped; rerun the same command to resume" in ended.said
     assert "Traceback" not in ended.said and "error:" not in ended.said
     ends_as_undisturbed(forks, whole, store)
@@ -81,7 +82,8 @@ def test_a_second_process_is_told_who_holds_the_run(forks, undisturbed, tmp_path
 def has_progress(store):
     """Whether a checkpoint of an unfinished training lies in the store."""
     for path in (*store.rglob("last.pt"), *store.rglob("*_unfinished.pt"), *store.rglob("story_model.pt")):
-        if int(torch.load(path, weights_only=True).get("state", {}).get("step", 1)):  # an SAE's first one is written before any step
+        # an SAE's first one is written before any step
+        if int(torch.load(path, weights_only=True).get("state", {}).get("step", 1)):
             return True
     return False
 
@@ -108,7 +110,9 @@ def test_an_unfinished_run_is_not_continued_with_other_constants(forks, undistur
 
 
 @pytest.mark.parametrize("name", OTHER_AFTER)
-def test_a_finished_run_is_not_replaced_by_one_with_other_constants(forks, undisturbed, tmp_path, name, record_property):
+def test_a_finished_run_is_not_replaced_by_one_with_other_constants(
+    forks, undisturbed, tmp_path, name, record_property
+):
     fault(record_property, "a finished run started with other constants")
     whole, store = undisturbed(name), tmp_path / "store"
     change, said = OTHER_AFTER[name]
@@ -132,7 +136,9 @@ def test_an_sae_of_other_constants_is_kept_under_its_own_name(forks, undisturbed
     folder = "verify_sae_training"
     kept, = (store / folder).glob("sae_model_*")
     for name in ("sae_model/topk_sae.pt", "sae_model/topk_sae.json", "training_history.json"):
-        assert (kept / Path(name).name).read_bytes() == whole.files[f"{folder}/{name}"] != (store / folder / name).read_bytes()
+        assert (
+            kept / Path(name).name
+        ).read_bytes() == whole.files[f"{folder}/{name}"] != (store / folder / name).read_bytes()
 
 
 def test_other_constants_make_another_run_of_activations(forks, undisturbed, tmp_path, record_property):
@@ -155,7 +161,8 @@ def small_disk(tmp_path):
     options = []
 
     def resize(n_bytes):
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"{''.join(options)}size={n_bytes}", "tmpfs", str(folder)], capture_output=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"{''.join(options)}size={n_bytes}", "tmpfs", str(folder)],
+                              capture_output=True)
         options[:] = ["remount,"]
         if done.returncode:
             pytest.skip("file systems can't be mounted here")
@@ -166,7 +173,9 @@ def small_disk(tmp_path):
 
 
 @ALL
-def test_a_full_disk_stops_cleanly_and_the_run_goes_on_when_there_is_room(forks, undisturbed, small_disk, name, record_property):
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on_when_there_is_room(
+    forks, undisturbed, small_disk, name, record_property
+):
     """The disk is full at the start, then has more and more room, until the run can end."""
     whole = undisturbed(name)
     least = sum(-(-len(data) // 4096) * 4096 for data in contents(whole.before).values()) + 2 * 4096

@@ -1,4 +1,5 @@
-"""Every script and notebook as a user starts it: an interpreter or a kernel of its own, imports in its own order, smallest settings.
+"""Every script and notebook as a user starts it: an interpreter or a kernel of its own, imports in its own order,
+smallest settings.
 
 The chains run side by side, once; a test looks at what became of each step.
 """
@@ -15,9 +16,11 @@ from conftest import PROJECT
 from forked import BASELINE, SAE, SAVE, STORIES, TRAIN
 from forked import MODEL as STORY_MODEL
 
-VERIFY, CEPTION, BENCHMARKS, SCALE = (f"experiments/{name}" for name in ("verify_sae_training", "sae_ception", "benchmarks", "at_scale"))
-DIGITS = ["PRESET=mlp_digits", "CYCLES=1", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1", "PROBE_LIMIT=100", "EVAL_LIMIT=100", "ROBUST_LIMIT=4", "N_SAE_SEEDS=1",
-          "METRICS=()"]  # fmt: skip
+VERIFY, CEPTION, BENCHMARKS, SCALE = (f"experiments/{name}"
+                                      for name in ("verify_sae_training", "sae_ception", "benchmarks", "at_scale"))
+DIGITS = ["PRESET=mlp_digits", "CYCLES=1", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1", "PROBE_LIMIT=100", "EVAL_LIMIT=100",
+          "ROBUST_LIMIT=4", "N_SAE_SEEDS=1",
+          "METRICS=()"]
 
 
 class Step(NamedTuple):
@@ -32,15 +35,18 @@ class Step(NamedTuple):
 
 CHAINS = {
     "verify": [
-        Step(f"{VERIFY}/00_probe_layers.py", ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "LABEL_FIELD=mood", "N_TEXTS=20"], "next: python "),
+        Step(f"{VERIFY}/00_probe_layers.py",
+             ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "LABEL_FIELD=mood", "N_TEXTS=20"], "next: python "),
         Step(f"{VERIFY}/01_save_activations.py", SAVE, "02_train_sae.py"),
-        Step(f"{VERIFY}/choose_k.py", ["KS=2,3", "EPOCHS=1", "N_LATENTS_MULTIPLIER=2", "N_TEXTS=4", "BATCH_SIZE_TRAIN=64"], "TOP_K="),
+        Step(f"{VERIFY}/choose_k.py",
+             ["KS=2,3", "EPOCHS=1", "N_LATENTS_MULTIPLIER=2", "N_TEXTS=4", "BATCH_SIZE_TRAIN=64"], "TOP_K="),
         Step(f"{VERIFY}/02_train_sae.py", TRAIN, "jupyter lab"),
         Step(f"{VERIFY}/compare_with_overcomplete.py", ["EPOCHS=1"], "overcomplete   EV"),
         Step(f"{VERIFY}/03_analyze_training.ipynb", ["LOSS_TEXTS=4", "RECOVERY_TOKENS=500"]),
         Step(f"{VERIFY}/04_name_sae_concepts.ipynb", ["MAX_CONCEPTS=5"]),
         Step(f"{VERIFY}/05_show_concepts.ipynb", ["EFFECT_CONCEPTS=2", "EFFECT_TOKENS=1", "STEER_STRENGTHS=(0, 1)"]),
-        Step(f"{VERIFY}/06_steer_model.py", ["STRENGTHS=0,1", "SAMPLES=1", "N_TOKENS=4", "PROMPTS=the cat"], "perplexity"),
+        Step(f"{VERIFY}/06_steer_model.py", ["STRENGTHS=0,1", "SAMPLES=1", "N_TOKENS=4", "PROMPTS=the cat"],
+             "perplexity"),
         Step(f"{VERIFY}/07_test_causality.py", [], "run notebook 03 on the embedded stories", code=2),
         Step(f"{VERIFY}/concept_dictionary.py", ["SEARCH=a"], "latents have a name"),
         Step(f"{VERIFY}/export_sae.py", ["FORMAT=sae_lens", "OUT={store}/out"], "sae_lens"),
@@ -51,27 +57,35 @@ CHAINS = {
         Step(BASELINE[0], [*BASELINE[1:], "EPOCHS_PER_CYCLE=1"], "next: python "),
         Step(SAE[0], [*SAE[1:], "SAE_EPOCHS=1"], "03_train_auxiliary.py"),
         Step(f"{CEPTION}/03_train_auxiliary.py", ["KEEP_PCT=5.0"], "CYCLE=1"),
-        Step(f"{CEPTION}/choose_constants.py", [*DIGITS, "GRID_KEEP_PCT=2", "GRID_AUX_WEIGHT=1", "SELECT_SEEDS=100", "GRID_ARMS=per_class"], "ARM_CONSTANTS="),
-        Step(f"{CEPTION}/04_train_cycle.py", [*DIGITS, "SEEDS=0,1,2", "ARMS=lambda0,per_class,class_mean", "SETTING=tiny2"], "05_compare_cycles.ipynb"),
+        Step(f"{CEPTION}/choose_constants.py", [*DIGITS, "GRID_KEEP_PCT=2", "GRID_AUX_WEIGHT=1", "SELECT_SEEDS=100",
+                                                "GRID_ARMS=per_class"], "ARM_CONSTANTS="),
+        Step(f"{CEPTION}/04_train_cycle.py",
+             [*DIGITS, "SEEDS=0,1,2", "ARMS=lambda0,per_class,class_mean", "SETTING=tiny2"], "05_compare_cycles.ipynb"),
         Step(f"{CEPTION}/05_compare_cycles.ipynb", ["TSNE_EXAMPLES=40"]),
         Step(f"{CEPTION}/06_interpret_features.ipynb", ["SHOW_LATENTS=1", "SHOW_EXAMPLES=1"]),
     ],
     "others": [
         Step(STORIES[0], ["N_STORIES=60"], "02_train_story_model.py"),
         Step(STORY_MODEL[0], STORY_MODEL[1:], "test_perplexity"),
-        Step(f"{SCALE}/01_large_shapes.py", ["MODELS=()", "SAES=((16, 32, 2),)", "SAE_BATCH=8", "SAE_STEPS=1"], "SAE 16 -> 32"),
+        Step(f"{SCALE}/01_large_shapes.py", ["MODELS=()", "SAES=((16, 32, 2),)", "SAE_BATCH=8", "SAE_STEPS=1"],
+             "SAE 16 -> 32"),
         Step(f"{SCALE}/02_plan.py", [], "bielik_1.5b", code=2),
-        Step(f"{BENCHMARKS}/01_time_activations.py", ["N_TEXTS=4", "ROUNDS=1", "WIDTH=12", "MLP=12"], "make peers", code=2),
-        Step(f"{BENCHMARKS}/02_time_sae_training.py", ["SHAPES=((16, 32, 2, 64),)", "TRAINERS=ours", "ROUNDS=2", "SECONDS=0.001"], "04_show_benchmarks.ipynb"),
-        Step(f"{BENCHMARKS}/03_recover_known_features.py", ["TRAINERS=ours", "WIDTH=16", "N_FEATURES=32", "L0=2", "N_LATENTS=32", "TOP_K=2", "N_ROWS=2048",
-                                                            "N_HELD_OUT=256", "BATCH_SIZE=256", "REPORT_SEEDS=0"], "ours"),
+        Step(f"{BENCHMARKS}/01_time_activations.py", ["N_TEXTS=4", "ROUNDS=1", "WIDTH=12", "MLP=12"], "make peers",
+             code=2),
+        Step(f"{BENCHMARKS}/02_time_sae_training.py",
+             ["SHAPES=((16, 32, 2, 64),)", "TRAINERS=ours", "ROUNDS=2", "SECONDS=0.001"], "04_show_benchmarks.ipynb"),
+        Step(f"{BENCHMARKS}/03_recover_known_features.py",
+             ["TRAINERS=ours", "WIDTH=16", "N_FEATURES=32", "L0=2", "N_LATENTS=32", "TOP_K=2", "N_ROWS=2048",
+                                                            "N_HELD_OUT=256", "BATCH_SIZE=256", "REPORT_SEEDS=0"],
+                                                            "ours"),
         Step(f"{BENCHMARKS}/04_show_benchmarks.ipynb"),
     ],
-}  # fmt: skip
+}
 
 
 def test_the_chains_hold_every_script_and_notebook():
-    scripts = {str(path.relative_to(PROJECT)) for path in (PROJECT / "experiments").glob("*/*.py") if "override(globals()" in path.read_text()}
+    scripts = {str(path.relative_to(PROJECT)) for path in (PROJECT / "experiments").glob("*/*.py")
+               if "override(globals()" in path.read_text()}
     notebooks = {str(path.relative_to(PROJECT)) for path in (PROJECT / "experiments").glob("*/*.ipynb")}
     assert scripts | notebooks == {step.path for chain in CHAINS.values() for step in chain}
 
@@ -83,7 +97,9 @@ def became(labelled_texts, tmp_path_factory):
     def run_chain(name):
         store = tmp_path_factory.getbasetemp() / f"fresh {name}"  # with a space
         store.mkdir()
-        environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1", "SETTING": "tiny2", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+        environment = (os.environ
+                       | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1", "SETTING": "tiny2", "HF_HUB_OFFLINE": "1",
+                          "MPLBACKEND": "agg"})
         found = {}
         for step in CHAINS[name]:
             given = [part.format(data=labelled_texts, store=store) for part in step.given]
@@ -91,9 +107,12 @@ def became(labelled_texts, tmp_path_factory):
             if step.path.endswith(".ipynb"):
                 copy = store / step.path.replace("/", "_")
                 copy.write_text(json.dumps(with_constants(json.loads((PROJECT / step.path).read_text()), given)))
-                command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--output-dir", str(store / "pages"), str(copy)]
-            of_notebook = {"PYTHONPATH": str((PROJECT / step.path).parent)} if step.path.endswith(".ipynb") else {}  # the copy lies elsewhere
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment | of_notebook, cwd=store)
+                command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute",
+                           "--output-dir", str(store / "pages"), str(copy)]
+            # the copy lies elsewhere
+            of_notebook = {"PYTHONPATH": str((PROJECT / step.path).parent)} if step.path.endswith(".ipynb") else {}
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  env=environment | of_notebook, cwd=store)
             found[step.path] = done.returncode, done.stdout + done.stderr
         return found
 
@@ -111,7 +130,8 @@ def with_constants(notebook, given):
     return notebook | {"cells": [cell | {"source": source} if other is cell else other for other in notebook["cells"]]}
 
 
-@pytest.mark.parametrize("step", [step for chain in CHAINS.values() for step in chain], ids=lambda step: step.path.removeprefix("experiments/"))
+@pytest.mark.parametrize("step", [step for chain in CHAINS.values() for step in chain],
+                         ids=lambda step: step.path.removeprefix("experiments/"))
 def test_it_runs_in_a_process_of_its_own(became, step):
     code, said = became[step.path]
     assert code == step.code and "Traceback" not in said and step.says in said, said[-3000:]

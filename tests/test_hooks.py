@@ -136,11 +136,13 @@ def test_editing_resid_mid_changes_the_residual_stream_itself(kind):
 @pytest.mark.parametrize(
     "wrong, near",
     [
-        ("resid_pots:2", "resid_post:2"), ("resid_post2", "resid_post:2"), ("blocks.1.hook_resid_pots", "blocks.1.hook_resid_post"),
-        ("model.layer.1", "model.layers.1"), ("llamaforcausallm_model_layer_1", "llamaforcausallm_model_layers_1"), ("attn_ot:1", "attn_out:1"),
+        ("resid_pots:2", "resid_post:2"), ("resid_post2", "resid_post:2"),
+        ("blocks.1.hook_resid_pots", "blocks.1.hook_resid_post"),
+        ("model.layer.1", "model.layers.1"), ("llamaforcausallm_model_layer_1", "llamaforcausallm_model_layers_1"),
+        ("attn_ot:1", "attn_out:1"),
         ("blocks.1.hook_resid_post.", "blocks.1.hook_resid_post"),
     ],
-)  # fmt: skip
+)
 def test_a_typing_error_is_answered_with_what_was_meant(wrong, near):
     with pytest.raises(InputError, match="the nearest are") as error:
         resolve(tiny_model("llama"), wrong)
@@ -149,7 +151,8 @@ def test_a_typing_error_is_answered_with_what_was_meant(wrong, near):
 
 def test_numbers_from_the_end_and_all_blocks():
     model = tiny_model("llama")
-    assert resolve(model, "resid_post:-1") == resolve(model, "resid_post:2") == resolve(model, "blocks.-1.hook_resid_post")
+    assert resolve(model, "resid_post:-1") == resolve(model, "resid_post:2") == resolve(model,
+                                                                                        "blocks.-1.hook_resid_post")
     points = resolve_all(model, "resid_post:*, resid_pre:0,model.layers.1")
     assert [point.names[0] for point in points] == ["resid_post:0", "resid_post:1", "resid_post:2", "resid_pre:0"]
     for wrong, message in (("resid_post:-4", "has blocks 0 to 2"), ("resid_post:3", "has blocks 0 to 2")):
@@ -159,7 +162,8 @@ def test_numbers_from_the_end_and_all_blocks():
         resolve(model, "resid_post:*")
 
 
-@pytest.mark.parametrize("name, message", [("model.layers", "does not run"), ("model:input", "no tensor"), ("model.embed_tokens:input", "no tensor")])
+@pytest.mark.parametrize("name, message", [("model.layers", "does not run"), ("model:input", "no tensor"),
+                                           ("model.embed_tokens:input", "no tensor")])
 def test_places_without_activations_are_refused_in_one_line(name, message):
     model = tiny_model("llama")
     with pytest.raises(InputError, match=message) as error:
@@ -170,9 +174,11 @@ def test_places_without_activations_are_refused_in_one_line(name, message):
 def test_a_run_is_asked_for_its_layers_in_any_spelling(tmp_path):
     model, texts = tiny_model("llama"), TEXTS * 3
     points = resolve_all(model, "resid_post:0,resid_mid:2")
-    run = save_activations(tmp_path / "run", model, word_tokenizer(), points, texts, split_texts(len(texts), 0.2, 0), SaveSettings(), {})
+    run = save_activations(tmp_path / "run", model, word_tokenizer(), points, texts, split_texts(len(texts), 0.2, 0),
+                           SaveSettings(), {})
     first, mid = run.hooks
-    for spelling in (None, "resid_post:0", "resid_post:-3", "blocks.0.hook_resid_post", "model.layers.0", "model.layers.0:output", first):
+    for spelling in (None, "resid_post:0", "resid_post:-3", "blocks.0.hook_resid_post", "model.layers.0",
+                     "model.layers.0:output", first):
         assert run.hook(spelling) == first
     for spelling in ("resid_mid:2", "resid_mid:-1", "model.layers.2.post_attention_layernorm:input", mid):
         assert run.hook(spelling) == mid

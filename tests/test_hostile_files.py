@@ -1,4 +1,6 @@
-"""Whatever lies in the place of a file of the store, its reader says so in one line that names it, and touches nothing."""
+"""Whatever lies in the place of a file of the store, its reader says so in one line that names it, and touches
+nothing.
+"""
 import copy
 import functools
 import json
@@ -50,9 +52,11 @@ KINDS = {
     "SAE": ("verify 02", f"{VERIFY}/sae_model/topk_sae.pt", load_sae),
     "sidecar": ("verify 02", f"{VERIFY}/sae_model/topk_sae.json", lambda path: read_json(path, schemas.SAE_SIDECAR)),
     "history": ("verify 02", f"{VERIFY}/training_history.json", lambda path: read_json(path, schemas.HISTORY)),
-    "stamp": ("sae_ception 04", f"{CYCLE}/checkpoints/model_cycle_1_best.stamp.json", lambda path: finished(path.with_name("model_cycle_1_best.pt"), "k", {})),
+    "stamp": ("sae_ception 04", f"{CYCLE}/checkpoints/model_cycle_1_best.stamp.json",
+              lambda path: finished(path.with_name("model_cycle_1_best.pt"), "k", {})),
     "setting": ("sae_ception 04", f"{CYCLE}/constants.json", lambda path: read_json(path, schemas.SETTING)),
-    "cycle's history": ("sae_ception 04", f"{CYCLE}/history_cycle_1.json", lambda path: read_json(path, schemas.CYCLE_HISTORY)),
+    "cycle's history": ("sae_ception 04", f"{CYCLE}/history_cycle_1.json",
+                        lambda path: read_json(path, schemas.CYCLE_HISTORY)),
     "results": ("sae_ception 04", f"{CYCLE}/results_cycle_1.json", lambda path: read_json(path, schemas.RESULTS)),
     "targets": ("sae_ception 04", f"{CYCLE}/targets_cycle_0.safetensors", read_sealed),
     "report": ("embedded 01", "embedded/stories/report.json", lambda path: up_to_date(path, {})),
@@ -65,12 +69,16 @@ SMALL = {  # files that notebooks leave: content, reader
     "top_texts.json": ({"meta": {}, "0": [], "middle": {"0": []}}, read_top_texts),
 }
 HOSTILE = {
-    "nothing": b"", "null": b"null", "list": b"[]", "dict": b"{}", "number": b"17", "brackets": b"[" * 100_000, "braces": b'{"a":' * 100_000,
-    "closed brackets": b"[" * 900 + b"]" * 900, "huge number": b'{"n_rows": ' + b"9" * 4000 + b"}", "longer number": b"9" * 10_000, "infinite": b'{"a": 1e999}',
-    "NaN": b'{"a": NaN}', "twice": b'{"a": 1, "a": 2}', "latin-1": b'{"a": "\xe9"}', "byte order mark": b"\xef\xbb\xbf{}", "zeros": bytes(1000),
-    "web page": b"<!DOCTYPE html><html>404</html>", "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+    "nothing": b"", "null": b"null", "list": b"[]", "dict": b"{}", "number": b"17", "brackets": b"[" * 100_000,
+    "braces": b'{"a":' * 100_000,
+    "closed brackets": b"[" * 900 + b"]" * 900, "huge number": b'{"n_rows": ' + b"9" * 4000 + b"}",
+    "longer number": b"9" * 10_000, "infinite": b'{"a": 1e999}',
+    "NaN": b'{"a": NaN}', "twice": b'{"a": 1, "a": 2}', "latin-1": b'{"a": "\xe9"}',
+    "byte order mark": b"\xef\xbb\xbf{}", "zeros": bytes(1000),
+    "web page": b"<!DOCTYPE html><html>404</html>",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
     "zip": b"PK\x05\x06" + bytes(18), "tensors": save({"y": torch.zeros(2)}), "escape": b"../../../etc/passwd",
-}  # fmt: skip
+}
 SPECIAL = ("folder", "pipe")
 
 
@@ -139,7 +147,8 @@ def test_hostile_content_of_a_notebooks_file_is_one_line(tmp_path, name):
     read(path)
 
 
-SEALED = [kind for kind in KINDS if kind in ("manifest", "sidecar", "history", "stamp", "setting", "cycle's history", "results")]
+SEALED = [kind for kind in KINDS
+          if kind in ("manifest", "sidecar", "history", "stamp", "setting", "cycle's history", "results")]
 
 
 @pytest.mark.parametrize("kind", SEALED)
@@ -182,7 +191,8 @@ def reseal(run, path):
 
     manifest = json.loads((run / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"] = [entry if run / entry["file"] != path else list_files(run, [entry["file"]])[0] for entry in manifest["files"]]
+    manifest["files"] = [entry if run / entry["file"] != path else list_files(run, [entry["file"]])[0]
+                         for entry in manifest["files"]]
     write_json(run / "manifest.json", manifest, sealed=True)
 
 
@@ -218,14 +228,16 @@ def whole_use(path):
     hook_of_run(run, sae.config["hook"])
     find(store_root() / VERIFY, {}, "x")
     read_json(store_root() / VERIFY / "training_history.json", schemas.HISTORY)
-    return list(encode_run(run, sae.config["hook"], sae)), [rows_of_run(run, hook).scale for hook in run.hooks], run.texts
+    return list(encode_run(run, sae.config["hook"], sae)), [rows_of_run(run, hook).scale
+                                                            for hook in run.hooks], run.texts
 
 
 @pytest.mark.parametrize("kind", ["manifest", "meta", "scalars", "history", "sidecar", "SAE"])
 def test_an_altered_entry_under_a_right_seal_is_told_or_does_no_harm(store_of, kind):
     """Whoever writes a store can also write its seals: what is read must fit, or be refused in one line."""
     path, rng = next(store_of("verify 02").glob(KINDS[kind][1])), random.Random(kind)
-    run = next(path.parents[i] for i in (0, 1) if (path.parents[i] / "manifest.json").exists()) if kind in ("manifest", "meta", "scalars") else None
+    run = (next(path.parents[i] for i in (0, 1) if (path.parents[i] / "manifest.json").exists())
+           if kind in ("manifest", "meta", "scalars") else None)
     manifest = (run / "manifest.json").read_bytes() if run else b""
     good = torch.load(path, weights_only=True) if kind == "SAE" else json.loads(path.read_text())
     good.pop("sha256", None)
@@ -257,7 +269,8 @@ def test_a_link_out_of_the_run_is_refused(store_of, tmp_path_factory):
     assert "is a link that leaves" in refused(whole_run, path)
 
 
-@pytest.mark.parametrize("column, value", [("text_id", 10_000), ("text_id", -1), ("char_end", 10_000), ("char_start", -1)])
+@pytest.mark.parametrize("column, value",
+                         [("text_id", 10_000), ("text_id", -1), ("char_end", 10_000), ("char_start", -1)])
 def test_rows_that_point_outside_their_texts_are_refused(store_of, column, value):
     from lib.files import read_tensors
 
@@ -270,8 +283,9 @@ def test_rows_that_point_outside_their_texts_are_refused(store_of, column, value
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda lines: lines[:-1], "texts"), (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1"), (lambda lines: ['{"text_id": 0, "text": null}', *lines[1:]], "line 1"),
-])  # fmt: skip
+    (lambda lines: lines[:-1], "texts"), (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1"),
+    (lambda lines: ['{"text_id": 0, "text": null}', *lines[1:]], "line 1"),
+])
 def test_texts_that_do_not_fit_are_refused(store_of, change, said):
     path = next(store_of("verify 02").glob(KINDS["texts"][1]))
     path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
@@ -284,13 +298,18 @@ def sae_content(path):
 
 
 SAE_CHANGES = {
-    "k over F": lambda c: c["config"].update(top_k=10_000), "k is text": lambda c: c["config"].update(top_k="3"), "no config": lambda c: c.pop("config"),
+    "k over F": lambda c: c["config"].update(top_k=10_000), "k is text": lambda c: c["config"].update(top_k="3"),
+    "no config": lambda c: c.pop("config"),
     "no weights": lambda c: c["state"].pop("W_dec"), "weights as a list": lambda c: c["state"].update(W_enc=[1.0]),
-    "other width": lambda c: c["state"].update(mean=torch.zeros(3)), "not finite": lambda c: c["state"]["W_dec"].fill_(float("nan")),
-    "integers": lambda c: c["state"].update(b_enc=torch.zeros(64, dtype=torch.int64)), "no probe": lambda c: c.update(probe=None),
-    "size on paper": lambda c: c["state"].update(W_enc=torch.zeros(1).expand(64, 16)), "sparse": lambda c: c["state"].update(W_dec=torch.zeros(64, 16).to_sparse()),
-    "run that climbs": lambda c: c["config"].update(run_id="../../x"), "nested": lambda c: c["config"].update(constants=[[]]),
-}  # fmt: skip
+    "other width": lambda c: c["state"].update(mean=torch.zeros(3)),
+    "not finite": lambda c: c["state"]["W_dec"].fill_(float("nan")),
+    "integers": lambda c: c["state"].update(b_enc=torch.zeros(64, dtype=torch.int64)),
+    "no probe": lambda c: c.update(probe=None),
+    "size on paper": lambda c: c["state"].update(W_enc=torch.zeros(1).expand(64, 16)),
+    "sparse": lambda c: c["state"].update(W_dec=torch.zeros(64, 16).to_sparse()),
+    "run that climbs": lambda c: c["config"].update(run_id="../../x"),
+    "nested": lambda c: c["config"].update(constants=[[]]),
+}
 
 
 @pytest.mark.parametrize("how", SAE_CHANGES)
@@ -303,10 +322,13 @@ def test_an_sae_of_another_shape_is_refused(store_of, how):
 
 
 CHECKPOINT_CHANGES = {
-    "no state": lambda c: c.pop("state"), "no step": lambda c: c["state"].pop("step"), "other shape": lambda c: c["state"].update(dec=torch.zeros(3, 3)),
-    "a moment less": lambda c: c["state"].pop("enc_m"), "not finite": lambda c: c["state"]["enc"].fill_(float("inf")), "text": lambda c: c["best"].update(ev="1"),
-    "uneven history": lambda c: c["history"]["val"]["ev"].append(0.5), "no history": lambda c: c.update(history=[]), "unknown kind": lambda c: c["settings"].update(kind="x"),
-}  # fmt: skip
+    "no state": lambda c: c.pop("state"), "no step": lambda c: c["state"].pop("step"),
+    "other shape": lambda c: c["state"].update(dec=torch.zeros(3, 3)),
+    "a moment less": lambda c: c["state"].pop("enc_m"), "not finite": lambda c: c["state"]["enc"].fill_(float("inf")),
+    "text": lambda c: c["best"].update(ev="1"),
+    "uneven history": lambda c: c["history"]["val"]["ev"].append(0.5), "no history": lambda c: c.update(history=[]),
+    "unknown kind": lambda c: c["settings"].update(kind="x"),
+}
 
 
 @pytest.mark.parametrize("how", CHECKPOINT_CHANGES)
@@ -337,10 +359,12 @@ def test_integer_keys_do_not_break_a_seal(tmp_path):
 
 
 @pytest.mark.parametrize("value, wanted", [
-    (True, int), (1.5, int), ("1", int), (float("nan"), float), (10**400, float), ([1, float("inf")], [float]), ([1, "a"], [float]), (None, str),
-    ({"a": 1}, {"b": int}), ({"b": 1}, {schemas.NAME: str}), (3, schemas.Number(int, 4)), ([1], [int, int]), ("x", ("a", "b", None)), (2, 1), (True, 1),
+    (True, int), (1.5, int), ("1", int), (float("nan"), float), (10**400, float), ([1, float("inf")], [float]),
+    ([1, "a"], [float]), (None, str),
+    ({"a": 1}, {"b": int}), ({"b": 1}, {schemas.NAME: str}), (3, schemas.Number(int, 4)), ([1], [int, int]),
+    ("x", ("a", "b", None)), (2, 1), (True, 1),
     ({"a": [1], "b": []}, schemas.Columns("a", "b")),
-])  # fmt: skip
+])
 def test_what_does_not_fit_is_told(value, wanted):
     with pytest.raises(Misfit) as told:
         check(value, wanted)
@@ -349,7 +373,8 @@ def test_what_does_not_fit_is_told(value, wanted):
 
 def test_what_fits_is_taken():
     check({"a": [1, 2.5], "c": {"deep": [None, True]}}, {"a": [float], "b?": int})
-    assert check_tensors({"x": torch.zeros(3, 4), "y": torch.zeros(4)}, {"x": "float N D", "y": "float32 D", "z?": "int64 N"}) == {"N": 3, "D": 4}
+    assert check_tensors({"x": torch.zeros(3, 4), "y": torch.zeros(4)},
+                         {"x": "float N D", "y": "float32 D", "z?": "int64 N"}) == {"N": 3, "D": 4}
 
 
 SCRIPTS = [(f"experiments/{VERIFY}/02_train_sae.py", "manifest"), (f"experiments/{VERIFY}/07_test_causality.py", "SAE")]

@@ -18,8 +18,10 @@ from lib.sae import load_sae, sae_hash
 from lib.store import open_run
 
 EVIL = "<img/src=x/onerror=alert(1)>"
-TOKENS = [EVIL, f"x\n\n{EVIL}", "`", f"`{EVIL}`", "$\\frac$", "$x$", "=cmd()", "{{data}}", "</script><script>alert(2)</script>", "[a](javascript:alert(3))", "&lt;b&gt;"]
-LEAVES = [{"number": 1, "path": f"{EVIL}".replace("/", "|"), "words": ["cat"]}, {"number": 2, "path": "a$\\frac$/b$", "words": ["dog"]}]
+TOKENS = [EVIL, f"x\n\n{EVIL}", "`", f"`{EVIL}`", "$\\frac$", "$x$", "=cmd()", "{{data}}",
+          "</script><script>alert(2)</script>", "[a](javascript:alert(3))", "&lt;b&gt;"]
+LEAVES = [{"number": 1, "path": f"{EVIL}".replace("/", "|"), "words": ["cat"]},
+          {"number": 2, "path": "a$\\frac$/b$", "words": ["dog"]}]
 
 
 def hostile_model(folder):
@@ -28,7 +30,8 @@ def hostile_model(folder):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
+                            unk_token="[UNK]").save_pretrained(folder)
     tiny_model("llama", vocab_size=len(names)).save_pretrained(folder)
 
 
@@ -51,14 +54,17 @@ def shown(monkeypatch):
 def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, shown, capsys):  # noqa: F811
     folder = tmp_path / "secret$\\frac$<b>customer"
     hostile_model(folder / "model")
-    sentences = [f"the cat saw a dog {TOKENS[i % len(TOKENS)]} and {TOKENS[(i + 1) % len(TOKENS)]} on {TOKENS[(3 * i) % len(TOKENS)]} ." for i in range(90)]
+    sentences = [f"the cat saw a dog {TOKENS[i % len(TOKENS)]} and {TOKENS[(i + 1) % len(TOKENS)]} on "
+                 f"{TOKENS[(3 * i) % len(TOKENS)]} ." for i in range(90)]
     numbers = [[0] * len(re.findall("[A-Za-z]+", text)) for text in sentences]
     for text, found in zip(sentences, numbers):
         for i, word in enumerate(re.findall("[A-Za-z]+", text)):
             found[i] = {"cat": 1, "dog": 2}.get(word, 0)
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text, "concepts": c, "topic": 0, "mood": i % 2}) + "\n" for i, (text, c) in enumerate(zip(sentences, numbers))))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text, "concepts": c, "topic": 0, "mood": i % 2})
+                                                + "\n" for i, (text, c) in enumerate(zip(sentences, numbers))))
     (folder / "concepts.json").write_text(json.dumps({"leaves": LEAVES, "topics": [EVIL], "moods": ["$\\frac$", "$x"]}))
-    assert script("01_save_activations.py", f"MODEL={folder}/model", f"DATASET={folder}/texts.jsonl", "VAL_FRAC=0.4", *SMALL)[0] == 0
+    assert script("01_save_activations.py", f"MODEL={folder}/model", f"DATASET={folder}/texts.jsonl", "VAL_FRAC=0.4",
+                  *SMALL)[0] == 0
     assert script("02_train_sae.py", *TRAIN)[0] == 0
     for handler in list(log.handlers):  # of the scripts, which ran in this process
         log.removeHandler(handler)
@@ -66,18 +72,21 @@ def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, sh
     run = open_run("verify_sae_training")
     truth = ground_truth(run, folder)
     assert {LEAVES[0]["path"], "how it ends: $\\frac$"} <= {concept.name for concept in truth.concepts}
-    rows = [{"concept": concept.name, "context": number % 2, "latent": {"f1": 0.5}} for number, concept in enumerate(truth.concepts)]
+    rows = [{"concept": concept.name, "context": number % 2, "latent": {"f1": 0.5}}
+            for number, concept in enumerate(truth.concepts)]
     plots.recovery_examples(rows, {"latent": "latents"}).canvas.draw()
     store = own_store / "verify_sae_training"
     living = collect_firings(encode_run(run, run.hook(), sae)).fires.nonzero()[:, 0].tolist()
     header = {"sae_hash": sae_hash(sae), "run_id": "r", "n_latents": sae.n_latents}
-    write_concepts(store / "concepts.json", header, {i: {"name": e, "description": e, "notes": e, "source": "human"} for i, e in zip(living, TOKENS)})
+    write_concepts(store / "concepts.json", header,
+                   {i: {"name": e, "description": e, "notes": e, "source": "human"} for i, e in zip(living, TOKENS)})
     for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
         run_notebook(FOLDER / name)
     assert len(shown) > 12
     for text in shown:
         assert "mathjax_ignore" in text or "$" not in text, "no formulas"
-        assert "<img" not in text and "<script" not in text and "javascript:alert(3))" not in re.findall(r'href="([^"]*)"', text)
+        assert ("<img" not in text and "<script" not in text
+                and "javascript:alert(3))" not in re.findall(r'href="([^"]*)"', text))
     page = (store / "concepts.html").read_text()
     assert "<img" not in page and page.count("<script") == 2 and page.count("</script>") == 2
     said = capsys.readouterr().out
@@ -87,11 +96,14 @@ def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, sh
 
 
 @pytest.mark.parametrize("content", [
-    {}, [], None, 3, "text", {"leaves": {}}, {"leaves": []}, {"leaves": [1]}, {"leaves": [{"number": "1", "path": "a", "words": []}]},
-    {"leaves": [{"number": 1, "path": "a", "words": ["b"]}] * 2, "topics": ["t"], "moods": ["m"]}, {"leaves": [{"number": 1, "path": 5, "words": ["b"]}]},
-    {"schema_version": 1, "sae_hash": "aa", "n_latents": 3, "concepts": {}}, {"leaves": [{"number": 7, "path": "a", "words": ["cat"]}]}, "not JSON",
+    {}, [], None, 3, "text", {"leaves": {}}, {"leaves": []}, {"leaves": [1]},
+    {"leaves": [{"number": "1", "path": "a", "words": []}]},
+    {"leaves": [{"number": 1, "path": "a", "words": ["b"]}] * 2, "topics": ["t"], "moods": ["m"]},
+    {"leaves": [{"number": 1, "path": 5, "words": ["b"]}]},
+    {"schema_version": 1, "sae_hash": "aa", "n_latents": 3, "concepts": {}},
+    {"leaves": [{"number": 7, "path": "a", "words": ["cat"]}]}, "not JSON",
     {"leaves": [{"number": 7, "path": "a", "words": ["cat"]}], "topics": ["t"], "moods": ["m"]},
-])  # fmt: skip
+])
 @pytest.mark.parametrize("given", [None, [1, 1, 1], [[1]], 5, {"1": 1}])
 def test_a_concepts_file_of_another_project_is_ignored_in_one_line(tmp_path, caplog, content, given):
     """Beside data with and without concepts of their own."""

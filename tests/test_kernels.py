@@ -53,7 +53,8 @@ def test_no_candidate_without_a_positive_score():
 
 def test_bfloat16_rounding_is_that_of_torch():
     generator = torch.Generator().manual_seed(0)
-    row = torch.cat([torch.randn(200, generator=generator), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38, 1e-40])])
+    row = torch.cat([torch.randn(200, generator=generator),
+                     torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38, 1e-40])])
     low = np.empty(len(row) + 2, np.uint16)
     kernels._to_bfloat16(row.numpy(), np.float32(0.123456), low)
     got = torch.from_numpy(low.view(np.int16)).view(torch.bfloat16)
@@ -68,11 +69,13 @@ def test_pairs_are_grouped_by_latent_in_row_order():
     weight, slope = np.empty(6, np.float32), np.empty(6, np.float32)
     kernels.sort_by_latent(index, code, -code, start, row, weight, slope)
     assert start.tolist() == [0, 2, 2, 5, 5]
-    assert row[:5].tolist() == [0, 2, 0, 1, 2] and weight[:5].tolist() == [2, 4, 1, 3, 5] and slope[:5].tolist() == [-2, -4, -1, -3, -5]
+    assert (row[:5].tolist() == [0, 2, 0, 1, 2] and weight[:5].tolist() == [2, 4, 1, 3, 5]
+            and slope[:5].tolist() == [-2, -4, -1, -3, -5])
 
 
 def run_python(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=PROJECT)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env},
+                          cwd=PROJECT)
 
 
 def test_without_a_folder_to_cache_in_the_loops_still_compile():

@@ -1,4 +1,6 @@
-"""Loading models: blocks read from the disk as they run give the activations of the model in memory; what is damaged is one line."""
+"""Loading models: blocks read from the disk as they run give the activations of the model in memory; what is damaged is
+one line.
+"""
 import json
 import re
 
@@ -27,16 +29,19 @@ def test_blocks_on_the_disk_give_the_bytes_of_the_model_in_memory(folder, tmp_pa
     for device_map in (None, "disk"):
         model = load_model(str(folder), CPU, torch.float32, device_map=device_map)
         points = [resolve(model, name) for name in ("resid_post:0", "resid_pre:2", "resid_post:2")]
-        run = save_activations(tmp_path / str(device_map), model, word_tokenizer(), points, texts, split_texts(len(texts), 0.2, 0), SaveSettings(), {})
+        run = save_activations(tmp_path / str(device_map), model, word_tokenizer(), points, texts,
+                               split_texts(len(texts), 0.2, 0), SaveSettings(), {})
         stored.append({hook: torch.cat(run.shards(hook)) for hook in run.hooks})
-    on_disk = [p for block in range(3) for p in model.get_submodule(resolve(model, f"resid_post:{block}").path).parameters()]
+    on_disk = [p for block in range(3)
+               for p in model.get_submodule(resolve(model, f"resid_post:{block}").path).parameters()]
     assert on_disk and all(p.is_meta for p in on_disk), "a block stayed in memory"
     for hook, x in stored[0].items():
         assert torch.equal(stored[1][hook], x)
 
 
 def test_the_identity_of_a_model_does_not_depend_on_where_it_lies(folder):
-    whole, spread = (load_model(str(folder), CPU, torch.float32, device_map=device_map) for device_map in (None, "disk"))
+    whole, spread = (load_model(str(folder), CPU, torch.float32, device_map=device_map)
+                     for device_map in (None, "disk"))
     assert model_identity(whole, "m") == model_identity(spread, "m")
     with torch.no_grad():
         next(whole.parameters())[0, 0] += 1
@@ -45,7 +50,8 @@ def test_the_identity_of_a_model_does_not_depend_on_where_it_lies(folder):
 
 def test_a_block_read_from_the_disk_is_left_again_in_the_middle(folder):
     """The pass ends inside a block where a point asks for it; the next pass is right all the same."""
-    whole, spread = (load_model(str(folder), CPU, torch.float32, device_map=device_map) for device_map in (None, "disk"))
+    whole, spread = (load_model(str(folder), CPU, torch.float32, device_map=device_map)
+                     for device_map in (None, "disk"))
     ids = torch.tensor([[1, 5, 6, 7]])
     for name in ("attn_out:1", "resid_post:2"):
         seen = []
@@ -69,7 +75,8 @@ def test_what_cant_be_loaded_so_is_said_in_one_line(folder):
 
 
 def test_device_map_auto_is_the_same_model(folder):
-    whole, spread = (load_model(str(folder), CPU, torch.float32, device_map=device_map) for device_map in (None, "auto"))
+    whole, spread = (load_model(str(folder), CPU, torch.float32, device_map=device_map)
+                     for device_map in (None, "auto"))
     assert model_identity(whole, "m") == model_identity(spread, "m")
 
 
@@ -98,24 +105,33 @@ def config_changed(folder, **changes):
 
 
 DAMAGE = {
-    "cut": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:2000]), "can't be loaded"),
+    "cut": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:2000]),
+            "can't be loaded"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "can't be loaded"),
-    "a web page": (lambda f: (f / "model.safetensors").write_text("<!DOCTYPE html><html><body>404</body></html>" * 9), "can't be loaded"),
-    "a pointer": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n"), "can't be loaded"),
+    "a web page": (lambda f: (f / "model.safetensors").write_text("<!DOCTYPE html><html><body>404</body></html>" * 9),
+                   "can't be loaded"),
+    "a pointer": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid "
+                                                                 "sha256:aa\nsize 9\n"), "can't be loaded"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "can't be loaded"),
-    "a layer missing": (lambda f: weights_changed(f, lambda t: {k: v for k, v in t.items() if "layers.1." not in k}), "9 weights of LlamaForCausalLM are missing"),
-    "one weight missing": (lambda f: weights_changed(f, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}), "1 weights .* missing .lm_head.weight"),
+    "a layer missing": (lambda f: weights_changed(f, lambda t: {k: v for k, v in t.items() if "layers.1." not in k}),
+                        "9 weights of LlamaForCausalLM are missing"),
+    "one weight missing": (lambda f: weights_changed(f,
+                                                     lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}),
+                                                     "1 weights .* missing .lm_head.weight"),
     "another prefix": (lambda f: weights_changed(f, lambda t: {f"net.{k}": v for k, v in t.items()}), "are missing"),
     "more layers in the config": (lambda f: config_changed(f, num_hidden_layers=4), "9 weights .* are missing"),
     "another shape": (lambda f: config_changed(f, intermediate_size=48), "has the shape .* but config.json says"),
-    "unknown architecture": (lambda f: config_changed(f, architectures=["NewForCausalLM"]), "architecture NewForCausalLM, which transformers"),
-    "an architecture that is no class": (lambda f: config_changed(f, architectures=["pipeline"]), "architecture pipeline, which transformers"),
-    "another architecture": (lambda f: config_changed(f, architectures=["BertModel"]), "is of a llama, but names the architecture BertModel"),
+    "unknown architecture": (lambda f: config_changed(f, architectures=["NewForCausalLM"]),
+                             "architecture NewForCausalLM, which transformers"),
+    "an architecture that is no class": (lambda f: config_changed(f, architectures=["pipeline"]),
+                                         "architecture pipeline, which transformers"),
+    "another architecture": (lambda f: config_changed(f, architectures=["BertModel"]),
+                             "is of a llama, but names the architecture BertModel"),
     "unknown type": (lambda f: config_changed(f, model_type="new"), "can't be loaded"),
     "no config": (lambda f: (f / "config.json").write_text("{"), "can't be loaded"),
     "a list as config": (lambda f: (f / "config.json").write_text("[]"), "can't be loaded"),
     "words for numbers": (lambda f: config_changed(f, hidden_size="wide"), "can't be loaded"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -145,7 +161,9 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
     assert "can't be loaded" in refusal(folder) and not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("file, text", [("tokenizer.json", "{"), ("tokenizer.json", ""), ("tokenizer.json", '{"version": 1}'), ("tokenizer_config.json", "[1]"), ("tokenizer_config.json", '{"tokenizer_class": 3}')])
+@pytest.mark.parametrize("file, text",
+                         [("tokenizer.json", "{"), ("tokenizer.json", ""), ("tokenizer.json", '{"version": 1}'),
+                          ("tokenizer_config.json", "[1]"), ("tokenizer_config.json", '{"tokenizer_class": 3}')])
 def test_a_damaged_tokenizer_is_one_line(tmp_path, file, text):
     (save_llama(tmp_path / "model") / file).write_text(text)
     assert "tokenizer" in refusal(tmp_path / "model", load_tokenizer)

@@ -32,7 +32,8 @@ def test_u_definition():
     scores = uncertainty(fired, y, 10)
     assert scores["u"].tolist() == pytest.approx([1, 1, 0, 0], abs=1e-12)
     h_b = -0.1 * math.log(0.1) - 0.9 * math.log(0.9)
-    assert scores["u_label"].tolist() == pytest.approx([h_b / math.log(10), math.log(2) / math.log(10), 0, 0], abs=1e-12)
+    assert scores["u_label"].tolist() == pytest.approx([h_b / math.log(10), math.log(2) / math.log(10), 0, 0],
+                                                       abs=1e-12)
     assert scores["u_label"][0].item() == pytest.approx(0.141, abs=5e-4)
 
 
@@ -98,7 +99,9 @@ def test_u_of_an_attribute_given_the_label():
 
 
 def test_u_given_is_the_conditional_information_and_chance_is_zero():
-    """With a label that is no function of the attribute too; firing at random has a positive plug-in u and an adjusted one of 0."""
+    """With a label that is no function of the attribute too; firing at random has a positive plug-in u and an adjusted
+    one of 0.
+    """
     g = np.random.default_rng(0)
     y, a = g.integers(0, 3, 400), g.integers(0, 4, 400)
     b = g.random((400, 60)) < 0.15

@@ -10,7 +10,8 @@ def test_classification():
     scores = classification(logits, torch.tensor([0, 0, 1, 1]))
     assert scores["accuracy"] == 0.75
     assert scores["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 2) == scores["f1_weighted"]
-    assert classification(torch.zeros(5, 4), torch.arange(5) % 4)["loss"] == pytest.approx(torch.tensor(4.0).log().item())
+    assert classification(torch.zeros(5, 4),
+                          torch.arange(5) % 4)["loss"] == pytest.approx(torch.tensor(4.0).log().item())
 
 
 def test_probe_runs():

@@ -21,7 +21,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from concepts import chat_servers
-from concepts.chat_names import Contexts, check_name, check_verdict, cost_estimate, judge, name_with, score_people, with_scores
+from concepts.chat_names import (
+    Contexts,
+    check_name,
+    check_verdict,
+    cost_estimate,
+    judge,
+    name_with,
+    score_people,
+    with_scores,
+)
 from concepts.dictionary import concepts_from_csv, read_concepts, write_concepts
 from concepts.formats import concepts_to_csv
 from concepts.language_models import ask_json, find_json, open_chat
@@ -33,7 +42,9 @@ GOOD = {"name": "dogs", "description": "The word dog.", "confidence": 0.9}
 
 
 class Server:
-    """A server on loopback that answers with what `reply(number, path, headers, body)` returns: status, headers, body."""
+    """A server on loopback that answers with what `reply(number, path, headers, body)` returns: status, headers,
+    body.
+    """
 
     def __init__(self, reply):
         self.seen = []
@@ -101,7 +112,8 @@ def names_and_verdicts(fires):
 
 @pytest.fixture
 def contexts():
-    rules = [lambda s, i: 2.0 * (s[i] == "dog") + 1.0 * (s[i] == "bird"), lambda s, i: 0.0, lambda s, i: float(s[i] == "cat")]
+    rules = [lambda s, i: 2.0 * (s[i] == "dog") + 1.0 * (s[i] == "bird"), lambda s, i: 0.0, lambda s,
+             i: float(s[i] == "cat")]
     return Contexts(*planted(rules, TEXTS * 12))
 
 
@@ -128,8 +140,10 @@ def test_of_a_large_corpus_every_nth_text_is_used(contexts, monkeypatch):
     rows, values = part.firing(0, held_out=False)
     whole, all_values = contexts.firing(0, held_out=False)
     kept = contexts.text_id[whole] % 5 == 0
-    assert 0 < len(rows) < len(whole) and rows.tolist() == whole[kept].tolist() and values.tolist() == all_values[kept].tolist()
-    assert (contexts.text_id[part.silent(0, True, 30)] % 5 == 0).all() and (contexts.text_id[part.for_judge(0)[0]] % 5 == 0).all()
+    assert (0 < len(rows) < len(whole) and rows.tolist() == whole[kept].tolist()
+            and values.tolist() == all_values[kept].tolist())
+    assert ((contexts.text_id[part.silent(0, True, 30)] % 5 == 0).all()
+            and (contexts.text_id[part.for_judge(0)[0]] % 5 == 0).all())
 
 
 def test_a_context_stays_within_its_text(contexts):
@@ -198,23 +212,28 @@ def test_a_model_that_never_answers_well_is_given_up(serve, contexts, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"description": "d"}, "name"), ({"name": 3, "description": "d"}, "name"), ({"name": "x" * 81, "description": "d"}, "81"),
-        ({"name": "x", "description": " "}, "description"), (GOOD | {"confidence": 2}, "confidence"), (GOOD | {"confidence": True}, "confidence"),
+        ({"description": "d"}, "name"), ({"name": 3, "description": "d"}, "name"),
+        ({"name": "x" * 81, "description": "d"}, "81"),
+        ({"name": "x", "description": " "}, "description"), (GOOD | {"confidence": 2}, "confidence"),
+        (GOOD | {"confidence": True}, "confidence"),
     ],
-)  # fmt: skip
+)
 def test_names_that_break_the_schema(answer, message):
     with pytest.raises(ValueError, match=message):
         check_name(answer)
 
 
-@pytest.mark.parametrize("answer", [{}, {"fires": 3}, {"fires": [0]}, {"fires": [5]}, {"fires": ["1"]}, {"fires": [True]}])
+@pytest.mark.parametrize("answer",
+                         [{}, {"fires": 3}, {"fires": [0]}, {"fires": [5]}, {"fires": ["1"]}, {"fires": [True]}])
 def test_verdicts_that_break_the_schema(answer):
     with pytest.raises(ValueError, match="from 1 to 4"):
         check_verdict(4)(answer)
 
 
 def test_json_is_found_in_what_stands_around_it():
-    assert find_json('<think>{"a": 1}</think> so {this} is it: {"a": {"b": "}"}} and more {"c": 2}') == {"a": {"b": "}"}}
+    assert find_json(
+        '<think>{"a": 1}</think> so {this} is it: {"a": {"b": "}"}} and more {"c": 2}'
+    ) == {"a": {"b": "}"}}
     for text in ("", "[1, 2]", '{"a": ', "{a: 1}"):
         with pytest.raises(ValueError, match="no JSON object"):
             find_json(text)
@@ -258,7 +277,7 @@ FAULTS = [
     (lambda *_: (200, {}, b"<html>"), "not JSON"),
     (lambda *_: (200, {}, {"answer": KEY}), "not in OpenAI's protocol"),
     (lambda *_: (200, {}, []), "not in OpenAI's protocol"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("reply", "message"), FAULTS, ids=[message for _, message in FAULTS])
@@ -282,11 +301,13 @@ def test_a_dead_server_is_one_line(serve, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("NAMING_MODEL", "", "NAMING_MODEL"), ("OPENAI_BASE_URL", "", "OPENAI_BASE_URL"), ("OPENAI_BASE_URL", "localhost:1", "OPENAI_BASE_URL"),
-        ("OPENAI_BASE_URL", f"http://me:{KEY}@host/v1", "holds more"), ("OPENAI_BASE_URL", f"http://host/v1?key={KEY}", "holds more"),
+        ("NAMING_MODEL", "", "NAMING_MODEL"), ("OPENAI_BASE_URL", "", "OPENAI_BASE_URL"),
+        ("OPENAI_BASE_URL", "localhost:1", "OPENAI_BASE_URL"),
+        ("OPENAI_BASE_URL", f"http://me:{KEY}@host/v1", "holds more"),
+        ("OPENAI_BASE_URL", f"http://host/v1?key={KEY}", "holds more"),
         ("OPENAI_API_KEY", f"{KEY}\nx", "OPENAI_API_KEY"), ("OPENAI_API_KEY", f"{KEY}é", "OPENAI_API_KEY"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_is_sent(serve, monkeypatch, variable, value, message):
     server = serve(lambda *_: openai(""))
     monkeypatch.setenv(variable, value)
@@ -325,14 +346,16 @@ def test_a_name_without_a_rule_is_scored_by_its_words(contexts):
 
 def test_what_a_person_wrote_stays_and_gets_a_score(serve, contexts, tmp_path):
     path, is_val = tmp_path / "concepts.json", torch.from_numpy(contexts.is_val)
-    old = {"name": "dog", "description": "d", "source": "offline", "score": 0.9, "scored_name": "dog", "rule": [["word", "dog"]], "notes": ""}
+    old = {"name": "dog", "description": "d", "source": "offline", "score": 0.9, "scored_name": "dog",
+           "rule": [["word", "dog"]], "notes": ""}
     concepts = write_concepts(path, HEADER, {0: old, 2: old | {"name": "cat", "scored_name": "cat"}})
     assert score_people(concepts, contexts.codes, is_val, None, None, tmp_path) == {}
     concepts_to_csv(concepts, tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace("0,dog,d,", "0,dogs and birds,d,"))
     concepts = write_concepts(path, HEADER, concepts_from_csv(tmp_path / "t.csv", concepts))
     new = score_people(concepts, contexts.codes, is_val, None, None, tmp_path)
-    assert list(new) == [0] and new[0]["name"] == "dogs and birds" and new[0]["judge"] == "words" and "rule" not in new[0]
+    assert (list(new) == [0] and new[0]["name"] == "dogs and birds" and new[0]["judge"] == "words"
+            and "rule" not in new[0])
     assert new[0]["score"] == 0.5  # its words are plurals, which the texts do not have
     serve(names_and_verdicts(lambda n: [1]))
     cache, chat = tmp_path / "cache", open_chat("openai")
@@ -348,14 +371,15 @@ def test_what_a_person_wrote_stays_and_gets_a_score(serve, contexts, tmp_path):
     assert score_people(concepts, contexts.codes, is_val, chat, contexts, cache) == {}
 
 
-def test_the_notebook_names_with_a_server_and_without(script, source, serve, monkeypatch, own_store, capsys):  # noqa: F811
+def test_the_notebook_names_with_a_server_and_without(script, source, serve, monkeypatch, own_store, capsys):
     assert script("01_save_activations.py", *source, *SMALL)[0] == 0 and script("02_train_sae.py", *TRAIN)[0] == 0
     serve(names_and_verdicts(lambda n: [1]))
     monkeypatch.setenv("NAME_BACKEND", "openai")
     names = run_notebook(FOLDER / "04_name_sae_concepts.ipynb")
     assert {entry["source"] for entry in names["concepts"].values()} == {"llm"}
     assert set(names["table"]["named by"]) == {"tiny"} and "names, " in (said := capsys.readouterr().out)
-    assert KEY not in said and not any(KEY in path.read_text(errors="ignore") for path in own_store.rglob("*") if path.is_file())
+    assert (KEY not in said
+            and not any(KEY in path.read_text(errors="ignore") for path in own_store.rglob("*") if path.is_file()))
     monkeypatch.setenv("NAMING_MODEL", "gone")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(InputError, match="no answer from"):
@@ -373,14 +397,16 @@ def chat_model(tmp_path_factory):
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *WORDS, answer])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
+                                   unk_token="[UNK]")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     fast.save_pretrained(folder)
     model = tiny_model("llama", n_blocks=1, vocab_size=len(vocabulary))
     with torch.no_grad():
         for weights in model.parameters():
             weights.zero_()
-        for norm in (model.model.norm, model.model.layers[0].input_layernorm, model.model.layers[0].post_attention_layernorm):
+        for norm in (model.model.norm, model.model.layers[0].input_layernorm,
+                     model.model.layers[0].post_attention_layernorm):
             norm.weight.fill_(1)
         said = vocabulary[answer]
         model.model.embed_tokens.weight[:, 0], model.model.embed_tokens.weight[said] = 1, torch.eye(16)[1]
@@ -406,7 +432,8 @@ def test_a_chat_model_in_this_process(chat_model, contexts, tmp_path, monkeypatc
         open_chat("transformers")
 
 
-@pytest.mark.parametrize("template", ["{% for", "{{ raise_exception('never\\nmind') }}", "{{ messages[3]['content'] }}", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize("template", ["{% for", "{{ raise_exception('never\\nmind') }}", "{{ messages[3]['content'] }}",
+                                      "{{ 1 / 0 }}"])
 def test_a_broken_chat_template_is_one_line(chat_model, tmp_path, monkeypatch, template):
     shutil.copytree(chat_model, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
@@ -426,7 +453,8 @@ def test_a_real_server(chat_model, contexts, tmp_path, monkeypatch):
         port = free.getsockname()[1]
     # `transformers serve`, behind the import guards
     start = "import lib.environment; from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", start, "serve", str(chat_model), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-c", start, "serve", str(chat_model), "--host", "127.0.0.1", "--port", str(port),
+               "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": f"{SERVING}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

@@ -17,7 +17,8 @@ from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import provenance
 from lib.training import Diverged, TrainSettings, train_sae
 
-STEP_1, STEP_2, CHOOSE, IMPORT = (f"{VERIFY}/{name}.py" for name in ("01_save_activations", "02_train_sae", "choose_k", "import_sae"))
+STEP_1, STEP_2, CHOOSE, IMPORT = (f"{VERIFY}/{name}.py"
+                                  for name in ("01_save_activations", "02_train_sae", "choose_k", "import_sae"))
 QUICK = [STEP_2, *TRAIN[:1], "EPOCHS=2", "BATCH_SIZE_TRAIN=64", "PRECISION=float32"]
 
 
@@ -77,7 +78,8 @@ def reseal(run, change):
     write_json(run / "meta.json", meta)
     manifest = json.loads((run / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"] = [list_files(run, ["meta.json"])[0] if entry["file"] == "meta.json" else entry for entry in manifest["files"]]
+    manifest["files"] = [list_files(run, ["meta.json"])[0] if entry["file"] == "meta.json" else entry
+                         for entry in manifest["files"]]
     write_json(run / "manifest.json", manifest, sealed=True)
 
 
@@ -85,9 +87,11 @@ def test_a_store_cant_make_code_run(forks, step_1, model_and_texts, tmp_path):
     store, (folder, _) = tmp_path / "store", model_and_texts
     ok(forks.run(step_1, store))
     ran = tmp_path / "ran"
-    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n")
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig as C, "
+                                    "LlamaForCausalLM as M\n")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}))
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.C",
+                                                                          "AutoModelForCausalLM": "evil.M"}}))
     run = next((store / "verify_sae_training" / "runs").iterdir())
     reseal(run, lambda meta: meta["constants"].update(TRUST_REMOTE_CODE=True))
     command = [CHOOSE, "KS=2,", "EPOCHS=1", "N_TEXTS=2", "BATCH_SIZE_TRAIN=64"]
@@ -117,7 +121,8 @@ def test_a_directory_never_becomes_a_hub_name(tmp_path, monkeypatch, model_and_t
 def test_a_training_that_diverges_says_so(lr):
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(Diverged, match="lower LR"):
-        train_sae(rows_of_tensor(x, torch.arange(400) < 40), TrainSettings(32, 2, epochs=2, batch_size=60, lr=lr), progress=False)
+        train_sae(rows_of_tensor(x, torch.arange(400) < 40), TrainSettings(32, 2, epochs=2, batch_size=60, lr=lr),
+                  progress=False)
 
 
 def test_a_diverged_training_replaces_nothing_and_bars_nothing(forks, trained, monkeypatch, capsys):
@@ -140,7 +145,9 @@ def test_a_diverged_training_replaces_nothing_and_bars_nothing(forks, trained, m
 
 
 def test_an_sae_is_not_taken_for_another_whose_history_is_there(forks, trained):
-    """TOP_K=2 is killed after its SAE and before its history: TOP_K=3 is not 'already trained', and ends as it began."""
+    """TOP_K=2 is killed after its SAE and before its history: TOP_K=3 is not 'already trained', and ends as it
+    began.
+    """
     store, folder = trained
     ok(forks.run([*QUICK, "TOP_K=3"], store))
     first, history = digest(folder), (folder / "training_history.json").read_bytes()
@@ -159,13 +166,16 @@ def digest_of_kept(folder, name):
 def test_going_back_finds_the_kept_sae(forks, trained):
     store, folder = trained
     ok(forks.run([*QUICK, "TOP_K=3"], store))
-    first = {path.name: path.read_bytes() for path in (*folder.glob("sae_model/topk_sae.*"), folder / "training_history.json")}
+    first = {path.name: path.read_bytes()
+             for path in (*folder.glob("sae_model/topk_sae.*"), folder / "training_history.json")}
     ok(forks.run([*QUICK, "TOP_K=2"], store))
     second = digest(folder)
     said = ok(forks.run([*QUICK, "TOP_K=3"], store))
     assert "it is taken back from" in said and "peak learning rate" not in said
-    assert {path.name: path.read_bytes() for path in (*folder.glob("sae_model/topk_sae.*"), folder / "training_history.json")} == first
-    assert digest_of_kept(folder, second) == second and (folder / f"sae_model_{second}" / "training_history.json").exists()
+    assert {path.name: path.read_bytes()
+            for path in (*folder.glob("sae_model/topk_sae.*"), folder / "training_history.json")} == first
+    assert (digest_of_kept(folder, second) == second
+            and (folder / f"sae_model_{second}" / "training_history.json").exists())
     assert belongs(folder)["TOP_K"] == 3
     assert "already trained" in ok(forks.run([*QUICK, "TOP_K=3"], store))
 
@@ -183,7 +193,8 @@ def test_an_imported_sae_is_kept_and_not_taken_for_trained(forks, trained):
     assert "already trained" not in ok(forks.run([*QUICK, "TOP_K=2"], store))
     assert belongs(folder)["TOP_K"] == 2
     kept = load_sae(folder / f"sae_model_{sae_hash(imported)}" / "topk_sae.pt")
-    assert kept.config["imported"]["format"] == "sae_lens" and not (folder / f"sae_model_{sae_hash(imported)}" / "training_history.json").exists()
+    assert (kept.config["imported"]["format"] == "sae_lens"
+            and not (folder / f"sae_model_{sae_hash(imported)}" / "training_history.json").exists())
 
 
 def test_an_sae_that_is_not_finite_is_not_written(undisturbed, tmp_path):
@@ -215,7 +226,9 @@ def test_every_value_of_every_weight_counts():
 def swap_words(folder):
     path = folder / "tokenizer.json"
     state = json.loads(path.read_text())
-    state["model"]["vocab"]["cat"], state["model"]["vocab"]["dog"] = state["model"]["vocab"]["dog"], state["model"]["vocab"]["cat"]
+    state[
+        "model"
+    ]["vocab"]["cat"], state["model"]["vocab"]["dog"] = state["model"]["vocab"]["dog"], state["model"]["vocab"]["cat"]
     path.write_text(json.dumps(state))
 
 
@@ -239,7 +252,8 @@ def test_a_change_behind_the_same_name_is_noticed(forks, step_1, model_and_texts
     error = only_error(forks.run([CHOOSE, "KS=2,", "EPOCHS=1", "N_TEXTS=2", "BATCH_SIZE_TRAIN=64"], store))
     assert "changed since its activations were saved; run step 1 again" in error
     said = ok(forks.run(step_1, store))
-    assert f"the {part} changed since the last run was saved, so this is a new run" in said and "already complete" not in said
+    assert (f"the {part} changed since the last run was saved, so this is a new run" in said
+            and "already complete" not in said)
     assert len(list((store / "verify_sae_training" / "runs").iterdir())) == 2
 
 
@@ -250,7 +264,8 @@ def test_using_a_tokenizer_does_not_change_what_it_is(model_and_texts):
     assert tokenizer_identity(tokenizer) == before
 
 
-@pytest.mark.parametrize("change, said", [(late_weights, "the weights of MODEL have changed"), (swap_words, "the data or tokenizer have changed")])
+@pytest.mark.parametrize("change, said", [(late_weights, "the weights of MODEL have changed"),
+                                          (swap_words, "the data or tokenizer have changed")])
 def test_sae_ception_names_what_has_changed(forks, labelled_texts, tmp_path, change, said):
     folder, store = tmp_path / "data", tmp_path / "store"
     shutil.copytree(labelled_texts, folder)
@@ -266,7 +281,8 @@ def test_another_arms_file_is_refused(forks, undisturbed, tmp_path):
         (store / path).parent.mkdir(parents=True, exist_ok=True)
         (store / path).write_bytes(data)
     arms = store / "sae_ception" / "tiny"
-    shutil.copy(arms / "lambda0/seed_0/checkpoints/model_cycle_1_best.pt", arms / "per_class/seed_0/checkpoints/model_cycle_1_best.pt")
+    shutil.copy(arms / "lambda0/seed_0/checkpoints/model_cycle_1_best.pt",
+                arms / "per_class/seed_0/checkpoints/model_cycle_1_best.pt")
     before = contents(store)
     assert "is not the file that its stamp was made for" in only_error(forks.run(whole.command, store))
     assert contents(store) == before

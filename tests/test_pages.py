@@ -15,7 +15,8 @@ STATS = {"fires": 3.0, "max": 2.0, "mean_active": 1.0, "p99": 2.0, "frequency": 
 
 def example(text, start, end, score=2.0):
     spans = [[start, end]]
-    return {"text": text, "score": score, "token_str": text[start:end], "char_start": start, "char_end": end, "spans": spans, "acts": [score]}
+    return {"text": text, "score": score, "token_str": text[start:end], "char_start": start, "char_end": end,
+            "spans": spans, "acts": [score]}
 
 
 def data_of(page):
@@ -46,7 +47,7 @@ def test_pieces_of_one_character_and_empty_slices():
     # Two byte pieces share the character's range; a white-space token has an empty one.
     assert pieces("aé b", [(0, 1), (1, 2), (1, 2), (2, 2), (2, 4)], [0, 0.5, 2.0, 1.0, 0], 2) == [
         Piece("a", 0.0), Piece("é", 2.0, True), Piece("·", 1.0), Piece(" ", 0.0), Piece("b", 0.0),
-    ]  # fmt: skip
+    ]
     assert pieces("a  b", [(1, 3)], [1.0], 0, margin=5)[1] == Piece("  ", 1.0, True)
     assert pieces("a\nb", [(1, 2)], [1.0], 0, margin=5)[1] == Piece("↵", 1.0, True)
     assert pieces("no token", [], []) == [Piece("no token", 0.0)]
@@ -79,8 +80,10 @@ def test_a_card_shows_name_score_and_texts():
 @pytest.fixture
 def page(tmp_path):
     entry = {"name": EVIL, "description": EVIL, "notes": EVIL, "score": 0.9, "precision": 0.5, "source": "human"}
-    effect = {"n_tokens": 2, "ablated": {"kl": 0.5, "raised": [[EVIL, 1.5]], "lowered": []}, "added": {"kl": 0.1, "raised": [], "lowered": [[EVIL, -1.0]]}}
-    shown = page_concept(3, entry, STATS, [example("x" + EVIL, 0, 1)], [], promotes=[EVIL], near=[(4, 0.51234)], effect=effect)
+    effect = {"n_tokens": 2, "ablated": {"kl": 0.5, "raised": [[EVIL, 1.5]], "lowered": []},
+              "added": {"kl": 0.1, "raised": [], "lowered": [[EVIL, -1.0]]}}
+    shown = page_concept(3, entry, STATS, [example("x" + EVIL, 0, 1)], [], promotes=[EVIL], near=[(4, 0.51234)],
+                         effect=effect)
     bare = page_concept(4, None, STATS, [], [])
     write_page(tmp_path / "concepts.html", EVIL, [EVIL], [shown, bare])
     return (tmp_path / "concepts.html").read_text()
@@ -99,15 +102,19 @@ def test_hostile_texts_stay_texts(page):
     assert "<img" not in page and "alert(1)</" not in page
     data = data_of(page)
     concept = data["concepts"][0]
-    assert concept["name"] == concept["description"] == concept["notes"] == data["facts"][0] == concept["promotes"][0] == concept["effect"]["ablated"]["raised"][0][0] == EVIL
+    assert concept["name"] == concept["description"] == concept["notes"] == data["facts"][0] == concept[
+        "promotes"
+    ][0] == concept["effect"]["ablated"]["raised"][0][0] == EVIL
     (score, peak, rest), = concept["top"]
     assert (score, peak) == (2.0, ["x", 2.0, 1]) and rest.endswith(" …") and EVIL.startswith(rest[:-2])
     assert concept["near"] == [[4, 0.5123]] and concept["precision"] == 0.5
-    assert data["concepts"][1]["effect"] is None and data["concepts"][1]["top"] == [] and data["concepts"][1]["score"] is None
+    assert (data["concepts"][1]["effect"] is None and data["concepts"][1]["top"] == []
+            and data["concepts"][1]["score"] is None)
 
 
 def test_the_page_asks_nothing_of_the_network(page):
-    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page) and "@import" not in page and "url(" not in page
+    assert (not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page) and "@import" not in page
+            and "url(" not in page)
     assert "default-src 'none'" in page
     assert "innerHTML" not in page and "insertAdjacentHTML" not in page and "document.write" not in page
 
@@ -129,16 +136,20 @@ NODE = shutil.which("node")
 # As much of a browser as the page's script asks for; prints the texts of the detail at each hash.
 BROWSER = """
 class Element {
-  constructor(tag) { this.tag = tag; this.children = []; this.style = { setProperty() {} }; this.classList = { toggle() {} }; this.value = "best F1"; }
+  constructor(tag) { this.tag = tag; this.children = [];
+    this.style = { setProperty() {} }; this.classList = { toggle() {} }; this.value = "best F1"; }
   append(...more) { this.children.push(...more); }
   replaceChildren(...more) { this.children = more; }
   toggleAttribute() {} focus() {} contains() { return false; }
-  get text() { return this.children.map(c => c instanceof Element ? c.text : String(c)).join(" ") + (this.textContent || ""); }
+  get text() { return this.children.map(c => c instanceof Element ? c.text : String(c))
+    .join(" ") + (this.textContent || ""); }
 }
 const ids = { data: new Element("script"), search: new Element("input") };
 ids.data.textContent = DATA; ids.search.value = "";
-globalThis.document = { body: new Element("body"), getElementById: id => ids[id] ??= new Element("div"), createElement: tag => new Element(tag), querySelectorAll: () => [] };
-globalThis.location = { hash: "", pathname: "", search: "" }; globalThis.addEventListener = () => {}; globalThis.Option = function () {};
+globalThis.document = { body: new Element("body"), getElementById: id => ids[id] ??= new Element("div"),
+  createElement: tag => new Element(tag), querySelectorAll: () => [] };
+globalThis.location = { hash: "", pathname: "", search: "" }; globalThis.addEventListener = () => {};
+globalThis.Option = function () {};
 SCRIPT
 console.log(JSON.stringify(HASHES.map(hash => { location.hash = hash; route(); return ids.detail.text; })));
 """
@@ -155,5 +166,6 @@ def test_an_address_of_a_latent_that_is_not_there_says_so(tmp_path, page):
     assert done.returncode == 0, done.stderr
     first, three, four, *missing = json.loads(done.stdout)
     assert "latent 3" in three and "latent 4" in four and EVIL in three and first in (three, four)
-    assert "Latent 48 is not on this page" in missing[0] and not any("strongest" in text.lower() or "latent 3" in text for text in missing)
+    assert ("Latent 48 is not on this page" in missing[0]
+            and not any("strongest" in text.lower() or "latent 3" in text for text in missing))
     assert all("not on this page" in text or "no such latent" in text for text in missing)

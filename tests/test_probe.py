@@ -1,4 +1,6 @@
-"""Help in choosing a layer and k: numbers in closed form, labels of words and texts, recommendations, the two scripts."""
+"""Help in choosing a layer and k: numbers in closed form, labels of words and texts, recommendations, the two
+scripts.
+"""
 import json
 
 import pytest
@@ -21,7 +23,8 @@ MANY = [TEXTS[i % len(TEXTS)] for i in range(40)]
 
 def test_statistics_in_closed_form():
     x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
-    assert layer_statistics(x) == pytest.approx({"width": 2, "median_norm": 1, "gamma": 0, "outlier_frac": 0, "outlier_dims": 0, "participation": 2})
+    assert layer_statistics(x) == pytest.approx({"width": 2, "median_norm": 1, "gamma": 0, "outlier_frac": 0,
+                                                 "outlier_dims": 0, "participation": 2})
     moved = layer_statistics(x + torch.tensor([3.0, 4]))
     assert moved["gamma"] == pytest.approx(5) and moved["participation"] == pytest.approx(2)
     assert layer_statistics(x * torch.tensor([1.0, 0]))["participation"] == pytest.approx(1)
@@ -61,18 +64,21 @@ def probed():
 
 def test_a_probe_of_all_layers_in_one_pass(probed):
     model, tokenizer, points = probed
-    labels = [[1 if word == "cat" else 2 if word == "dog" else 0 for word in text.split() if word.isalpha()] for text in MANY]
+    labels = [[1 if word == "cat" else 2 if word == "dog" else 0 for word in text.split() if word.isalpha()]
+              for text in MANY]
     table = probe_layers(*probed, MANY, SaveSettings(), labels)
     assert [row["signature"] for row in table] == [point.signature for point in points]
     before = preflight(model, tokenizer, points, MANY, SaveSettings())
     for row, alone in zip(table, before):
-        assert all(row[name] == pytest.approx(alone[name]) for name in ("median_norm", "gamma", "participation", "outlier_frac"))
+        assert all(row[name] == pytest.approx(alone[name])
+                   for name in ("median_norm", "gamma", "participation", "outlier_frac"))
         assert row["gb_per_million"] == pytest.approx(0.064)
     assert table[0]["probe_accuracy"] > 0.95 > table[0]["majority"]
     assert 0 < table[0]["seconds_per_million"] < table[1]["seconds_per_million"] < table[2]["seconds_per_million"]
     assert "probe_accuracy" not in probe_layers(*probed, MANY, SaveSettings())[0]
     signature, _ = recommend_layer(table)
-    assert {plots.layers(table, signature).get_axes()[3].get_title(), signature} == {"Linear probe on the labels", table[0]["signature"]}
+    assert {plots.layers(table, signature).get_axes()[3].get_title(), signature} == {"Linear probe on the labels",
+                                                                                     table[0]["signature"]}
 
 
 def test_labels_of_words_are_at_the_token_that_ends_them(probed):
@@ -82,7 +88,7 @@ def test_labels_of_words_are_at_the_token_that_ends_them(probed):
     found = _word_labels(rows, texts, [[0, "animal", None], ["animal", "pet"]])
     assert [(texts[rows[i, 0]][rows[i, 3] : rows[i, 4]], int(rows[i, 1]), label) for i, label in found] == [
         ("cat", 2, "animal"), ("dog", 1, "animal"), ("dog", 3, "pet")
-    ]  # fmt: skip
+    ]
 
 
 def test_labels_of_texts_and_labels_that_are_too_few(probed):
@@ -142,17 +148,22 @@ def test_a_planted_dictionary_is_found_by_two_seeds_at_its_own_k():
 def test_the_scripts(script, source, own_store, tmp_path):  # noqa: F811
     folder = own_store / "verify_sae_training"
     code, out, _ = script("00_probe_layers.py", *source)
-    assert code == 0 and "recommended: LAYER_SIGNATURE=llamaforcausallm_model_layers_" in out and (folder / "figures" / "layers.png").exists()
+    assert (code == 0 and "recommended: LAYER_SIGNATURE=llamaforcausallm_model_layers_" in out
+            and (folder / "figures" / "layers.png").exists())
     assert json.loads((folder / "layers.json").read_text())["labels"] is None
     lines = [json.dumps({"text": text, "kind": int("cat" in text)}) for text in MANY]
     (tmp_path / "labelled.jsonl").write_text("\n".join(lines))
-    code, out, _ = script("00_probe_layers.py", source[0], f"DATASET={tmp_path}/labelled.jsonl", "LABEL_FIELD=kind", "POINTS=resid_pre, mlp_out")
+    code, out, _ = script("00_probe_layers.py", source[0], f"DATASET={tmp_path}/labelled.jsonl", "LABEL_FIELD=kind",
+                          "POINTS=resid_pre, mlp_out")
     assert code == 0 and "probe" in out and len(json.loads((folder / "layers.json").read_text())["layers"]) == 6
-    for wrong, message in (("LABEL_FIELD=mood", "set LABEL_FIELD"), ("N_TEXTS=3", "at least 10"), ("POINTS=resid", "resid")):
+    for wrong, message in (("LABEL_FIELD=mood", "set LABEL_FIELD"), ("N_TEXTS=3", "at least 10"),
+                           ("POINTS=resid", "resid")):
         code, _, err = script("00_probe_layers.py", *source, wrong)
         assert code == 2 and message in err and err.count("\n") == 1
     assert script("01_save_activations.py", *source, *SMALL)[0] == 0
-    code, out, _ = script("choose_k.py", "KS=1,3", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64", "N_TEXTS=5")
-    assert code == 0 and "loss_recovered" in out and json.loads((folder / "choose_k.json").read_text())["recommended"] in (1, 3)
+    code, out, _ = script("choose_k.py", "KS=1,3", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64",
+                          "N_TEXTS=5")
+    assert (code == 0 and "loss_recovered" in out
+            and json.loads((folder / "choose_k.json").read_text())["recommended"] in (1, 3))
     code, _, err = script("choose_k.py", "KS=4,9999")
     assert code == 2 and "KS=(4, 9999) must be at most the number of latents" in err

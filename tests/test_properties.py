@@ -1,4 +1,6 @@
-"""What holds for any input: files come back as they were written, constants are read or refused, the shuffle loses no row."""
+"""What holds for any input: files come back as they were written, constants are read or refused, the shuffle loses no
+row.
+"""
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +18,8 @@ from lib.rows import Rows, epoch_batches
 
 QUICK = settings(max_examples=60, deadline=None)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-JSON = st.recursive(st.none() | st.booleans() | NUMBERS | st.text(), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12)
+JSON = st.recursive(st.none() | st.booleans() | NUMBERS | st.text(), lambda inner: st.lists(inner, max_size=4)
+                    | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8])
 
 
@@ -25,12 +28,14 @@ def tensors(draw):
     found = {}
     for name in draw(st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=1, max_size=4, unique=True)):
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
-        found[name] = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 999)))).to(draw(DTYPES))
+        found[name] = torch.randint(0, 100, shape,
+                                    generator=torch.Generator().manual_seed(draw(st.integers(0, 999)))).to(draw(DTYPES))
     return found
 
 
 @QUICK
-@given(st.dictionaries(st.text().filter(lambda name: name != "sha256"), JSON, max_size=5).filter(lambda d: "sha256:" not in str(d)), st.booleans())
+@given(st.dictionaries(st.text().filter(lambda name: name != "sha256"), JSON,
+                       max_size=5).filter(lambda d: "sha256:" not in str(d)), st.booleans())
 def test_json_comes_back_as_it_was_written(value, sealed):
     with TemporaryDirectory() as folder:
         write_json(Path(folder) / "x.json", value, sealed)
@@ -92,10 +97,13 @@ def constants(path, *arguments):
 
 
 @QUICK
-@given(count=st.integers(), rate=st.floats(allow_nan=False, allow_infinity=False), name=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), flag=st.booleans(), limit=st.none() | st.integers(), pair=st.tuples(st.integers(), NUMBERS))
+@given(count=st.integers(), rate=st.floats(allow_nan=False, allow_infinity=False),
+       name=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), flag=st.booleans(),
+       limit=st.none() | st.integers(), pair=st.tuples(st.integers(), NUMBERS))
 def test_constants_are_read_as_python_writes_them(script, count, rate, name, flag, limit, pair):
     given = {"COUNT": count, "RATE": rate, "FLAG": flag, "LIMIT": limit, "PAIR": pair}
-    assert constants(script, *(f"{key}={value!r}" for key, value in given.items()), f"NAME={name}") == given | {"NAME": name}
+    assert (constants(script, *(f"{key}={value!r}" for key, value in given.items()), f"NAME={name}") == given
+            | {"NAME": name})
 
 
 @QUICK
@@ -112,7 +120,8 @@ def test_any_argument_is_taken_or_refused_with_one_line(script, argument):
 
 @QUICK
 @example([1, 1, 1], 0.0, 4, 0, 0, 1)  # fewer rows than a batch, in several buffers
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.floats(0, 0.8), st.integers(1, 30), st.integers(0, 5), st.integers(0, 3), st.sampled_from([1, 200, 10_000]))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.floats(0, 0.8), st.integers(1, 30), st.integers(0, 5),
+       st.integers(0, 3), st.sampled_from([1, 200, 10_000]))
 def test_the_shuffle_is_a_permutation_that_comes_again(sizes, val_share, batch_size, seed, epoch, buffer_bytes):
     n = sum(sizes)
     is_val = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < val_share
@@ -125,8 +134,10 @@ def test_the_shuffle_is_a_permutation_that_comes_again(sizes, val_share, batch_s
         again = [batch[:, 0].long() for batch in epoch_batches(rows, torch.eye(1), batch_size, seed, epoch, {})]
     finally:
         lib.rows.BUFFER_BYTES = usual
-    assert len(batches) == len(again) and all(map(torch.equal, batches, again))  # so a resumed epoch goes on at any batch
+    # so a resumed epoch goes on at any batch
+    assert len(batches) == len(again) and all(map(torch.equal, batches, again))
     seen = torch.cat(batches)
     assert len(seen.unique()) == len(seen) and not is_val[seen].any()
     n_train = int((~is_val).sum())
-    assert len(seen) == (n_train // batch_size * batch_size or n_train) and len(batches) == max(1, n_train // batch_size)
+    assert (len(seen) == (n_train // batch_size * batch_size or n_train)
+            and len(batches) == max(1, n_train // batch_size))

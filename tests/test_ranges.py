@@ -1,4 +1,6 @@
-"""Every constant of every script declares what it may be, and refuses the rest in one line before anything heavy is imported."""
+"""Every constant of every script declares what it may be, and refuses the rest in one line before anything heavy is
+imported.
+"""
 import ast
 import json
 import math
@@ -18,9 +20,11 @@ from lib.ranges import Count, Device, Location, Rate, Seed, Share, Size, Unfit, 
 SCRIPTS = sorted(path for path in (PROJECT / "experiments").glob("*/*.py") if "override(globals()" in path.read_text())
 NOTEBOOKS = sorted((PROJECT / "experiments").glob("*/*.ipynb"))
 IDS = [f"{path.parent.name}/{path.name}" for path in SCRIPTS]
-HOSTILE = ["0", "-1", "1" + "0" * 30, "1e308", "-1e308", "nan", "inf", "-inf", "", "()", "[]", "{}", "{[]:1}", "None", "True", "\ud800", "a\ud800",
-           "x" * 20_000, "'", "[[[[", "1" * 5000, "../../x", "/" + "a" * 300, "~unknown_user_1/x", "\0", "1e400", "(((1,)))", "{'a': 1}",
-           "b'x'", "1j", "...", "\n", "(0,)", "('',)", "(nan,)", "(1, 'a')", "-0.01", "99999999999", "__import__('os')"]  # fmt: skip
+HOSTILE = ["0", "-1", "1" + "0" * 30, "1e308", "-1e308", "nan", "inf", "-inf", "", "()", "[]", "{}", "{[]:1}", "None",
+           "True", "\ud800", "a\ud800",
+           "x" * 20_000, "'", "[[[[", "1" * 5000, "../../x", "/" + "a" * 300, "~unknown_user_1/x", "\0", "1e400",
+           "(((1,)))", "{'a': 1}",
+           "b'x'", "1j", "...", "\n", "(0,)", "('',)", "(nan,)", "(1, 'a')", "-0.01", "99999999999", "__import__('os')"]
 
 
 class Pair(TypedDict, total=False):
@@ -37,11 +41,13 @@ KINDS = [
     (Literal["a", "b"], ["a"], ["A", "", 1, None]),
     (Literal[4, 8] | None, [4, None], [3, True, "4", 4.0]),
     (Device, ["auto", "cuda:3"], ["tpu", "cuda:", "cuda:x", "", "cpu "]),
-    (Location, ["gpt2", "a/b", "~/x"], ["", " ", "a" * 300, "/".join(["aaaaaaaaa"] * 900), "~unknown_user_1/x", "\ud800", "\0"]),
+    (Location, ["gpt2", "a/b", "~/x"],
+     ["", " ", "a" * 300, "/".join(["aaaaaaaaa"] * 900), "~unknown_user_1/x", "\ud800", "\0"]),
     (tuple[Count, ...], [(1,), (1, 2)], [(), (0,), ((1,),), "x", {}]),
     (tuple[Count, ...] | tuple[()], [(), (3,)], [(0,), "x"]),
     (tuple[Size, Size], [(1, 2)], [(1,), (1, 2, 3), (0, 1)]),
-    (dict[Literal["a"], Pair], [{}, {"a": {"size": 1, "rate": None}}], [{"b": {}}, {"a": {"sise": 1}}, {"a": {"size": 0}}, {"a": 1}, []]),
+    (dict[Literal["a"], Pair], [{}, {"a": {"size": 1, "rate": None}}],
+     [{"b": {}}, {"a": {"sise": 1}}, {"a": {"size": 0}}, {"a": 1}, []]),
     (str, ["", "a b"], [1, None, "\0", "\ud800", "x" * 20_000]),
     (bool, [True], [1, "True", None]),
     (Annotated[float, at_least(0), above(0)], [1e-300], [0]),
@@ -61,11 +67,13 @@ def test_a_kind_takes_its_range_and_nothing_else(kind, good, bad):
 @pytest.mark.parametrize(
     ("text", "kind", "value"),
     [
-        ("4", tuple[Count, ...], (4,)), ("4,8", tuple[Count, ...], (4, 8)), ("[4, 8]", tuple[Count, ...], (4, 8)), ("0", tuple[Seed, ...], (0,)),
-        ("1", Rate, 1.0), ("a,b", tuple[Literal["a", "b"], ...], ("a", "b")), ("One day, home", tuple[str, ...], ("One day, home",)),
+        ("4", tuple[Count, ...], (4,)), ("4,8", tuple[Count, ...], (4, 8)), ("[4, 8]", tuple[Count, ...], (4, 8)),
+        ("0", tuple[Seed, ...], (0,)),
+        ("1", Rate, 1.0), ("a,b", tuple[Literal["a", "b"], ...], ("a", "b")),
+        ("One day, home", tuple[str, ...], ("One day, home",)),
         ("007", str | None, "007"), ("None", str | None, None), ("'dog'", str | None, "dog"), ("'dog'", str, "'dog'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_typed_is_read_as_its_kind_wants_it(text, kind, value):
     got = read_value("X", text, kind)
     assert got == value and type(got) is type(value)
@@ -88,8 +96,10 @@ def declared():
 
 
 def _assigned(path):
-    return [node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.AnnAssign | ast.Assign) and isinstance(getattr(node, "target", None) or node.targets[0], ast.Name)]  # fmt: skip
+    return [node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.AnnAssign | ast.Assign)
+            and isinstance(getattr(node, "target", None) or node.targets[0], ast.Name)]
 
 
 def has_range(kind: Any) -> bool:
@@ -103,7 +113,9 @@ def has_range(kind: Any) -> bool:
 @pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
 def test_every_constant_declares_its_range(declared, path):
     _, kinds = declared[path]
-    assert kinds and not [name for name, kind in kinds.items() if not has_range(kind) and (name, kind) not in (("PRESET", str), ("SUBFOLDER", str))]
+    assert (kinds
+            and not [name for name, kind in kinds.items()
+                     if not has_range(kind) and (name, kind) not in (("PRESET", str), ("SUBFOLDER", str))])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
@@ -130,7 +142,9 @@ def flat(value):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
 def test_presets_and_edited_defaults_are_checked_too(declared, path, capsys):
-    """Through the whole of override(): a preset, and a default edited in the file, outside the range end with one line and exit code 2."""
+    """Through the whole of override(): a preset, and a default edited in the file, outside the range end with one line
+    and exit code 2.
+    """
     namespace, kinds = declared[path]
     name = next(name for name, kind in kinds.items() if name != "PRESET" and kind is not bool)
     for edited, presets in (({name: {1: 2}}, None), ({"PRESET": "p"}, {"p": {name: b"x"}})):
@@ -143,10 +157,12 @@ def test_presets_and_edited_defaults_are_checked_too(declared, path, capsys):
 def test_annotations_are_read_from_the_source(tmp_path):
     """Python 3.14 leaves a script's globals without __annotations__."""
     path = tmp_path / "script.py"
-    path.write_text("from __future__ import annotations\nfrom lib.constants import override\nfrom lib.ranges import Count\nK: Count = 4\nCONSTANTS = override(globals())\n")
+    path.write_text("from __future__ import annotations\nfrom lib.constants import override\nfrom lib.ranges import "
+                    "Count\nK: Count = 4\nCONSTANTS = override(globals())\n")
     assert constants_of(path, ["K=5"])["K"] == 5
     namespace = constants_of(path)
-    assert kinds_of(path.read_text(), {key: value for key, value in namespace.items() if key != "__annotations__"}, ["K"]) == {"K": Count}
+    assert kinds_of(path.read_text(), {key: value for key, value in namespace.items() if key != "__annotations__"},
+                    ["K"]) == {"K": Count}
 
 
 def test_choices_are_those_of_the_library(declared):
@@ -160,7 +176,8 @@ def test_choices_are_those_of_the_library(declared):
     from lib.trackers import TRACKERS
     from lib.variants import KINDS as SAE_KINDS
 
-    kinds = {(path.parent.name, path.name[:2], name): kind for path in SCRIPTS for name, kind in declared[path][1].items()}
+    kinds = {(path.parent.name, path.name[:2], name): kind for path in SCRIPTS
+             for name, kind in declared[path][1].items()}
     verify, ception = "verify_sae_training", "sae_ception"
     assert typing.get_args(kinds[verify, "01", "STORE_DTYPE"]) == tuple(STORE_DTYPES)
     assert set(typing.get_args(kinds[verify, "02", "KIND"])) == set(SAE_KINDS)
@@ -169,19 +186,24 @@ def test_choices_are_those_of_the_library(declared):
     assert set(typing.get_args(kinds[verify, "ex", "FORMAT"])) == {"all", "delphi", "neuronpedia", *FORMATS}
     assert all(fit(f"{role}, {role}", kinds[verify, "00", "POINTS"]) for role in ROLES)
     assert set(typing.get_args(typing.get_args(typing.get_args(kinds[ception, "04", "METRICS"])[0])[0])) == set(GROUPS)
-    assert constants_of(PROJECT / "experiments/sae_ception/04_train_cycle.py", [f"ARMS={','.join(ARMS)}"])["ARMS"] == ARMS
+    assert constants_of(PROJECT / "experiments/sae_ception/04_train_cycle.py",
+                        [f"ARMS={','.join(ARMS)}"])["ARMS"] == ARMS
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
 def test_help_and_a_wrong_argument_answer_at_once_in_a_fresh_process(path, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")} | {"STORE_DIR": str(tmp_path / "store")}
+    environment = ({key: value for key, value in os.environ.items() if not key.startswith("COV")}
+                   | {"STORE_DIR": str(tmp_path / "store")})
     for argument, code in (("--help", 0), ("NO_SUCH_CONSTANT=1", 2)):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, str(path), argument], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        done = subprocess.run([sys.executable, str(path), argument], capture_output=True, text=True, env=environment,
+                              cwd=tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == code, done.stderr
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5  # seconds of the processor; torch alone takes 2
-        assert "Constants (NAME=value):" in done.stdout if code == 0 else done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+        # seconds of the processor; torch alone takes 2
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+        assert ("Constants (NAME=value):" in done.stdout if code == 0 else done.stderr.count("\n") == 1
+                and done.stderr.startswith("error: "))
     assert not (tmp_path / "store").exists()
 
 
@@ -194,5 +216,6 @@ def test_lib_is_imported_before_what_brings_a_runtime_of_threads(path):
     else:
         source = path.read_text()
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = [(node.names[0].name if isinstance(node, ast.Import) else node.module).partition(".")[0] for node in imports]
+    names = [(node.names[0].name if isinstance(node, ast.Import) else node.module).partition(".")[0]
+             for node in imports]
     assert next(name for name in names if name not in sys.stdlib_module_names) == "checkout"  # which imports lib first

@@ -25,7 +25,8 @@ from lib.training import TrainSettings
 def run(tmp_path):
     model, texts = tiny_model("llama"), TEXTS * 24
     settings = SaveSettings(shard_rows=100)
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts, split_texts(len(texts), 0.2, 0), settings, {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts,
+                            split_texts(len(texts), 0.2, 0), settings, {})
 
 
 def one_token(n):
@@ -51,7 +52,8 @@ def test_concept_recovery_finds_the_unit_that_is_the_concept():
     x[labels[:, 1], 3] -= 1
     eye = torch.eye(6)
     sae = make_sae(torch.cat([eye, -eye]), torch.full((12,), -0.5), torch.cat([eye, -eye]), torch.zeros(6), 1.0, 4)
-    first, second = recovery({"latent": sae}, x, labels, torch.arange(4000) % 4 == 0, eye, one_token(4000), one_token(4000))
+    first, second = recovery({"latent": sae}, x, labels, torch.arange(4000) % 4 == 0, eye, one_token(4000),
+                             one_token(4000))
     assert first["firing"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0, "f1_train": 1.0}
     assert second["firing"]["unit"] == 6 + 3 and second["firing"]["f1"] == 1.0
     assert first["neuron"]["unit"] == 0 and first["neuron"]["f1"] > 0.95
@@ -81,30 +83,36 @@ def test_thresholds_count_what_lies_beyond_them():
     is_val = torch.arange(3000) % 5 == 0
     sae = make_sae(torch.eye(5), torch.zeros(5), torch.eye(5), torch.zeros(5), 1.0, 1)
     found = recovery({"latent": sae}, x, labels, is_val, torch.eye(5), one_token(3000), one_token(3000))
-    levels = torch.cat([torch.linspace(0.5, 0.95, THRESHOLDS // 2), 1 - torch.logspace(-1.5, -3.5, THRESHOLDS - THRESHOLDS // 2)])
+    levels = torch.cat([torch.linspace(0.5, 0.95, THRESHOLDS // 2),
+                        1 - torch.logspace(-1.5, -3.5, THRESHOLDS - THRESHOLDS // 2)])
     for c, row in enumerate(found):
         best = (-1.0, 0, 0.0)
         for d in range(5):
             for sign in (1, -1):
                 for cut in torch.quantile(sign * x[~is_val, d], levels):
                     on = sign * x[:, d] > cut
-                    f1 = [float(2 * (on & labels[:, c])[part].sum() / (on[part].sum() + labels[part, c].sum())) for part in (~is_val, is_val)]
+                    f1 = [float(2 * (on & labels[:, c])[part].sum() / (on[part].sum() + labels[part, c].sum()))
+                          for part in (~is_val, is_val)]
                     best = max(best, (f1[0], d, f1[1]))
         assert (row["neuron"]["f1_train"], row["neuron"]["unit"], row["neuron"]["f1"]) == pytest.approx(best, abs=2e-3)
 
 
 def test_a_table_takes_the_tokens_whose_share_is_worth_it():
-    """Token 0 always carries the concept, token 1 in 6 of 10 rows, token 2 never, token 3 is new in the held-out rows."""
+    """Token 0 always carries the concept, token 1 in 6 of 10 rows, token 2 never, token 3 is new in the held-out
+    rows.
+    """
     which = torch.tensor([0] * 10 + [1] * 10 + [2] * 10 + [0, 0, 1, 1, 1, 2, 3, 3])
     labels = torch.zeros(38, 1, dtype=torch.bool)
     labels[:16] = labels[[30, 31, 32, 33, 36]] = True
     is_val = torch.arange(38) >= 30
     base = labels[~is_val].float().mean(0).expand(4, 1)
     share, (scores,) = table_scores(which, labels, is_val, base)
-    assert share[:, 0].tolist() == pytest.approx([(10 + 16 / 30) / 11, (6 + 16 / 30) / 11, 16 / 30 / 11, 16 / 30], abs=1e-6)
+    assert share[:, 0].tolist() == pytest.approx([(10 + 16 / 30) / 11, (6 + 16 / 30) / 11, 16 / 30 / 11, 16 / 30],
+                                                 abs=1e-6)
     assert scores["f1_train"] == pytest.approx(2 * 16 / (20 + 16))  # tokens 0 and 1
     # A new token has the share of all rows, which is under the cut: the share of token 1.
-    assert scores == {"unit": None, "precision": 4 / 5, "recall": 4 / 5, "f1": pytest.approx(4 / 5), "f1_train": scores["f1_train"]}
+    assert scores == {"unit": None, "precision": 4 / 5, "recall": 4 / 5, "f1": pytest.approx(4 / 5),
+                      "f1_train": scores["f1_train"]}
 
 
 def test_a_table_of_pairs_tells_what_the_token_before_decides():
@@ -125,7 +133,8 @@ def test_concepts_are_parted_by_the_token_table_and_rare_ones_left_out(run):
     rare = torch.zeros(run.n_rows, dtype=torch.bool)
     rare[::97] = True
     labels = torch.stack([cat, pos < 4, cat & (pos < 4), rare], 1)
-    concepts = [Concept("cat", "leaf"), Concept("early", "state"), Concept("cat: early", "sense", "cat"), Concept("rare", "state")]
+    concepts = [Concept("cat", "leaf"), Concept("early", "state"), Concept("cat: early", "sense", "cat"),
+                Concept("rare", "state")]
     rows = rows_of_run(run, run.hooks[0])
     saes = {"latent": untrained_sae(rows, TrainSettings(n_latents=40, top_k=3))}
     found = recover_concepts(saes, run, run.hooks[0], Truth(concepts, labels, {"cat": cat}), torch.eye(16))
@@ -133,24 +142,30 @@ def test_concepts_are_parted_by_the_token_table_and_rare_ones_left_out(run):
     sense = next(row for row in found if row["part"] == "sense")
     held = cat & run.is_val
     share = float((held & (pos < 4)).sum() / held.sum())
-    assert sense["n_val"] == int((held & (pos < 4)).sum()) and sense["table"]["f1"] == pytest.approx(2 * share / (1 + share))
+    assert (sense["n_val"] == int((held & (pos < 4)).sum())
+            and sense["table"]["f1"] == pytest.approx(2 * share / (1 + share)))
     assert all(row["table"]["f1"] == 1.0 for row in found if row["concept"] == "cat")
 
 
 def story_run(tmp_path, stories):
     """A run of the tiny model whose data set stands beside a concepts.json."""
-    tree = {"leaves": [{"number": 1, "path": "animal/pet/dog", "words": ["dog"]}, {"number": 2, "path": "feeling/bad/sad", "words": ["sad"]}]}
-    tree |= {"leaves": [*tree["leaves"], {"number": 3, "path": "sense/see", "words": ["saw"]}, {"number": 4, "path": "negation", "words": ["not"]}]}
+    tree = {"leaves": [{"number": 1, "path": "animal/pet/dog", "words": ["dog"]},
+                       {"number": 2, "path": "feeling/bad/sad", "words": ["sad"]}]}
+    tree |= {"leaves": [*tree["leaves"], {"number": 3, "path": "sense/see", "words": ["saw"]},
+                        {"number": 4, "path": "negation", "words": ["not"]}]}
     (tmp_path / "concepts.json").write_text(json.dumps(tree | {"topics": ["walks"], "moods": ["bad end", "good end"]}))
-    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(story) + "\n" for story in [*stories, stories[0] | {"text": "a cat"}]))
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(story) + "\n"
+                                                    for story in [*stories, stories[0] | {"text": "a cat"}]))
     model, texts = tiny_model("llama"), [story["text"] for story in stories]
     meta = {"dataset": {"name": str(tmp_path / "stories.jsonl"), "limit": None}}
     point = resolve(model, "resid_post:1")
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], texts, split_texts(len(texts), 0.5, 0), SaveSettings(), meta)
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], texts, split_texts(len(texts), 0.5, 0),
+                            SaveSettings(), meta)
 
 
 STORIES = [
-    {"text": 'the dog saw a red saw . "then it sat" , sad', "mood": 0, "topic": 0, "concepts": [0, 1, 3, 0, 0, 0, 0, 0, 0, 2]},
+    {"text": 'the dog saw a red saw . "then it sat" , sad', "mood": 0, "topic": 0,
+     "concepts": [0, 1, 3, 0, 0, 0, 0, 0, 0, 2]},
     {"text": "it was not sad and happy . a dog", "mood": 1, "topic": 0, "concepts": [0, 0, 4, 2, 0, 0, 0, 1]},
 ]
 
@@ -205,7 +220,8 @@ def test_every_word_with_two_senses_in_the_shipped_stories_is_asked_for():
         stories = [json.loads(line) for line in file]
     tree = json.loads((PROJECT / "store/embedded/stories/concepts.json").read_text())
     senses = _senses(stories, {leaf["number"]: leaf["path"] for leaf in tree["leaves"]})
-    assert senses.keys() >= {"bat", "bark", "orange", "saw", "fly", "fall", "watch", "chicken", "her", "hand", "rose", "fish", "cold", "duck"}
+    assert senses.keys() >= {"bat", "bark", "orange", "saw", "fly", "fall", "watch", "chicken", "her", "hand", "rose",
+                             "fish", "cold", "duck"}
     assert senses["saw"] == "object/tool" and senses["watch"] == "sense/see" and senses["rose"] == ""
 
 
@@ -224,7 +240,8 @@ def test_controls_are_trained_once_and_only_what_is_free_moves(run, tmp_path):
     again = control_saes(run, hook, settings, tmp_path / "controls")
     assert [sae_hash(sae) for sae in again.values()] == [sae_hash(sae) for sae in first.values()]
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "controls").rglob("*.pt")}
-    control_saes(run, hook, TrainSettings(n_latents=40, top_k=2, epochs=1, batch_size=32, precision="float32"), tmp_path / "controls")
+    control_saes(run, hook, TrainSettings(n_latents=40, top_k=2, epochs=1, batch_size=32, precision="float32"),
+                 tmp_path / "controls")
     assert len(list((tmp_path / "controls").rglob("*.pt"))) == 4
 
 
@@ -232,18 +249,22 @@ def test_the_checks_compare_latents_with_the_best_other_unit_and_with_the_table(
     def row(context, **f1):
         return {"context": context} | {kind: {"f1": value} for kind, value in f1.items()}
 
-    words = [row(False, latent=0.9, untrained=0.4, neuron=0.5, table=1.0), row(False, latent=0.7, untrained=0.6, neuron=0.1, table=1.0)]
+    words = [row(False, latent=0.9, untrained=0.4, neuron=0.5, table=1.0),
+             row(False, latent=0.7, untrained=0.6, neuron=0.1, table=1.0)]
     contexts = [row(True, latent=0.5, untrained=0.1, neuron=0.7, table=0.3)]
     assert gains(words) == {"concept_gain": pytest.approx(0.3)}  # 0.8 against the untrained SAE's 0.5
-    assert gains(words + contexts) == {"concept_gain": pytest.approx(0.3), "context_gain": pytest.approx(-0.2), "context_table": pytest.approx(0.2)}
+    assert gains(words + contexts) == {"concept_gain": pytest.approx(0.3), "context_gain": pytest.approx(-0.2),
+                                       "context_table": pytest.approx(0.2)}
 
 
 def test_what_a_latent_is_made_of(run):
     """Latent 0 fires on one token, 1 on the two words of a leaf, 2 on everything."""
     cat, dog = (run.rows["token_id"] == word_tokenizer().convert_tokens_to_ids(word) for word in ("cat", "dog"))
     values = torch.stack([cat.float(), (cat | dog).float(), torch.ones(run.n_rows)], 1)
-    codes = Codes([text["text"] for text in run.texts], run.rows, 3, lambda: iter([(0, values, torch.arange(3).expand(run.n_rows, 3))]))
-    truth = Truth([Concept("animal/pet", "leaf"), Concept("animal", "node")], torch.stack([cat | dog, cat | dog], 1), {})
+    codes = Codes([text["text"] for text in run.texts], run.rows, 3,
+                  lambda: iter([(0, values, torch.arange(3).expand(run.n_rows, 3))]))
+    truth = Truth([Concept("animal/pet", "leaf"), Concept("animal", "node")], torch.stack([cat | dog, cat | dog], 1),
+                  {})
     assert compositions(codes, truth, [0, 1, 2]) == {"one token": [0], "one leaf concept": [1], "neither": [2]}
     assert compositions(codes, None, [0, 1]) == {"one token": [0], "one leaf concept": [], "neither": [1]}
 
@@ -251,8 +272,9 @@ def test_what_a_latent_is_made_of(run):
 @pytest.mark.parametrize("parts", [(False,), (True,), (False, True)])
 def test_the_figures_of_recovery_draw_whatever_concepts_there_are(parts):
     found = [
-        {"concept": f"c{i}", "context": context, **{kind: {"f1": 0.1 * i} for kind in KINDS}} for context in parts for i in range(9)
-    ]  # fmt: skip
+        {"concept": f"c{i}", "context": context, **{kind: {"f1": 0.1 * i} for kind in KINDS}} for context in parts
+        for i in range(9)
+    ]
     for figure in (plots.recovery_boxes(found, KINDS), plots.recovery_examples(found, KINDS)):
         figure.canvas.draw()
         assert len(figure.axes) == 2

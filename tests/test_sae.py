@@ -43,7 +43,8 @@ def test_codes_and_reconstruction_are_overcompletes(sae, x):
 
 def test_overcompletes_module_shares_the_weights_and_refuses_thresholds(sae):
     module = sae.overcomplete()
-    assert module.get_dictionary().data_ptr() == sae.W_dec.data_ptr() and module.encoder.weight.data_ptr() == sae.W_enc.data_ptr()
+    assert (module.get_dictionary().data_ptr() == sae.W_dec.data_ptr()
+            and module.encoder.weight.data_ptr() == sae.W_enc.data_ptr())
     assert not module.training and not any(p.requires_grad for p in module.parameters()) and module.top_k == 5
     with pytest.raises(InputError, match="no thresholds"):
         make_sae(sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, 1.0, 5, threshold=torch.ones(40)).overcomplete()
@@ -59,7 +60,8 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        self.count += isinstance(out, torch.Tensor) and out.numel() == self.numel and out.untyped_storage().data_ptr() not in known
+        is_new = isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known
+        self.count += is_new and out.numel() == self.numel
         return out
 
 
@@ -78,7 +80,8 @@ def test_rows_of_another_shape_are_refused(sae, shape):
         sae.encode(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("change", [lambda x: x.double(), lambda x: x.T.contiguous().T, lambda x: torch.stack([x, -x], 1)[:, 0]])
+@pytest.mark.parametrize("change",
+                         [lambda x: x.double(), lambda x: x.T.contiguous().T, lambda x: torch.stack([x, -x], 1)[:, 0]])
 def test_precision_and_memory_layout_of_the_rows_do_not_matter(sae, x, change):
     for mine, theirs in zip(sae.encode(change(x)), sae.encode(x)):
         assert torch.equal(mine, theirs)
@@ -153,7 +156,8 @@ def test_codes_summed_in_another_order_load_and_pass(tmp_path, n_inputs, n_laten
     save_sae(sae, path, x)
     order = torch.randperm(n_inputs, generator=torch.Generator().manual_seed(3))
     scaled = ((x - sae.mean) / sae.scale)[:, order]
-    for pre in (scaled @ sae.W_enc[:, order].T + sae.b_enc, (scaled.double() @ sae.W_enc[:, order].double().T + sae.b_enc).float()):
+    for pre in (scaled @ sae.W_enc[:, order].T + sae.b_enc,
+                (scaled.double() @ sae.W_enc[:, order].double().T + sae.b_enc).float()):
         values, indices = pre.relu().topk(5, dim=1)
         probe = {"x": x, "values": values, "indices": indices}
         assert not torch.equal(values, sae.encode(x)[0])

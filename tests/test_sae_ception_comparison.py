@@ -62,13 +62,17 @@ def test_holm():
 
 
 def make_results(root, accuracies):
-    """Three seeds; base_u of per_class is 0.1, 0.3, 0.2 at cycles 1 to 3, its accuracy as given; SAE seeds differ by 0.02."""
+    """Three seeds; base_u of per_class is 0.1, 0.3, 0.2 at cycles 1 to 3, its accuracy as given; SAE seeds differ by
+    0.02.
+    """
     for seed in range(3):
         for arm, cycle in [("baseline", 0)] + [(arm, n) for arm in ("lambda0", "per_class") for n in (1, 2, 3)]:
             u = 0.05 if arm != "per_class" else (0.1, 0.3, 0.2)[cycle - 1]
             accuracy = 0.9 if arm != "per_class" else accuracies[cycle - 1]
-            val = {"base_u": u + 0.001 * seed, "sae_features_u": u, "sae_features_u_weighted": u, "task_accuracy": accuracy}
-            other = {"sae_seed": 1, "val": val, "test": {"sae_features_u": u + 0.02, "sae_features_u_weighted": u + 0.02}}
+            val = {"base_u": u + 0.001 * seed, "sae_features_u": u, "sae_features_u_weighted": u,
+                   "task_accuracy": accuracy}
+            other = {"sae_seed": 1, "val": val,
+                     "test": {"sae_features_u": u + 0.02, "sae_features_u_weighted": u + 0.02}}
             folder = root / arm / f"seed_{seed}"
             meta = {"arm": arm, "cycle": cycle, "seed": seed, "key": "0" * 16}
             found = {"meta": meta, "val": val, "test": dict(val), "other_sae_seeds": [other]}
@@ -89,7 +93,8 @@ def test_table_and_averages_over_sae_seeds(tmp_path):
 def test_the_cycle_is_chosen_on_validation_within_the_accuracy_limit(tmp_path):
     assert choose_cycle(make_results(tmp_path, (0.9, 0.9, 0.9)), "per_class", 3) == 2
     assert choose_cycle(make_results(tmp_path, (0.9, 0.8, 0.896)), "per_class", 3) == 3
-    assert choose_cycle(make_results(tmp_path, (0.7, 0.6, 0.8)), "per_class", 3) == 3  # none keeps it: the most accurate
+    # none keeps it: the most accurate
+    assert choose_cycle(make_results(tmp_path, (0.7, 0.6, 0.8)), "per_class", 3) == 3
 
 
 def test_comparison_and_summary(tmp_path):
@@ -117,9 +122,12 @@ def test_matched_latents():
 
 
 def table_of(means, seeds=8, noise=0.002, cosines=None):
-    """{arm: {metric: mean}} as a table of cycle 1, test, with a little noise of each seed, which pairing does not remove."""
+    """{arm: {metric: mean}} as a table of cycle 1, test, with a little noise of each seed, which pairing does not
+    remove.
+    """
     rng = np.random.default_rng(0)
-    level = {"base_u": 0.3, "sae_features_u_weighted": 0.2, "task_accuracy": 0.9, "sae_explained_variance": 0.95, "sparsity_l0_mean": 8.0}
+    level = {"base_u": 0.3, "sae_features_u_weighted": 0.2, "task_accuracy": 0.9, "sae_explained_variance": 0.95,
+             "sparsity_l0_mean": 8.0}
     rows = []
     for arm, other in means.items():
         for metric, value in (level | other).items():
@@ -134,7 +142,8 @@ ABOVE = {"base_u": 0.34, "sae_features_u_weighted": 0.24}
 
 @pytest.mark.parametrize("means,said", [
     (ALL | {"per_class": ABOVE}, "success: "),
-    ({"lambda0": {}, "per_class": ABOVE}, "an effect: .*were not run: permuted, random_unit, random_latents, shuffled_labels, class_mean"),
+    ({"lambda0": {}, "per_class": ABOVE},
+     "an effect: .*were not run: permuted, random_unit, random_latents, shuffled_labels, class_mean"),
     (ALL | {"per_class": {}}, "no effect shown: "),
     (ALL | {"per_class": {"base_u": 0.26}}, "lower: "),
     (ALL | {"per_class": ABOVE, "class_mean": ABOVE}, "not specific to the SAE: .*; not shown against class_mean$"),
@@ -144,23 +153,26 @@ ABOVE = {"base_u": 0.34, "sae_features_u_weighted": 0.24}
     (ALL | {"per_class": ABOVE | {"sae_explained_variance": 0.9}}, "not shown at equal sae_explained_variance$"),
     (ALL | {"per_class": ABOVE | {"sparsity_l0_mean": 5.0}}, "not shown at equal sparsity_l0_mean$"),
     ({"class_mean": {}, "per_class": ABOVE}, "no verdict: per_class and lambda0"),
-])  # fmt: skip
+])
 def test_the_verdict(means, said):
     assert re.search(said, verdict(table_of(means), "per_class", list(means), "base_u", 1))
 
 
 def test_no_verdict_from_two_seeds_nor_from_a_point_estimate():
-    assert verdict(table_of(ALL | {"per_class": ABOVE}, seeds=2), "per_class", [*ALL, "per_class"], "base_u", 1) == "no verdict: fewer than 3 seeds"
+    assert verdict(table_of(ALL | {"per_class": ABOVE}, seeds=2), "per_class", [*ALL, "per_class"], "base_u",
+                   1) == "no verdict: fewer than 3 seeds"
     noisy = table_of(ALL | {"per_class": {"base_u": 0.31, "task_accuracy": 0.88}}, noise=0.03)
     assert verdict(noisy, "per_class", [*ALL, "per_class"], "base_u", 1).startswith("no effect shown")
 
 
 def test_trends_are_judged_by_intervals():
-    table = table_of({"lambda0": {}, "per_class": {"base_u": 0.34, "sae_features_u_weighted": 0.15, "task_accuracy": 0.905}})
+    table = table_of({"lambda0": {},
+                      "per_class": {"base_u": 0.34, "sae_features_u_weighted": 0.15, "task_accuracy": 0.905}})
     assert trend(table, "per_class", "lambda0", "base_u", 1)[0] == "PASS"
     assert trend(table, "per_class", "lambda0", "sae_features_u_weighted", 1)[0] == "FAIL"
     assert trend(table, "per_class", "lambda0", "sae_explained_variance", 1)[0] == "WARN"
-    assert [trend(table, "per_class", "lambda0", "task_accuracy", 1, margin)[0] for margin in (0.02, 0.005, 0.001)] == ["PASS", "WARN", "FAIL"]
+    assert [trend(table, "per_class", "lambda0", "task_accuracy", 1, margin)[0]
+            for margin in (0.02, 0.005, 0.001)] == ["PASS", "WARN", "FAIL"]
     assert trend(table, "per_class", "lambda0", "nothing", 1)[0] == "WARN"
 
 
@@ -169,9 +181,12 @@ def test_a_pull_is_judged_against_lambda0():
     def aux(end, of_lambda0, ratio=0.5):
         return {"aux_cos_end": end, "aux_cos_lambda0": of_lambda0, "aux_loss_ratio": ratio, "aux_grad_ratio": ratio}
 
-    means = {"lambda0": {}, "per_class": aux(0.9, 0.7), "class_mean": aux(0.7, 0.7), "random_unit": aux(1.0, 1.0), "constant": aux(0.9, 0.7, 0.001)}
+    means = {"lambda0": {}, "per_class": aux(0.9, 0.7), "class_mean": aux(0.7, 0.7), "random_unit": aux(1.0, 1.0),
+             "constant": aux(0.9, 0.7, 0.001)}
     found = pulls(table_of(means, noise=0.0005), list(means), 1).set_index("arm")
-    assert found.verdict.tolist() == ["PASS", "WARN: the pull is not shown", "WARN: lambda0 lies at the targets already", "WARN: the pull is not shown"]
-    assert found.loc["per_class", "rise"] == pytest.approx(0.2, abs=0.001) and found.loc["per_class", "low"] < 0.2 < found.loc["per_class", "high"] + 0.001
+    assert found.verdict.tolist() == ["PASS", "WARN: the pull is not shown",
+                                      "WARN: lambda0 lies at the targets already", "WARN: the pull is not shown"]
+    assert (found.loc["per_class", "rise"] == pytest.approx(0.2, abs=0.001)
+            and found.loc["per_class", "low"] < 0.2 < found.loc["per_class", "high"] + 0.001)
     alone = table_of({"per_class": {k: v for k, v in aux(0.9, 0.7).items() if k != "aux_cos_lambda0"}})
     assert pulls(alone, ["per_class"], 1).verdict.tolist() == ["WARN: lambda0 was not run"]

@@ -1,4 +1,6 @@
-"""Whole cycles through the scripts: small MLP, tiny transformers of four families, resume, provenance, stale outputs."""
+"""Whole cycles through the scripts: small MLP, tiny transformers of four families, resume, provenance, stale
+outputs.
+"""
 import json
 import runpy
 import sys
@@ -23,7 +25,7 @@ sys.path.insert(0, str(SCRIPTS))
 from presets import PRESETS  # noqa: E402
 
 ARMS = ("lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "random_latents",
-        "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast", "to_zero")  # fmt: skip
+        "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast", "to_zero")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,8 @@ def defaults():
 @pytest.fixture
 def digits(defaults):
     tiny, presets = defaults
-    small = {"EPOCHS_PER_CYCLE": 2, "SAE_EPOCHS": 2, "PROBE_LIMIT": 200, "EVAL_LIMIT": 200, "ROBUST_LIMIT": 20, "N_SAE_SEEDS": 1, "DEVICE": "cpu"}
+    small = {"EPOCHS_PER_CYCLE": 2, "SAE_EPOCHS": 2, "PROBE_LIMIT": 200, "EVAL_LIMIT": 200, "ROBUST_LIMIT": 20,
+             "N_SAE_SEEDS": 1, "DEVICE": "cpu"}
     return tiny | presets["mlp_digits"] | {"PRESET": "mlp_digits"} | small
 
 
@@ -68,7 +71,8 @@ def script(monkeypatch, capfd):
 
 
 def files(folder, but=()):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".log" and p.name not in but}
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.suffix != ".log" and p.name not in but}
 
 
 def test_two_cycles_on_digits_with_every_arm(digits):
@@ -82,16 +86,19 @@ def test_two_cycles_on_digits_with_every_arm(digits):
             assert aux["aux_grad_ratio"] > 0.01 and aux["aux_loss_end"] < aux["aux_loss_start"], arm
     again = cycle(bench, "per_class", 2)
     assert set(again["test"]) < set(baseline["test"]) and again["meta"]["cycle"] == 2
-    promised = """task_accuracy task_loss task_f1_macro task_f1_weighted probe_train_accuracy probe_test_accuracy probe_test_f1_macro
-        k_sparse_probe_k1 k_sparse_probe_k50 sae_reconstruction_loss sae_explained_variance sae_explained_variance_pooled sae_mean_l0
-        sae_dead_features_pct sae_feature_usage_entropy base_csi base_csi_std base_u base_u_std base_u_label base_u_adj base_u_all
-        base_u_n_supported sae_features_csi sae_features_u sae_features_u_label sae_features_u_adj clustering_ari clustering_ari_argmax
-        clustering_silhouette_unsupervised clustering_silhouette_supervised clustering_davies_bouldin clustering_calinski_harabasz_unit
-        clustering_ari_base sparsity_l0_mean sparsity_l0_std sparsity_l1_mean robust_clean robust_fgsm_eps0.05 robust_pgd_eps0.1
-        robust_jaccard_eps0.1""".split()
+    promised = """task_accuracy task_loss task_f1_macro task_f1_weighted probe_train_accuracy probe_test_accuracy
+        probe_test_f1_macro k_sparse_probe_k1 k_sparse_probe_k50 sae_reconstruction_loss sae_explained_variance
+        sae_explained_variance_pooled sae_mean_l0 sae_dead_features_pct sae_feature_usage_entropy base_csi
+        base_csi_std base_u base_u_std base_u_label base_u_adj base_u_all base_u_n_supported sae_features_csi
+        sae_features_u sae_features_u_label sae_features_u_adj clustering_ari clustering_ari_argmax
+        clustering_silhouette_unsupervised clustering_silhouette_supervised clustering_davies_bouldin
+        clustering_calinski_harabasz_unit clustering_ari_base sparsity_l0_mean sparsity_l0_std sparsity_l1_mean
+        robust_clean robust_fgsm_eps0.05 robust_pgd_eps0.1 robust_jaccard_eps0.1""".split()
     assert not [key for key in promised if key not in baseline["test"]]
     assert baseline["test"]["sparsity_l0_mean"] <= digits["TOP_K"]
-    assert baseline["test"]["robust_pgd_eps0.1"] <= baseline["test"]["robust_fgsm_eps0.1"] <= baseline["test"]["robust_clean"]
+    assert baseline["test"]["robust_pgd_eps0.1"] <= baseline["test"][
+        "robust_fgsm_eps0.1"
+    ] <= baseline["test"]["robust_clean"]
 
 
 def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
@@ -100,7 +107,8 @@ def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
         train_model(bench, arm, n)
         if n == 0:
             train_cycle_sae(bench, arm, n)
-    states = [torch.load(bench.folder(arm, n) / f"checkpoints/model_cycle_{n}_best.pt", weights_only=True) for arm, n in (("baseline", 0), ("lambda0", 1), ("new_seed", 1))]
+    states = [torch.load(bench.folder(arm, n) / f"checkpoints/model_cycle_{n}_best.pt", weights_only=True)
+              for arm, n in (("baseline", 0), ("lambda0", 1), ("new_seed", 1))]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["layers.0.weight"], states[2]["layers.0.weight"])
 
@@ -126,11 +134,14 @@ def test_targets_are_stored_by_example_id(digits):
     train_cycle_sae(bench, "baseline", 0)
     train_model(bench, "per_class", 1)
     stored = read_tensors(bench.root / "per_class/seed_0/targets_cycle_0.safetensors")
-    assert torch.equal(stored["example_id"], bench.task.splits["train"]) and stored["t"].shape == (len(stored["example_id"]), 16)
+    assert (torch.equal(stored["example_id"], bench.task.splits["train"])
+            and stored["t"].shape == (len(stored["example_id"]), 16))
 
 
 def test_lambda0s_cosine_and_the_saes_seeds(digits):
-    """lambda0's model is measured against the arm's own targets about the arm's centre; SAEs of successive cycles start apart."""
+    """lambda0's model is measured against the arm's own targets about the arm's centre; SAEs of successive cycles start
+    apart.
+    """
     bench = Bench(digits | {"AUX_CENTRED": True}, 0)
     for arm, n in (("baseline", 0), ("lambda0", 1), ("class_mean", 1)):
         train_model(bench, arm, n)
@@ -145,8 +156,10 @@ def test_lambda0s_cosine_and_the_saes_seeds(digits):
     found = lambda0_cosine(bench, "class_mean", 1)
     assert found == pytest.approx(expected, abs=1e-6)
     aux = read_json(bench.folder("class_mean", 1) / "history_cycle_1.json")["aux"]
-    assert aux["cos_end"] > found > aux["cos_start"] and abs(aux["cos_source"] - found) < 0.1  # from scratch lambda0 is the source
-    seeds = {(arm, n): bench.sae(arm, n).config["seed"] for arm, n in (("baseline", 0), ("lambda0", 1), ("class_mean", 1))}
+    # from scratch lambda0 is the source
+    assert aux["cos_end"] > found > aux["cos_start"] and abs(aux["cos_source"] - found) < 0.1
+    seeds = {(arm, n): bench.sae(arm, n).config["seed"]
+             for arm, n in (("baseline", 0), ("lambda0", 1), ("class_mean", 1))}
     assert seeds["lambda0", 1] == seeds["class_mean", 1] != seeds["baseline", 0]
 
 
@@ -197,7 +210,8 @@ def test_label_groups_keep_the_classes_as_an_attribute(digits):
 def test_provenance(defaults):
     """Every constant of the main script is part of some stage's hash, or listed as choosing only what is run."""
     constants, _ = defaults
-    covered = set().union(*(stage_constants(constants | {"LABEL_GROUPS": None}, stage, "per_class") for stage in ("model", "sae", "aux", "eval")))
+    covered = set().union(*(stage_constants(constants | {"LABEL_GROUPS": None}, stage, "per_class")
+                            for stage in ("model", "sae", "aux", "eval")))
     assert covered | RUN_ONLY | {"ARM_CONSTANTS"} >= set(constants) and not covered & RUN_ONLY
     assert (SAE_ONLY | AUX_ONLY | EVAL_ONLY) - {"ARM_CONSTANTS"} <= covered
     for arm, expected in (("per_class", 1.0), ("class_mean@weak", 0.3)):
@@ -208,11 +222,13 @@ def test_provenance(defaults):
 def test_readme_lists_every_constant_with_its_default(defaults):
     source, readme = (SCRIPTS / "04_train_cycle.py").read_text(), (SCRIPTS / "README.md").read_text()
     for name in defaults[0]:
-        default = next(line for line in source.splitlines() if line.startswith((f"{name} =", f"{name}:"))).split(" = ", 1)[1].split("  #")[0].strip()
+        default = next(line for line in source.splitlines()
+                       if line.startswith((f"{name} =", f"{name}:"))).split(" = ", 1)[1].split("  #")[0].strip()
         assert f"| `{name}` | `{default.replace('|', chr(92) + '|')}` |" in readme, name
 
 
-@pytest.mark.parametrize("name,value,stage", [("LR", 0.5, "model"), ("TOP_K", 4, "sae"), ("AUX_WEIGHT", 9.0, "aux"), ("EVAL_LIMIT", 50, "eval")])
+@pytest.mark.parametrize("name,value,stage", [("LR", 0.5, "model"), ("TOP_K", 4, "sae"), ("AUX_WEIGHT", 9.0, "aux"),
+                                              ("EVAL_LIMIT", 50, "eval")])
 def test_outputs_made_with_other_constants_are_refused(digits, name, value, stage):
     bench = Bench(digits, 0)
     cycle(bench, "baseline", 0)
@@ -261,10 +277,12 @@ def write_texts(folder, kind):
     for name, part in (("train", lines), ("val", lines[:20]), ("test", lines[20:50])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
     return {
-        "MODEL": str(folder / kind), "DATASET": str(folder / "train.jsonl"), "VAL_DATASET": str(folder / "val.jsonl"), "TEST_DATASET": str(folder / "test.jsonl"),
-        "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "BATCH_SIZE": 16, "SAE_BATCH_SIZE": 64, "ROBUST_LIMIT": 4, "METRICS": GROUPS, "ABSORPTION_TOKENS": 200, "TOP_K": 4, "KEEP_PCT": 5.0,
+        "MODEL": str(folder / kind), "DATASET": str(folder / "train.jsonl"), "VAL_DATASET": str(folder / "val.jsonl"),
+        "TEST_DATASET": str(folder / "test.jsonl"),
+        "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "BATCH_SIZE": 16, "SAE_BATCH_SIZE": 64, "ROBUST_LIMIT": 4,
+        "METRICS": GROUPS, "ABSORPTION_TOKENS": 200, "TOP_K": 4, "KEEP_PCT": 5.0,
         "DEVICE": "cpu", "DATA_LIMIT": None,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "bert"])
@@ -278,7 +296,8 @@ def test_one_whole_cycle_of_each_architecture(defaults, tmp_path, kind, cached):
     assert ("task_perplexity" in test) == (kind != "bert")
     assert 0 <= test["task_accuracy"] <= 1 and 0 < test["sparsity_l0_mean"] <= 4 and "base_u_attribute" in test
     assert test["robust_pgd_eps0.1"] <= test["robust_clean"] and "absorption_n_tokens" in test
-    assert "sae_features_u_weighted_attribute_given_label" in test and "base_u_adj_weighted_attribute_given_label" in test
+    assert ("sae_features_u_weighted_attribute_given_label" in test
+            and "base_u_adj_weighted_attribute_given_label" in test)
     assert result["val"]["aux_cos_end"] > result["val"]["aux_cos_start"] or result["val"]["aux_grad_ratio"] > 0
     assert bench.model.target.path.endswith(".1") and not list(bench.folder("per_class", 1).glob("activations*"))
 
@@ -304,7 +323,8 @@ def test_seed_commands_step_by_step_equal_the_main_script(tmp_path, monkeypatch,
     a, b = files(tmp_path / "a"), files(tmp_path / "b")
     assert {p for p in a if p.suffix in (".pt", ".safetensors")} <= set(b)
     differing = {p.name for p in a if a[p] != b.get(p)}
-    assert {name for name in differing if name not in ("constants.json", "meta.json") and not name.endswith("stamp.json")} == set()
+    assert {name for name in differing
+            if name not in ("constants.json", "meta.json") and not name.endswith("stamp.json")} == set()
     table = (tmp_path / "b/sae_ception/mlp_digits/results.csv").read_text().splitlines()
     assert table[0] == "setting,arm,seed,sae_seed,cycle,split,metric,value" and len(table) > 100
     assert read_json(tmp_path / "b/sae_ception/mlp_digits/summary.json")["chosen_cycle"] == 1
@@ -317,16 +337,19 @@ def test_constants_are_chosen_on_validation(script, own_store):
     choice = read_json(own_store / "sae_ception/small_choice/choice.json")
     points, chosen = choice["validation"], choice["ARM_CONSTANTS"]
     assert set(points) == {"lambda0", "per_class@l0.3_k2", "per_class@l3_k2", "class_mean@l0.3", "class_mean@l3"}
-    fit = {p: v["base_u"] for p, v in points.items() if p.startswith("per_class") and v["task_accuracy"] >= points["lambda0"]["task_accuracy"] - 0.005}
+    fit = {p: v["base_u"] for p, v in points.items()
+           if p.startswith("per_class") and v["task_accuracy"] >= points["lambda0"]["task_accuracy"] - 0.005}
     if fit:
         assert chosen["per_class"] == {"AUX_WEIGHT": float(max(fit, key=fit.get)[11:-3]), "KEEP_PCT": 2.0}
     assert set(chosen["class_mean"]) == {"AUX_WEIGHT"} and "ARM_CONSTANTS={" in printed
 
 
 @pytest.mark.parametrize("arguments,said", [
-    (["ARMS=('nonsense',)"], "holds nonsense, which must be one of"), (["SEEDS=()"], "at least one value"), (["PRESET=huge"], "PRESET"),
-    (["DATASET=missing.jsonl"], "missing.jsonl"), (["TRACKER=nothing"], "TRACKER"), (["KEEP_PCT=100", "SAE_EPOCHS=1", "EPOCHS_PER_CYCLE=1"], "keeps every code"),
-])  # fmt: skip
+    (["ARMS=('nonsense',)"], "holds nonsense, which must be one of"), (["SEEDS=()"], "at least one value"),
+    (["PRESET=huge"], "PRESET"),
+    (["DATASET=missing.jsonl"], "missing.jsonl"), (["TRACKER=nothing"], "TRACKER"),
+    (["KEEP_PCT=100", "SAE_EPOCHS=1", "EPOCHS_PER_CYCLE=1"], "keeps every code"),
+])
 def test_wrong_input_is_one_line(arguments, said, script):
     preset = [] if arguments[0].startswith(("PRESET", "DATASET")) else ["PRESET=mlp_digits"]
     code, _, err = script("04_train_cycle.py", *preset, "METRICS=()", *arguments, ok=False)
@@ -335,13 +358,20 @@ def test_wrong_input_is_one_line(arguments, said, script):
 
 
 @pytest.mark.parametrize("given,said", [
-    ({"SAE_POSITIONS": "token"}, "did you mean tokens"), ({"INIT": "Scratch"}, "INIT: 'Scratch' must be one of continue, scratch"), ({"METRICS": ("nonsense",)}, "METRICS: 'nonsense'"),
-    ({"ARMS": ("class_men",)}, "did you mean class_mean"), ({"ARM": "per_clas"}, "did you mean per_class"), ({"ARM_CONSTANTS": {"class_men": {}}}, "did you mean class_mean"),
-    ({"ARM_CONSTANTS": {"class_mean": {"AUX_WEIGTH": 1.0}}}, "did you mean AUX_WEIGHT"), ({"ARM_CONSTANTS": {"class_mean": {"LR": 1.0}}}, "'LR' must be one of"),
-    ({"ARM_CONSTANTS": {"per_class": {"INIT": "zero"}}}, "INIT of per_class"), ({"SELECT_EPOCH": "first"}, "must be one of last, best"),
-    ({"ARMS": ("per_class@weka",), "ARM_CONSTANTS": {"per_class@weak": {"AUX_WEIGHT": 0.1}}}, "nothing for it .did you mean per_class@weak"),
-    ({"ARMS": ("lambda0",), "ARM_CONSTANTS": {"per_class@weak": {"AUX_WEIGHT": 0.1}}}, "which is not in ARMS"), ({"TARGET_LAYER": "layers.9"}, "layers.9"),
-])  # fmt: skip
+    ({"SAE_POSITIONS": "token"}, "did you mean tokens"),
+    ({"INIT": "Scratch"}, "INIT: 'Scratch' must be one of continue, scratch"),
+    ({"METRICS": ("nonsense",)}, "METRICS: 'nonsense'"),
+    ({"ARMS": ("class_men",)}, "did you mean class_mean"), ({"ARM": "per_clas"}, "did you mean per_class"),
+    ({"ARM_CONSTANTS": {"class_men": {}}}, "did you mean class_mean"),
+    ({"ARM_CONSTANTS": {"class_mean": {"AUX_WEIGTH": 1.0}}}, "did you mean AUX_WEIGHT"),
+    ({"ARM_CONSTANTS": {"class_mean": {"LR": 1.0}}}, "'LR' must be one of"),
+    ({"ARM_CONSTANTS": {"per_class": {"INIT": "zero"}}}, "INIT of per_class"),
+    ({"SELECT_EPOCH": "first"}, "must be one of last, best"),
+    ({"ARMS": ("per_class@weka",), "ARM_CONSTANTS": {"per_class@weak": {"AUX_WEIGHT": 0.1}}},
+     "nothing for it .did you mean per_class@weak"),
+    ({"ARMS": ("lambda0",), "ARM_CONSTANTS": {"per_class@weak": {"AUX_WEIGHT": 0.1}}}, "which is not in ARMS"),
+    ({"TARGET_LAYER": "layers.9"}, "layers.9"),
+])
 def test_typing_errors_are_refused_before_anything_is_loaded(digits, monkeypatch, given, said):
     monkeypatch.setattr("cycles.session.load_task", lambda *_: pytest.fail("the data were read"))
     with pytest.raises(InputError, match=said) as error:
@@ -376,7 +406,8 @@ def test_idx_files(tmp_path):
     good = path.read_bytes()
     broken = bytearray(good)
     broken[12] ^= 0xFF  # a deflate error
-    for content in (b"nothing", good[:-6], bytes(broken), gzip.compress(b""), gzip.compress(gzip.decompress(good)[:-2])):
+    for content in (b"nothing", good[:-6], bytes(broken), gzip.compress(b""),
+                    gzip.compress(gzip.decompress(good)[:-2])):
         path.write_bytes(content)
         with pytest.raises(InputError, match="damaged or not an idx.gz"):
             read_idx(path, 2)

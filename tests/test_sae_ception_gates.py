@@ -5,7 +5,16 @@ import transformers
 from conftest import TEXTS, tiny_model, word_tokenizer
 from torch.nn.functional import cross_entropy
 
-from cycles.classifier import MLP, Entries, TextClassifier, auxiliary_loss, load_trained, make_batch, outputs, trained_state
+from cycles.classifier import (
+    MLP,
+    Entries,
+    TextClassifier,
+    auxiliary_loss,
+    load_trained,
+    make_batch,
+    outputs,
+    trained_state,
+)
 from cycles.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe, probe_ids
 from cycles.targets import derangement
 from cycles.tasks import Task
@@ -95,7 +104,8 @@ def test_target_pairing():
     model = MLP(6, 3, "layers.1", 0)
     ids = task.splits["train"]
     h, _ = outputs(model, task, ids, 16)
-    sae, _ = train_sae(rows_of_tensor(h, torch.arange(80) >= 64), TrainSettings(64, 8, epochs=60, batch_size=32), progress=False)
+    sae, _ = train_sae(rows_of_tensor(h, torch.arange(80) >= 64), TrainSettings(64, 8, epochs=60, batch_size=32),
+                       progress=False)
     t = sae.decode(*sae.encode(h))
     order = torch.randperm(80, generator=torch.Generator().manual_seed(3))
     straight, shuffled = Targets(ids, t), Targets(ids[order], t[order])
@@ -240,7 +250,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(kind, tmp_path):
 
         return track
 
-    settings = TuneSettings(epochs=5, batch_size=8, lr=0.01, optimizer="adamw", weight_decay=0.1, warmup_steps=3, decay=True, clip_norm=1.0, aux_weight=1.0)
+    settings = TuneSettings(epochs=5, batch_size=8, lr=0.01, optimizer="adamw", weight_decay=0.1, warmup_steps=3,
+                            decay=True, clip_norm=1.0, aux_weight=1.0)
     width = 16
     made = Targets(torch.arange(120), torch.randn(120, width, generator=torch.Generator().manual_seed(0)))
     model, task = start()
@@ -257,7 +268,9 @@ def test_an_interrupted_training_ends_with_the_same_bits(kind, tmp_path):
 
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_the_epoch_that_is_kept(select):
-    """By default every training ends with its last epoch; "best" is the best one by validation, the earlier on a tie."""
+    """By default every training ends with its last epoch; "best" is the best one by validation, the earlier on a
+    tie.
+    """
     model, task = MLP(6, 3, "layers.1", 0), image_task()
     history = fine_tune(model, task, TuneSettings(epochs=6, batch_size=8, lr=0.3, select=select))
     accuracies = [e["val_accuracy"] for e in history["epochs"]]
@@ -279,7 +292,8 @@ def test_training_leaves_the_global_stream_alone():
 
 
 def test_centred_cosine_and_dead_rows():
-    h, t, mu = torch.tensor([[2.0, 1.0], [0.0, 0.0]], requires_grad=True), torch.tensor([[2.0, 3.0], [1.0, 1.0]]), torch.tensor([2.0, 0.0])
+    h, t, mu = torch.tensor([[2.0, 1.0], [0.0, 0.0]],
+                            requires_grad=True), torch.tensor([[2.0, 3.0], [1.0, 1.0]]), torch.tensor([2.0, 0.0])
     loss = auxiliary_loss(h, t, mu)
     assert loss[0].item() == pytest.approx(0)  # (0, 1) and (0, 3)
     assert auxiliary_loss(h, t)[0].item() == pytest.approx(1 - 7 / (5**0.5 * 13**0.5))
@@ -299,7 +313,8 @@ def test_probe_says_how_strong_the_pull_is():
     assert probe(model, task, own, TuneSettings(1, aux_weight=1.0))["loss"] == pytest.approx(0, abs=1e-6)
     centred = Targets(task.splits["train"], made.t, h.mean(0))
     found = probe(model, task, centred, TuneSettings(1, aux_weight=1.0))
-    assert found["cos"] == pytest.approx(1 - centred.loss(h, task.splits["train"]).mean().item(), abs=1e-6) != one["cos"]
+    assert found["cos"] == pytest.approx(1 - centred.loss(h, task.splits["train"]).mean().item(),
+                                         abs=1e-6) != one["cos"]
 
 
 def test_the_probe_draws_from_all_classes(monkeypatch):

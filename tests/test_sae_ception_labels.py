@@ -1,4 +1,6 @@
-"""Labels that are no labels are refused, samples keep the classes' shares, and data sorted by label train and score alike."""
+"""Labels that are no labels are refused, samples keep the classes' shares, and data sorted by label train and score
+alike.
+"""
 import gzip
 import json
 import logging
@@ -20,12 +22,16 @@ WHERE = ["train", "train", "train", "test"]
 
 
 @pytest.mark.parametrize("values,said", [
-    ([0, None, 1, 0], "no value in 1 of 4 examples (rows 2 of train)"), ([0.0, float("nan"), float("nan"), 0.0], "no value in 2 of 4 examples (rows 2 of train, 3 of train)"),
-    (["a", "b", " ", "a"], "rows 3 of train"), ([0, pandas.NA, 1, 0], "no value"), (["a", "b", "a", pandas.NaT], "rows 1 of test"), (["a", "b", "b", None], "rows 1 of test"),
-    ([0, [1], 1, 0], "no plain label (a list, dict or date) in 1 of 4"), ([{"a": 1}] * 4, "no plain label"), ([0, np.array([1, 2]), 1, 0], "no plain label"),
-    (["a", 1, "a", "a"], "mixes words and numbers (row 2 of train: 1)"), ([0, True, 1, 0], "mixes numbers and true or false"), ([0, 1, 1, "0"], "row 1 of test: '0'"),
+    ([0, None, 1, 0], "no value in 1 of 4 examples (rows 2 of train)"),
+    ([0.0, float("nan"), float("nan"), 0.0], "no value in 2 of 4 examples (rows 2 of train, 3 of train)"),
+    (["a", "b", " ", "a"], "rows 3 of train"), ([0, pandas.NA, 1, 0], "no value"),
+    (["a", "b", "a", pandas.NaT], "rows 1 of test"), (["a", "b", "b", None], "rows 1 of test"),
+    ([0, [1], 1, 0], "no plain label (a list, dict or date) in 1 of 4"), ([{"a": 1}] * 4, "no plain label"),
+    ([0, np.array([1, 2]), 1, 0], "no plain label"),
+    (["a", 1, "a", "a"], "mixes words and numbers (row 2 of train: 1)"),
+    ([0, True, 1, 0], "mixes numbers and true or false"), ([0, 1, 1, "0"], "row 1 of test: '0'"),
     ([0, 1, 1, -1], "no training example has in 1 of 4 examples (rows 1 of test, e.g. '-1'); hidden test labels"),
-])  # fmt: skip
+])
 def test_values_that_are_no_labels_are_refused_with_their_rows(values, said):
     with pytest.raises(InputError) as error:
         classes(values, WHERE, "LABEL_FIELD=mood")
@@ -57,7 +63,8 @@ def test_a_draw_keeps_the_classes_shares():
 def sorted_files(folder, kind):
     """Constants of a tiny model and of training and test files that are sorted by label; no validation file."""
     c = write_texts(folder, "llama")
-    rows = [{"text": f"{TEXTS[i % 6]} {('happy', 'sad')[i >= 60]}", "mood": ("good", "bad")[i >= 60], "topic": i % 4} for i in range(120)]
+    rows = [{"text": f"{TEXTS[i % 6]} {('happy', 'sad')[i >= 60]}", "mood": ("good", "bad")[i >= 60], "topic": i % 4}
+            for i in range(120)]
     for name, part in (("train", rows), ("test", rows)):
         path, frame = folder / f"sorted_{name}.{kind}", pandas.DataFrame(part)
         if kind == "csv":
@@ -66,17 +73,21 @@ def sorted_files(folder, kind):
             frame.to_parquet(path)
         else:
             frame.to_json(path, orient="records", lines=True)
-    return c | {"DATASET": str(folder / f"sorted_train.{kind}"), "TEST_DATASET": str(folder / f"sorted_test.{kind}"), "VAL_DATASET": None}
+    return (c
+            | {"DATASET": str(folder / f"sorted_train.{kind}"), "TEST_DATASET": str(folder / f"sorted_test.{kind}"),
+               "VAL_DATASET": None})
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
 def test_a_file_sorted_by_label(defaults, tmp_path, kind, caplog):  # noqa: F811
-    c = defaults[0] | sorted_files(tmp_path, kind) | {"DATA_LIMIT": 60, "VAL_FRAC": 0.2, "EVAL_LIMIT": 20, "PROBE_LIMIT": 20}
+    c = (defaults[0] | sorted_files(tmp_path, kind)
+         | {"DATA_LIMIT": 60, "VAL_FRAC": 0.2, "EVAL_LIMIT": 20, "PROBE_LIMIT": 20})
     with caplog.at_level(logging.INFO, "workbench"):
         task = load_task(c, 0, word_tokenizer())
         assert task.class_names == ["bad", "good"] and task.attribute_names == ["0", "1", "2", "3"]
         assert [torch.bincount(task.y[ids]).tolist() for ids in task.splits.values()] == [[24, 24], [6, 6], [60, 60]]
-        assert torch.bincount(task.y[task.sample(task.splits["test"], c["EVAL_LIMIT"], 0, "EVAL_LIMIT, test examples")]).tolist() == [10, 10]
+        assert torch.bincount(task.y[task.sample(task.splits["test"], c["EVAL_LIMIT"], 0,
+                                                 "EVAL_LIMIT, test examples")]).tolist() == [10, 10]
         task.sample(task.splits["test"], c["EVAL_LIMIT"], 0, "EVAL_LIMIT, test examples")
     said = [line.getMessage() for line in caplog.records]
     assert "DATA_LIMIT, training examples: 60 of 120 drawn by seed 0: bad 30, good 30" in said
@@ -87,20 +98,26 @@ def test_a_sorted_file_scores_as_a_shuffled_one_would(digits, monkeypatch):  # n
     """Every limit of the evaluation draws from all classes: on digits sorted by class accuracy is no class's own."""
     from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 
-    bench = Bench(digits | {"METRICS": ("robustness",), "EVAL_LIMIT": 100, "PROBE_LIMIT": 100, "ROBUST_LIMIT": 50, "EPOCHS_PER_CYCLE": 15}, 0)
+    bench = Bench(digits | {"METRICS": ("robustness",), "EVAL_LIMIT": 100, "PROBE_LIMIT": 100, "ROBUST_LIMIT": 50,
+                            "EPOCHS_PER_CYCLE": 15}, 0)
     for name, ids in bench.task.splits.items():
         bench.task.splits[name] = ids[bench.task.y[ids].argsort(stable=True)]
     bench.task_key = bench.task.identity()
     for step in (train_model, train_cycle_sae):
         step(bench, "baseline", 0)
     seen = []
-    monkeypatch.setattr("cycles.evaluation.robustness", lambda model, sae, task, ids, c, seed: seen.append(task.y[ids].unique().tolist()) or {})
+    monkeypatch.setattr("cycles.evaluation.robustness", lambda model, sae, task, ids, c,
+                        seed: seen.append(task.y[ids].unique().tolist()) or {})
     test = evaluate_cycle(bench, "baseline", 0)["test"]
-    assert test["task_accuracy"] > 0.5 and 0.1 < test["base_u"] < 0.9 and test["base_csi"] < 0.9 and seen == [list(range(10))]
+    assert (test["task_accuracy"] > 0.5 and 0.1 < test["base_u"] < 0.9 and test["base_csi"] < 0.9
+            and seen == [list(range(10))])
 
 
 def test_absorption_looks_at_the_examples_that_are_scored(labelled_texts, defaults):  # noqa: F811
-    c = defaults[0] | {name: str(labelled_texts / file) for name, file in (("MODEL", "llama"), ("DATASET", "train.jsonl"), ("VAL_DATASET", "val.jsonl"), ("TEST_DATASET", "test.jsonl"))}
+    c = (defaults[0]
+         | {name: str(labelled_texts / file)
+            for name, file in (("MODEL", "llama"), ("DATASET", "train.jsonl"), ("VAL_DATASET", "val.jsonl"),
+                               ("TEST_DATASET", "test.jsonl"))})
     bench = Bench(c | {"DEVICE": "cpu", "DATA_LIMIT": None}, 0)
     asked = []
     real = bench.task.batch
@@ -114,13 +131,18 @@ def write_lines(path, rows):
 
 
 @pytest.mark.parametrize("change,said", [
-    (lambda rows: [{k: v for k, v in row.items() if k != "mood" or i != 7} for i, row in enumerate(rows)], "no value in 1 of "),
-    (lambda rows: [row | {"mood": float("nan") if i % 8 == 1 else row["mood"]} for i, row in enumerate(rows)], "LABEL_FIELD=mood has no value in 8 of "),
-    (lambda rows: [row | {"mood": "yes" if i == 3 else row["mood"]} for i, row in enumerate(rows)], "mixes numbers and words"),
-    (lambda rows: [row | {"topic": None if i == 3 else row["topic"]} for i, row in enumerate(rows)], "ATTRIBUTE_FIELD=topic has no value"),
+    (lambda rows: [{k: v for k, v in row.items() if k != "mood" or i != 7} for i, row in enumerate(rows)],
+     "no value in 1 of "),
+    (lambda rows: [row | {"mood": float("nan") if i % 8 == 1 else row["mood"]} for i, row in enumerate(rows)],
+     "LABEL_FIELD=mood has no value in 8 of "),
+    (lambda rows: [row | {"mood": "yes" if i == 3 else row["mood"]} for i, row in enumerate(rows)],
+     "mixes numbers and words"),
+    (lambda rows: [row | {"topic": None if i == 3 else row["topic"]} for i, row in enumerate(rows)],
+     "ATTRIBUTE_FIELD=topic has no value"),
     (lambda rows: [row | {"topic": [1]} for row in rows], "ATTRIBUTE_FIELD=topic has no plain label"),
-    (lambda rows: [{"text": row["text"], "topic": 0} for row in rows], "has no field 'mood'; it has text, topic: set LABEL_FIELD"),
-])  # fmt: skip
+    (lambda rows: [{"text": row["text"], "topic": 0} for row in rows],
+     "has no field 'mood'; it has text, topic: set LABEL_FIELD"),
+])
 def test_a_file_with_labels_missing(defaults, tmp_path, change, said):  # noqa: F811
     c = defaults[0] | write_texts(tmp_path, "llama")
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
@@ -133,8 +155,9 @@ def test_a_file_with_labels_missing(defaults, tmp_path, change, said):  # noqa: 
 @pytest.mark.parametrize("change,said", [
     (lambda row: {"text": row["text"], "topic": row["topic"]}, "VAL_DATASET=.*has no field 'mood'.*set LABEL_FIELD"),
     (lambda row: row | {"mood": None}, "no value in 20 of 110 examples .rows 1 of val"),
-    (lambda row: {"content": row["text"], "mood": row["mood"], "topic": 0}, "VAL_DATASET=.*has no field 'text'.*set TEXT_FIELD_HELD_OUT$"),
-])  # fmt: skip
+    (lambda row: {"content": row["text"], "mood": row["mood"], "topic": 0},
+     "VAL_DATASET=.*has no field 'text'.*set TEXT_FIELD_HELD_OUT$"),
+])
 def test_held_out_files_without_labels_or_texts(defaults, tmp_path, change, said):  # noqa: F811
     c = defaults[0] | write_texts(tmp_path, "llama")
     rows = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
@@ -149,7 +172,8 @@ def test_own_data_need_no_constants_of_the_stories(tmp_path, script, caplog):  #
     for name in ("train", "test"):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         write_lines(tmp_path / f"my_{name}.jsonl", [{"text": row["text"], "label": row["mood"]} for row in rows])
-    own = [f"MODEL={c['MODEL']}", f"DATASET={tmp_path}/my_train.jsonl", "LABEL_FIELD=label", "SETTING=mine", "EPOCHS_PER_CYCLE=1", "VAL_FRAC=0.2"]
+    own = [f"MODEL={c['MODEL']}", f"DATASET={tmp_path}/my_train.jsonl", "LABEL_FIELD=label", "SETTING=mine",
+           "EPOCHS_PER_CYCLE=1", "VAL_FRAC=0.2"]
     _, out, err = script("01_train_baseline.py", *own, f"TEST_DATASET={tmp_path}/my_test.jsonl")
     assert "48 train, 12 val, 30 test" in out + err + caplog.text
     code, _, err = script("01_train_baseline.py", *own[:3], "SETTING=other", ok=False)
@@ -157,7 +181,8 @@ def test_own_data_need_no_constants_of_the_stories(tmp_path, script, caplog):  #
 
 
 def idx(array):
-    return gzip.compress(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes())
+    return gzip.compress(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+                         + array.astype(np.uint8).tobytes())
 
 
 def image_folder(folder, n_images, n_labels, side=4, test_side=4):
@@ -168,7 +193,8 @@ def image_folder(folder, n_images, n_labels, side=4, test_side=4):
     return str(folder)
 
 
-@pytest.mark.parametrize("sizes,said", [((200, 150), "holds 200 images .* 150 labels"), ((100, 150), "holds 100 images"), ((100, 100, 4, 5), "must have one size")])
+@pytest.mark.parametrize("sizes,said", [((200, 150), "holds 200 images .* 150 labels"),
+                                        ((100, 150), "holds 100 images"), ((100, 100, 4, 5), "must have one size")])
 def test_images_and_labels_that_do_not_belong_together(digits, tmp_path, sizes, said):  # noqa: F811
     with pytest.raises(InputError, match=said):
         load_task(digits | {"DATASET": image_folder(tmp_path, *sizes)}, 0)

@@ -5,7 +5,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from lib.environment import InputError
-from lib.sae_step import aux_after, bias_rate, dead_in_turn, dense_step, folded_weights, init_state, learning_rate, read_stats, schedule, whitening
+from lib.sae_step import (
+    aux_after,
+    bias_rate,
+    dead_in_turn,
+    dense_step,
+    folded_weights,
+    init_state,
+    learning_rate,
+    read_stats,
+    schedule,
+    whitening,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +97,8 @@ def test_rates_fall_with_latents_and_bias_rate_rises_with_expansion():
     assert 0 < bias_rate(1024, 256) < bias_rate(4096, 256) <= 1
 
 
-@pytest.mark.parametrize("shape, tokens", [((24576, 32, 1024), 7680), ((512, 8, 1024), 3000), ((24576, 32, 16384), 32768), ((512, 8, 1), 3000)])
+@pytest.mark.parametrize("shape, tokens", [((24576, 32, 1024), 7680), ((512, 8, 1024), 3000),
+                                           ((24576, 32, 16384), 32768), ((512, 8, 1), 3000)])
 def test_dead_means_silent_over_tokens_and_over_three_batches(shape, tokens):
     assert aux_after(*shape) == tokens
     silent_in_two_batches = 2 * shape[2]
@@ -96,7 +108,8 @@ def test_dead_means_silent_over_tokens_and_over_three_batches(shape, tokens):
 def test_aligned_encoder_gradient_matches_finite_differences_along_the_constraint():
     """enc = s dec + u, u orthogonal to dec: the step's direction is minus the gradient of the loss in (dec, u, s)."""
     x = skewed(64, 6).double()
-    state = {name: value.double() if value.is_floating_point() else value for name, value in init_state(torch.eye(6), 9, 0).items()}
+    state = {name: value.double() if value.is_floating_point() else value
+             for name, value in init_state(torch.eye(6), 9, 0).items()}
     generator = torch.Generator().manual_seed(5)
     state["enc"] += 0.3 * normalize(torch.randn(9, 6, generator=generator, dtype=torch.float64), dim=1)
     state["gain"] = (state["enc"] * state["dec"]).sum(1)

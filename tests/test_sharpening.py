@@ -137,11 +137,13 @@ def test_random_directions_are_random_about_the_centre():
     h = CENTRE + torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     y = ids % 2
     codes = torch.ones(200, 2), torch.arange(2).expand(200, 2)
-    made = {arm: targets(arm, h, *codes, lambda v, i: None, y, ids, n_classes=2, n_latents=4, keep=1, keep_per_example=1, seed=0, centre=CENTRE)[0] - CENTRE
-            for arm in ("random_unit", "constant", "to_zero")}  # fmt: skip
+    made = {arm: targets(arm, h, *codes, lambda v, i: None, y, ids, n_classes=2, n_latents=4, keep=1,
+                         keep_per_example=1, seed=0, centre=CENTRE)[0] - CENTRE
+            for arm in ("random_unit", "constant", "to_zero")}
     expected = random_unit(ids, 4, 0)
     assert torch.allclose(torch.nn.functional.normalize(made["random_unit"]), expected, atol=1e-5)
-    assert made["random_unit"].norm(dim=1)[0].item() == pytest.approx((h - CENTRE).square().sum(1).mean().sqrt().item(), rel=1e-4)
+    assert made["random_unit"].norm(dim=1)[0].item() == pytest.approx((h - CENTRE).square().sum(1).mean().sqrt().item(),
+                                                                      rel=1e-4)
     to_origin = torch.nn.functional.cosine_similarity(made["random_unit"], -CENTRE[None])
     assert abs(to_origin.mean()) < 0.15 < to_origin.std()
     assert (made["constant"] == made["constant"][0]).all() and made["constant"][0].norm() > 1

@@ -39,7 +39,9 @@ def test_an_epoch_holds_every_training_row_once(rows, in_memory):
 
 
 def test_the_order_is_another_in_every_epoch_and_owes_nothing_to_the_run(rows, in_memory):
-    """The correlation of a row's place in the epoch with its place in the run is that of random shards: 0 on average."""
+    """The correlation of a row's place in the epoch with its place in the run is that of random shards: 0 on
+    average.
+    """
     correlations = []
     for epoch in range(20):
         order = positions(rows, epoch).flatten().double()
@@ -50,7 +52,8 @@ def test_the_order_is_another_in_every_epoch_and_owes_nothing_to_the_run(rows, i
 
 
 def test_neighbours_in_a_batch_come_from_one_text_as_often_as_by_chance(rows, in_memory):
-    same = torch.stack([(p[:, 1:] // TEXT_ROWS == p[:, :-1] // TEXT_ROWS).float().mean() for p in (positions(rows, e) for e in range(10))]).mean()
+    same = torch.stack([(p[:, 1:] // TEXT_ROWS == p[:, :-1] // TEXT_ROWS).float().mean()
+                        for p in (positions(rows, e) for e in range(10))]).mean()
     mixed = (N if in_memory else SHARDS_IN_BUFFER * SHARD_ROWS) * 0.9  # training rows of a buffer
     expected = (TEXT_ROWS - 1) / (mixed - 1)
     n_pairs = 10 * N * 0.9

@@ -17,7 +17,8 @@ def random_sae(width=16, n_latents=32, top_k=2):
     generator = torch.Generator().manual_seed(1)
     W_enc, W_dec = (torch.randn(n_latents, width, generator=generator) for _ in range(2))
     b_enc, mean = torch.randn(n_latents, generator=generator) / 4, torch.randn(width, generator=generator) / 50
-    return make_sae(W_enc, b_enc, functional.normalize(W_dec, dim=1), mean, 0.1, top_k)  # the size of the tiny models' activations
+    # the size of the tiny models' activations
+    return make_sae(W_enc, b_enc, functional.normalize(W_dec, dim=1), mean, 0.1, top_k)
 
 
 def logits(model, *arguments, ids=IDS, name="resid_post:1", sae=None, **options):
@@ -46,7 +47,8 @@ def test_an_edit_that_changes_no_code_is_exact(kind, name):
     latent, _ = firing(model)
     with torch.no_grad():
         before = model(input_ids=IDS).logits
-    for edits in ([], [Edit(latent, "scale", 1.0)], [Edit(latent, "add", 0.0)], [Edit(i, "scale", 1.0) for i in range(32)]):
+    for edits in ([], [Edit(latent, "scale", 1.0)], [Edit(latent, "add", 0.0)],
+                  [Edit(i, "scale", 1.0) for i in range(32)]):
         assert torch.equal(logits(model, edits, MAXIMA, name=name), before)
     assert torch.equal(logits(model, [Edit(latent, "ablate")], MAXIMA, positions=()), before)
 
@@ -72,7 +74,8 @@ def test_ablating_subtracts_code_times_dictionary_row(kind):
 
 def test_every_mode_by_hand():
     codes, maxima = torch.tensor([[2.0, 0.0]]), torch.tensor([0.0, 4.0, 10.0])
-    for mode, strength, expected in (("add", 0.5, [4.0, 5.0]), ("scale", 3.0, [6.0, 0.0]), ("clamp", 0.5, [2.0, 5.0]), ("ablate", 0.0, [0.0, 0.0])):
+    for mode, strength, expected in (("add", 0.5, [4.0, 5.0]), ("scale", 3.0, [6.0, 0.0]), ("clamp", 0.5, [2.0, 5.0]),
+                                     ("ablate", 0.0, [0.0, 0.0])):
         found = new_codes(codes, [Edit(1, mode, strength), Edit(2, mode, strength)], maxima)
         assert found.tolist() == [expected], mode
 
@@ -91,7 +94,8 @@ def test_only_chosen_positions_change_and_special_tokens_stay():
     point = resolve(model, "resid_post:1")
 
     def changed(**options):
-        with torch.no_grad(), steer(model, point, random_sae(), [Edit(5, "add", 1.0)], MAXIMA, **options), capture(model, [point]) as seen:
+        with torch.no_grad(), steer(model, point, random_sae(), [Edit(5, "add", 1.0)], MAXIMA,
+                                    **options), capture(model, [point]) as seen:
             model(input_ids=IDS)
         return (seen[point.signature] != x).any(2)[0].tolist()
 
@@ -109,12 +113,16 @@ def test_generating_with_the_cache_equals_without(kind):
     for positions in (None, range(4, 7)):
         texts = []
         for cached in (True, False):
-            with steer(model, resolve(model, "resid_post:1"), random_sae(), [Edit(latent, "clamp", 2.0), Edit(9, "add", 1.0)], MAXIMA, positions):
-                out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, use_cache=cached, eos_token_id=None, output_scores=True, return_dict_in_generate=True)
+            with steer(model, resolve(model, "resid_post:1"), random_sae(),
+                       [Edit(latent, "clamp", 2.0), Edit(9, "add", 1.0)], MAXIMA, positions):
+                out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
+                                     use_cache=cached, eos_token_id=None, output_scores=True,
+                                     return_dict_in_generate=True)
             texts.append(out)
         assert torch.equal(texts[0].sequences, texts[1].sequences)
         torch.testing.assert_close(torch.stack(texts[0].scores), torch.stack(texts[1].scores), atol=1e-4, rtol=1e-4)
-    plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=None, output_scores=True, return_dict_in_generate=True)
+    plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
+                           eos_token_id=None, output_scores=True, return_dict_in_generate=True)
     assert (torch.stack(plain.scores) - torch.stack(texts[0].scores)).abs().max() > 1e-3
 
 
@@ -126,7 +134,8 @@ def test_left_padding_changes_nothing(kind):
     short, long = [1, 5, 6], [1, 8, 9, 10, 4]
     batch = torch.tensor([[0, 0, *short], long])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_scores": True,
+               "return_dict_in_generate": True}
     arguments = (model, point, random_sae(), [Edit(5, "add", 1.5)], MAXIMA, {1, 2, 5})
     with steer(*arguments), capture(model, [point]) as seen, torch.no_grad():
         model(input_ids=batch, attention_mask=mask)
@@ -138,12 +147,14 @@ def test_left_padding_changes_nothing(kind):
         together = model.generate(batch, attention_mask=mask, **options)
         alone = model.generate(torch.tensor([short]), attention_mask=torch.ones(1, 3, dtype=torch.long), **options)
     assert torch.equal(together.sequences[0, 2:], alone.sequences[0])
-    torch.testing.assert_close(torch.stack(together.scores)[:, 0], torch.stack(alone.scores)[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(together.scores)[:, 0], torch.stack(alone.scores)[:, 0], atol=1e-4,
+                               rtol=1e-4)
 
 
 def test_hooks_are_gone_after_the_block_even_after_an_error():
     model = tiny_model("llama")
-    with pytest.raises(KeyError), steer(model, resolve(model, "resid_post:1"), random_sae(), [Edit(1, "ablate")], MAXIMA):
+    with pytest.raises(KeyError), steer(model, resolve(model, "resid_post:1"), random_sae(), [Edit(1, "ablate")],
+                                        MAXIMA):
         raise KeyError
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -174,7 +185,8 @@ def test_perplexity_is_that_of_the_continuation_alone():
         short = model(input_ids=ids[:1, 2:]).logits.log_softmax(2)
         long = model(input_ids=ids[1:]).logits.log_softmax(2)
         found = perplexities(model, ids, mask, judged)
-    torch.testing.assert_close(found, torch.stack([(-(short[0, 0, 5] + short[0, 1, 6]) / 2).exp(), (-long[0, 3, 4]).exp()]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, torch.stack([(-(short[0, 0, 5] + short[0, 1, 6]) / 2).exp(),
+                                                   (-long[0, 3, 4]).exp()]), rtol=1e-4, atol=1e-4)
 
 
 def test_continuations_keep_their_prompts_and_a_strong_edit_changes_them():
@@ -199,13 +211,15 @@ def test_a_sweep_counts_what_was_written():
     plain, strong = sweep(*arguments, favoured=everything)
     assert plain["texts"] == continue_texts(model, tokenizer, ["the cat sat", "a dog"], 8).texts
     assert plain["favoured"] == strong["favoured"] == 1.0 and strong["texts"] != plain["texts"]
-    assert sweep(*arguments)[0]["favoured"] == 0.0 and all(0 <= row[key] <= 1 for row in (plain, strong) for key in ("fires", "repeated"))
+    assert (sweep(*arguments)[0]["favoured"] == 0.0
+            and all(0 <= row[key] <= 1 for row in (plain, strong) for key in ("fires", "repeated")))
 
 
 def test_sampling_repeats_by_its_seed_and_leaves_the_global_stream():
     model, tokenizer = tiny_model("llama"), word_tokenizer()
     before = torch.get_rng_state()
-    first, again, other = (continue_texts(model, tokenizer, ["the cat"], 8, temperature=5.0, seed=seed).texts for seed in (1, 1, 2))
+    first, again, other = (continue_texts(model, tokenizer, ["the cat"], 8, temperature=5.0, seed=seed).texts
+                           for seed in (1, 1, 2))
     assert first == again != other and torch.equal(torch.get_rng_state(), before)
 
 

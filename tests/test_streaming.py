@@ -32,7 +32,8 @@ def in_memory(source, limit):
 
 @pytest.mark.parametrize("limit", [None, 20, 1000])
 def test_streamed_texts_are_those_of_memory(source, tmp_path, limit):
-    texts, expected = stream_texts(str(source), "train", "text", limit, tmp_path / "copy.jsonl"), in_memory(source, limit)
+    texts, expected = stream_texts(str(source), "train", "text", limit, tmp_path / "copy.jsonl"), in_memory(source,
+                                                                                                            limit)
     assert list(texts) == expected and len(texts) == len(expected)
     assert texts[3:15] == expected[3:15] and texts[-1] == expected[-1] and texts[100_000:] == []
     assert fingerprint_texts(texts) == fingerprint(expected)
@@ -103,16 +104,19 @@ def test_a_streamed_run_has_the_files_of_one_from_memory(tmp_path, saved_model):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "txt", "folder"])
 def test_a_limit_draws_a_sample(tmp_path, kind, monkeypatch):
-    """Of a file sorted by kind a limit leaves a fair share of each, the same at every call, in order, whatever the format."""
+    """Of a file sorted by kind a limit leaves a fair share of each, the same at every call, in order, whatever the
+    format.
+    """
     monkeypatch.setattr("lib.texts.CHUNK_ROWS", 37)
     frame = pandas.DataFrame({"text": [f"{'ab'[i // 200]} {i:03d}" for i in range(400)], "n": range(400)})
     path = tmp_path / f"sorted.{kind}"
     writers = {
-        "jsonl": lambda: frame.to_json(path, orient="records", lines=True), "json": lambda: frame.to_json(path, orient="records"),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "json": lambda: frame.to_json(path, orient="records"),
         "csv": lambda: frame.to_csv(path, index=False), "tsv": lambda: frame.to_csv(path, sep="\t", index=False),
         "parquet": lambda: frame.to_parquet(path), "txt": lambda: path.write_text("\n\n".join(frame.text)),
         "folder": lambda: datasets.Dataset.from_pandas(frame).save_to_disk(path),
-    }  # fmt: skip
+    }
     writers[kind]()
     drawn = in_memory(path, 100)
     assert len(drawn) == 100 and drawn == sorted(drawn) == in_memory(path, 100)

@@ -12,7 +12,9 @@ from lib.training import TrainSettings, train_sae
 
 
 class Recorder:
-    """Stands for a tracker's run, client or writer: every call is kept as (name, arguments); `fails` names those that raise."""
+    """Stands for a tracker's run, client or writer: every call is kept as (name, arguments); `fails` names those that
+    raise.
+    """
 
     def __init__(self, calls, fails=()):
         self.calls, self.fails = calls, fails
@@ -103,18 +105,21 @@ def test_an_unknown_tracker_and_an_error_of_the_training(monkeypatch, tmp_path):
 
 def test_the_training_of_an_sae_is_tracked_and_not_changed_by_it():
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
-    rows, settings = rows_of_tensor(x, torch.arange(400) % 10 == 0), TrainSettings(16, 2, epochs=2, batch_size=32, precision="float32", log_every=5)
+    rows, settings = rows_of_tensor(x, torch.arange(400) % 10 == 0), TrainSettings(16, 2, epochs=2, batch_size=32,
+                                                                                   precision="float32", log_every=5)
     records: list = []
     _, history = train_sae(rows, settings, progress=False, track=records.append)
     _, alone = train_sae(rows, settings, progress=False)
     assert history == alone
     assert [r["loss"] for r in records if "loss" in r] == history["train"]["loss"]
-    assert [(r["step"], r["val_ev"]) for r in records if "val_ev" in r] == list(zip(history["val"]["step"], history["val"]["ev"]))
+    assert [(r["step"], r["val_ev"]) for r in records
+            if "val_ev" in r] == list(zip(history["val"]["step"], history["val"]["ev"]))
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_the_real_package_where_it_is_installed(kind, monkeypatch, tmp_path, caplog):
-    for name, value in {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_SILENT": "true"}.items():
+    for name, value in {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"),
+                        "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     pytest.importorskip(kind)  # reads the environment when it is imported
     with open_tracker(kind, tmp_path / "tracker", {"TOP_K": 4, "LR": None}) as track:

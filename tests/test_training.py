@@ -50,7 +50,8 @@ def test_an_epoch_visits_each_training_row_once_and_no_validation_row():
 
 def test_epochs_differ_and_seeds_repeat():
     rows, _ = make_rows(1000)
-    first, again, second, other = (next(epoch_batches(rows, torch.eye(24), 64, s, e, {})) for s, e in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    first, again, second, other = (next(epoch_batches(rows, torch.eye(24), 64, s, e, {}))
+                                   for s, e in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert torch.equal(first, again) and not torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -77,25 +78,30 @@ def test_fewer_rows_than_a_batch_make_one_short_batch():
 
 def test_a_planted_dictionary_is_recovered():
     rows, features = make_rows(12_000)
-    sae, _ = train_sae(rows, TrainSettings(n_latents=96, top_k=3, epochs=8, batch_size=192, precision="float32"), progress=False)
+    sae, _ = train_sae(rows, TrainSettings(n_latents=96, top_k=3, epochs=8, batch_size=192, precision="float32"),
+                       progress=False)
     best = (features @ sae.W_dec.T).max(1).values
     assert best.mean() > 0.95 and (best > 0.9).float().mean() > 0.9
 
 
 def test_better_than_the_reference_setting_on_data_off_centre():
-    """Raw input, independent default encoder, plain MSE, as overcomplete's own loop trains: lower EV, more dead latents."""
+    """Raw input, independent default encoder, plain MSE, as overcomplete's own loop trains: lower EV, more dead
+    latents.
+    """
     from overcomplete.sae import TopKSAE
     from overcomplete.sae import train_sae as overcomplete_train
     from torch.utils.data import DataLoader, TensorDataset
 
     rows, _ = make_rows(8000, offset=3.0)
     x, val = rows.shards[0][~rows.is_val], rows.shards[0][rows.is_val]
-    ours, _ = train_sae(rows, TrainSettings(n_latents=48, top_k=3, epochs=4, batch_size=128, precision="float32"), progress=False)
+    ours, _ = train_sae(rows, TrainSettings(n_latents=48, top_k=3, epochs=4, batch_size=128, precision="float32"),
+                        progress=False)
     mine = score(ours, sample_rows(rows, validation=True))
     torch.manual_seed(0)
     theirs = TopKSAE(24, nb_concepts=48, top_k=3)
     loader = DataLoader(TensorDataset(x), batch_size=128, shuffle=True)
-    overcomplete_train(theirs, loader, lambda x, xhat, *_: (x - xhat).square().mean(), torch.optim.Adam(theirs.parameters(), lr=1e-3), nb_epochs=4, monitoring=0)
+    overcomplete_train(theirs, loader, lambda x, xhat, *_: (x - xhat).square().mean(),
+                       torch.optim.Adam(theirs.parameters(), lr=1e-3), nb_epochs=4, monitoring=0)
     theirs.eval()
     with torch.no_grad():
         _, codes, xhat = theirs(val)
@@ -182,8 +188,10 @@ def test_a_diverging_loss_stops_with_a_word():
         train_sae(rows, TrainSettings(**SMALL), progress=False)
 
 
-@pytest.mark.parametrize("wrong, message", [({"top_k": 49}, "TOP_K=49"), ({"top_k": 0}, "TOP_K=0"), ({"epochs": 0}, "epochs=0"), ({"batch_size": 0}, "batch_size=0"),
-    ({"lr": 0.0}, "LR=0.0"), ({"lr": -0.1}, "LR=-0.1"), ({"lr": float("nan")}, "LR=nan"), ({"dead_after": -1}, "DEAD_AFTER_TOKENS=-1"),
+@pytest.mark.parametrize("wrong, message", [({"top_k": 49}, "TOP_K=49"), ({"top_k": 0}, "TOP_K=0"),
+                                            ({"epochs": 0}, "epochs=0"), ({"batch_size": 0}, "batch_size=0"),
+    ({"lr": 0.0}, "LR=0.0"), ({"lr": -0.1}, "LR=-0.1"), ({"lr": float("nan")}, "LR=nan"),
+    ({"dead_after": -1}, "DEAD_AFTER_TOKENS=-1"),
 ])
 def test_settings_that_cannot_work_are_refused(wrong, message):
     rows, _ = make_rows(100)
@@ -199,13 +207,15 @@ def test_two_threads_train_the_same_sae_and_write_the_same_history(kind):
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        made.append(train_sae(rows, TrainSettings(n_latents=256, top_k=4, kind=kind, epochs=1, batch_size=700, dead_after=700), progress=False))
+        made.append(train_sae(rows, TrainSettings(n_latents=256, top_k=4, kind=kind, epochs=1, batch_size=700,
+                                                  dead_after=700), progress=False))
     torch.set_num_threads(before)
     assert torch.equal(made[0][0].W_enc, made[1][0].W_enc) and torch.equal(made[0][0].W_dec, made[1][0].W_dec)
     assert made[0][1] == made[1][1] and (kind != "topk" or max(made[0][1]["train"]["auxk"]) > 0)
 
 
-@pytest.mark.parametrize("n_rows, every, message", [(1, 1, "two of validation"), (1, 2, "two of validation"), (9, 9, "two of validation"), (20, 7, None)])
+@pytest.mark.parametrize("n_rows, every, message", [(1, 1, "two of validation"), (1, 2, "two of validation"),
+                                                    (9, 9, "two of validation"), (20, 7, None)])
 def test_runs_of_a_few_rows_are_trained_or_refused_in_one_line(n_rows, every, message):
     x, _ = planted(n_rows)
     rows = rows_of_tensor(x, torch.arange(n_rows) % every == 0)
@@ -213,13 +223,16 @@ def test_runs_of_a_few_rows_are_trained_or_refused_in_one_line(n_rows, every, me
         with pytest.raises(InputError, match=message):
             train_sae(rows, TrainSettings(**SMALL), progress=False)
     else:
-        assert all(torch.isfinite(getattr(train_sae(rows, TrainSettings(**SMALL), progress=False)[0], name)).all() for name in ("W_enc", "b_enc", "W_dec"))
+        assert all(torch.isfinite(getattr(train_sae(rows, TrainSettings(**SMALL), progress=False)[0], name)).all()
+                   for name in ("W_enc", "b_enc", "W_dec"))
 
 
 @pytest.mark.parametrize("shape, change", [
-    ((400, 6), lambda x: x + 1e4), ((400, 6), lambda x: (100 * x + 3e4).half()), ((400, 6), lambda x: x.bfloat16()), ((400, 1), lambda x: x),
-    ((400, 6), lambda x: x * 1e-12), ((400, 6), lambda x: x * 1e12), ((5, 30), lambda x: x), ((400, 6), lambda x: torch.cat([x, torch.full((400, 1), 7e4)], 1)),
-])  # fmt: skip
+    ((400, 6), lambda x: x + 1e4), ((400, 6), lambda x: (100 * x + 3e4).half()), ((400, 6), lambda x: x.bfloat16()),
+    ((400, 1), lambda x: x),
+    ((400, 6), lambda x: x * 1e-12), ((400, 6), lambda x: x * 1e12), ((5, 30), lambda x: x),
+    ((400, 6), lambda x: torch.cat([x, torch.full((400, 1), 7e4)], 1)),
+])
 def test_statistics_are_right_for_large_means_low_precision_and_odd_shapes(shape, change):
     """To 1e-4 of the spread, against numpy in float64."""
     x = change(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
@@ -249,14 +262,16 @@ def test_activations_whose_squares_overflow_are_refused_before_statistics_are_wr
 
 def test_nothing_draws_from_the_global_streams():
     rows, _ = make_rows(300)
-    make_sae(torch.eye(2), torch.zeros(2), torch.eye(2), torch.zeros(2), 1.0, 1).overcomplete()  # importing that package draws
+    # importing that package draws
+    make_sae(torch.eye(2), torch.zeros(2), torch.eye(2), torch.zeros(2), 1.0, 1).overcomplete()
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     sae, _ = train_sae(rows, TrainSettings(**SMALL), progress=False)
     train_sae(rows, TrainSettings(**{**SMALL, "kind": "jumprelu"}), progress=False)
     untrained_sae(rows, TrainSettings(**SMALL))
     shuffled(rows.shards[0])
     sae.overcomplete()
-    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
+    assert (torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+            and random.getstate() == states[2])
 
 
 def test_what_is_set_to_0_is_not_taken_for_unset():
@@ -301,7 +316,8 @@ def test_a_control_with_a_frozen_part_still_learns(frozen, still, moved):
     assert history["val"]["ev"][-1] > untouched + 0.05
 
 
-@pytest.mark.parametrize("wrong", [{"frozen": "both", "whiten": 0, "aligned": False}, {"frozen": "decoder", "whiten": 0}, {"frozen": "encoder", "aligned": False}])
+@pytest.mark.parametrize("wrong", [{"frozen": "both", "whiten": 0, "aligned": False},
+                                   {"frozen": "decoder", "whiten": 0}, {"frozen": "encoder", "aligned": False}])
 def test_what_is_frozen_must_be_named_and_random(wrong):
     with pytest.raises(InputError, match="frozen"):
         train_sae(make_rows(200)[0], TrainSettings(**SMALL, **wrong), progress=False)

@@ -1,4 +1,6 @@
-"""BatchTopK, JumpReLU and nested TopK: which codes fire, their gradients, and that the trained SAE keeps what it learnt."""
+"""BatchTopK, JumpReLU and nested TopK: which codes fire, their gradients, and that the trained SAE keeps what it
+learnt.
+"""
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -33,11 +35,13 @@ def test_jumprelu_penalty_and_gradients_have_their_closed_form():
     log_threshold = threshold.log().requires_grad_()
     pre = torch.tensor([[0.5 + WINDOW / 4, 0.2], [0.9, 0.5 - WINDOW / 4]], requires_grad=True)
     codes, penalty = codes_of("jumprelu", pre, 2, log_threshold)
-    assert torch.equal(codes, pre.where(pre > 0.5, 0)) and float(penalty.detach()) == pytest.approx((2 / 2 / 2 - 1) ** 2)
+    assert (torch.equal(codes, pre.where(pre > 0.5, 0))
+            and float(penalty.detach()) == pytest.approx((2 / 2 / 2 - 1) ** 2))
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     (codes * weight).sum().backward()
     assert torch.equal(pre.grad, weight * (pre > 0.5))
-    # dcode/dthreshold is -threshold / WINDOW inside the window: once for each latent; times the threshold, for its logarithm
+    # dcode/dthreshold is -threshold / WINDOW inside the window: once for each latent; times the threshold, for its
+    # logarithm
     assert torch.allclose(log_threshold.grad, -torch.tensor([1.0, 4.0]) * 0.5 / WINDOW * 0.5)
     log_threshold.grad = None
     codes_of("jumprelu", pre, 2, log_threshold)[1].backward()

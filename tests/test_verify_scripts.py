@@ -43,7 +43,8 @@ def source(saved_model):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".log"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".log"}
 
 
 def test_both_steps_and_their_promised_files(script, source, own_store):
@@ -182,7 +183,8 @@ def test_all_five_steps_on_the_embedded_default(script, own_store):
     names = run_notebook(FOLDER / "03_analyze_training.ipynb")
     verdicts = {row["check"]: row["verdict"] for row in names["checks"]}
     assert set(verdicts) == set(RULES)
-    assert all(verdicts[name] == "PASS" for name in ("loss_fell", "weights_moved", "l0_cap", "ev", "ev_pca", "ev_random", "reload"))
+    assert all(verdicts[name] == "PASS"
+               for name in ("loss_fell", "weights_moved", "l0_cap", "ev", "ev_pca", "ev_random", "reload"))
     leaf = {row["concept"]: row["latent"]["f1"] for row in names["recovery"]}
     assert leaf["negation"] > 0.5
     run_notebook(FOLDER / "04_name_sae_concepts.ipynb")
@@ -196,20 +198,24 @@ def test_all_five_steps_on_the_embedded_default(script, own_store):
     page = (folder / "concepts.html").read_text()
     assert "http://" not in page and "https://" not in page
     effects = json.loads((folder / "concept_effects.json").read_text())
-    assert effects["sae_hash"] == top["meta"]["sae_hash"] and all(e["ablated"]["kl"] >= 0 and e["added"]["raised"] for e in effects["effects"].values())
+    assert (effects["sae_hash"] == top["meta"]["sae_hash"]
+            and all(e["ablated"]["kl"] >= 0 and e["added"]["raised"] for e in effects["effects"].values()))
     code, out, _ = script("06_steer_model.py", "STRENGTHS=(0,4)", "SAMPLES=1", "N_TOKENS=12", "TEMPERATURE=0")
     same, strong = json.loads((folder / "steering.json").read_text())["sweep"]
-    assert code == 0 and strong["perplexity"] != same["perplexity"] and strong["texts"] != same["texts"] and same["texts"][0] in out
+    assert (code == 0 and strong["perplexity"] != same["perplexity"] and strong["texts"] != same["texts"]
+            and same["texts"][0] in out)
     assert script("06_steer_model.py", "SEARCH=xylophone")[0] == 2
     code, _, said = script("06_steer_model.py", "LATENT=99999")
     assert code == 2 and "LATENT=99999 must be at most 1023" in said
     code, out, _ = script("07_test_causality.py", "MIN_F1=0.7", "SAMPLES=6")
     causality = json.loads((folder / "causality.json").read_text())
     assert code == 0 and "Wilcoxon" in out and causality["arms"]["random"]["p_value"] < 0.05
-    assert set(causality["arms"]) >= {"latent", "untrained", "frozen_decoder", "frozen_encoder", "frozen_decoder, same length"}
+    assert set(causality["arms"]) >= {"latent", "untrained", "frozen_decoder", "frozen_encoder",
+                                      "frozen_decoder, same length"}
     names = run_notebook(FOLDER / "08_compare_kinds.ipynb")
     topk = names["frame"].query("kind == 'topk'")
-    assert len(names["results"]) == 36 and (topk["l0"] <= topk["top_k"]).all() and names["frame"]["ev"].between(0, 1).all()
+    assert (len(names["results"]) == 36 and (topk["l0"] <= topk["top_k"]).all()
+            and names["frame"]["ev"].between(0, 1).all())
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -221,7 +227,8 @@ def test_the_notebooks_on_a_foreign_model(script, source, own_store, tmp_path, k
     assert script("01_save_activations.py", *source, *SMALL)[0] == 0
     assert script("02_train_sae.py", *TRAIN)[0] == 0
     names = run_notebook(FOLDER / "03_analyze_training.ipynb")
-    assert names["recovery"] == [] and ("ce_recovered" in {row["check"] for row in names["checks"]}) == (kind == "llama")
+    assert (names["recovery"] == []
+            and ("ce_recovered" in {row["check"] for row in names["checks"]}) == (kind == "llama"))
     for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
         run_notebook(FOLDER / name)
 
@@ -246,7 +253,8 @@ def test_ctrl_c_ends_with_130_and_a_word(capsys):
 @pytest.mark.skipif(not ASSETS.exists(), reason="the shared models are not here")
 @pytest.mark.parametrize("name", ["stories260K", "babyllama105"])
 def test_a_real_model_gives_a_good_sae(script, own_store, name):
-    source = [f"MODEL={ASSETS}/models/{name}", f"DATASET={ASSETS}/data/tinystories/train.jsonl", "DATA_LIMIT=300", "LAYER_SIGNATURE=resid_post:2"]
+    source = [f"MODEL={ASSETS}/models/{name}", f"DATASET={ASSETS}/data/tinystories/train.jsonl", "DATA_LIMIT=300",
+              "LAYER_SIGNATURE=resid_post:2"]
     assert script("01_save_activations.py", *source, "PREFLIGHT=False")[0] == 0
     assert script("02_train_sae.py", "EPOCHS=4")[0] == 0
     shutil.copy(own_store / "verify_sae_training" / "training_history.json", own_store)

@@ -11,7 +11,8 @@ from lib.sae import make_sae
 def sae():
     generator = torch.Generator().manual_seed(0)
     W_enc, W_dec = torch.randn(2, 40, 8, generator=generator)
-    return make_sae(W_enc, torch.randn(40, generator=generator), functional.normalize(W_dec, dim=1), 9 * torch.randn(8, generator=generator), 3.0, 5)
+    return make_sae(W_enc, torch.randn(40, generator=generator), functional.normalize(W_dec, dim=1),
+                    9 * torch.randn(8, generator=generator), 3.0, 5)
 
 
 def test_raw_weights_give_the_same_codes_and_reconstruction(sae):
@@ -38,12 +39,15 @@ def test_columns_by_hand():
     encoder = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-3.0, -4.0]])
     bias = torch.tensor([-1.0, 0.5, 0.0])
     sae = make_sae(encoder, bias, rows, torch.tensor([5.0, 5.0]), 2.0, 1)
-    start = make_sae(torch.eye(3, 2), torch.zeros(3), torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.6, 0.8]]), torch.zeros(2), 1.0, 1)
+    start = make_sae(torch.eye(3, 2), torch.zeros(3), torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.6, 0.8]]),
+                     torch.zeros(2), 1.0, 1)
     found = inspect_weights(sae, start)
     expected = {
-        "encoder_norm": [1.0, 0.5**0.5, 2.5], "bias": [-1.0, 0.5, 0.0], "alignment": [1.0, 0.5**0.5, -1.0], "gain": [2.0, 1.0, -5.0],
-        "nearest": [0.6, 0.8, 0.8], "neighbour": [2, 2, 1], "moved_dictionary": [2**0.5, 0.0, 0.0], "moved_encoder": [1.0, 1.0, 5e12],
-    }  # fmt: skip
+        "encoder_norm": [1.0, 0.5**0.5, 2.5], "bias": [-1.0, 0.5, 0.0], "alignment": [1.0, 0.5**0.5, -1.0],
+        "gain": [2.0, 1.0, -5.0],
+        "nearest": [0.6, 0.8, 0.8], "neighbour": [2, 2, 1], "moved_dictionary": [2**0.5, 0.0, 0.0],
+        "moved_encoder": [1.0, 1.0, 5e12],
+    }
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         torch.testing.assert_close(found[key].double(), torch.tensor(values, dtype=torch.double), rtol=1e-5, atol=1e-6)

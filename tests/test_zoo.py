@@ -8,7 +8,19 @@ import torch
 from conftest import TEXTS, word_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import LongformerConfig, LongformerModel
-from zoo import BLOCK_FAMILIES, DOTTED, FAMILIES, NO_TEXT, SIZE, SPECIAL, TEXT_FAMILIES, WITHOUT_BLOCKS, build, lacks, table
+from zoo import (
+    BLOCK_FAMILIES,
+    DOTTED,
+    FAMILIES,
+    NO_TEXT,
+    SIZE,
+    SPECIAL,
+    TEXT_FAMILIES,
+    WITHOUT_BLOCKS,
+    build,
+    lacks,
+    table,
+)
 
 from checks.evaluation import loss_recovered
 from concepts.effects import draw_firings, next_token_effects
@@ -53,8 +65,12 @@ def plain_states(model, ids=IDS):
     """What goes into and comes out of each block, by hooks of this test's own: two lists of [B, T, D]."""
     before, after, handles = [], [], []
     for block in blocks(model)[1]:
-        handles.append(block.register_forward_pre_hook(lambda _, args, kwargs: before.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True))
-        handles.append(block.register_forward_hook(lambda _, args, out: after.append((out if torch.is_tensor(out) else out[0]).clone())))
+        handles.append(block.register_forward_pre_hook(lambda _, args,
+                                                       kwargs: before.append((args[0] if args
+                                                                              else kwargs["hidden_states"]).clone()),
+                                                                              with_kwargs=True))
+        handles.append(block.register_forward_hook(lambda _, args, out: after.append((out if torch.is_tensor(out)
+                                                                                      else out[0]).clone())))
     model(input_ids=ids, attention_mask=torch.ones_like(ids))
     for handle in handles:
         handle.remove()
@@ -105,7 +121,9 @@ def test_roles_add_up_at_every_block(name, model_of):
 
 @pytest.mark.parametrize("name", BLOCK_FAMILIES)
 def test_an_edit_changes_the_stream_and_nothing_else(name, model_of):
-    """Identity: not a bit. The stream between attention and MLP from other texts: their block's result. Zero: the summand is gone."""
+    """Identity: not a bit. The stream between attention and MLP from other texts: their block's result. Zero: the
+    summand is gone.
+    """
     model = model_of(name)
     _, other_after = plain_states(model, OTHER)
     with torch.no_grad():
@@ -156,7 +174,9 @@ def test_models_without_blocks_say_so(name, model_of):
 
 
 def test_padding_inside_the_model_confirms_nothing():
-    """Longformer pads texts to whole windows; that the padding of two texts is alike is no sign of a residual stream."""
+    """Longformer pads texts to whole windows; that the padding of two texts is alike is no sign of a residual
+    stream.
+    """
     torch.manual_seed(0)
     config = LongformerConfig(**SIZE, **SPECIAL, attention_window=64)
     with pytest.raises(InputError, match="no resid_mid"):
@@ -186,7 +206,9 @@ STEP_TEXTS = ["", *TEXTS, "cat", LONG, "", "the dog"]
 
 @pytest.fixture(scope="session")
 def run_of(model_of, tmp_path_factory):
-    """run_of(family): step 1 at every role of its second block, with a tokenizer that adds no BOS; the run and its points."""
+    """run_of(family): step 1 at every role of its second block, with a tokenizer that adds no BOS; the run and its
+    points.
+    """
 
     @functools.cache
     def save(name):
@@ -195,9 +217,11 @@ def run_of(model_of, tmp_path_factory):
             points = resolve_all(model, DOTTED[name])
         else:
             points = list(found_roles(name, model, 1).values())
-        folder, settings = tmp_path_factory.mktemp(f"{name}_run"), SaveSettings(max_length=MAX_LENGTH, batch_tokens=40, shard_rows=64)
+        folder, settings = tmp_path_factory.mktemp(f"{name}_run"), SaveSettings(max_length=MAX_LENGTH, batch_tokens=40,
+                                                                                shard_rows=64)
         splits = ["val" if i % 4 == 1 else "train" for i in range(len(STEP_TEXTS))]
-        return save_activations(folder / "run", model, word_tokenizer(bos=False), points, STEP_TEXTS, splits, settings, {}), points
+        return save_activations(folder / "run", model, word_tokenizer(bos=False), points, STEP_TEXTS, splits, settings,
+                                {}), points
 
     return save
 
@@ -231,7 +255,8 @@ def test_the_steps_after_the_first_run(name, model_of, run_of):
     """An SAE trains on the rows, reads live texts as stored ones, and is put back into the model."""
     model, tokenizer, (run, points) = model_of(name), word_tokenizer(bos=False), run_of(name)
     point = next((p for p in points if p.names and p.names[0].startswith("resid_post")), points[0])
-    sae, history = train_sae(rows_of_run(run, point.signature), TrainSettings(32, 4, epochs=2, batch_size=16), progress=False)
+    sae, history = train_sae(rows_of_run(run, point.signature), TrainSettings(32, 4, epochs=2, batch_size=16),
+                             progress=False)
     assert math.isfinite(history["val"]["ev"][-1])
     live = live_codes(STEP_TEXTS, model, tokenizer, point, sae, SaveSettings(**run.meta["settings"]))
     codes = encode_run(run, point.signature, sae)
@@ -240,7 +265,8 @@ def test_the_steps_after_the_first_run(name, model_of, run_of):
     if model.get_output_embeddings() is None:
         return
     for inside in points:  # with the mean in its place at every point, and the SAE at the one it was trained for
-        loss = loss_recovered(model, tokenizer, inside, sae, STEP_TEXTS, run.stats(inside.signature)["mean"], run.meta["settings"])
+        loss = loss_recovered(model, tokenizer, inside, sae, STEP_TEXTS, run.stats(inside.signature)["mean"],
+                              run.meta["settings"])
         assert all(map(math.isfinite, loss.values())) and loss["ce_mean_ablated"] != loss["ce_clean"]
     assert loss["ce_clean"] == pytest.approx(clean_loss(model, tokenizer), rel=1e-4)
     latent = int(next(iter(codes))[2][0, 0])
@@ -262,7 +288,8 @@ def clean_loss(model, tokenizer):
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "mamba", "rwkv", "recurrent_gemma", "jamba", "llava"])
 def test_prompts_of_any_length_are_continued_as_if_alone(name, model_of):
-    model, tokenizer, prompts = model_of(name), word_tokenizer(bos=False), ["the cat", "a dog ran and then it", "cat", "it was"]
+    model, tokenizer, prompts = model_of(name), word_tokenizer(bos=False), ["the cat", "a dog ran and then it", "cat",
+                                                                            "it was"]
     together = continue_texts(model, tokenizer, prompts, 5)
     for i, prompt in enumerate(prompts):
         alone = continue_texts(model, tokenizer, [prompt], 5)

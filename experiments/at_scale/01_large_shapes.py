@@ -1,6 +1,7 @@
-"""What large shapes need: memory and tokens/s of saving activations and of SAE steps, with random weights on this machine.
+"""What large shapes need: memory and tokens/s of saving activations and of SAE steps, with random weights on this
+machine.
 
-    python 01_large_shapes.py                       # Bielik-1.5B whole, three layers of GPT-NeoX-20B, two SAEs: 10 GB of disk
+    python 01_large_shapes.py                       # Bielik-1.5B whole, three layers of GPT-NeoX-20B, two SAEs: 10 GB
     python 01_large_shapes.py MODELS="('bielik_1.5b',)" SAES="()"
 
 Each measurement runs in a process of its own, so that its peak memory is its own. The models are of the true shapes and
@@ -46,16 +47,18 @@ from lib.texts import load_documents, split_texts
 SHAPES = {
     # speakleash/Bielik-1.5B-v3.0-Instruct; activations are saved in the middle, as by PRESET=bielik
     "bielik_1.5b": (
-        transformers.LlamaConfig(hidden_size=1536, intermediate_size=8960, num_hidden_layers=32, num_attention_heads=12, num_key_value_heads=2,
+        transformers.LlamaConfig(hidden_size=1536, intermediate_size=8960, num_hidden_layers=32, num_attention_heads=12,
+                                 num_key_value_heads=2,
                                  vocab_size=32000, max_position_embeddings=8192),
         "resid_mid:16",
     ),
     # EleutherAI/gpt-neox-20b has 44 such layers
     "gpt_neox_20b_3_layers": (
-        transformers.GPTNeoXConfig(hidden_size=6144, intermediate_size=24576, num_hidden_layers=3, num_attention_heads=64, vocab_size=50432),
+        transformers.GPTNeoXConfig(hidden_size=6144, intermediate_size=24576, num_hidden_layers=3,
+                                   num_attention_heads=64, vocab_size=50432),
         "resid_post:2",
     ),
-}  # fmt: skip
+}
 
 
 def fresh(function, *arguments):
@@ -87,10 +90,12 @@ def save(name: str, folder: Path, device_map: str | None, n_texts: int, batch_to
     settings = SaveSettings(batch_tokens=batch_tokens, store_dtype="bfloat16")
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         start = time.perf_counter()
-        saved = save_activations(Path(out), model, tokenizer, [resolve(model, SHAPES[name][1])], texts, split_texts(n_texts, 0.2, 0), settings, {})
+        saved = save_activations(Path(out), model, tokenizer, [resolve(model, SHAPES[name][1])], texts,
+                                 split_texts(n_texts, 0.2, 0), settings, {})
         seconds = time.perf_counter() - start
     n = sum(p.numel() for p in model.parameters())
-    return {"parameters": n, "device_map": device_map, "tokens": saved.n_rows, "seconds": seconds, "tokens_per_s": saved.n_rows / seconds}
+    return {"parameters": n, "device_map": device_map, "tokens": saved.n_rows, "seconds": seconds,
+            "tokens_per_s": saved.n_rows / seconds}
 
 
 def train(width: int, n_latents: int, k: int, batch: int, n_steps: int) -> dict:
@@ -103,7 +108,8 @@ def train(width: int, n_latents: int, k: int, batch: int, n_steps: int) -> dict:
             start = time.perf_counter()
         fast_step(state, x, k=k, lr=1e-4, dead_after=10**9, work=work)
     seconds = (time.perf_counter() - start) / n_steps
-    return {"width": width, "n_latents": n_latents, "top_k": k, "batch": batch, "precision": work.precision, "tokens_per_s": batch / seconds}
+    return {"width": width, "n_latents": n_latents, "top_k": k, "batch": batch, "precision": work.precision,
+            "tokens_per_s": batch / seconds}
 
 
 def main():
@@ -117,14 +123,16 @@ def main():
         for device_map in (None, "disk"):
             found = fresh(save, name, folder, device_map, N_TEXTS, BATCH_TOKENS)
             measured["models"][f"{name}{' from disk' if device_map else ''}"] = found
-            print(f"{name:<22} {'blocks on disk' if device_map else 'in memory':<15} {found['parameters'] / 1e9:5.2f} B parameters "
-                  f"{found['tokens']:6,} tokens {found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)  # fmt: skip
+            print(f"{name:<22} {'blocks on disk' if device_map else 'in memory':<15} {found['parameters'] / 1e9:5.2f} "
+                  "B parameters "
+                  f"{found['tokens']:6,} tokens {found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB",
+                  flush=True)
         shutil.rmtree(folder)
     for shape in SAES:
         found = fresh(train, *shape, SAE_BATCH, SAE_STEPS)
         measured["saes"].append(found)
         print(f"SAE {found['width']} -> {found['n_latents']}, k={found['top_k']}, {found['precision']:<9} "
-              f"{found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)  # fmt: skip
+              f"{found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)
     write_json(root / "measured.json", measured)
     say_next("02_plan.py")
 

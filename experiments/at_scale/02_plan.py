@@ -1,12 +1,13 @@
-"""What a run of a million, a billion or a trillion tokens needs: bytes, and time on this machine, one GPU, one node, many nodes.
+"""What a run of a million, a billion or a trillion tokens needs: bytes, and time on this machine, one GPU, one node,
+many nodes.
 
     python 01_large_shapes.py && python 02_plan.py
     python 02_plan.py PEAK_FLOPS=3.12e14 HBM_BYTES_PER_S=2e12    # an A100
 
-This machine's times come from the rates that step 1 measured on this machine, at d = 1536; wider models are scaled by their
-floating-point operations. The GPUs' times are an estimate from arithmetic, not a measurement: operations over peak times
-utilisation, for an SAE step also the bytes of weights, gradients and moments over the memory's bandwidth, and the bytes of
-the store over the disks' bandwidth; the slowest counts.
+This machine's times come from the rates that step 1 measured on this machine, at d = 1536; wider models are scaled by
+their floating-point operations. The GPUs' times are an estimate from arithmetic, not a measurement: operations over
+peak times utilisation, for an SAE step also the bytes of weights, gradients and moments over the memory's bandwidth,
+and the bytes of the store over the disks' bandwidth; the slowest counts.
 Reads store/at_scale/measured.json
 """
 from typing import Annotated, Literal
@@ -17,7 +18,8 @@ from lib.ranges import Count, Positive, Size, above, at_least, at_most
 
 Efficiency = Annotated[float, above(0), at_most(1)]
 TOKENS: tuple[Annotated[int, at_least(1), at_most(10**18)], ...] = (10**6, 10**9, 10**12)
-# width: parameters of a language model of that width; half of them are below the middle layer, where activations are saved
+# width: parameters of a language model of that width; half of them are below the middle layer, where activations are
+# saved
 MODELS: dict[Size, Positive] = {1536: 1.6e9, 4096: 8.0e9, 12288: 1.75e11}
 N_LATENTS_MULTIPLIER: Size = 4            # latents per dimension of the SAE
 BYTES_PER_NUMBER: Literal[1, 2, 4, 8] = 2  # of the store: bfloat16
@@ -94,7 +96,8 @@ def place(n_bytes: float) -> str:
 def main():
     measured = read_json(experiment_dir("at_scale") / "measured.json", schemas.MEASURED)
     print("time to save one layer + time of one pass of SAE training; the GPU columns are estimates")
-    columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node of {NODE_GPUS}", f"{MANY_NODES} nodes", "where the store lies")
+    columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node of {NODE_GPUS}", f"{MANY_NODES} nodes",
+               "where the store lies")
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     speeds = ((1, 1), (NODE_GPUS * EFFICIENCY_NODE, 1), (NODE_GPUS * MANY_NODES * EFFICIENCY_NODES, MANY_NODES))
     for tokens in TOKENS:

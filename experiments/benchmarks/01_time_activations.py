@@ -52,7 +52,8 @@ def naive(model, tokenizer, texts: list[str], folder: Path) -> int:
     """All batches padded to the context, the whole model with its head, every layer kept, one file a batch."""
     n_tokens = 0
     for i in range(0, len(texts), NAIVE_BATCH):
-        batch = tokenizer(texts[i : i + NAIVE_BATCH], padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt")
+        batch = tokenizer(texts[i : i + NAIVE_BATCH], padding="max_length", truncation=True, max_length=CONTEXT,
+                          return_tensors="pt")
         with torch.no_grad():
             hidden = model(**batch, output_hidden_states=True).hidden_states[LAYER + 1]
         torch.save(hidden[batch["attention_mask"].bool()].clone(), folder / f"{i}.pt")
@@ -63,7 +64,8 @@ def naive(model, tokenizer, texts: list[str], folder: Path) -> int:
 def ours(model, tokenizer, texts: list[str], folder: Path) -> Run:
     points = [resolve(model, f"resid_post:{LAYER}")]
     splits = ["val" if i % 10 == 0 else "train" for i in range(len(texts))]
-    return save_activations(folder / "run", model, tokenizer, points, texts, splits, SaveSettings(max_length=CONTEXT, skip_special=False), {})
+    return save_activations(folder / "run", model, tokenizer, points, texts, splits,
+                            SaveSettings(max_length=CONTEXT, skip_special=False), {})
 
 
 def sae_lens(directory: Path, texts: Path, n_tokens: int, folder: Path) -> dict:
@@ -83,7 +85,7 @@ def make_model(tokenizer, folder: Path) -> Path:
         return Path(MODEL)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=DEPTH,
-                         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=CONTEXT)  # fmt: skip
+                         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=CONTEXT)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder / "model"
@@ -99,7 +101,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         directory = make_model(tokenizer, folder)
-        models = {name: load_model(str(directory), torch.device("cpu"), getattr(torch, name)) for name in ("float32", "bfloat16")}
+        models = {name: load_model(str(directory), torch.device("cpu"), getattr(torch, name))
+                  for name in ("float32", "bfloat16")}
         (folder / "texts").mkdir()
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (folder / "texts" / "train.jsonl").write_text(lines, encoding="utf-8")
@@ -126,9 +129,11 @@ def main() -> None:
     rates = {way: tokens[way] / statistics.median(taken) for way, taken in seconds.items()}
     for way, rate in rates.items():
         print(f"{way:15s} {rate:10,.0f} tokens/s, {rate / rates['naive']:5.1f} x naive, {tokens[way]:,} tokens")
-    print(f"ours against SAELens: {rates['ours, float32'] / rates['SAELens']:.1f} x; bfloat16 changes the activations by {error:.1e} of their spread")
+    print(f"ours against SAELens: {rates['ours, float32'] / rates['SAELens']:.1f} x; bfloat16 changes the activations "
+          f"by {error:.1e} of their spread")
     write_json(experiment_dir("benchmarks") / "activations_speed.json",
-               {"constants": CONSTANTS, "made_with": provenance(), "tokens": tokens, "seconds": seconds, "error_of_bfloat16": error})
+               {"constants": CONSTANTS, "made_with": provenance(), "tokens": tokens, "seconds": seconds,
+                "error_of_bfloat16": error})
     say_next("04_show_benchmarks.ipynb")
 
 

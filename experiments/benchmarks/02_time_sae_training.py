@@ -21,7 +21,7 @@ Trained = Literal["ours", "overcomplete", "dictionary_learning", "sparsify", "sa
 SHAPES: tuple[tuple[Size, Size, Size, Size], ...] = (  # (width, latents, k, rows of a step)
     (288, 1152, 8, 1024), (288, 1152, 8, 4096), (768, 6144, 32, 1024), (768, 6144, 32, 4096), (768, 24576, 32, 1024),
     (768, 24576, 32, 4096),
-)  # fmt: skip
+)
 TRAINERS: tuple[Trained, ...] = ("ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens")
 ROUNDS: Annotated[int, at_least(2), at_most(1000)] = 7  # turns of each trainer; the median without the first
 SECONDS: Positive = 1.0                   # of one turn, at least one step
@@ -79,10 +79,12 @@ def print_shape(timed: dict) -> None:
     batch, ours = timed["shape"][3], timed["per_step"].get("ours")
     print("D {}, F {}, k {}, batch {}:".format(*timed["shape"]), f"floor {batch / timed['floor']:,.0f} tokens/s")
     for name, step in timed["per_step"].items():
-        line = f"  {name:20s} {batch / step['seconds']:10,.0f} tokens/s, {step['seconds'] / timed['floor']:6.1f} x floor"
+        rate, floors = batch / step["seconds"], step["seconds"] / timed["floor"]
+        line = f"  {name:20s} {rate:10,.0f} tokens/s, {floors:6.1f} x floor"
         line += f", {batch / step['cpu_seconds']:10,.0f} per processor second"
         if ours:
-            line += "; ours in {:.1f} x less time, {:.1f} x less processor time".format(*(step[k] / ours[k] for k in ours))
+            line += "; ours in {:.1f} x less time, {:.1f} x less processor time".format(*(step[k] / ours[k]
+                                                                                          for k in ours))
         print(line, flush=True)
 
 

@@ -40,12 +40,15 @@ THREADS: Threads = 2
 
 PRESETS = {
     "small": {},
-    "wide": {"WIDTH": 768, "N_FEATURES": 4000, "L0": 32.0, "N_LATENTS": 6144, "TOP_K": 32, "N_ROWS": 204_800, "N_HELD_OUT": 20_000,
+    "wide": {"WIDTH": 768, "N_FEATURES": 4000, "L0": 32.0, "N_LATENTS": 6144, "TOP_K": 32, "N_ROWS": 204_800,
+             "N_HELD_OUT": 20_000,
              "LEARNING_RATES": (1e-3, 2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
-    "synth_sae_bench": {"SOURCE": "synth_sae_bench", "WIDTH": 768, "N_FEATURES": 16_384, "L0": 34.0, "N_LATENTS": 4096, "TOP_K": 25,
-                        "N_ROWS": 204_800, "N_HELD_OUT": 10_000, "TRAINERS": ("ours", "sparsify", "dictionary_learning", "sae_lens"),
+    "synth_sae_bench": {"SOURCE": "synth_sae_bench", "WIDTH": 768, "N_FEATURES": 16_384, "L0": 34.0, "N_LATENTS": 4096,
+                        "TOP_K": 25,
+                        "N_ROWS": 204_800, "N_HELD_OUT": 10_000,
+                        "TRAINERS": ("ours", "sparsify", "dictionary_learning", "sae_lens"),
                         "LEARNING_RATES": (2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
-}  # fmt: skip
+}
 CONSTANTS = override(globals(), PRESETS)
 
 from safetensors.torch import save_file
@@ -58,7 +61,8 @@ from lib.environment import run, say_next
 from lib.files import fingerprint, read_json, write_json
 from lib.store import experiment_dir, provenance
 
-SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)", "mcc": "MCC", "f1": "F1"}
+SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)",
+         "mcc": "MCC", "f1": "F1"}
 NOT_OF_A_RUN = ("PRESET", "TRAINERS", "LEARNING_RATES", "REPORT_SEEDS", "CHOOSE_SEED", "THREADS")
 
 
@@ -79,7 +83,8 @@ class Results:
     def __init__(self, path: Path):
         self.path, self.settings = path, {k: v for k, v in CONSTANTS.items() if k not in NOT_OF_A_RUN}
         self.runs: list[dict] = []
-        if path.exists() and (found := read_json(path, schemas.KNOWN_FEATURES))["settings"] == self.settings | {"key": self.key}:
+        if (path.exists()
+            and (found := read_json(path, schemas.KNOWN_FEATURES))["settings"] == self.settings | {"key": self.key}):
             self.runs = [run for run in found["runs"] if run["trainer"] != "ours"]
 
     @property
@@ -91,7 +96,8 @@ class Results:
             if (done["trainer"], done["lr"], done["seed"]) == (name, lr, seed):
                 return done
         self.runs.append(train(name, lr, seed, rows, drawn))
-        write_json(self.path, {"settings": self.settings | {"key": self.key}, "constants": CONSTANTS, "made_with": provenance(), "runs": self.runs})
+        write_json(self.path, {"settings": self.settings | {"key": self.key}, "constants": CONSTANTS,
+                               "made_with": provenance(), "runs": self.runs})
         return self.runs[-1]
 
 

@@ -67,7 +67,9 @@ def sparse_features(n_rows: int, n_held_out: int, width: int, n_features: int, l
 
 
 def synth_sae_bench(n_rows: int, n_held_out: int, width: int, n_features: int, l0: float, seed: int) -> Draw:
-    """The benchmark that SAELens ships, see synth_sae_bench.py; its L0 follows from its probabilities, l0 is not used."""
+    """The benchmark that SAELens ships, see synth_sae_bench.py; its L0 follows from its probabilities, l0 is not
+    used.
+    """
     order = {"n_rows": n_rows, "n_held_out": n_held_out, "width": width, "n_features": n_features, "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
@@ -95,10 +97,13 @@ class Trainer:
         command = [str(python), str(script), name, str(rows), json.dumps(settings)]
         self.name = name
         self.log = open(rows.with_suffix(f".{name}.log"), "w+")
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+                                        text=True)
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """Send one order and wait for the answer; InputError with the exit code and the last line of output if it failed."""
+        """Send one order and wait for the answer; InputError with the exit code and the last line of output if it
+        failed.
+        """
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(order) + "\n")

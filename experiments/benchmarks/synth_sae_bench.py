@@ -1,12 +1,12 @@
 """Rows of the synthetic benchmark that SAELens ships (SynthSAEBench, arXiv 2602.14687), run by the peers' Python.
 
-    python synth_sae_bench.py OUT.safetensors '{"n_rows": 1000, "n_held_out": 100, "width": 768, "n_features": 16384, "seed": 0}'
+    python synth_sae_bench.py OUT.safetensors '{"n_rows": 1000, "n_held_out": 100, "width": 768, ...}'
 
-Writes x [n_rows + n_held_out, width], features [n_features, width] and, for the held-out rows, the pairs (row, feature) that fire.
-The model is drawn here with the paper's structure, because its own weights lie on a hub: Zipfian firing probabilities
-of exponent 0.5 from 0.4 to 5e-4, 128 trees of branching 4 and depth 3 with exclusive siblings, correlations of rank 25.
-Magnitudes are this script's choice, and so is leaving the directions random: 20 steps of its orthogonalisation took four
-minutes and lowered their overlap by 1 %.
+Writes x [n_rows + n_held_out, width], features [n_features, width] and, for the held-out rows, the pairs (row, feature)
+that fire. The model is drawn here with the paper's structure, because its own weights lie on a hub: Zipfian firing
+probabilities of exponent 0.5 from 0.4 to 5e-4, 128 trees of branching 4 and depth 3 with exclusive siblings,
+correlations of rank 25. Magnitudes are this script's choice, and so is leaving the directions random: 20 steps of its
+orthogonalisation took four minutes and lowered their overlap by 1 %.
 """
 import json
 import sys
@@ -35,7 +35,8 @@ def main() -> None:
                                   compensate_probabilities=True),
         orthogonalization=None,
         correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
-        mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0), std_firing_magnitudes=0.5, seed=order["seed"]))  # fmt: skip
+        mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0), std_firing_magnitudes=0.5,
+        seed=order["seed"]))
     parts, pairs, done = [], [], 0
     total = order["n_rows"] + order["n_held_out"]
     while done < total:
@@ -46,7 +47,8 @@ def main() -> None:
         pairs.append(found[found[:, 0] >= 0])
         done += len(x)
     features = model.feature_dict.feature_vectors.detach().float()
-    save_file({"x": torch.cat(parts), "features": features.contiguous(), "fires": torch.cat(pairs).int().contiguous()}, path)
+    save_file({"x": torch.cat(parts), "features": features.contiguous(), "fires": torch.cat(pairs).int().contiguous()},
+              path)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Ours and the peers' TopK training steps behind one door, each run as a process of its own by 02 and 03.
 
-    python trainers.py NAME ROWS.safetensors '{"n_latents": 1152, "k": 8, "batch": 1024, "lr": 1e-3, "n_steps": 800, ...}'
+    python trainers.py NAME ROWS.safetensors '{"n_latents": 1152, "k": 8, "batch": 1024, "lr": 1e-3, ...}'
 
 then, a line of JSON each on standard input: {"steps": 5} trains on the next 5 batches and answers
 {"seconds": 0.1, "cpu_seconds": 0.2};
 {"save": "weights.safetensors"} writes W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of
 codes = TopK(ReLU((x - b_dec) W_enc^T + b_enc)), x_hat = codes W_dec + b_dec, for every trainer alike.
 
-The peers run their own code as installed. Rows are centred, with mean squared norm 1, which each of them does or asks for.
+The peers run their own code as installed. Rows are centred, with mean squared norm 1, which each of them does or asks
+for.
 """
 import json
 import os
@@ -71,7 +72,8 @@ def dictionary_learning(x, s):
 
     trainer = TopKTrainer(
         steps=s["n_steps"], activation_dim=x.shape[1], dict_size=s["n_latents"], k=s["k"], layer=0, lm_name="none",
-        lr=s["lr"], warmup_steps=max(1, s["n_steps"] // 20), decay_start=int(0.8 * s["n_steps"]), seed=s["seed"], device="cpu")
+        lr=s["lr"], warmup_steps=max(1, s["n_steps"] // 20), decay_start=int(0.8 * s["n_steps"]), seed=s["seed"],
+        device="cpu")
     trainer.dead_feature_threshold = s["dead_after"]
     ae = trainer.ae
     return trainer.update, lambda: (ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec)
@@ -118,7 +120,8 @@ def sae_lens(x, s):
     grow, rate = x.shape[1] ** 0.5, s["lr"] or 3e-4
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=s["n_latents"], k=s["k"], device="cpu"))
     config = SAETrainerConfig(
-        total_training_samples=s["n_steps"] * s["batch"], train_batch_size_samples=s["batch"], lr=rate, lr_end=rate / 10,
+        total_training_samples=s["n_steps"] * s["batch"], train_batch_size_samples=s["batch"], lr=rate,
+        lr_end=rate / 10,
         lr_warm_up_steps=s["n_steps"] // 20, lr_decay_steps=s["n_steps"] // 5,
         dead_feature_window=max(1, s["dead_after"] // s["batch"]))
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))

@@ -7,7 +7,8 @@ Writes under store/embedded/stories/ (the root of the store is the environment v
     train.jsonl, val.jsonl, test.jsonl   {"text", "mood": 0|1, "topic": 0-3, "concepts": [0, 14, ...]}:
                                          for each word, [A-Za-z]+, in order, the number of its leaf, 0 for none
     concepts.json                        the concept tree: leaf number -> path and words
-    report.json                          constants, counts, and how far single words and bags of words give the mood away
+    report.json                          constants, counts, and how far single words and bags of words give the mood
+    away
 """
 import json
 import random
@@ -52,15 +53,19 @@ def write_story(number: int, seed: int, taken: set[str]) -> dict:
     rng = random.Random(f"{seed}/{number}")
     mood, topic = number % 2, number // 2 % len(grammar.TOPICS)
     for _ in range(ATTEMPTS):
-        text, numbers = stories.join(stories.sentences(stories.new_story(rng, topic), mood == 1, SAME_MOOD_FRAC, OTHER_TOPIC_FRAC))
+        text, numbers = stories.join(stories.sentences(stories.new_story(rng, topic), mood == 1, SAME_MOOD_FRAC,
+                                                       OTHER_TOPIC_FRAC))
         if MIN_WORDS <= len(numbers) <= MAX_WORDS and text not in taken:
             taken.add(text)
             return {"text": text, "mood": mood, "topic": topic, "concepts": numbers}
-    raise InputError(f"no new story of {MIN_WORDS} to {MAX_WORDS} words in {ATTEMPTS:,} attempts; lower MIN_WORDS, raise MAX_WORDS, or lower N_STORIES")
+    raise InputError(f"no new story of {MIN_WORDS} to {MAX_WORDS} words in {ATTEMPTS:,} attempts; lower MIN_WORDS, "
+                     "raise MAX_WORDS, or lower N_STORIES")
 
 
 def mood_baselines(train: list[dict], test: list[dict]) -> dict[str, float]:
-    """Accuracy on `test` of what reads no order: the commoner mood, the best single word, words, and words and pairs."""
+    """Accuracy on `test` of what reads no order: the commoner mood, the best single word, words, and words and
+    pairs.
+    """
     y_train, y_test = [s["mood"] for s in train], [s["mood"] for s in test]
     result = {"majority": max(sum(y_test), len(y_test) - sum(y_test)) / len(y_test)}
     for name, span in (("bag_of_words", (1, 1)), ("bag_of_words_and_pairs", (1, 2))):
@@ -79,11 +84,13 @@ def mood_baselines(train: list[dict], test: list[dict]) -> dict[str, float]:
 
 def describe_concepts() -> dict:
     """The content of concepts.json: the leaves by number, from 1, and which words have two senses."""
-    leaves = [{"number": i + 1, "path": leaf, "words": sorted({form.lower() for forms in stories.FORMS[leaf] for form in forms})}
+    leaves = [{"number": i + 1, "path": leaf,
+               "words": sorted({form.lower() for forms in stories.FORMS[leaf] for form in forms})}
               for i, leaf in enumerate(stories.LEAVES)]
     nodes = {"/".join(leaf.split("/")[:depth]) for leaf in stories.LEAVES for depth in range(1, leaf.count("/") + 2)}
     two_senses = {word: leaves for word, leaves in sorted(stories.SENSES.items()) if len(leaves) > 1}
-    return {"leaves": leaves, "nodes": sorted(nodes), "two_senses": two_senses, "topics": grammar.TOPICS, "moods": grammar.MOODS}
+    return {"leaves": leaves, "nodes": sorted(nodes), "two_senses": two_senses, "topics": grammar.TOPICS,
+            "moods": grammar.MOODS}
 
 
 def main() -> None:
@@ -95,7 +102,8 @@ def main() -> None:
         return
     with in_use(out.parent):
         report = write(out, names, made_from)
-    print(json.dumps({key: report[key] for key in ("stories", "words", "concept_words", "leaves", "mood_accuracy")}, indent=1))
+    print(json.dumps({key: report[key] for key in ("stories", "words", "concept_words", "leaves", "mood_accuracy")},
+                     indent=1))
     say_next("02_train_story_model.py")
 
 

@@ -5,7 +5,8 @@
 
 Reads  store/embedded/stories/ (the root of the store is the environment variable STORE_DIR, if set)
 Writes store/embedded/model/   config.json, model.safetensors, tokenizer.json ...: a folder for from_pretrained
-                               report.json: constants, perplexity on the test stories beside unigram and bigram, mood probe
+                               report.json: constants, perplexity on the test stories beside unigram and bigram, mood
+                               probe
 A run that was stopped resumes from its last checkpoint and ends with the same bytes, given the same THREADS.
 """
 import json
@@ -59,8 +60,10 @@ def read_stories(folder: Path, split: str) -> list[dict]:
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The untrained model, from its own seed."""
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, num_hidden_layers=LAYERS,
+                         num_attention_heads=HEADS,
                          intermediate_size=MLP_WIDTH, max_position_embeddings=512, tie_word_embeddings=True, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -82,7 +85,8 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
     if checkpoint.exists():
         state = read_torch(checkpoint, "train again", schemas.STORY_CHECKPOINT)
         if why := differences(parse_json(state["stamp"].encode(), checkpoint, "delete it"), json.loads(stamp)):
-            raise InputError(f"{checkpoint} is an unfinished training with other constants ({why}); end it with those, or delete it to train anew")
+            raise InputError(f"{checkpoint} is an unfinished training with other constants ({why}); end it with those, "
+                             "or delete it to train anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         cosine.load_state_dict(state["schedule"])
@@ -116,14 +120,16 @@ def main() -> None:
         return
     with in_use(folder):
         report = make(folder, splits, made_from)
-    print(json.dumps({key: value for key, value in report.items() if key not in ("files", "stories", "constants")}, indent=1))
+    print(json.dumps({key: value for key, value in report.items() if key not in ("files", "stories", "constants")},
+                     indent=1))
 
 
 def make(folder: Path, splits: dict[str, list[dict]], made_from: dict) -> dict:
     """Tokenizer, training and scores; the report, which makes the model complete, comes last and is returned."""
     out = folder / "model"
     tokenizer = story_model.build_tokenizer([s["text"] for s in splits["train"]], N_MERGES, MIN_WORD_COUNT)
-    encoded, pad = {split: story_model.encode(tokenizer, stories) for split, stories in splits.items()}, tokenizer.pad_token_id
+    encoded, pad = {split: story_model.encode(tokenizer, stories)
+                    for split, stories in splits.items()}, tokenizer.pad_token_id
     model, checkpoint = new_model(tokenizer), folder / "checkpoints" / "story_model.pt"
     train(model, encoded["train"], pad, checkpoint, json.dumps(made_from, sort_keys=True))
     model.eval()
@@ -141,7 +147,8 @@ def make(folder: Path, splits: dict[str, list[dict]], made_from: dict) -> dict:
         "tokens": {split: sum(map(len, ids)) for split, ids in encoded.items()},
         "test_perplexity": {name: round(value, 4) for name, value in test.items()},
         "train_perplexity": round(story_model.perplexity(model, encoded["train"][:len(encoded["test"])], pad), 4),
-        "mood_probe_accuracy": round(float(probe.score(ends["test"], moods["test"])), 4), "files": list_files(out, names),
+        "mood_probe_accuracy": round(float(probe.score(ends["test"], moods["test"])), 4),
+        "files": list_files(out, names),
     }
     write_json(out / "report.json", report)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

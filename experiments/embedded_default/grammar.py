@@ -31,7 +31,8 @@ CONCEPTS = {
     "degree": "very really quite so",
     "doing/break": "broke/break/breaking cracked/crack/cracking smashed/smash/smashing ripped/rip/ripping",
     "doing/cook": "baked/bake/baking cooked/cook/cooking fried/fry/frying prepared/prepare/preparing",
-    "doing/eat": "ate/eat/eating nibbled/nibble/nibbling munched/munch/munching chewed/chew/chewing gobbled/gobble/gobbling",
+    "doing/eat": "ate/eat/eating nibbled/nibble/nibbling munched/munch/munching chewed/chew/chewing "
+                 "gobbled/gobble/gobbling",
     "doing/find": "found/find/finding discovered/discover/discovering",
     "doing/give": "gave/give/giving handed/hand/handing offered/offer/offering passed/pass/passing",
     "doing/hold": "held/hold/holding carried/carry/carrying hugged/hug/hugging",
@@ -114,7 +115,8 @@ CONCEPTS = {
 
 # Words of a leaf that also stand in sentences in a sense that is no concept (came back, so, light as a feather ...):
 # there they are written word@leaf or word@none, and so is every word that two leaves list.
-PLAIN_SENSES = ("back", "bright", "cold", "cross", "duck", "fish", "hand", "hot", "kind", "left", "light", "like", "long",
+PLAIN_SENSES = ("back", "bright", "cold", "cross", "duck", "fish", "hand", "hot", "kind", "left", "light", "like",
+                "long",
                 "looked", "made", "make", "park", "pass", "ran", "ring", "rose", "second", "so", "top", "warm")
 
 TOPICS = ("animals", "food", "things", "trips")
@@ -123,22 +125,26 @@ MOODS = ("bad end", "good end")
 RULES = {
     # small parts
     "was": ["was", "was", "felt"],
-    "in_house": ["in the [indoor]", "inside the [indoor]", "on the [furniture]", "under the [furniture]", "behind the [furniture]",
+    "in_house": ["in the [indoor]", "inside the [indoor]", "on the [furniture]", "under the [furniture]",
+                 "behind the [furniture]",
                  "in the [container]", "beside the [container]"],
     "outside": ["in the [outdoor]", "across the [outdoor]", "by the [water]", "near the [water]", "under the [tree]",
                 "beside the [tree]", "behind the [tree.s]", "in the [ground]", "near the [town]", "at the [town]"],
     "where": ["<in_house>", "<outside>", "<outside>", "on the [vehicle]"],
-    "goal": ["to the [outdoor]", "across the [outdoor]", "down to the [water]", "to the [water]", "to the [town]", "to the [town]",
+    "goal": ["to the [outdoor]", "across the [outdoor]", "down to the [water]", "to the [water]", "to the [town]",
+             "to the [town]",
              "inside the [indoor]", "into the [indoor]", "home", "past the [tree.s]", "to the [vehicle]"],
     "move": ["[fast]", "[fast]", "[slow]", "[slow]", "[go]", "[jump]"],
-    "adj": ["[size]", "[colour]", "[pretty]", "[age]", "[material]", "[small] [colour]", "[big] [colour]", "[pretty] [colour]"],
+    "adj": ["[size]", "[colour]", "[pretty]", "[age]", "[material]", "[small] [colour]", "[big] [colour]",
+            "[pretty] [colour]"],
     "elder": ["{his} [elder]", "{his} [elder]", "{his} old [elder]", "the [elder] of {friend}"],
     "pal": ["{friend}", "{friend}", "{friend}", "{his} [sibling]", "{his} [sibling]", "a [child]", "the [child]"],
     "other": ["<pal>", "<pal>", "<elder>", "the [job]", "the [kind] [job]"],
     "when": ["on [weekday]", "on [weekday] [day]", "one [day]", "one [fair] [day]", "one [foul] [day]", "in the [day]",
              "in the [season]", "one [season] [day]", "last [weekday]", "one day in the [season]"],
     "tail": ["for a [span]", "for [number] [span.s]", "all [day]", "until [day]", "in the [falling]", ""],
-    "edible": ["[fruit.s]", "[vegetable.s]", "[pastry.s]", "a bowl of [dish]", "[number] [pastry.s]", "[number] [fruit.s]"],
+    "edible": ["[fruit.s]", "[vegetable.s]", "[pastry.s]", "a bowl of [dish]", "[number] [pastry.s]",
+               "[number] [fruit.s]"],
 
     # how the story opens
     "open": [
@@ -580,7 +586,8 @@ RULES = {
         "it was some kind@none of [pastry].",
         "\"hand@give me the [container],\" {friend} [say].",
     ],
-    "then": ["[then], ", "[then], ", "but [then] ", "but in the [day] ", "after a [span], ", "after [number] [span.s], ", "suddenly, ",
+    "then": ["[then], ", "[then], ", "but [then] ", "but in the [day] ", "after a [span], ",
+             "after [number] [span.s], ", "suddenly, ",
              "but on [weekday] ", "at last, ", "but "],
     "close": [
         "they [go] home in the [day].", "<elder> [hold] {his} hand@body.", "{S} [sleep] in {his} bed that [day].",

@@ -6,7 +6,8 @@ import grammar
 
 LEAVES = list(grammar.CONCEPTS)
 FORMS = {leaf: [word.strip("*").split("/") for word in words.split()] for leaf, words in grammar.CONCEPTS.items()}
-DRAWN = {leaf: [word.split("/") for word in words.split() if word[0] != "*"] for leaf, words in grammar.CONCEPTS.items()}
+DRAWN = {leaf: [word.split("/") for word in words.split() if word[0] != "*"]
+         for leaf, words in grammar.CONCEPTS.items()}
 SENSES: dict[str, list[str]] = {}
 for _leaf, _words in FORMS.items():
     for _form in {form.lower() for forms in _words for form in forms}:
@@ -35,10 +36,13 @@ def draw(rng: random.Random, node: str, form: str = "") -> Piece:
 
 
 def literal(word: str, tag: str | None) -> Piece:
-    """A word written out in a sentence, with its leaf. ValueError if it could be two things and has no tag, or the reverse."""
+    """A word written out in a sentence, with its leaf. ValueError if it could be two things and has no tag, or the
+    reverse.
+    """
     senses = [leaf for leaf in SENSES.get(word.lower(), []) if tag in (None, leaf.split("/")[-1])]
     if (tag is not None) != (word.lower() in AMBIGUOUS):
-        raise ValueError(f"grammar: {word!r} " + ("has one sense and needs no tag" if tag else f"needs a sense, one of {senses} or none"))
+        raise ValueError(f"grammar: {word!r} "
+                         + ("has one sense and needs no tag" if tag else f"needs a sense, one of {senses} or none"))
     if tag not in (None, "none") and not senses:
         raise ValueError(f"grammar: {word!r} has no sense {tag}")
     return word, senses[0] if senses and tag != "none" else None
@@ -68,7 +72,8 @@ def someone(name: str, story: dict) -> list[Piece]:
     if name == "friend" and not story["met"]:
         story["met"] = True
         if rng.random() < 0.5:
-            return [pronouns["his"], (" ", None), ("friend", None), (" ", None), (story["friend"][0][0], story["friend"][1])]
+            return [pronouns["his"], (" ", None), ("friend", None), (" ", None),
+                    (story["friend"][0][0], story["friend"][1])]
     forms, leaf = story["pet" if name == "pets" else name]
     if leaf.startswith("animal/pet/"):  # its words mean the same, so each mention may take another
         forms = rng.choice(DRAWN[leaf])
@@ -121,7 +126,8 @@ def sentences(story: dict, good: bool, same_mood_frac: float, other_topic_frac: 
     story["minus"] = next((mood for mood in (first, last) if mood != "good"), story["minus"])
     stranger = rng.choice([t for t in range(len(grammar.TOPICS)) if t != topic])
     plan = [("<open>", first), (f"<intro{topic}>", first)] + [(act[topic], first)] * (rng.random() < 0.7)
-    plan += [(f"<event{topic}_{first}>", first), ("<feel>", first)] + [(f"<react_{first}>", first)] * (rng.random() < 0.3)
+    plan += [(f"<event{topic}_{first}>", first),
+             ("<feel>", first)] + [(f"<react_{first}>", first)] * (rng.random() < 0.3)
     plan += [("<middle>", first)] * rng.randint(1, 2)
     plan += [(rng.choice([f"<intro{stranger}>", act[stranger]]), first)] * (rng.random() < other_topic_frac)
     plan += [(f"<then><event{topic}_{last}>", last), ("<feel>", last)]

@@ -41,7 +41,8 @@ def build_tokenizer(texts: list[str], n_merges: int, min_word_count: int) -> Pre
 
 def encode(tokenizer: PreTrainedTokenizerFast, stories: list[dict]) -> Encoded:
     """Token ids of each story, BOS in front and EOS behind."""
-    return [torch.tensor(ids + [tokenizer.eos_token_id]) for ids in tokenizer([s["text"] for s in stories])["input_ids"]]
+    return [torch.tensor(ids + [tokenizer.eos_token_id])
+            for ids in tokenizer([s["text"] for s in stories])["input_ids"]]
 
 
 def batch_of(encoded: Encoded, pad: int) -> dict[str, torch.Tensor]:

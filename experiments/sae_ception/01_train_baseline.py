@@ -11,7 +11,22 @@ from typing import Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Amount, Count, Device, FileName, Location, Name, NotNegative, Positive, Precision, Rate, Seed, Share, Size, Tracker
+from lib.ranges import (
+    Amount,
+    Count,
+    Device,
+    FileName,
+    Location,
+    Name,
+    NotNegative,
+    Positive,
+    Precision,
+    Rate,
+    Seed,
+    Share,
+    Size,
+    Tracker,
+)
 from presets import TargetLayer, presets_for
 
 PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news,

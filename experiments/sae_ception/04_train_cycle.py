@@ -121,8 +121,10 @@ from lib.files import write_json, write_text
 from lib.guards import in_use
 
 WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u_weighted": "SAE U"}
-MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp", "clustering_ari": "ARI",
-         "probe_test_accuracy": "probe", "sparsity_l0_mean": "L0", "sae_explained_variance": "EV", "sae_dead_features_pct": "dead %"}  # fmt: skip
+MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp",
+         "clustering_ari": "ARI",
+         "probe_test_accuracy": "probe", "sparsity_l0_mean": "L0", "sae_explained_variance": "EV",
+         "sae_dead_features_pct": "dead %"}
 
 
 def train_and_evaluate(bench: Bench, arm: str, cycle: int) -> None:
@@ -137,7 +139,8 @@ def against_lambda0(bench: Bench) -> dict[tuple[str, int, int], float]:
     if "lambda0" not in ARMS:
         return {}
     pulled = [arm for arm in ARMS if method(arm) not in NO_TARGET]
-    return {(arm, bench.seed, cycle): lambda0_cosine(bench, arm, cycle) for arm in pulled for cycle in range(1, CYCLES + 1)}
+    return {(arm, bench.seed, cycle): lambda0_cosine(bench, arm, cycle) for arm in pulled
+            for cycle in range(1, CYCLES + 1)}
 
 
 def print_pulls(table) -> None:
@@ -145,7 +148,8 @@ def print_pulls(table) -> None:
     for cycle in range(1, CYCLES + 1):
         print(f"\n{'arm':<24}{'cycle':>6}{'cosine':>9}{'lambda0':>9}{'loss ratio':>12}{'grad ratio':>12}")
         for row in pulls(table, list(ARMS), cycle).to_dict("records"):
-            numbers = f"{row['cos_end']:>9.3f}{row['cos_lambda0']:>9.3f}{row['loss_ratio']:>12.3f}{row['grad_ratio']:>12.3f}"
+            numbers = (f"{row['cos_end']:>9.3f}{row['cos_lambda0']:>9.3f}"
+                       f"{row['loss_ratio']:>12.3f}{row['grad_ratio']:>12.3f}")
             print(f"{row['arm']:<24}{cycle:>6}{numbers}  {row['verdict']}")
 
 
@@ -164,7 +168,8 @@ def print_table(table) -> None:
 
 
 def print_comparison(found) -> None:
-    print(f"\n{found['arm']} at cycle {found['chosen_cycle']} (chosen on validation) minus each control, test, {found['n_seeds']} seeds")
+    print(f"\n{found['arm']} at cycle {found['chosen_cycle']} (chosen on validation) minus each control, test, "
+          f"{found['n_seeds']} seeds")
     for row in (*found["primary"], *found["accuracy"]):
         bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
         print(f"  {row['metric']:<24}{row['control']:<18}{row['mean']:+.4f}  {bounds}  Holm p = {row['p_holm']:.3f}")

@@ -4,8 +4,9 @@
     python choose_constants.py PRESET=gpt2_sst2 GRID_KEEP_PCT=0.05,0.2,1.0 GRID_AUX_WEIGHT=0.01,0.1,0.3,1.0,3.0
 
 Trains one auxiliary cycle of every point on seeds that the report does not use. Of the points whose validation accuracy
-is within 0.5 points of lambda0's, the one with the largest validation base U. Takes every constant of 04_train_cycle.py.
-Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for 04_train_cycle.py
+is within 0.5 points of lambda0's, the one with the largest validation base U. Takes every constant of
+04_train_cycle.py. Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for
+04_train_cycle.py
 """
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from lib.guards import in_use
 
 GRID = ("GRID_ARMS", "GRID_KEEP_PCT", "GRID_AUX_WEIGHT", "SELECT_SEEDS")
 SHARPENED = ("per_class", "contrast", "complement", "shuffled_labels", "global_mask", "random_latents", "permuted",
-             "permuted_in_class")  # fmt: skip
+             "permuted_in_class")
 
 
 def points() -> dict[str, dict[str, float]]:
@@ -42,7 +43,8 @@ def points() -> dict[str, dict[str, float]]:
         for pct in GRID_KEEP_PCT if arm in SHARPENED else (None,):
             for weight in GRID_AUX_WEIGHT:
                 keep = {} if pct is None else {"KEEP_PCT": float(pct)}
-                found["_".join([f"{arm}@l{weight:g}", *(f"k{pct:g}" for _ in keep)])] = {"AUX_WEIGHT": float(weight), **keep}
+                found["_".join([f"{arm}@l{weight:g}", *(f"k{pct:g}" for _ in keep)])] = {"AUX_WEIGHT": float(weight),
+                                                                                         **keep}
     return found
 
 

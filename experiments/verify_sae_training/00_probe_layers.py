@@ -19,7 +19,7 @@ Points = Annotated[
     str,
     like(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)(\s*,\s*(resid_pre|resid_mid|resid_post|attn_out|mlp_out))*",
          "resid_pre, resid_mid, resid_post, attn_out, mlp_out, or several of them separated by commas"),
-]  # fmt: skip
+]
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model
 DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
 DATA_SPLIT: Name = "train"                # split of a hub data set; a file has none
@@ -49,9 +49,11 @@ from lib.store import experiment_dir
 from lib.texts import load_documents
 
 COLUMNS = {
-    "width": "{:>6d}", "median_norm": "{:>8.2f}", "gamma": "{:>6.2f}", "outlier_frac": "{:>8.2%}", "outlier_dims": "{:>8d}",
-    "participation": "{:>8.1f}", "probe_accuracy": "{:>7.3f}", "gb_per_million": "{:>7.2f}", "seconds_per_million": "{:>7.0f}",
-}  # fmt: skip
+    "width": "{:>6d}", "median_norm": "{:>8.2f}", "gamma": "{:>6.2f}", "outlier_frac": "{:>8.2%}",
+    "outlier_dims": "{:>8d}",
+    "participation": "{:>8.1f}", "probe_accuracy": "{:>7.3f}", "gb_per_million": "{:>7.2f}",
+    "seconds_per_million": "{:>7.0f}",
+}
 HEADS = ("width", "|x| med", "gamma", "outl.row", "outl.dim", "eff.dim", "probe", "GB/1M", "s/1M")
 
 
@@ -60,8 +62,10 @@ def read_texts():
     documents = load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, N_TEXTS)
     field = LABEL_FIELD or next((name for name in ("concepts", "label") if name in documents[0]), None)
     if field is not None and field not in documents[0]:
-        raise InputError(f"DATASET={DATASET} has no field {field!r}; it has {', '.join(map(str, documents[0]))}: set LABEL_FIELD")
-    return [document[TEXT_FIELD] for document in documents], field, None if field is None else [document[field] for document in documents]
+        raise InputError(f"DATASET={DATASET} has no field {field!r}; it has {', '.join(map(str, documents[0]))}: set "
+                         "LABEL_FIELD")
+    return [document[TEXT_FIELD]
+            for document in documents], field, None if field is None else [document[field] for document in documents]
 
 
 def show(table):
@@ -76,7 +80,8 @@ def show(table):
 def main():
     folder, device = experiment_dir("verify_sae_training"), choose_device(DEVICE)
     texts, field, labels = read_texts()
-    model, tokenizer = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE), load_tokenizer(MODEL, TRUST_REMOTE_CODE)
+    model, tokenizer = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device),
+                                  TRUST_REMOTE_CODE), load_tokenizer(MODEL, TRUST_REMOTE_CODE)
     points = resolve_all(model, ",".join(f"{kind.strip()}:*" for kind in POINTS.split(",")))
     points.sort(key=lambda point: int(point.names[0].rpartition(":")[2]))  # by depth
     settings = SaveSettings(MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, skip_first=SKIP_FIRST)
@@ -84,7 +89,8 @@ def main():
     signature, reason = recommend_layer(table)
     show(table)
     print(f"recommended: LAYER_SIGNATURE={signature}\n  {reason}")
-    write_json(folder / "layers.json", {"constants": CONSTANTS, "labels": field, "layers": table, "recommended": signature, "reason": reason})
+    write_json(folder / "layers.json",
+               {"constants": CONSTANTS, "labels": field, "layers": table, "recommended": signature, "reason": reason})
     plots.style()
     (folder / "figures").mkdir(exist_ok=True)
     plots.layers(table, signature).savefig(folder / "figures" / "layers.png", dpi=110)

@@ -4,7 +4,7 @@
     python 01_save_activations.py PRESET=bielik                          # the setting of the original experiment
     python 01_save_activations.py MODEL=gpt2 DATASET=my.jsonl LAYER_SIGNATURE=resid_post:6
     python 01_save_activations.py LAYER_SIGNATURE='?'                    # list the layers and stop
-    torchrun --nproc-per-node 4 01_save_activations.py                   # four processes share the texts; see experiments/at_scale
+    torchrun --nproc-per-node 4 01_save_activations.py                   # four processes share the texts; see at_scale
 
 Only real tokens are stored, each with its text and place in it, so that no later step needs the model for that.
 Started again after an interruption, it continues; a finished run with the same constants is not made twice.
@@ -18,7 +18,20 @@ from typing import Annotated, Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import Presets, override
-from lib.ranges import Count, Device, Location, Name, NotNegative, Positive, Precision, Seed, Share, Size, at_least, at_most
+from lib.ranges import (
+    Count,
+    Device,
+    Location,
+    Name,
+    NotNegative,
+    Positive,
+    Precision,
+    Seed,
+    Share,
+    Size,
+    at_least,
+    at_most,
+)
 
 PRESET = "standard"                       # standard: the values below; quick, full and large: fewer or all texts;
                                           # bielik: the original experiment, needs the hub and a GPU
@@ -60,7 +73,7 @@ PRESETS: Presets = {
         "LAYER_SIGNATURE": "llamaforcausallm_model_layers_16_post_attention_layernorm", "HOOK_POINT": "input",
         "STORE_DTYPE": "bfloat16",
     },
-}  # fmt: skip
+}
 CONSTANTS = override(globals(), PRESETS)
 
 from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
@@ -81,7 +94,8 @@ FOLDER = experiment_dir("verify_sae_training")
 def list_layers(model):
     """Print the short names with their widths, then every module's path, signature and class."""
     for row in short_names(model) if every_block(model) else []:
-        where = f"{', '.join(map(str, row['blocks']))}   width {row['width']}   such as {row['example']}" if row["blocks"] else ""
+        where = (f"{', '.join(map(str, row['blocks']))}   width {row['width']}   such as {row['example']}"
+                 if row["blocks"] else "")
         why = f"refused: {'; '.join(row['refused'])}" if row["refused"] else ""
         print(f"{row['role'] + ':N':<13}", "   ".join(part for part in (where and f"N = {where}", why) if part))
     print()
@@ -110,25 +124,31 @@ def every_block(model):
 
 
 def report(model, tokenizer, points, texts, settings):
-    """Log the sample's figures for the chosen points and, with PREFLIGHT, for every block; then size and time. Returns the size."""
+    """Log the sample's figures for the chosen points and, with PREFLIGHT, for every block; then size and time. Returns
+    the size.
+    """
     others = every_block(model) if PREFLIGHT else []
     chosen = preflight(model, tokenizer, points, texts, settings)
     others = [point for point in others if point not in points]
     table = chosen + (preflight(model, tokenizer, others, texts, settings) if others else [])
-    log.info("%-64s %6s %8s %6s %9s %8s", "hook point (* to be saved)", "width", "|x| med", "gamma", "outliers", "eff.dim")
+    log.info("%-64s %6s %8s %6s %9s %8s", "hook point (* to be saved)", "width", "|x| med", "gamma", "outliers",
+             "eff.dim")
     for row in table:
         name = row["signature"] + (" *" if row in chosen else "")
-        log.info("%-64s %6d %8.2f %6.2f %8.2f%% %8.1f", name, row["width"], row["median_norm"], row["gamma"], 100 * row["outlier_frac"], row["participation"])
+        log.info("%-64s %6d %8.2f %6.2f %8.2f%% %8.1f", name, row["width"], row["median_norm"], row["gamma"],
+                 100 * row["outlier_frac"], row["participation"])
     rows = chosen[0]["rows_per_text"] * len(texts)
     size = rows * sum(row["width"] for row in chosen) * STORE_DTYPES[STORE_DTYPE].itemsize
     seconds = chosen[0]["seconds"] * len(texts) / min(len(texts), 64)
-    log.info("about %s tokens, %.2f GB on disk, %s", f"{rows:,.0f}", size / 1e9, f"{math.ceil(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min")
+    log.info("about %s tokens, %.2f GB on disk, %s", f"{rows:,.0f}", size / 1e9,
+             f"{math.ceil(seconds)} s" if seconds < 120 else f"{seconds / 60:.0f} min")
     return size
 
 
 def contents_of(meta):
     """What a run was made from, wherever it lay: model, tokenizer, data."""
-    return [{key: value for key, value in meta[part].items() if key != "path"} for part in ("model", "tokenizer", "dataset")]
+    return [{key: value for key, value in meta[part].items() if key != "path"}
+            for part in ("model", "tokenizer", "dataset")]
 
 
 def say_what_changed(meta, run_id):
@@ -139,9 +159,11 @@ def say_what_changed(meta, run_id):
         return
     if last["constants"] != json.loads(json.dumps(meta["constants"])) or not isinstance(last["tokenizer"], dict):
         return
-    changed = [part for part, then, now in zip(("model", "tokenizer", "data set"), contents_of(last), contents_of(meta)) if differences(then, now)]
+    changed = [part for part, then, now in zip(("model", "tokenizer", "data set"), contents_of(last),
+                                               contents_of(meta)) if differences(then, now)]
     if changed:
-        log.warning("the %s changed since the last run was saved, so this is a new run: %s", " and the ".join(changed), run_id)
+        log.warning("the %s changed since the last run was saved, so this is a new run: %s", " and the ".join(changed),
+                    run_id)
 
 
 def main():
@@ -168,7 +190,7 @@ def main():
     folder = FOLDER / "runs" / run_id
     settings = SaveSettings(
         MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, STORE_DTYPE, SHARD_ROWS, SKIP_SPECIAL, SKIP_FIRST, MAX_NORM_MULTIPLE
-    )  # fmt: skip
+    )
     if (folder / "manifest.json").exists():
         saved = open_run("verify_sae_training", run_id)
         log.info("this run is already complete")
@@ -177,10 +199,12 @@ def main():
         size = report(model, tokenizer, points, texts, settings) if rank() == 0 else 0
         with in_use(folder):
             require_room(folder, size - bytes_in(folder))
-            saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED), settings, meta)
+            saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED),
+                                     settings, meta)
     if rank() == 0:
         write_text(FOLDER / "run_id.txt", run_id + "\n")
-    log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}", ", ".join(saved.hooks))
+    log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}",
+             ", ".join(saved.hooks))
     say_next("02_train_sae.py")
 
 

@@ -8,8 +8,8 @@
 Started again after an interruption, it continues from its last checkpoint.
 
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/
-Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and training_history.json; an SAE of other constants
-that is there is kept as sae_model_<its hash>/, and taken back when its constants come again
+Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and training_history.json; an SAE of other
+constants that is there is kept as sae_model_<its hash>/, and taken back when its constants come again
 """
 import shutil
 from typing import Annotated, Literal
@@ -28,7 +28,8 @@ KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # only to
 EPOCHS: Size = 10                         # passes over the training tokens; the best one by validation is kept
 BATCH_SIZE_TRAIN: Size = 1024             # tokens per step; larger is faster but learns less per token
 LR: Rate | None = None                    # peak learning rate; None: a rule over shape and length of the run
-DEAD_AFTER_TOKENS: Count | None = None    # silence after which a latent is revived; None: max(3000, 10 F / k, 2 batches)
+DEAD_AFTER_TOKENS: Count | None = None    # silence after which a latent is revived; None: max(3000, 10 F / k, 2
+                                          # batches)
 AUXK_ALPHA: Annotated[float, at_least(0), at_most(100)] = 1 / 32  # weight of the loss that revives latents; 0: off
 WHITEN: Part = 1 / 8                      # power of the partial whitening, folded away at the end; 0: off
 ALIGNED = True                            # encoder aligned with the dictionary up to a learnt gain; False: free
@@ -46,7 +47,7 @@ PRESETS = {
     "full": {"EPOCHS": 20},
     "large": {"N_LATENTS_MULTIPLIER": 32, "TOP_K": 8, "EPOCHS": 20},
     "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS": 100},
-}  # fmt: skip
+}
 CONSTANTS = override(globals(), PRESETS)
 
 import kept_saes
@@ -69,9 +70,10 @@ MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in ("V
 def train(saved, hook, rows):
     """Train the SAE and write it with its history."""
     settings = TrainSettings(
-        N_LATENTS_MULTIPLIER * len(rows.mean), TOP_K, KIND, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA, WHITEN, ALIGNED, PRECISION,
+        N_LATENTS_MULTIPLIER * len(rows.mean), TOP_K, KIND, EPOCHS, BATCH_SIZE_TRAIN, LR, DEAD_AFTER_TOKENS, AUXK_ALPHA,
+        WHITEN, ALIGNED, PRECISION,
         LOG_EVERY, SEED,
-    )  # fmt: skip
+    )
     with open_tracker("local" if rank() else TRACKER, FOLDER / "tracker", MADE_WITH) as track:
         try:
             sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE), track=track)
@@ -84,15 +86,17 @@ def train(saved, hook, rows):
     final = score(sae, sample_rows(rows, validation=True, limit=None))
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
     sae.config.update(
-        model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook), tokens_trained=EPOCHS * rows.n_train,
+        model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
+        tokens_trained=EPOCHS * rows.n_train,
         constants=MADE_WITH, provenance=provenance(), final=final,
-    )  # fmt: skip
+    )
     kept_saes.keep(FOLDER, MADE_WITH, saved.digest(hook))
     save_sae(sae, SAE_PATH, probe=next(sample_rows(rows, validation=True, limit=None)))
     about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae), "constants": MADE_WITH}
     write_json(HISTORY_PATH, {**about, **history, "final": final}, sealed=True)
     dead, n_rows = final["dead_pct"], f"{final['n_rows']:,}"
-    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"], dead, n_rows)
+    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],
+             dead, n_rows)
     if final["ev"] <= 0:
         log.warning("it explains less than the mean of the activations does: lower LR or train longer")
 
@@ -100,7 +104,8 @@ def train(saved, hook, rows):
 def forget_checkpoint():
     """Remove the checkpoint of the training whose SAE is saved; that of another, unfinished one stays."""
     checkpoint = SAE_PATH.parent / "checkpoints" / "last.pt"
-    if checkpoint.exists() and read_checkpoint(checkpoint)["history"]["val"] == read_json(HISTORY_PATH, schemas.HISTORY)["val"]:
+    if (checkpoint.exists()
+        and read_checkpoint(checkpoint)["history"]["val"] == read_json(HISTORY_PATH, schemas.HISTORY)["val"]):
         shutil.rmtree(checkpoint.parent)
 
 

@@ -6,8 +6,8 @@
 
 Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing is changed, bit for bit.
 
-Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of step 4
-Writes store/verify_sae_training/steering.json
+Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of
+step 4 Writes store/verify_sae_training/steering.json
 """
 from typing import Annotated, Literal
 
@@ -68,17 +68,22 @@ def main():
     view = direct_view(model, len(sae.mean))
     favoured = [] if view is None else promoted_ids(sae, view, torch.tensor([latent]), FAVOURED)[0].tolist()
     table = sweep(
-        model, tokenizer, point, sae, [Edit(latent, MODE)], maxima, STRENGTHS, [prompt for prompt in PROMPTS for _ in range(SAMPLES)],
+        model, tokenizer, point, sae, [Edit(latent, MODE)], maxima, STRENGTHS,
+        [prompt for prompt in PROMPTS for _ in range(SAMPLES)],
         N_TOKENS, skipped_ids(tokenizer, saved.meta["settings"]), favoured, TEMPERATURE, SEED,
-    )  # fmt: skip
+    )
     name = concepts[latent]["name"] if latent in concepts else "(no name)"
-    print(f"latent {latent}: {name}; {MODE}, {len(PROMPTS) * SAMPLES} continuations of {N_TOKENS} tokens at {point.path}")
+    print(f"latent {latent}: {name}; {MODE}, {len(PROMPTS) * SAMPLES} continuations of {N_TOKENS} tokens at "
+          f"{point.path}")
     print("strength  favoured  fires  perplexity  repeated  first text")
     for row in table:
-        numbers = f"{100 * row['favoured']:8.1f}% {100 * row['fires']:5.1f}% {row['perplexity']:11.1f} {100 * row['repeated']:8.1f}%"
+        numbers = (f"{100 * row['favoured']:8.1f}% {100 * row['fires']:5.1f}% {row['perplexity']:11.1f} "
+                   f"{100 * row['repeated']:8.1f}%")
         print(f"{row['strength']:8g} {numbers}  {row['texts'][0]}")
-    print(f"favoured: written tokens among the {len(favoured)} that the latent's direction raises most in the unembedding")
-    print("fires: those on which the unsteered model shows the latent; perplexity: of the written text under the unsteered model")
+    print(f"favoured: written tokens among the {len(favoured)} that the latent's direction raises most in the "
+          "unembedding")
+    print("fires: those on which the unsteered model shows the latent; perplexity: of the written text under the "
+          "unsteered model")
     about = {"schema_version": 1, "sae_hash": sae_hash(sae), "latent": latent, "name": name, "constants": CONSTANTS}
     write_json(FOLDER / "steering.json", about | {"sweep": table})
     say_next("07_test_causality.py")

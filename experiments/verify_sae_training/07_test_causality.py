@@ -3,11 +3,12 @@
     python 07_test_causality.py                  # needs the concept recovery of notebook 03, so the embedded stories
     python 07_test_causality.py MIN_F1=0.9 SAMPLES=100
 
-For each ground-truth concept that one latent finds with an F1 over MIN_F1, on held-out tokens that carry the concept: the latent's
-code is set to 0 in the running model. Beside it, on the same tokens: a vector of the same length along the row of a latent drawn at
-random; and the latents of the controls of notebook 03 (untrained, decoder or encoder frozen at random) that were chosen for the concept
-in the same way, with their own code, and with their direction at the length of the SAE's. The KL divergence of the next-token
-distribution from the untouched one is compared, concept by concept. The concepts are those that the SAE finds: that favours it.
+For each ground-truth concept that one latent finds with an F1 over MIN_F1, on held-out tokens that carry the concept:
+the latent's code is set to 0 in the running model. Beside it, on the same tokens: a vector of the same length along the
+row of a latent drawn at random; and the latents of the controls of notebook 03 (untrained, decoder or encoder frozen at
+random) that were chosen for the concept in the same way, with their own code, and with their direction at the length of
+the SAE's. The KL divergence of the next-token distribution from the untouched one is compared, concept by concept. The
+concepts are those that the SAE finds: that favours it.
 
 Reads  store/verify_sae_training/: the run, the SAE, verification.json and the controls of notebook 03
 Writes store/verify_sae_training/causality.json
@@ -46,7 +47,8 @@ def found_concepts(run_id, sae):
     ours = (verification["run_id"], verification["sae_hash"]) == (run_id, sae_hash(sae))
     rows = [row for row in verification["concept_recovery"] if ours and row["latent"]["f1"] > MIN_F1]
     if not rows:
-        raise InputError(f"verification.json holds no concept of this SAE with an F1 over {MIN_F1}; run notebook 03 on the embedded stories, or lower MIN_F1")
+        raise InputError(f"verification.json holds no concept of this SAE with an F1 over {MIN_F1}; run notebook 03 on "
+                         "the embedded stories, or lower MIN_F1")
     return rows
 
 
@@ -54,13 +56,16 @@ def draw_tokens(saved, rows):
     """(row of the run, number of the concept) of up to SAMPLES held-out tokens of each concept, int64 [M] each."""
     truth, generator = ground_truth(saved, FOLDER), torch.Generator().manual_seed(SEED)
     if truth is None:
-        raise InputError(f"run {saved.run_id} has no ground truth any more: concepts.json beside its data set is missing")
+        raise InputError(f"run {saved.run_id} has no ground truth any more: concepts.json beside its data set is "
+                         "missing")
     column = {concept.name: i for i, concept in enumerate(truth.concepts)}
     if foreign := [row["concept"] for row in rows if row["concept"] not in column]:
-        raise InputError(f"verification.json names a concept {foreign[0]!r} that the stories don't have; run notebook 03 again")
+        raise InputError(f"verification.json names a concept {foreign[0]!r} that the stories don't have; run notebook "
+                         "03 again")
     tokens = [(truth.labels[:, column[row["concept"]]] & saved.is_val).nonzero()[:, 0] for row in rows]
     drawn = [found[torch.randperm(len(found), generator=generator)[:SAMPLES]].sort().values for found in tokens]
-    return torch.cat(drawn), torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(found) for found in drawn]))
+    return torch.cat(drawn), torch.repeat_interleave(torch.arange(len(rows)),
+                                                     torch.tensor([len(found) for found in drawn]))
 
 
 def edits(saes, rows, x, concept):
@@ -96,7 +101,8 @@ def main():
     x = saved.select(hook, wanted)[torch.searchsorted(place, tokens)].to(device)
     arms = edits(saes, rows, x, concept)
     kl = torch.zeros(len(arms), len(tokens), dtype=torch.double)
-    for lines, (clean, *edited) in next_logits(model, point, contexts(saved, tokenizer, tokens), [None, *arms.values()]):
+    for lines, (clean, *edited) in next_logits(model, point, contexts(saved, tokenizer, tokens),
+                                               [None, *arms.values()]):
         kl[:, lines] = torch.stack([divergence(clean, logits).cpu() for logits in edited])
     count = torch.bincount(concept, minlength=len(rows))
     means = torch.zeros(len(rows), len(arms), dtype=torch.double).index_add_(0, concept, kl.T) / count[:, None]
@@ -104,24 +110,32 @@ def main():
 
 
 def report(rows, count, means, lengths, sae):
-    """Print the arms over all concepts and the SAE's own concept by concept; write all of it. means: KL [concepts, arms]."""
+    """Print the arms over all concepts and the SAE's own concept by concept; write all of it. means: KL [concepts,
+    arms].
+    """
     names = list(lengths)
     table = [
-        {"concept": row["concept"], "part": row["part"], "latent": row["latent"]["unit"], "n_tokens": int(n), "kl": dict(zip(names, line.tolist()))}
+        {"concept": row["concept"], "part": row["part"], "latent": row["latent"]["unit"], "n_tokens": int(n),
+         "kl": dict(zip(names, line.tolist()))}
         for row, n, line in zip(rows, count, means)
-    ]  # fmt: skip
+    ]
     print(f"{'concept':<40} {'latent':>6} {'tokens':>6} {'ablated':>9} {'random':>9}   KL of the next token, nats")
     for row in sorted(table, key=lambda row: row["concept"]):
-        print(f"{row['concept']:<40} {row['latent']:>6} {row['n_tokens']:>6} {row['kl']['latent']:>9.4f} {row['kl']['random']:>9.4f}")
-    print(f"\n{'over ' + str(len(table)) + ' concepts':<30} {'mean KL':>8} {'length':>7} {'latent moves more in':>21} {'p':>8}")
+        print(f"{row['concept']:<40} {row['latent']:>6} {row['n_tokens']:>6} {row['kl']['latent']:>9.4f} "
+              f"{row['kl']['random']:>9.4f}")
+    print(f"\n{'over ' + str(len(table)) + ' concepts':<30} {'mean KL':>8} {'length':>7} {'latent moves more in':>21} "
+          f"{'p':>8}")
     summary = {}
     for i, name in enumerate(names):
         more = int((means[:, 0] > means[:, i]).sum())
         p = float(wilcoxon(means[:, 0], means[:, i], alternative="greater").pvalue) if i else None
-        summary[name] = {"mean_kl": float(means[:, i].mean()), "mean_length": lengths[name], "latent_larger": more, "p_value": p}
-        print(f"{name:<30} {means[:, i].mean():>8.4f} {lengths[name]:>7.3f}" + ("" if p is None else f" {more:>21} {p:>8.2g}"))
+        summary[name] = {"mean_kl": float(means[:, i].mean()), "mean_length": lengths[name], "latent_larger": more,
+                         "p_value": p}
+        print(f"{name:<30} {means[:, i].mean():>8.4f} {lengths[name]:>7.3f}"
+              + ("" if p is None else f" {more:>21} {p:>8.2g}"))
     print("p: Wilcoxon signed-rank test over the concepts, one-sided, uncorrected")
-    write_json(FOLDER / "causality.json", {"schema_version": 2, "sae_hash": sae_hash(sae), "constants": CONSTANTS, "arms": summary, "concepts": table})
+    write_json(FOLDER / "causality.json", {"schema_version": 2, "sae_hash": sae_hash(sae), "constants": CONSTANTS,
+                                           "arms": summary, "concepts": table})
 
 
 if __name__ == "__main__":

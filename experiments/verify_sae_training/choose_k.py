@@ -41,7 +41,8 @@ def recovery(saved, hook, rows, device):
         return None
     model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
     texts = [text["text"] for text in saved.texts if text["split"] == "val"][:N_TEXTS]
-    return lambda sae: loss_recovered(model, tokenizer, point, sae, texts, rows.mean, saved.meta["settings"])["loss_recovered"]
+    return lambda sae: loss_recovered(model, tokenizer, point, sae, texts, rows.mean,
+                                      saved.meta["settings"])["loss_recovered"]
 
 
 def main():
@@ -59,7 +60,8 @@ def main():
     for row in table:
         print(f"k={row['k']:<4}" + "".join(f"{value:>16.4f}" for name, value in row.items() if name != "k"))
     print(f"recommended: TOP_K={k}\n  {reason}")
-    write_json(folder / "choose_k.json", {"constants": CONSTANTS, "run_id": saved.run_id, "hook": hook, "ks": table, "recommended": k, "reason": reason})
+    write_json(folder / "choose_k.json", {"constants": CONSTANTS, "run_id": saved.run_id, "hook": hook, "ks": table,
+                                          "recommended": k, "reason": reason})
     say_next("02_train_sae.py", TOP_K=k, N_LATENTS_MULTIPLIER=N_LATENTS_MULTIPLIER)
 
 

@@ -2,7 +2,8 @@
 
     python compare_with_overcomplete.py          # after 02_train_sae.py, whose sizes, epochs and batches it takes
 
-Raw activations, overcomplete's default encoder, its train_sae with plain MSE and Adam: nothing centred, tied or revived.
+Raw activations, overcomplete's default encoder, its train_sae with plain MSE and Adam: nothing centred, tied or
+revived.
 
 Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training_history.json
 """
@@ -39,7 +40,8 @@ def train_theirs(x, settings):
     model = TopKSAE(x.shape[1], nb_concepts=settings["n_latents"], top_k=settings["top_k"])
     loader = DataLoader(TensorDataset(x), batch_size=settings["batch_size"], shuffle=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    train_sae(model, loader, lambda x, xhat, *_: (x - xhat).square().mean(), optimizer, nb_epochs=EPOCHS or settings["epochs"])
+    train_sae(model, loader, lambda x, xhat, *_: (x - xhat).square().mean(), optimizer,
+              nb_epochs=EPOCHS or settings["epochs"])
     return model.eval()
 
 
@@ -62,11 +64,13 @@ def main():
     start = time.perf_counter()
     theirs = train_theirs(train, settings)
     print(f"overcomplete's loop took {time.perf_counter() - start:.0f} s")
-    table = {"this project": score(sae, sample_rows(rows, validation=True, limit=None)), "overcomplete": score_theirs(theirs, val, sae.top_k)}
+    table = {"this project": score(sae, sample_rows(rows, validation=True, limit=None)),
+             "overcomplete": score_theirs(theirs, val, sae.top_k)}
     print(f"{saved.meta['model']['name']}, {sae.config['hook']}: {sae.n_latents} latents, "
           f"k={sae.top_k}, {len(train):,} tokens x {EPOCHS or settings['epochs']}")
     for name, result in table.items():
-        print(f"{name:<14} EV {result['ev']:.4f}  dead {result['dead_pct']:5.1f} %  L0 {result['l0_mean']:.2f}  on {result['n_rows']:,} held-out tokens")
+        print(f"{name:<14} EV {result['ev']:.4f}  dead {result['dead_pct']:5.1f} %  L0 {result['l0_mean']:.2f}  on "
+              f"{result['n_rows']:,} held-out tokens")
 
 
 if __name__ == "__main__":

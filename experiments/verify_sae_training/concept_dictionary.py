@@ -29,7 +29,7 @@ from concepts.dictionary import (
     read_concepts,
     require_new,
     search_concepts,
-)  # fmt: skip
+)
 from concepts.formats import check, to_write
 from concepts.top_texts import read_latent_stats
 from lib.environment import run

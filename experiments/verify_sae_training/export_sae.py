@@ -5,7 +5,8 @@
     python export_sae.py FORMAT=delphi                              # the codes of all texts, for automatic explanations
     python export_sae.py FORMAT=neuronpedia                         # dashboards, after step 4
 
-Centring and scale are folded in, so that an exported SAE takes raw activations; codes are in raw activation units everywhere.
+Centring and scale are folded in, so that an exported SAE takes raw activations; codes are in raw activation units
+everywhere.
 
 Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2; for neuronpedia also the files of step 4
 Writes store/verify_sae_training/exports/<format>/, with a model card beside each SAE
@@ -27,7 +28,8 @@ PUSH_TO: Repository | None = None         # "user/name" of a hub repository for 
                                           # leaves this machine
 PRIVATE = True                            # a repository that PUSH_TO makes is private
 NAME: FileName = "sae-workbench"          # of the source set in a Neuronpedia export
-TRUST_REMOTE_CODE = False                 # delphi, neuronpedia: run code that comes with a hub model; only for authors you trust
+TRUST_REMOTE_CODE = False                 # delphi, neuronpedia: run code that comes with a hub model; only for authors
+                                          # you trust
 CONSTANTS = override(globals())
 
 import torch
@@ -79,7 +81,8 @@ def export_firings(kind, root, sae, saved, facts):
             raise InputError("top_texts.json is about another SAE; run 04_name_sae_concepts.ipynb again")
         concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
         created = datetime.fromtimestamp(SAE_FILE.stat().st_mtime).isoformat(timespec="seconds")
-        stats, view = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents), direct_view(model, len(sae.mean))
+        stats, view = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents), direct_view(model,
+                                                                                                         len(sae.mean))
         folder = write_neuronpedia(root, NAME, created, facts, sae, codes, stats, top, concepts, view, tokenizer)
     print(f"{kind:<20} {folder}")
 

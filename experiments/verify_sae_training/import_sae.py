@@ -1,10 +1,11 @@
 """In place of step 2: take an SAE that was trained elsewhere, so that notebooks 03 to 05 open it as if it were ours.
 
-    python 01_save_activations.py MODEL=... LAYER_SIGNATURE=...      # activations of the model and layer that it was trained on
+    python 01_save_activations.py MODEL=... LAYER_SIGNATURE=...      # of the model and layer it was trained on
     python import_sae.py SOURCE=/path/to/folder
     python import_sae.py SOURCE=user/repository SUBFOLDER=blocks.8.hook_resid_post
 
-Takes TopK SAEs in the files of SAELens, dictionary_learning and sparsify, and JumpReLU SAEs in those of SAELens. It never replaces an SAE that is there.
+Takes TopK SAEs in the files of SAELens, dictionary_learning and sparsify, and JumpReLU SAEs in those of SAELens. It
+never replaces an SAE that is there.
 
 Reads  store/verify_sae_training/runs/<run_id>/
 Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
@@ -52,7 +53,8 @@ def main():
     hook = saved.hook(LAYER)
     rows = rows_of_run(saved, hook)
     if len(rows.mean) != len(folded.b_dec):
-        raise InputError(f"the SAE is for activations of width {len(folded.b_dec)}, {hook} has {len(rows.mean)}; save those of its own layer")
+        raise InputError(f"the SAE is for activations of width {len(folded.b_dec)}, {hook} has {len(rows.mean)}; save "
+                         "those of its own layer")
     sae = unfold(folded, rows.scale)
     path = FOLDER / "sae_model" / "topk_sae.pt"
     if path.exists() and sae_hash(load_sae(path)) != sae_hash(sae):
@@ -62,15 +64,18 @@ def main():
         raise InputError("the SAE's reconstructions are not finite; its weights are not those of a trained SAE")
     sae.config.update(
         model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
-        imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS, provenance=provenance(), final=final,
-    )  # fmt: skip
+        imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS,
+        provenance=provenance(), final=final,
+    )
     kept_saes.keep(FOLDER, CONSTANTS, saved.digest(hook))  # a history may lie there whose SAE was moved away
     save_sae(sae, path, probe=next(sample_rows(rows, validation=True, limit=None)))
     log.info("%s: %d latents, k=%d, on %s of %s", kind, sae.n_latents, sae.top_k, hook, saved.meta["model"]["name"])
     tokens = f"{final['n_rows']:,} tokens"
-    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s", final["ev"], final["l0_mean"], final["dead_pct"], tokens)
+    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s", final["ev"], final["l0_mean"],
+             final["dead_pct"], tokens)
     if final["ev"] <= 0:
-        log.warning("it explains less than the mean does: it was trained on another model, layer or side (input, output) of the layer")
+        log.warning("it explains less than the mean does: it was trained on another model, layer or side (input, "
+                    "output) of the layer")
     log.info("%s", path)
     say_next("03_analyze_training.ipynb")
 

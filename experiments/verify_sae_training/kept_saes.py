@@ -1,4 +1,6 @@
-"""The SAE in sae_model/ with its training history, and those that it replaced: each in sae_model_<its hash>/ with its own."""
+"""The SAE in sae_model/ with its training history, and those that it replaced: each in sae_model_<its hash>/ with its
+own.
+"""
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,32 @@ def history_of(sae: SAE, path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     history = read_json(path, schemas.HISTORY)
-    own = history["constants"] == sae.config.get("constants") if "sae_hash" not in history else history["sae_hash"] == sae_hash(sae)
+    own = (history["constants"] == sae.config.get("constants") if "sae_hash" not in history
+           else history["sae_hash"] == sae_hash(sae))
     return history if own else None
 
 
 def is_trained(folder: Path, history: Path, constants: dict[str, Any], data_digest: str) -> bool:
-    """Whether the SAE in `folder` is whole, and what these constants and activations give: its file says so, and its history."""
+    """Whether the SAE in `folder` is whole, and what these constants and activations give: its file says so, and its
+    history.
+    """
     if not (folder / MODEL).exists():
         return False
     sae = load_sae(folder / MODEL)
-    return sae.config.get("constants") == constants and sae.config.get("data_digest") == data_digest and history_of(sae, history) is not None
+    return (sae.config.get("constants") == constants and sae.config.get("data_digest") == data_digest
+            and history_of(sae, history) is not None)
 
 
 def find(root: Path, constants: dict[str, Any], data_digest: str) -> Path | None:
-    """The folder of the trained SAE of these constants and activations: sae_model, or one that was kept. None: there is none."""
+    """The folder of the trained SAE of these constants and activations: sae_model, or one that was kept. None: there is
+    none.
+    """
     if is_trained(root / "sae_model", root / HISTORY, constants, data_digest):
         return root / "sae_model"
     for folder in sorted(root.glob("sae_model_*")):
         try:
-            about = read_json((folder / MODEL).with_suffix(".json"), schemas.SAE_SIDECAR)  # says at little cost whether to look
+            # says at little cost whether to look
+            about = read_json((folder / MODEL).with_suffix(".json"), schemas.SAE_SIDECAR)
             wanted = about.get("constants") == constants and about.get("data_digest") == data_digest
             if wanted and is_trained(folder, folder / HISTORY, constants, data_digest):
                 return folder
@@ -45,18 +54,22 @@ def find(root: Path, constants: dict[str, Any], data_digest: str) -> Path | None
 
 
 def keep(root: Path, constants: dict[str, Any], data_digest: str) -> None:
-    """Copy the SAE in sae_model, if it is another than these constants give, and the history, to the folders of their hashes."""
+    """Copy the SAE in sae_model, if it is another than these constants give, and the history, to the folders of their
+    hashes.
+    """
     path, history_path = root / "sae_model" / MODEL, root / HISTORY
     if path.exists():
         sae = load_sae(path)
         then = sae.config.get("constants", {})
-        if (then, sae.config.get("data_digest")) != (constants, data_digest):  # else a killed run left it before its history
+        # else a killed run left it before its history
+        if (then, sae.config.get("data_digest")) != (constants, data_digest):
             kept = root / f"sae_model_{sae_hash(sae)}"
             own = [] if history_of(sae, history_path) is None else [history_path]
             for source in (path, path.with_suffix(".json"), *own):
                 if source.exists():
                     copy(source, kept / source.name)
-            log.info("the SAE that is there was made otherwise (%s); a copy is kept in %s", differences(then, constants) or "other activations", kept)
+            log.info("the SAE that is there was made otherwise (%s); a copy is kept in %s",
+                     differences(then, constants) or "other activations", kept)
     if history_path.exists() and (owner := read_json(history_path, schemas.HISTORY).get("sae_hash")):
         kept_history = root / f"sae_model_{owner}" / HISTORY
         if not kept_history.exists() and not (path.exists() and sae_hash(load_sae(path)) == owner):

@@ -11,7 +11,8 @@ from torch.nn.functional import one_hot
 
 MIN_SUPPORT = 20  # examples a latent must fire on, and be silent on: below it plug-in U and CSI are mostly noise
 MIN_POSITIVES = 10  # training tokens a letter needs for an absorption probe
-MIN_LETTERS, MIN_TOKENS = 5, 100  # letters and test tokens below which an absorption score is noise (.62 +- 1.34 over 2 letters)
+# letters and test tokens below which an absorption score is noise (.62 +- 1.34 over 2 letters)
+MIN_LETTERS, MIN_TOKENS = 5, 100
 
 
 def base_threshold(h_train: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def uncertainty(fired: Tensor, y: Tensor, n_classes: int) -> dict[str, Tensor]:
 def uncertainty_given(fired: Tensor, attribute: Tensor, n_values: int, y: Tensor, n_classes: int) -> dict[str, Tensor]:
     """What each column of `fired` (bool [N, F]) tells of an attribute beyond the label y, float64 [F] each.
 
-    u = I(b;attribute|y)/H(b), and u_adj = (I - E[I])/(H(b) - E[I]) with E[I] over all permutations of the attribute within
+    u = I(b;attribute|y)/H(b), and u_adj = (I - E[I])/(H(b) - E[I]) with E[I] over all permutations of
+    the attribute within
     each class of y. Where the label is a function of the attribute (digit and parity), u is U(attribute) - U(label).
     """
     information, chance = torch.zeros(2, fired.shape[1], dtype=torch.float64)
@@ -78,7 +80,8 @@ def _share(information: Tensor, h_b: Tensor) -> Tensor:
 
 
 def _above_chance(information: Tensor, h_b: Tensor, chance: Tensor) -> Tensor:
-    return torch.where(h_b - chance > 1e-9, (information - chance) / (h_b - chance).clamp(min=1e-9), torch.zeros_like(h_b))
+    return torch.where(h_b - chance > 1e-9, (information - chance) / (h_b - chance).clamp(min=1e-9),
+                       torch.zeros_like(h_b))
 
 
 def _expected_information(fires: Tensor, sizes: Tensor) -> Tensor:
@@ -202,7 +205,9 @@ def _absorbed(share: Tensor, is_main: Tensor, q: Tensor, n_top: int = 5, least: 
     return torch.where((main >= q) | (top < least * q), torch.zeros_like(rate), rate)
 
 
-def _main_latents(fired: Tensor, is_letter: Tensor, splits: Tensor, most: int = 5, least_gain: float = 0.03) -> list[int]:
+def _main_latents(
+    fired: Tensor, is_letter: Tensor, splits: Tensor, most: int = 5, least_gain: float = 0.03
+) -> list[int]:
     """Greedy choice of latents whose firing (any of them) predicts the letter.
 
     The candidate is the one with the best training F1; it joins if the validation F1 rises by more than least_gain.

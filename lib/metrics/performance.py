@@ -55,7 +55,8 @@ def linear_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor) -
 def k_sparse_probe(
     train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor, sizes: tuple[int, ...] = K_SPARSE
 ) -> dict[int, float]:
-    """k -> mean over classes of the test balanced accuracy of a one-versus-rest probe on k columns (Gurnee et al. 2023).
+    """k -> mean over classes of the test balanced accuracy of a one-versus-rest probe on k columns (Gurnee et al.
+    2023).
 
     The k columns with the largest absolute difference of class means are chosen once per class, on all
     training rows; features [N, F] are scaled by the training maximum.

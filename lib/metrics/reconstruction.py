@@ -31,7 +31,8 @@ class Reconstruction:
 
         A zero in `values` is a slot that did not fire; its index is ignored.
         """
-        x, xhat, values = (t.detach().cpu().double() for t in (x, xhat, values))  # no float64 but on the CPU: MPS has none
+        # no float64 but on the CPU: MPS has none
+        x, xhat, values = (t.detach().cpu().double() for t in (x, xhat, values))
         if self._shift is None:
             self._shift = x.mean(0)
             self._sum, self._square_sum = torch.zeros_like(self._shift), torch.zeros_like(self._shift)

@@ -28,7 +28,8 @@ def pgd(logits_of: Logits, x: Tensor, y: Tensor, eps: float, generator: torch.Ge
         mask: Tensor | None = None, bounds: tuple[float, float] | None = None) -> Tensor:
     """20 steps of 2.5 eps / 20 from a random start, projected after each (Madry et al. 2018).
 
-    Of all iterates each example keeps the one with the largest loss. generator draws the start; other arguments as in fgsm.
+    Of all iterates each example keeps the one with the largest loss. generator draws the start; other arguments as in
+    fgsm.
     """
     noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
     if norm == "l2":
@@ -69,7 +70,9 @@ def _project(
 
 
 def active_jaccard(a: Tensor, b: Tensor) -> Tensor:
-    """Overlap |A and B| / |A or B| of the active latents of paired codes a, b [N, F]: float64 [N]; 1 if both are empty."""
+    """Overlap |A and B| / |A or B| of the active latents of paired codes a, b [N, F]: float64 [N]; 1 if both are
+    empty.
+    """
     a, b = a > 0, b > 0
     union = (a | b).sum(1).double()
     return torch.where(union > 0, (a & b).sum(1) / union.clamp(min=1), torch.ones_like(union))

@@ -1,4 +1,6 @@
-"""Constants of SAE-ception that only have a few right values, checked when a session is opened: before data and models."""
+"""Constants of SAE-ception that only have a few right values, checked when a session is opened: before data and
+models.
+"""
 import difflib
 from typing import Any
 
@@ -11,8 +13,9 @@ from lib.environment import InputError
 from lib.models import local_path
 
 CHOICES = {
-    "SAE_POSITIONS": ("tokens", "pooled"), "INIT": ("continue", "scratch"), "OPTIMIZER": ("adam", "adamw"), "SELECT_EPOCH": ("last", "best"),
-}  # fmt: skip
+    "SAE_POSITIONS": ("tokens", "pooled"), "INIT": ("continue", "scratch"), "OPTIMIZER": ("adam", "adamw"),
+    "SELECT_EPOCH": ("last", "best"),
+}
 
 
 def check_choices(c: dict[str, Any], for_arms: set[str]) -> None:
@@ -37,20 +40,25 @@ def check_choices(c: dict[str, Any], for_arms: set[str]) -> None:
     for arm in arms:
         if "@" in arm and arm not in of_arms:
             near = _nearest(arm, list(of_arms))
-            raise InputError(f"ARMS has {arm}, but ARM_CONSTANTS has nothing for it{near}; it would be {method(arm)} itself")
+            raise InputError(f"ARMS has {arm}, but ARM_CONSTANTS has nothing for it{near}; it would be {method(arm)} "
+                             "itself")
     for arm in of_arms if arms else ():
         if "@" in arm and arm not in arms:
-            raise InputError(f"ARM_CONSTANTS has {arm}, which is not in ARMS{_nearest(arm, list(arms))}; add it, or leave its constants out")
+            raise InputError(f"ARM_CONSTANTS has {arm}, which is not in ARMS{_nearest(arm, list(arms))}; add it, or "
+                             "leave its constants out")
     _check_target(c)
 
 
 def _check_target(c: dict[str, Any]) -> None:
-    """Raise InputError if TARGET_LAYER is a number that the model has no block for, or no layer of the small network."""
+    """Raise InputError if TARGET_LAYER is a number that the model has no block for, or no layer of the small
+    network.
+    """
     if c["MODEL"] == "mlp":
         MLP(1, 2, c["TARGET_LAYER"], 0)
         return
     try:
-        config = AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"], trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"],
+                                            trust_remote_code=False).get_text_config()
     except InputError:
         raise
     except Exception:  # loading the model will say what is wrong with it

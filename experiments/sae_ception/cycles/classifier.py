@@ -78,11 +78,14 @@ class TextClassifier(nn.Module):
                 p.requires_grad_(train_below or id(p) not in embeddings)
 
     def shard(self) -> None:
-        """Keep only this rank's share of the weights. The language model's own head, which a classifier never runs, goes."""
+        """Keep only this rank's share of the weights. The language model's own head, which a classifier never runs,
+        goes.
+        """
         if self.lm.get_output_embeddings() is not None:
             self.lm.set_output_embeddings(nn.Identity())
         stack = blocks(self.lm)[1]
-        others = [child for child in self.lm.base_model.children() if child is not stack and any(True for _ in child.parameters())]
+        others = [child for child in self.lm.base_model.children()
+                  if child is not stack and any(True for _ in child.parameters())]
         shard(self, [*stack, *others])
 
     def train(self, mode: bool = True) -> "TextClassifier":
@@ -125,7 +128,9 @@ class TextClassifier(nn.Module):
 
     @torch.no_grad()
     def token_states(self, batch: dict[str, Tensor], point: HookPoint) -> list[Tensor]:
-        """The real tokens' states at a hook point, [T_i, D] for each example of the batch; deeper layers are not run."""
+        """The real tokens' states at a hook point, [T_i, D] for each example of the batch; deeper layers are not
+        run.
+        """
         with capture(self.lm, [point]) as seen:
             self.states(batch)
         return [row[mask.bool()] for row, mask in zip(seen[point.signature], batch["attention_mask"])]
@@ -141,7 +146,8 @@ def block_in_range(target_layer: str, n_blocks: int) -> int | None:
         return None
     number = int(target_layer) if len(digits) < 10 else n_blocks
     if not -n_blocks <= number < n_blocks:
-        raise InputError(f"TARGET_LAYER={target_layer} is out of range: the model has {n_blocks} blocks, 0 to {n_blocks - 1} or -{n_blocks} to -1")
+        raise InputError(f"TARGET_LAYER={target_layer} is out of range: the model has {n_blocks} blocks, 0 to "
+                         f"{n_blocks - 1} or -{n_blocks} to -1")
     return number % n_blocks
 
 
@@ -206,7 +212,8 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put back what trained_state took. Raises InputError if the parameters are others."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-        raise InputError("the checkpoint holds other parameters than this model trains; delete it and run its step again")
+        raise InputError("the checkpoint holds other parameters than this model trains; delete it and run its step "
+                         "again")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(shared_like(state[name], p))
@@ -241,7 +248,8 @@ def make_batch(task: Task, ids: Tensor, device: torch.device, entries: Entries |
 def own_examples(batch: Tensor) -> tuple[Tensor, int]:
     """The examples of a batch [B] that this rank runs, and how many of them count.
 
-    A rank without one of its own runs the first, which does not count: sharded weights are gathered by all ranks together.
+    A rank without one of its own runs the first, which does not count: sharded weights are gathered by all ranks
+    together.
     """
     own = batch[own_part(len(batch))]
     return (own if len(own) else batch[:1]), len(own)

@@ -1,4 +1,6 @@
-"""What the arms did, compared: results as one long table, paired differences over seeds, latents matched over cycles."""
+"""What the arms did, compared: results as one long table, paired differences over seeds, latents matched over
+cycles.
+"""
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from lib.files import read_json
 COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
 PRIMARY = ("base_u", "sae_features_u_weighted")  # all other metrics are secondary
 MAX_ACCURACY_LOSS = 0.005  # of validation accuracy against lambda0, for a cycle or a constant to be chosen
-CONTROLS = ("lambda0", "permuted", "random_unit", "random_latents", "shuffled_labels", "class_mean")  # success beats them all
-MATCHED = {"sae_explained_variance": 0.02, "sparsity_l0_mean": 0.5}  # how far an SAE may be from lambda0's: share, codes
+# success beats them all
+CONTROLS = ("lambda0", "permuted", "random_unit", "random_latents", "shuffled_labels", "class_mean")
+MATCHED = {"sae_explained_variance": 0.02, "sparsity_l0_mean": 0.5}  # how far an SAE may be from lambda0's: share,
+                                                                     # codes
 LIVE_BELOW, LIVE_RATIO = 0.99, 0.01  # cosine that lambda0 may have to the targets, and least ratio of gradients
 BOOTSTRAP_BELOW = 6  # seeds under which a bootstrap interval is given beside the t interval
 
 
 def result_table(
-    root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycles: int, cosines: dict[tuple[str, int, int], float] | None = None
-) -> pandas.DataFrame:  # fmt: skip
+    root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycles: int,
+    cosines: dict[tuple[str, int, int], float] | None = None
+) -> pandas.DataFrame:
     """results_cycle_<n>.json of these arms, seeds and cycles under `root`, one row for each number; COLUMNS.
 
     cosines: (arm, seed, cycle) -> that of lambda0's model to the arm's targets (cycles.steps), kept as aux_cos_lambda0.
@@ -39,7 +44,8 @@ def result_table(
                     for split in ("val", "test"):
                         place = (root.name, arm, seed, result["sae_seed"], cycle, split)
                         rows += [(*place, metric, value) for metric, value in result[split].items()]
-    rows += [(root.name, arm, seed, 0, cycle, "val", "aux_cos_lambda0", value) for (arm, seed, cycle), value in (cosines or {}).items()]
+    rows += [(root.name, arm, seed, 0, cycle, "val", "aux_cos_lambda0", value)
+             for (arm, seed, cycle), value in (cosines or {}).items()]
     return pandas.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -115,7 +121,8 @@ def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
     """
     reference = "lambda0" if (table.arm == "lambda0").any() else "baseline"
     accuracy = {n: by_seed(table, arm, n, "task_accuracy", "val").mean() for n in range(1, cycles + 1)}
-    needed = {n: by_seed(table, reference, n if reference == "lambda0" else 0, "task_accuracy", "val").mean() for n in accuracy}
+    needed = {n: by_seed(table, reference, n if reference == "lambda0" else 0, "task_accuracy", "val").mean()
+              for n in accuracy}
     fit = [n for n in accuracy if accuracy[n] >= needed[n] - MAX_ACCURACY_LOSS]
     if not fit:
         return max(accuracy, key=lambda n: accuracy[n])
@@ -123,7 +130,9 @@ def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
 
 
 def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, arm: str = "per_class") -> dict[str, Any]:
-    """Test mean and interval of every arm, cycle and metric, and `arm` against every other arm on the primary metrics."""
+    """Test mean and interval of every arm, cycle and metric, and `arm` against every other arm on the primary
+    metrics.
+    """
     cells = []
     for (name, cycle, metric), part in table[table.split == "test"].groupby(["arm", "cycle", "metric"], sort=True):
         mean, low, high = interval(part.groupby("seed").value.mean().to_numpy())
@@ -147,7 +156,8 @@ def pulls(table: pandas.DataFrame, arms: list[str], cycle: int) -> pandas.DataFr
     """
     rows = []
     for arm in arms:
-        found = {m: by_seed(table, arm, cycle, f"aux_{m}", "val") for m in ("cos_end", "cos_lambda0", "loss_ratio", "grad_ratio")}
+        found = {m: by_seed(table, arm, cycle, f"aux_{m}", "val")
+                 for m in ("cos_end", "cos_lambda0", "loss_ratio", "grad_ratio")}
         if not len(found["cos_end"]):
             continue
         row = {name: float(values.mean()) if len(values) else float("nan") for name, values in found.items()}
@@ -159,7 +169,8 @@ def pulls(table: pandas.DataFrame, arms: list[str], cycle: int) -> pandas.DataFr
         else:
             live = rise["low"] > 0 and row["grad_ratio"] > LIVE_RATIO
             verdict = "PASS" if live else "WARN: the pull is not shown"
-        rows.append({"arm": arm, **row, "rise": rise["mean"], "low": rise.get("low"), "high": rise.get("high"), "verdict": verdict})
+        rows.append({"arm": arm, **row, "rise": rise["mean"], "low": rise.get("low"), "high": rise.get("high"),
+                     "verdict": verdict})
     return pandas.DataFrame(rows)
 
 
@@ -168,8 +179,8 @@ def trend(
 ) -> tuple[str, dict[str, float]]:
     """(PASS, FAIL or WARN, the paired difference to the reference on test).
 
-    PASS where the interval lies above 0 and FAIL where it lies below; with a margin where it lies within it and where it
-    lies outside. WARN: neither is shown.
+    PASS where the interval lies above 0 and FAIL where it lies below; with a margin where it lies within it and where
+    it lies outside. WARN: neither is shown.
     """
     at = 0 if reference == "baseline" else cycle
     found = paired(by_seed(table, arm, cycle, metric, "test"), by_seed(table, reference, at, metric, "test"))
@@ -182,11 +193,12 @@ def trend(
 
 
 def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, cycle: int) -> str:
-    """What the paired differences of `arm` say about one primary metric, on test; the rules of the notebook's last section.
+    """What the paired differences of `arm` say about one primary metric, on test; the rules of the notebook's last
+    section.
 
-    An effect is an interval clear of 0 with a Holm-corrected p under .05 over all arms and primary metrics. Success asks for
-    one against each of CONTROLS, an accuracy whose interval excludes a loss of half a point, and an SAE as good and as
-    sparse as lambda0's (MATCHED, by intervals).
+    An effect is an interval clear of 0 with a Holm-corrected p under .05 over all arms and primary metrics. Success
+    asks for one against each of CONTROLS, an accuracy whose interval excludes a loss of half a point, and an SAE as
+    good and as sparse as lambda0's (MATCHED, by intervals).
     """
     if table.seed.nunique() < 3:
         return "no verdict: fewer than 3 seeds"
@@ -202,7 +214,8 @@ def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, cyc
     if "lambda0" not in better:
         return f"no effect shown: {against}"
     accuracy = trend(table, arm, "lambda0", "task_accuracy", cycle)[1]
-    points = f"accuracy {100 * accuracy['mean']:+.2f} points [{100 * accuracy['low']:+.2f}, {100 * accuracy['high']:+.2f}]"
+    mean, low, high = (100 * accuracy[key] for key in ("mean", "low", "high"))
+    points = f"accuracy {mean:+.2f} points [{low:+.2f}, {high:+.2f}]"
     if accuracy["high"] < -MAX_ACCURACY_LOSS:
         return f"trade-off: {against}, {points}"
     tied = [a for a in CONTROLS if a in rows.index and a not in better]
@@ -222,7 +235,7 @@ def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, cyc
 def match_latents(
     a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, kept_above: float = 0.9, moved_above: float = 0.5,
     family_above: float = 0.7,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Which latents of dictionary b [F_b, D] are those of dictionary a [F_a, D] (unit rows), one to one.
 
     Hungarian matching of alive latents by the cosine of their dictionary rows. kept: cosine >= kept_above;
@@ -242,4 +255,4 @@ def match_latents(
         "pairs": sorted(pairs, key=lambda pair: -pair[2]), "kept": kept, "moved": len(pairs) - kept,
         "died": len(rows_a) - len(pairs), "born": len(rows_b) - len(pairs),
         "split": int((close.sum(1) >= 2).sum()), "merged": int((close.sum(0) >= 2).sum()),
-    }  # fmt: skip
+    }

@@ -24,7 +24,8 @@ from lib.sae import SAE
 Model = Any  # MLP or TextClassifier of cycles/classifier.py
 Scores = dict[str, float]
 GROUPS = ("probes", "clustering", "robustness", "language")
-HEADLINE = {"u_weighted": "u_weighted", "csi": "csi", "csi_std": "csi_std", "csi_all": "csi_all", "u": "u", "u_std": "u_std", "u_label": "u_label",
+HEADLINE = {"u_weighted": "u_weighted", "csi": "csi", "csi_std": "csi_std", "csi_all": "csi_all", "u": "u",
+            "u_std": "u_std", "u_label": "u_label",
             "u_adj": "u_adj", "u_all": "u_all", "u_label_all": "u_label_all", "n_supported": "u_n_supported"}
 
 
@@ -77,8 +78,12 @@ def _named(prefix: str, scores: Scores) -> Scores:
     return {f"{prefix}_{name}": value for name, value in scores.items()}
 
 
-def label_selectivity(h: Tensor, codes: Tensor, fired: dict[str, Tensor], y: Tensor, n_classes: int, suffix: str) -> Scores:
-    """CSI and U of the base units h [N, D] and of the codes [N, F] for labels y [N], under base_* and sae_features_*."""
+def label_selectivity(
+    h: Tensor, codes: Tensor, fired: dict[str, Tensor], y: Tensor, n_classes: int, suffix: str
+) -> Scores:
+    """CSI and U of the base units h [N, D] and of the codes [N, F] for labels y [N], under base_* and
+    sae_features_*.
+    """
     values = {"base": h, "sae_features": codes}
     parts = {part: selectivity(values[part], fires, y, n_classes) for part, fires in fired.items()}
     return {f"{part}_{HEADLINE[name]}{suffix}": value for part, found in parts.items() for name, value in found.items()}
@@ -202,7 +207,8 @@ def language_scores(
 def letter_tokens(
     model: Model, task: Task, ids: Tensor, limit: int, batch_size: int, seed: int, entries: Entries | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to `limit` tokens of the examples, in random order, that begin with a letter: x [N, D], letter 0..25 [N], split 0, 1, 2 [N].
+    """Up to `limit` tokens of the examples, in random order, that begin with a letter: x [N, D], letter 0..25 [N],
+    split 0, 1, 2 [N].
 
     The split (60/20/20) is drawn by token type, so that no probe sees a token id twice.
     """

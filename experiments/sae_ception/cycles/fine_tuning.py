@@ -63,7 +63,8 @@ class Targets:
         """The targets [B, D] of the examples. Raises InputError for an example without one."""
         ids = ids.cpu()
         if len(ids) and (int(ids.max()) >= len(self.row) or bool((self.row[ids] < 0).any())):
-            raise InputError("a training example has no target: the targets were made for another split; make them again")
+            raise InputError("a training example has no target: the targets were made for another split; make them "
+                             "again")
         return self.t[self.row[ids]].to(device)
 
     def loss(self, h: Tensor, ids: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ def _optimizer(model: nn.Module, settings: TuneSettings) -> torch.optim.Optimize
 def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Targets | None = None,
               entries: Entries | None = None, checkpoint: Path | None = None, key: str = "",
               log: Callable[[dict[str, float]], None] | None = None, label: str = "training") -> dict[str, Any]:
-    """Train `model` in place on the training split and leave it with the weights of its last or best epoch (settings.select).
+    """Train `model` in place on the training split and leave it with the weights of its last or best epoch
+    (settings.select).
 
     The best epoch has the highest validation accuracy, the earlier one on a tie; it ends one arm's training sooner than
     another's, so arms that are compared take the last. targets: what h is pulled to
@@ -115,7 +117,8 @@ def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Tar
 
     Several ranks share every batch: their gradients are added up, and only the first writes the checkpoint.
 
-    Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "kept_epoch", "aux": {..., see probe()}}.
+    Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "kept_epoch", "aux": {..., see
+    probe()}}.
     """
     if settings.select not in ("last", "best"):
         raise InputError(f"SELECT_EPOCH={settings.select!r} must be 'last' or 'best'")
@@ -128,7 +131,8 @@ def fine_tune(model: nn.Module, task: Task, settings: TuneSettings, targets: Tar
         progress = {"epochs": [], "best_epoch": 0, "best": {}, "start": start, "sums": [0.0, 0.0]}
     per_epoch = -(-len(task.splits["train"].split(settings.batch_size)) // settings.accumulate)
     for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False):
-        means = _one_epoch(model, task, settings, targets, entries, optimizer, epoch, per_epoch * settings.epochs, device)
+        means = _one_epoch(model, task, settings, targets, entries, optimizer, epoch, per_epoch * settings.epochs,
+                           device)
         _, logits = outputs(model, task, task.splits["val"], settings.batch_size, entries)
         y = task.y[task.splits["val"]]
         accuracy = float((logits.argmax(1) == y).double().mean())
@@ -187,12 +191,15 @@ def _one_epoch(model, task, settings, targets, entries, optimizer, epoch, n_step
     add_up(seen)
     loss, aux = (seen / len(task.splits["train"])).tolist()
     if not (math.isfinite(loss) and math.isfinite(aux)):
-        raise InputError(f"the loss is no longer finite in epoch {epoch + 1}; lower LR (now {settings.lr:g}) or AUX_WEIGHT")
+        raise InputError(f"the loss is no longer finite in epoch {epoch + 1}; lower LR (now {settings.lr:g}) or "
+                         "AUX_WEIGHT")
     return {"loss": loss, "aux_loss": aux}
 
 
 def probe_ids(task: Task) -> Tensor:
-    """The training examples on which the auxiliary loss is measured: the same ones for all arms, each class with its share."""
+    """The training examples on which the auxiliary loss is measured: the same ones for all arms, each class with its
+    share.
+    """
     return draw(task.splits["train"], task.y, PROBE_EXAMPLES, seed=0)
 
 
@@ -201,8 +208,8 @@ def probe(
 ) -> dict[str, float]:
     """The state of the auxiliary loss on probe_ids, in eval mode.
 
-    loss (mean 1 - cos as trained), cos (mean, about the same centre as the loss), zero_norm_frac (rows of h without direction), and
-    grad_ratio = |weight * grad L_aux| / |grad L_task| over the parameters that L_aux reaches.
+    loss (mean 1 - cos as trained), cos (mean, about the same centre as the loss), zero_norm_frac (rows of h without
+    direction), and grad_ratio = |weight * grad L_aux| / |grad L_task| over the parameters that L_aux reaches.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -225,7 +232,8 @@ def probe(
     reached = [(task_g, aux_g) for task_g, aux_g in zip(*gradients) if task_g is not None and aux_g is not None]
     task_norm, aux_norm = (sum(_square_sum(pair[i]) for pair in reached) ** 0.5 for i in (0, 1))
     loss, zero = (sums / len(ids)).tolist()
-    return {"loss": loss, "cos": 1 - loss, "zero_norm_frac": zero, "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
+    return {"loss": loss, "cos": 1 - loss, "zero_norm_frac": zero,
+            "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
 
 
 def _square_sum(gradient: Tensor) -> float:
@@ -244,33 +252,46 @@ def _aux_summary(progress: dict[str, Any], end: dict[str, float], settings: Tune
         "loss_start": start["loss"], "loss_end": end["loss"], "cos_start": start["cos"], "cos_end": end["cos"],
         "loss_ratio": settings.aux_weight * aux_loss / max(task_loss, 1e-12),
         "grad_ratio": start["grad_ratio"], "grad_ratio_end": end["grad_ratio"], "zero_norm_frac": end["zero_norm_frac"],
-    }  # fmt: skip
+    }
 
 
-def _save(path: Path, key: str, settings: TuneSettings, progress: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _save(
+    path: Path, key: str, settings: TuneSettings, progress: dict[str, Any], model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
     moments = optimizer.state_dict()
     moments["state"] = {i: {name: whole(value) for name, value in of.items()} for i, of in moments["state"].items()}
-    content = {"key": key, "settings": asdict(settings), "progress": progress, "state": trained_state(model), "optimizer": moments}
+    content = {"key": key, "settings": asdict(settings), "progress": progress, "state": trained_state(model),
+               "optimizer": moments}
     if rank() == 0:
         write_torch(path, content)
 
 
-def _load(path: Path | None, key: str, settings: TuneSettings, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """What _save wrote, put into model and optimizer; None if there is nothing. Raises InputError if it is of another training."""
+def _load(
+    path: Path | None, key: str, settings: TuneSettings, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """What _save wrote, put into model and optimizer; None if there is nothing. Raises InputError if it is of another
+    training.
+    """
     is_there = path is not None and path.exists()
     if not agree(is_there):
-        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them share")
+        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them "
+                         "share")
     if path is None or not is_there:
         return None
     found = read_torch(path, "train again", schemas.TUNING)
     if found["key"] != key:
         why = differences(found["settings"], asdict(settings)) or "its data, model or an earlier step has changed"
-        raise InputError(f"{path} is an unfinished training with other constants ({why}); end it with those, or delete it to train anew")
+        raise InputError(f"{path} is an unfinished training with other constants ({why}); end it with those, or delete "
+                         "it to train anew")
     try:
         load_trained(model, found["state"])
         parameters, moments = optimizer.param_groups[0]["params"], found["optimizer"]
-        moments["state"] = {i: {name: shared_like(value, parameters[i]) for name, value in of.items()} for i, of in moments["state"].items()}
+        moments["state"] = {i: {name: shared_like(value, parameters[i]) for name, value in of.items()}
+                            for i, of in moments["state"].items()}
         optimizer.load_state_dict(moments)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it, then train again") from None
+        raise InputError(
+            f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it, then train again"
+        ) from None
     return found["progress"]

@@ -32,7 +32,8 @@ def classes(values: list[Any], where: list[str], field: str, trained_on: bool = 
     other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if other is not None:
         raise InputError(
-            f"{field} mixes {kinds[0]} and {kinds[other]} (row {_row(other, where)}: {values[other]!r}); write all labels alike"
+            f"{field} mixes {kinds[0]} and {kinds[other]} (row {_row(other, where)}: {values[other]!r}); "
+            "write all labels alike"
         )
     known = sorted({value for value, w in zip(values, where) if w == "train" or not trained_on})
     number = {value: i for i, value in enumerate(known)}
@@ -44,7 +45,8 @@ def classes(values: list[Any], where: list[str], field: str, trained_on: bool = 
 def _is_missing(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
-    return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and math.isnan(value))
+    return (value is None or type(value).__name__ in ("NAType", "NaTType")
+            or (isinstance(value, float) and math.isnan(value)))
 
 
 def _is_no_label(value: Any) -> bool:
@@ -62,12 +64,13 @@ def _row(i: int, where: list[str]) -> str:
 
 def _refuse(
     values: list[Any], where: list[str], field: str, wrong: Callable[[Any], bool], what: str, remedy: str
-) -> None:  # fmt: skip
+) -> None:
     found = [i for i, value in enumerate(values) if wrong(value)]
     if found:
         rows = ", ".join(_row(i, where) for i in found[:SHOWN_ROWS]) + (" ..." if len(found) > SHOWN_ROWS else "")
         example = "" if _is_missing(values[found[0]]) else f", e.g. {str(values[found[0]])[:40]!r}"
-        raise InputError(f"{field} has {what} {len(found):,} of {len(values):,} examples (rows {rows}{example}); {remedy}")
+        raise InputError(f"{field} has {what} {len(found):,} of {len(values):,} examples (rows {rows}{example}); "
+                         f"{remedy}")
 
 
 def draw(ids: Tensor, y: Tensor, limit: int | None, seed: int) -> Tensor:

@@ -5,7 +5,8 @@
     bench.load("per_class", 2)              # puts that model's weights into bench.model
 
 Every output has a stamp beside it: its key, its checksum and the constants it was made with. An output with another key
-is stale: it is named, with the constants that differ, and never used; one with another checksum is not what was stamped.
+is stale: it is named, with the constants that differ, and never used; one with another checksum is not what was
+stamped.
 """
 import json
 from pathlib import Path
@@ -23,7 +24,17 @@ from lib import schemas
 from lib.blocks import require_positions
 from lib.distributed import own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, choose_device
-from lib.files import fingerprint, read_json, read_sealed, read_torch, remove_leftovers, safe_name, sha256, write_json, write_sealed
+from lib.files import (
+    fingerprint,
+    read_json,
+    read_sealed,
+    read_torch,
+    remove_leftovers,
+    safe_name,
+    sha256,
+    write_json,
+    write_sealed,
+)
 from lib.guards import differences
 from lib.hooks import blocks
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, weights_of
@@ -32,10 +43,12 @@ from lib.store import experiment_dir, provenance
 from lib.texts import filler_id
 
 # Constants that choose what is run or where, not what any one result is.
-RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "FSDP", "TRACKER", "N_SAE_SEEDS"}
+RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "FSDP", "TRACKER",
+            "N_SAE_SEEDS"}
 SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_LR", "SAE_POSITIONS"}
 AUX_ONLY = {"AUX_WEIGHT", "AUX_CENTRED", "KEEP_PCT", "KEEP_PER_EXAMPLE", "SHARPEN_SEED", "INIT", "ARM_CONSTANTS"}
-EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS", "METRICS"}
+EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS",
+             "METRICS"}
 PLACES = ("MODEL", "DATASET", "VAL_DATASET", "TEST_DATASET")  # constants that may be a file or directory
 ENTRY_SHARD_TEXTS = 2048
 Constants = dict[str, Any]
@@ -72,8 +85,10 @@ class Bench:
             self.task = load_task(c, seed, self.tokenizer)
             fsdp = c.get("FSDP", False) and world_size() > 1
             if fsdp and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]:
-                raise InputError("with FSDP no rank holds the frozen blocks to fill a cache with; set CACHE_ENTRIES=False")
-            lm: Any = load_base(c, torch.device("cpu") if fsdp else self.device)  # each part goes to its device when it is sharded
+                raise InputError("with FSDP no rank holds the frozen blocks to fill a cache with; set "
+                                 "CACHE_ENTRIES=False")
+            # each part goes to its device when it is sharded
+            lm: Any = load_base(c, torch.device("cpu") if fsdp else self.device)
             require_positions(lm, c["MAX_LENGTH"])
             if lm.config.pad_token_id is None:
                 lm.config.pad_token_id = filler_id(self.tokenizer)
@@ -134,12 +149,14 @@ def load_base(c: Constants, device: torch.device) -> Any:
     Raises InputError if it can't be reached, or the packages that these need are not installed.
     """
     if c["DEVICE_MAP"] == "disk":
-        raise InputError("DEVICE_MAP=disk is for saving activations: blocks that are trained can't stay on the disk; use auto, or FSDP under torchrun")
+        raise InputError("DEVICE_MAP=disk is for saving activations: blocks that are trained can't stay on the disk; "
+                         "use auto, or FSDP under torchrun")
     dtype = choose_dtype(c["MODEL_DTYPE"], device)
     trained: tuple[str, ...] = ()
     if c["LOAD_BITS"]:
         with torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"], trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"],
+                                                             trust_remote_code=False)
             empty = transformers.AutoModelForCausalLM.from_config(config)
             skeleton = TextClassifier(empty, 2, c["TARGET_LAYER"], 0, c["TRAIN_BELOW"])
         path, stack = blocks(empty)
@@ -172,7 +189,8 @@ def inherited(c: Constants, seed: int, arm: str) -> Constants:
     found = read_json(baseline, schemas.SETTING) | (read_json(own, schemas.SETTING) if own.exists() else {})
     for name, then in read_json(baseline.with_name("meta.json"), schemas.ORIGIN)["paths"].items():
         if local_path(found[name]) is None:  # it would be asked from the hub
-            raise InputError(f"{name}={found[name]} was {then} when step 1 ran; put it back there, or start this step where step 1 was started")
+            raise InputError(f"{name}={found[name]} was {then} when step 1 ran; put it back there, or start this step "
+                             "where step 1 was started")
     return found
 
 
@@ -201,11 +219,15 @@ def finished(path: Path, key: str, c: Constants, data: str = "", model: str = ""
         return True
     present = {k: v for k, v in fingerprintable(c).items() if k not in RUN_ONLY}
     stored = found["constants"]
-    why = differences({k: v for k, v in stored.items() if k in present}, {k: v for k, v in present.items() if k in stored})
+    why = differences({k: v for k, v in stored.items() if k in present},
+                      {k: v for k, v in present.items() if k in stored})
     if not why:
-        changed = [name for name, then, now in (("data or tokenizer", found["data"], data), ("weights of MODEL", found["model"], model)) if then != now]
-        why = f"the {' and the '.join(changed)} have changed" if changed and data else "an earlier step's output has changed"
-    raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete {bench_root(path)}")
+        changed = [name for name, then, now in (("data or tokenizer", found["data"], data),
+                                                ("weights of MODEL", found["model"], model)) if then != now]
+        why = (f"the {' and the '.join(changed)} have changed" if changed and data
+               else "an earlier step's output has changed")
+    raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete "
+                     f"{bench_root(path)}")
 
 
 def bench_root(path: Path) -> Path:
@@ -224,7 +246,8 @@ def write_stamp(bench: Bench, path: Path, key: str) -> None:
     constants = fingerprintable(bench.c)
     write_json(folder / "constants.json", constants, sealed=True)
     made_from = {"data": bench.task_key, "model": bench.model_key}
-    paths = {name: str(local) for name in PLACES if (value := constants.get(name)) not in (None, "mlp", "digits") and (local := local_path(value))}
+    paths = {name: str(local) for name in PLACES
+             if (value := constants.get(name)) not in (None, "mlp", "digits") and (local := local_path(value))}
     meta = {"constants_hash": fingerprint(constants), "seed": bench.seed, "paths": paths, **made_from}
     write_json(folder / "meta.json", meta | provenance(), sealed=True)
     write_json(stamp_path(path), {"key": key, "file": sha256(path), **made_from, "constants": constants}, sealed=True)
@@ -233,7 +256,8 @@ def write_stamp(bench: Bench, path: Path, key: str) -> None:
 def cached_entries(bench: Bench) -> Entries:
     """What enters the first trained block for every example, computed once per data set and base model."""
     task, model = bench.task, bench.model
-    key = fingerprint([bench.c["MODEL"], weights_of(model.lm), [t.ids for t in task.tokens], model.first_trained, bench.c["MODEL_DTYPE"]])
+    key = fingerprint([bench.c["MODEL"], weights_of(model.lm), [t.ids for t in task.tokens], model.first_trained,
+                       bench.c["MODEL_DTYPE"]])
     folder = bench.root / "cache" / key
     lengths = [len(item.ids) for item in task.tokens]
     shards = [range(i, min(i + ENTRY_SHARD_TEXTS, len(lengths))) for i in range(0, len(lengths), ENTRY_SHARD_TEXTS)]
@@ -257,4 +281,5 @@ def cached_entries(bench: Bench) -> Entries:
             places.append((number, start, start + lengths[i]))
             start += lengths[i]
     sizes = [sum(lengths[i] for i in ids) for ids in shards]
-    return Entries([read_sealed(folder / f"{i}.safetensors", {"x": "float N D"}, N=size)["x"] for i, size in enumerate(sizes)], places)
+    return Entries([read_sealed(folder / f"{i}.safetensors", {"x": "float N D"}, N=size)["x"]
+                    for i, size in enumerate(sizes)], places)

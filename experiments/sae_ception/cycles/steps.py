@@ -6,9 +6,10 @@
     train_model(bench, "per_class", 1)             # targets from model and SAE 0, then model 1
     evaluate_cycle(bench, "per_class", 1)
 
-store/sae_ception/<setting>/<arm>/seed_<s>/ holds constants.json, meta.json, checkpoints/, targets_cycle_<n>.safetensors,
-history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "baseline". A step that
-finds its output finished does nothing; one that finds an output or an input made with other constants stops and says which.
+store/sae_ception/<setting>/<arm>/seed_<s>/ holds constants.json, meta.json, checkpoints/,
+targets_cycle_<n>.safetensors, history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "baseline". A
+step that finds its output finished does nothing; one that finds an output or an input made with other constants stops
+and says which.
 """
 import math
 import shutil
@@ -39,11 +40,12 @@ def tune_settings(bench: Bench, arm: str, cycle: int, aux: Constants) -> TuneSet
     if method(arm) == "new_seed" and cycle:
         order += 500_000 + 1000 * cycle
     return TuneSettings(
-        epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"], weight_decay=c["WEIGHT_DECAY"],
+        epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"],
+        weight_decay=c["WEIGHT_DECAY"],
         warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"], accumulate=c["ACCUMULATE"],
         aux_weight=aux_weight(aux, cycle) if method(arm) not in NO_TARGET and cycle else 0.0, seed=order,
         select=c["SELECT_EPOCH"],
-    )  # fmt: skip
+    )
 
 
 def aux_weight(aux: Constants, cycle: int) -> float:
@@ -72,7 +74,7 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
         history = fine_tune(
             bench.model, bench.task, settings, made, bench.entries, unfinished if bench.is_text else None, key, track,
             label=f"{arm} cycle {cycle}",
-        )  # fmt: skip
+        )
     if made is not None:
         history["aux"] |= share
     trained = trained_state(bench.model)
@@ -83,8 +85,10 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
     write_stamp(bench, path, key)
     unfinished.unlink(missing_ok=True)
     if made is not None and (share["cos_source"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
-        log.warning("%s: the auxiliary loss hardly pulls (the model that made the targets has a cosine of %.3f to them, gradient ratio %.3f); "
-                    "keep fewer latents or raise AUX_WEIGHT before reading a null result", arm, share["cos_source"], history["aux"]["grad_ratio"])  # fmt: skip
+        log.warning("%s: the auxiliary loss hardly pulls (the model that made the targets has a cosine of %.3f to "
+                    "them, gradient ratio %.3f); "
+                    "keep fewer latents or raise AUX_WEIGHT before reading a null result", arm, share["cos_source"],
+                    history["aux"]["grad_ratio"])
     kept = history["epochs"][history["kept_epoch"] - 1]
     log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, bench.seed, cycle, kept["val_accuracy"])
 
@@ -104,7 +108,9 @@ def start_from(bench: Bench, arm: str, cycle: int, aux: Constants) -> None:
 
 
 def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Targets, dict[str, float]]:
-    """The targets that cycle `cycle` gives to the next one, computed once by the frozen model and SAE, and kept on disk."""
+    """The targets that cycle `cycle` gives to the next one, computed once by the frozen model and SAE, and kept on
+    disk.
+    """
     bench.load(arm, cycle)
     sae = bench.sae(arm, cycle)
     ids = bench.task.splits["train"]
@@ -116,9 +122,11 @@ def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Ta
     if aux["AUX_CENTRED"]:  # an SAE over all tokens knows their mean, which is not that of the position that is pulled
         centre = h.mean(0) if bench.is_text and bench.c["SAE_POSITIONS"] == "tokens" else sae.mean
     t, share = targets(
-        arm, h, values, indices, sae.decode, bench.task.y[ids], ids, n_classes=bench.task.n_classes, n_latents=sae.n_latents,
-        keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example, seed=aux["SHARPEN_SEED"] + bench.seed, centre=centre,
-    )  # fmt: skip
+        arm, h, values, indices, sae.decode, bench.task.y[ids], ids, n_classes=bench.task.n_classes,
+        n_latents=sae.n_latents,
+        keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example,
+        seed=aux["SHARPEN_SEED"] + bench.seed, centre=centre,
+    )
     made = Targets(ids, t, centre)
     share["cos_source"] = 1 - float(made.loss(h, ids).double().mean())
     folder = bench.root / arm / f"seed_{bench.seed}"
@@ -129,11 +137,13 @@ def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Ta
 
 
 def lambda0_cosine(bench: Bench, arm: str, cycle: int) -> float:
-    """Mean cosine of lambda0's model of a cycle to the targets that `arm` was pulled to: what the arm's end cosine is worth.
+    """Mean cosine of lambda0's model of a cycle to the targets that `arm` was pulled to: what the arm's end cosine is
+    worth.
 
     Over the same examples and about the same centre as the arm's own (cycles.fine_tuning.probe).
     """
-    stored = read_sealed(bench.root / arm / f"seed_{bench.seed}" / f"targets_cycle_{cycle - 1}.safetensors", schemas.TARGETS)
+    stored = read_sealed(bench.root / arm / f"seed_{bench.seed}" / f"targets_cycle_{cycle - 1}.safetensors",
+                         schemas.TARGETS)
     made = Targets(stored["example_id"], stored["t"], stored.get("centre"))
     bench.load("lambda0", cycle)
     ids = probe_ids(bench.task)
@@ -158,15 +168,18 @@ def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> No
         texts = [task.texts[i] for i in ids.tolist()]
         splits = ["val" if v else "train" for v in is_val.tolist()]
         meta = {"model": {"name": c["MODEL"], "key": bench.key("model", arm, cycle)}}
-        run = save_activations(work, bench.model.lm, bench.tokenizer, [bench.model.target], texts, splits, SaveSettings(max_length=c["MAX_LENGTH"]), meta)
+        run = save_activations(work, bench.model.lm, bench.tokenizer, [bench.model.target], texts, splits,
+                               SaveSettings(max_length=c["MAX_LENGTH"]), meta)
         rows = rows_of_run(run, run.hooks[0])
     else:
         h, _ = outputs(bench.model, task, ids, c["BATCH_SIZE"], bench.entries)
         rows = rows_of_tensor(h, is_val)
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
-    # Each cycle's SAE starts elsewhere, alike in all arms: latents that live on from cycle to cycle then owe it to the model.
+    # Each cycle's SAE starts elsewhere, alike in all arms: latents that live on from cycle to cycle then owe it to the
+    # model.
     start = 1_000_000 * cycle + 10 * bench.seed + sae_seed
-    settings = TrainSettings(n_latents, c["TOP_K"], epochs=c["SAE_EPOCHS"], batch_size=c["SAE_BATCH_SIZE"], lr=c["SAE_LR"], seed=start)
+    settings = TrainSettings(n_latents, c["TOP_K"], epochs=c["SAE_EPOCHS"], batch_size=c["SAE_BATCH_SIZE"],
+                             lr=c["SAE_LR"], seed=start)
     threads = torch.get_num_threads()
     sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
     # The compiled SAE step may leave torch with another number of threads, which changes the last bits of later models.
@@ -191,7 +204,8 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
     bench.load(arm, cycle)
     history = read_json(folder / f"history_cycle_{cycle}.json", schemas.CYCLE_HISTORY)
     if history["key"] != bench.key("model", arm, cycle):
-        raise InputError(f"{folder / f'history_cycle_{cycle}.json'} is another model's; delete it with its model and run their step again")
+        raise InputError(f"{folder / f'history_cycle_{cycle}.json'} is another model's; delete it with its model and "
+                         "run their step again")
     aux = history.get("aux", {})
     results: dict[str, Any] = {"meta": {"arm": arm, "cycle": cycle, "seed": bench.seed, "key": key}}
     for sae_seed in range(c["N_SAE_SEEDS"]):
@@ -206,9 +220,10 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
         else:
             results.setdefault("other_sae_seeds", []).append({"sae_seed": sae_seed, **found})
     if results["val"]["sae_explained_variance_pooled"] < 0.7:
-        remedy = "set SAE_POSITIONS=pooled or raise SAE_EPOCHS" if bench.is_text and c["SAE_POSITIONS"] == "tokens" else "raise SAE_EPOCHS"
+        remedy = ("set SAE_POSITIONS=pooled or raise SAE_EPOCHS" if bench.is_text and c["SAE_POSITIONS"] == "tokens"
+                  else "raise SAE_EPOCHS")
         log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; %s",
-                    arm, cycle, results["val"]["sae_explained_variance_pooled"], remedy)  # fmt: skip
+                    arm, cycle, results["val"]["sae_explained_variance_pooled"], remedy)
     write_json(path, drop_undefined(results), sealed=True)
     write_stamp(bench, path, key)
     return read_json(path, schemas.RESULTS)

@@ -58,7 +58,8 @@ def per_example(values: Tensor, indices: Tensor, n_keep: int) -> Tensor:
     """
     if n_keep >= values.shape[1]:
         k = values.shape[1]
-        raise InputError(f"per_example would keep {n_keep} of {k} codes, which sharpens nothing; lower KEEP_PER_EXAMPLE")
+        raise InputError(f"per_example would keep {n_keep} of {k} codes, which sharpens nothing; lower "
+                         "KEEP_PER_EXAMPLE")
     by_latent = indices.argsort(dim=1, stable=True)
     order = by_latent.gather(1, values.gather(1, by_latent).argsort(dim=1, descending=True, stable=True))
     keep = torch.zeros(values.shape, dtype=torch.bool).scatter_(1, order[:, :n_keep], True)
@@ -66,7 +67,9 @@ def per_example(values: Tensor, indices: Tensor, n_keep: int) -> Tensor:
 
 
 def random_latents(values: Tensor, n_active: Tensor, generator: torch.Generator) -> Tensor:
-    """n_active [N] random ones of each row's firing codes, rescaled to the row's norm; n_active is at most what fires."""
+    """n_active [N] random ones of each row's firing codes, rescaled to the row's norm; n_active is at most what
+    fires.
+    """
     lottery = torch.rand(values.shape, generator=generator, dtype=torch.float64).masked_fill(values == 0, -1.0)
     rank = lottery.argsort(dim=1, descending=True).argsort(dim=1)
     return torch.where(rank < n_active[:, None], values, torch.zeros_like(values))
@@ -85,10 +88,11 @@ def random_unit(example_ids: Tensor, width: int, seed: int) -> Tensor:
 
 
 def about(centre: Tensor | None, directions: Tensor, h: Tensor) -> Tensor:
-    """Targets [N, D] in the given directions (unit rows) as the cosine will see them: about the centre [D], None: the origin.
+    """Targets [N, D] in the given directions (unit rows) as the cosine will see them: about the centre [D], None: the
+    origin.
 
-    A unit vector about the origin, seen from a centre far away, is the direction to the origin, whatever it was. The step
-    from the centre is as long as an activation's usually is (root mean square), so that the sum keeps its digits.
+    A unit vector about the origin, seen from a centre far away, is the direction to the origin, whatever it was. The
+    step from the centre is as long as an activation's usually is (root mean square), so that the sum keeps its digits.
     """
     if centre is None:
         return directions

@@ -24,7 +24,8 @@ from lib.models import local_path
 from lib.texts import Tokens, filler_id, load_documents, pad, tokenise
 
 DIGITS_TEST_SEED = 0  # scikit-learn's digits come in one piece; their test set is the same for every seed
-DRAW_SEED = 0  # of the training examples that DATA_LIMIT leaves: the same ones for every seed, so that cached states serve all
+DRAW_SEED = 0  # of the training examples that DATA_LIMIT leaves: the same ones for every seed, so that cached states
+               # serve all
 STORIES = "store/embedded/stories"  # the scripts' default data; what else belongs to them goes when DATASET changes
 
 
@@ -70,23 +71,28 @@ class Task:
         return batch
 
     def sample(self, ids: Tensor, limit: int | None, seed: int, name: str) -> Tensor:
-        """`limit` of the ids, drawn by seed with each class's share (cycles.labels.draw); the log tells once what was drawn."""
+        """`limit` of the ids, drawn by seed with each class's share (cycles.labels.draw); the log tells once what was
+        drawn.
+        """
         drawn = draw(ids, self.y, limit, seed)
         if len(drawn) < len(ids) and name not in self.reported:
             self.reported.add(name)
-            log.info("%s: %s of %s drawn by seed %d: %s", name, f"{len(drawn):,}", f"{len(ids):,}", seed, counts(drawn, self.y, self.class_names))
+            log.info("%s: %s of %s drawn by seed %d: %s", name, f"{len(drawn):,}", f"{len(ids):,}", seed,
+                     counts(drawn, self.y, self.class_names))
         return drawn
 
     def identity(self) -> str:
         """Fingerprint of the examples, labels and splits."""
         content = self.images if self.images is not None else [t.ids for t in self.tokens]
-        return fingerprint([fingerprint(content), fingerprint(self.y), [fingerprint(ids) for ids in self.splits.values()]])
+        return fingerprint([fingerprint(content), fingerprint(self.y),
+                            [fingerprint(ids) for ids in self.splits.values()]])
 
 
 def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None) -> Task:
     """The task that the constants name; `tokenizer` for texts, None for images. `seed` cuts the validation split.
 
-    Raises InputError for data that can't be reached, labels that are missing, mixed or hidden, and classes without examples.
+    Raises InputError for data that can't be reached, labels that are missing, mixed or hidden, and classes without
+    examples.
     """
     if tokenizer is None:
         task, where = _images(constants)
@@ -118,17 +124,21 @@ def _group(task: Task, groups: tuple[int, ...] | None) -> None:
     n_classes = len(task.class_names)
     if groups is not None:
         if len(groups) != n_classes or set(groups) != set(range(max(groups) + 1)):
-            raise InputError(f"LABEL_GROUPS={groups} must give a group, counted from 0, to each of the {n_classes} classes")
+            raise InputError(f"LABEL_GROUPS={groups} must give a group, counted from 0, to each of the {n_classes} "
+                             "classes")
         task.attribute, task.attribute_names = task.y, task.class_names
         task.y, n_classes = torch.tensor(groups)[task.y], max(groups) + 1
-        task.class_names = ["/".join(name for name, group in zip(task.attribute_names, groups) if group == c) for c in range(n_classes)]
+        task.class_names = ["/".join(name for name, group in zip(task.attribute_names, groups) if group == c)
+                            for c in range(n_classes)]
     if n_classes < 2:
         raise InputError("the labels have one value only; set another LABEL_FIELD")
     task.n_classes = n_classes
 
 
 def _limited(task: Task, where: list[str], limit: int | None) -> list[int]:
-    """The examples that DATA_LIMIT leaves: all held-out ones, and of the training ones a sample with each class's share."""
+    """The examples that DATA_LIMIT leaves: all held-out ones, and of the training ones a sample with each class's
+    share.
+    """
     train = torch.tensor([i for i, w in enumerate(where) if w == "train"])
     kept = set(task.sample(train, limit, DRAW_SEED, "DATA_LIMIT, training examples").tolist())
     return [i for i, w in enumerate(where) if w != "train" or i in kept]
@@ -141,13 +151,16 @@ def _images(c: dict[str, Any]) -> tuple[Task, list[str]]:
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
-        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=DIGITS_TEST_SEED, stratify=labels)
-        parts = [(pixels[ids], labels[ids].tolist(), name) for name, ids in (("train", np.sort(train)), ("test", np.sort(test)))]
+        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=DIGITS_TEST_SEED,
+                                       stratify=labels)
+        parts = [(pixels[ids], labels[ids].tolist(), name)
+                 for name, ids in (("train", np.sort(train)), ("test", np.sort(test)))]
     else:
         parts = [(*_image_split(dataset, name), name) for name in ("train", "test")]
     shapes = [images.shape[1:] for images, _, _ in parts]
     if shapes[0] != shapes[1]:
-        raise InputError(f"DATASET={dataset} has training images of {shapes[0]} pixels and test images of {shapes[1]}; they must have one size")
+        raise InputError(f"DATASET={dataset} has training images of {shapes[0]} pixels and test images of {shapes[1]}; "
+                         "they must have one size")
     where = [name for _, labels, name in parts for _ in labels]
     y, names = classes([label for _, labels, _ in parts for label in labels], where, f"DATASET={dataset}")
     task = Task(y, 0, {}, class_names=names)
@@ -165,7 +178,8 @@ def _image_split(dataset: str, split: str) -> tuple[np.ndarray, list[Any]]:
         files = [folder / f"{prefix}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
         images, labels = (read_idx(path, n_dims) for path, n_dims in zip(files, (3, 1)))
         if len(images) != len(labels):
-            raise InputError(f"{files[0].name} holds {len(images):,} images and {files[1].name} {len(labels):,} labels; get both files again")
+            raise InputError(f"{files[0].name} holds {len(images):,} images and {files[1].name} {len(labels):,} "
+                             "labels; get both files again")
         return images, labels.tolist()
     import datasets
 
@@ -174,11 +188,15 @@ def _image_split(dataset: str, split: str) -> tuple[np.ndarray, list[Any]]:
         return np.stack([np.asarray(row["image"]) for row in rows]), [row["label"] for row in rows]
     except Exception as error:  # datasets raises many kinds for what it can't reach
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise InputError(f"DATASET={dataset} can't be read ({first}); set a folder with MNIST's four idx.gz files") from None
+        raise InputError(
+            f"DATASET={dataset} can't be read ({first}); set a folder with MNIST's four idx.gz files"
+        ) from None
 
 
 def read_idx(path: Path, n_dims: int) -> np.ndarray:
-    """An idx.gz file of unsigned bytes in n_dims dimensions, the format of MNIST. Raises InputError if it is missing or damaged."""
+    """An idx.gz file of unsigned bytes in n_dims dimensions, the format of MNIST. Raises InputError if it is missing or
+    damaged.
+    """
     try:
         data = gzip.decompress(path.read_bytes())
         if data[:4] != bytes([0, 0, 8, n_dims]):
@@ -186,7 +204,9 @@ def read_idx(path: Path, n_dims: int) -> np.ndarray:
         shape = np.frombuffer(data, ">i4", n_dims, 4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; set DATASET to a folder with all four idx.gz files, or a hub name") from None
+        raise InputError(
+            f"{path} is missing; set DATASET to a folder with all four idx.gz files, or a hub name"
+        ) from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path} is damaged or not an idx.gz file ({error}); get it again") from None
 
@@ -198,23 +218,29 @@ def are_stories(dataset: str | None) -> bool:
 
 
 def own_data(c: dict[str, Any]) -> dict[str, Any]:
-    """The constants without the validation and test files of the embedded stories, where DATASET is no longer the stories."""
+    """The constants without the validation and test files of the embedded stories, where DATASET is no longer the
+    stories.
+    """
     if are_stories(c["DATASET"]):
         return c
     left = [name for name in ("VAL_DATASET", "TEST_DATASET") if are_stories(c[name])]
     if left:
-        log.info("%s: the embedded stories' own file is left out, DATASET=%s is other data", " and ".join(left), c["DATASET"])
+        log.info("%s: the embedded stories' own file is left out, DATASET=%s is other data", " and ".join(left),
+                 c["DATASET"])
     return c | dict.fromkeys(left)
 
 
 def _sources(c: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(split, constant that names its data, data set, its own split) of training, validation where there is one, and test."""
+    """(split, constant that names its data, data set, its own split) of training, validation where there is one, and
+    test.
+    """
     sources = [("train", "DATASET", c["DATASET"], c["TRAIN_SPLIT"])]
     if c["VAL_DATASET"] or c["VAL_SPLIT"]:
         sources.append(("val", "VAL_DATASET", c["VAL_DATASET"] or c["DATASET"], c["VAL_SPLIT"] or "validation"))
     path = local_path(c["DATASET"])
     if not c["TEST_DATASET"] and path is not None and path.is_file():
-        raise InputError(f"TEST_DATASET is not set, and {path.name} is one file without a test split; set TEST_DATASET to a file of its own")
+        raise InputError(f"TEST_DATASET is not set, and {path.name} is one file without a test split; set TEST_DATASET "
+                         "to a file of its own")
     return [*sources, ("test", "TEST_DATASET", c["TEST_DATASET"] or c["DATASET"], c["TEST_SPLIT"])]
 
 
@@ -227,7 +253,8 @@ def _texts(constants: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
         try:
             documents = load_documents(dataset, split, column)
         except InputError as error:
-            raise InputError(str(error).replace("DATASET=", f"{constant}=", 1).replace("set TEXT_FIELD", f"set {hint}")) from None
+            raise InputError(str(error).replace("DATASET=", f"{constant}=", 1).replace("set TEXT_FIELD",
+                                                                                       f"set {hint}")) from None
         for field_name in ("LABEL_FIELD", "ATTRIBUTE_FIELD"):
             _require_field(documents, c, field_name, f"{constant}={dataset}")
         rows += documents
@@ -241,7 +268,8 @@ def _texts(constants: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
         task.attribute, task.attribute_names = classes(values, where, f"ATTRIBUTE_FIELD={attribute}", trained_on=False)
     kept = _limited(task, where, c["DATA_LIMIT"])
     tokens = tokenise(tokenizer, [texts[i] for i in kept], 0, c["MAX_LENGTH"])
-    filled = [(i, item) for i, item in zip(kept, tokens) if item.ids]  # a text without a token has no activation to read
+    # a text without a token has no activation to read
+    filled = [(i, item) for i, item in zip(kept, tokens) if item.ids]
     if len(filled) < len(kept):
         log.info("%s texts without a token are left out", f"{len(kept) - len(filled):,}")
     ids = [i for i, _ in filled]
@@ -257,4 +285,5 @@ def _require_field(documents: list[dict[str, Any]], c: dict[str, Any], constant:
     wanted = c[constant]
     is_default = constant == "ATTRIBUTE_FIELD" and wanted == "topic" and not are_stories(c["DATASET"])
     if wanted and not is_default and not any(wanted in document for document in documents):
-        raise InputError(f"{source} has no field {wanted!r}; it has {', '.join(map(str, documents[0]))}: set {constant}")
+        raise InputError(f"{source} has no field {wanted!r}; it has {', '.join(map(str, documents[0]))}: set "
+                         f"{constant}")

@@ -2,10 +2,10 @@
 
     saes = control_saes(run, hook, settings, folder)     # {"untrained", "frozen_decoder", "frozen_encoder"}
 
-The untrained one is the start of the training itself. The frozen ones (arXiv 2602.14111) are trained on the same rows, for as
-many steps, with the same k and number of latents, but their decoder (or encoder) stays at its random start. They get neither
-whitening nor an aligned encoder, which would shape the frozen part after the data. A trained control is kept in `folder`
-under a name that stands for its settings and data, so that it is trained once.
+The untrained one is the start of the training itself. The frozen ones (arXiv 2602.14111) are trained on the same rows,
+for as many steps, with the same k and number of latents, but their decoder (or encoder) stays at its random start. They
+get neither whitening nor an aligned encoder, which would shape the frozen part after the data. A trained control is
+kept in `folder` under a name that stands for its settings and data, so that it is trained once.
 """
 import shutil
 from dataclasses import asdict, replace
@@ -32,8 +32,11 @@ def control_settings(settings: TrainSettings, frozen: str, n_train: int) -> Trai
     return replace(settings, kind="topk", lr=rate, whiten=0, aligned=False, frozen=frozen)
 
 
-def control_saes(run: Run, hook: str, settings: TrainSettings, folder: Path, device: torch.device | str = "cpu") -> dict[str, SAE]:
-    """Kind -> SAE; those that `folder` does not hold yet are trained, which takes about as long as the SAE itself for each.
+def control_saes(
+    run: Run, hook: str, settings: TrainSettings, folder: Path, device: torch.device | str = "cpu"
+) -> dict[str, SAE]:
+    """Kind -> SAE; those that `folder` does not hold yet are trained, which takes about as long as the SAE itself for
+    each.
 
     settings: those of the trained SAE. All controls are TopK, also where the SAE is of another kind.
     """
@@ -46,7 +49,8 @@ def control_saes(run: Run, hook: str, settings: TrainSettings, folder: Path, dev
         with in_use(place):
             if not path.exists():
                 sae, history = train_sae(rows, chosen, place, device)
-                sae.config.update(hook=hook, run_id=run.run_id, data_digest=run.digest(hook), settings=asdict(chosen), ev=max(history["val"]["ev"]))
+                sae.config.update(hook=hook, run_id=run.run_id, data_digest=run.digest(hook), settings=asdict(chosen),
+                                  ev=max(history["val"]["ev"]))
                 save_sae(sae, path, probe=next(sample_rows(rows, validation=True)))
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
         found[f"frozen_{part}"] = load_sae(path, device)
@@ -54,6 +58,8 @@ def control_saes(run: Run, hook: str, settings: TrainSettings, folder: Path, dev
 
 
 def relative_change(sae: SAE, start: SAE) -> dict[str, float]:
-    """How far dictionary and encoder moved from `start`, in units of the start's norm; 0 for what was frozen, but for rounding."""
+    """How far dictionary and encoder moved from `start`, in units of the start's norm; 0 for what was frozen, but for
+    rounding.
+    """
     pairs = {"dictionary": (sae.W_dec, start.W_dec), "encoder": (sae.W_enc, start.W_enc)}
     return {name: float((now.cpu() - then.cpu()).norm() / then.norm()) for name, (now, then) in pairs.items()}

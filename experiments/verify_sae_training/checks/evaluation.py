@@ -37,7 +37,8 @@ class RowScores(NamedTuple):
 
 def row_scores(sae: SAE, run: Run, hook: str, mask: Tensor) -> RowScores:
     """Scores of the rows where `mask` (bool [n_rows]) holds, in order; streams over the shards."""
-    mean = sum((x[mask[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)), torch.zeros((), dtype=torch.float64)) / mask.sum()
+    mean = sum((x[mask[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)),
+               torch.zeros((), dtype=torch.float64)) / mask.sum()
     parts, fires = [], torch.zeros(sae.n_latents, dtype=torch.int64)
     for i, x in run.batches(hook):
         x = x[mask[i : i + len(x)]]
@@ -58,7 +59,8 @@ def ev(scores: RowScores, keep: Tensor | None = None) -> float:
 
 def ev_by(scores: RowScores, by: Tensor, n_bins: int = 12) -> list[tuple[float, float, float, int]]:
     """EV in bins of a quantity [N] with about equal numbers of rows: (lower edge, upper edge, EV, rows)."""
-    edges = torch.quantile(by.double()[:: max(1, len(by) // 1_000_000)], torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)).unique()
+    edges = torch.quantile(by.double()[:: max(1, len(by) // 1_000_000)],
+                           torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)).unique()
     found = []
     for low, high in zip(edges[:-1], edges[1:]):
         keep = (by >= low) & ((by < high) | (high == edges[-1]))
@@ -89,7 +91,8 @@ def shuffled(x: Tensor, seed: int = 0) -> Tensor:
 
 
 def loss_recovered(
-    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, texts: list[str], mean: Tensor, settings: dict[str, Any], max_tokens: int = 8192
+    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, texts: list[str], mean: Tensor, settings: dict[str, Any],
+    max_tokens: int = 8192
 ) -> dict[str, float]:
     """Language-model loss in nats per token: clean, with the SAE spliced in, with the mean in its place.
 
@@ -98,7 +101,8 @@ def loss_recovered(
     settings: max_length, skip_special, skip_first of the run.
     """
     device = input_device(model)
-    tokens = [t for t in tokenise(tokenizer, texts, 0, settings["max_length"], settings["skip_special"], settings["skip_first"]) if len(t.ids) > 1]
+    tokens = [t for t in tokenise(tokenizer, texts, 0, settings["max_length"], settings["skip_special"],
+                                  settings["skip_first"]) if len(t.ids) > 1]
     changes: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,
         "spliced": lambda x: sae.decode(*sae.encode(x)),
@@ -121,7 +125,10 @@ def loss_recovered(
 
 
 @torch.inference_mode()
-def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoint, keep: Tensor, change: Callable[[Tensor], Tensor] | None) -> float:
+def _next_token_loss(
+    model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoint, keep: Tensor,
+    change: Callable[[Tensor], Tensor] | None,
+) -> float:
     """Sum of cross-entropies over real next tokens, with change(x) [n, D] in place of the kept rows at the point."""
 
     def replace(hidden: Tensor) -> Tensor:
@@ -132,5 +139,6 @@ def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoi
 
     with edit(model, point, replace) if change is not None else nullcontext():
         logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits
-    each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="none")
+    each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device),
+                                       reduction="none")
     return float(each.cpu().double() @ mask[:, 1:].flatten().cpu().double())

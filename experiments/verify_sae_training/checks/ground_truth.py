@@ -1,9 +1,10 @@
-"""What the embedded stories say of every token: the concept of its word, the sense of a word that has two, the state of its story.
+"""What the embedded stories say of every token: the concept of its word, the sense of a word that has two, the state of
+its story.
 
     concepts, labels = ground_truth(run, folder)     # labels bool [n_rows, C]; None where the data set says nothing
 
-A concept's `part` is "leaf" or "node" of the concept tree, "sense" or "state". A sense is asked for among its word's own
-tokens only (`word`), where the token itself says nothing; everything else among all tokens.
+A concept's `part` is "leaf" or "node" of the concept tree, "sense" or "state". A sense is asked for among its word's
+own tokens only (`word`), where the token itself says nothing; everything else among all tokens.
 """
 import re
 from collections import Counter, defaultdict
@@ -93,7 +94,8 @@ def _labelled(run: Run, tree: dict[str, Any]) -> Truth:
     paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
     by_text = {story["text"]: story for story in load_documents(source_of_run(run.meta["dataset"]))}
     if missing := sum(text["text"] not in by_text for text in run.texts):
-        raise InputError(f"{missing} texts of run {run.run_id} are not in its data set any more; run 01_save_activations.py again")
+        raise InputError(f"{missing} texts of run {run.run_id} are not in its data set any more; run "
+                         "01_save_activations.py again")
     stories = [by_text[text["text"]] for text in run.texts]
     senses = _senses(stories, paths)
     parts = {name: "leaf" if name in paths.values() else "node" for path in paths.values() for name in _above(path)}
@@ -129,12 +131,16 @@ def _senses(stories: list[dict[str, Any]], paths: dict[int, str]) -> dict[str, s
 
 def _state_names(tree: dict[str, Any]) -> list[str]:
     last = [f"last named: {path}" for path in (*FEELINGS, *PETS, *NAMES)]
-    return ["in a quotation", "after a negation", *last, *(f"topic: {topic}" for topic in tree["topics"]), *(f"how it ends: {mood}" for mood in tree["moods"])]
+    return ["in a quotation", "after a negation", *last, *(f"topic: {topic}" for topic in tree["topics"]),
+            *(f"how it ends: {mood}" for mood in tree["moods"])]
 
 
-def _spans(story: dict[str, Any], paths: dict[int, str], senses: dict[str, str], tree: dict[str, Any]) -> Iterator[Span]:
+def _spans(
+    story: dict[str, Any], paths: dict[int, str], senses: dict[str, str], tree: dict[str, Any]
+) -> Iterator[Span]:
     """Where each concept holds in a story."""
-    text, words = story["text"], [(match, paths.get(leaf, "")) for match, leaf in zip(WORD.finditer(story["text"]), story["concepts"])]
+    text, words = story["text"], [(match, paths.get(leaf, ""))
+                                  for match, leaf in zip(WORD.finditer(story["text"]), story["concepts"])]
     for match, path in words:
         for name in _above(path) if path else ():
             yield *match.span(), name

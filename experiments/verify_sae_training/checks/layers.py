@@ -32,7 +32,8 @@ Table = list[dict[str, Any]]
 
 
 def probe_layers(
-    model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], settings: SaveSettings, labels: list[Any] | None = None
+    model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], settings: SaveSettings,
+    labels: list[Any] | None = None
 ) -> Table:
     """What a sample of texts says of each hook point, all in one pass; one dict a point, in the order of the points.
 
@@ -64,7 +65,9 @@ def probe_layers(
     return table
 
 
-def _labelled_rows(rows: Tensor, texts: Sequence[str], labels: list[Any]) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+def _labelled_rows(
+    rows: Tensor, texts: Sequence[str], labels: list[Any]
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     """How to gather the labelled examples from a layer's rows [R, D], their classes int64 [N], held out or not [N]."""
     text_id = rows[:, 0].long()
     if isinstance(labels[0], list | tuple):
@@ -80,7 +83,8 @@ def _labelled_rows(rows: Tensor, texts: Sequence[str], labels: list[Any]) -> tup
     names = {name: number for number, name in enumerate(sorted(set(y), key=str))}
     is_val = of_text % VAL_EVERY == VAL_EVERY - 1
     if len(names) < 2 or not is_val.any() or is_val.all():
-        raise InputError("a linear probe needs at least two classes and five texts; raise N_TEXTS or set another LABEL_FIELD")
+        raise InputError("a linear probe needs at least two classes and five texts; raise N_TEXTS or set another "
+                         "LABEL_FIELD")
     return gather, torch.tensor([names[label] for label in y]), is_val
 
 
@@ -95,34 +99,43 @@ def _word_labels(rows: Tensor, texts: Sequence[str], labels: list[Any]) -> list[
 
 
 def recommend_layer(table: Table) -> tuple[str, str]:
-    """A hook point of probe_layers' table, and why. A start, not a verdict: what the labels do not ask for may live elsewhere."""
+    """A hook point of probe_layers' table, and why. A start, not a verdict: what the labels do not ask for may live
+    elsewhere.
+    """
     calm = [row for row in table if row["gamma"] <= GAMMA and row["outlier_frac"] <= OUTLIERS]
-    left_out = f"{len(table) - len(calm)} of {len(table)} left out for gamma over {GAMMA:g} or outlier rows; " if len(calm) < len(table) else ""
+    left_out = (f"{len(table) - len(calm)} of {len(table)} left out for gamma over {GAMMA:g} or outlier rows; "
+                if len(calm) < len(table) else "")
     if not calm:
-        calm, left_out = table, "every layer has a large gamma or outlier rows: set SKIP_FIRST=1 or MAX_NORM_MULTIPLE=10; "
+        calm = table
+        left_out = "every layer has a large gamma or outlier rows: set SKIP_FIRST=1 or MAX_NORM_MULTIPLE=10; "
     if "probe_accuracy" in table[0]:
         best = max(row["probe_accuracy"] for row in calm)
         row = next(row for row in calm if row["probe_accuracy"] >= best - NEAR)
-        reason = f"the first whose probe accuracy, {row['probe_accuracy']:.3f}, is within {NEAR:g} of the best, {best:.3f}"
+        found = row["probe_accuracy"]
+        reason = f"the first whose probe accuracy, {found:.3f}, is within {NEAR:g} of the best, {best:.3f}"
         return row["signature"], f"{left_out}{reason} (the most frequent class alone: {row['majority']:.3f})"
     row = max(calm, key=lambda row: row["participation"])
-    return row["signature"], f"{left_out}the most effective dimensions, {row['participation']:.1f}; with labels the advice is better"
+    return row[
+        "signature"
+    ], f"{left_out}the most effective dimensions, {row['participation']:.1f}; with labels the advice is better"
 
 
 def sweep_k(
-    rows: Rows, settings: TrainSettings, ks: Sequence[int], recovered: Callable[[SAE], float] | None = None, device: torch.device | str = "cpu"
+    rows: Rows, settings: TrainSettings, ks: Sequence[int], recovered: Callable[[SAE], float] | None = None,
+    device: torch.device | str = "cpu"
 ) -> Table:
     """Two short trainings for each k, alike but for the seed; one dict a k.
 
-    settings: those of the trainings, whose top_k and seed are replaced. recovered: an SAE -> share of the language-model
-    loss recovered. Columns: k; ev, l0_mean, dead_pct, held out, of the first SAE; loss_recovered, if asked for;
-    neighbours, the mean |cosine| between two directions of one dictionary (arXiv 2508.16560 takes its lowest point for
-    the right k; on the embedded stories it only falls); seeds, the mean over latents of the largest cosine to a direction
-    of the other seed's dictionary.
+    settings: those of the trainings, whose top_k and seed are replaced. recovered: an SAE -> share of the
+    language-model loss recovered. Columns: k; ev, l0_mean, dead_pct, held out, of the first SAE; loss_recovered, if
+    asked for; neighbours, the mean |cosine| between two directions of one dictionary (arXiv 2508.16560 takes its lowest
+    point for the right k; on the embedded stories it only falls); seeds, the mean over latents of the largest cosine to
+    a direction of the other seed's dictionary.
     """
     table = []
     for k in tqdm(ks, desc="sweeping k", unit="k"):
-        pair = [train_sae(rows, replace(settings, top_k=k, seed=seed), None, device, progress=False)[0] for seed in (settings.seed, settings.seed + 1)]
+        pair = [train_sae(rows, replace(settings, top_k=k, seed=seed), None, device, progress=False)[0]
+                for seed in (settings.seed, settings.seed + 1)]
         numbers = score(pair[0], sample_rows(rows, validation=True))
         row = {"k": k, **{name: numbers[name] for name in ("ev", "l0_mean", "dead_pct")}}
         if recovered is not None:
@@ -152,7 +165,9 @@ def recommend_k(table: Table) -> tuple[int, str]:
     enough = [row for row in table if row[name] >= ENOUGH]
     if not enough:
         row = max(table, key=lambda row: row[name])
-        return row["k"], f"no k reaches a {measure} of {ENOUGH:g}; this one comes closest: more latents, tokens or epochs"
+        return row[
+            "k"
+        ], f"no k reaches a {measure} of {ENOUGH:g}; this one comes closest: more latents, tokens or epochs"
     best = max(row["seeds"] for row in enough)
     row = max((row for row in enough if row["seeds"] >= best - NEAR), key=lambda row: row["k"])
     agreed = f"two seeds agree on its directions to {row['seeds']:.3f}, within {NEAR:g} of the best, {best:.3f}"

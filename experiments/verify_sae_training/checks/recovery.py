@@ -1,9 +1,10 @@
-"""How well one unit tells a concept's tokens from all others: latents, neurons, directions, tokens; and what a table of tokens tells.
+"""How well one unit tells a concept's tokens from all others: latents, neurons, directions, tokens; and what a table of
+tokens tells.
 
     rows = recover_concepts(saes, run, hook, truth, principal)      # one dict a concept
 
-A unit and its threshold are chosen by F1 on the rows of training texts and scored on those of held-out texts, in the same
-way for every kind. A table is no unit: it is fitted to the labels, and says what the token alone, or with the one
+A unit and its threshold are chosen by F1 on the rows of training texts and scored on those of held-out texts, in the
+same way for every kind. A table is no unit: it is fitted to the labels, and says what the token alone, or with the one
 before it, gives away. Concepts that the token table finds are *word* concepts, the others *context* concepts.
 """
 from collections.abc import Iterable
@@ -23,22 +24,28 @@ THRESHOLDS = 14  # quantiles tried for each neuron and each principal direction
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # of a latent's largest code, tried as its threshold
 SAMPLE = 4_000_000  # activations, evenly thinned, that quantiles are taken of
 WORD_F1 = 0.8  # of the token table on training rows: from here on a concept is one of words
-MIN_TOKENS, MIN_SENSE = 20, 5  # held-out tokens with the concept (of a sense also without it), below which it is left out
+# held-out tokens with the concept (of a sense also without it), below which it is left out
+MIN_TOKENS, MIN_SENSE = 20, 5
 KINDS = {
     "latent": "latent of the SAE", "firing": "the same, firing at all",
-    "frozen_decoder": "latent, decoder frozen at random", "frozen_encoder": "latent, encoder frozen at random", "untrained": "latent of the untrained SAE",
-    "neuron": "neuron", "pca": "principal direction", "token": "single token", "table": "token table (fitted)", "pairs": "token-pair table (fitted)",
-}  # fmt: skip
+    "frozen_decoder": "latent, decoder frozen at random", "frozen_encoder": "latent, encoder frozen at random",
+    "untrained": "latent of the untrained SAE",
+    "neuron": "neuron", "pca": "principal direction", "token": "single token", "table": "token table (fitted)",
+    "pairs": "token-pair table (fitted)",
+}
 BASELINES = ("frozen_decoder", "frozen_encoder", "untrained", "neuron", "pca", "token")  # units, as latents are
 Counts = Iterable[tuple[Tensor, Tensor]]
 Scores = dict[str, Any]
 
 
-def recover_concepts(saes: dict[str, SAE], run: Run, hook: str, truth: Truth, principal: Tensor, n_rows: int = 120_000) -> list[dict[str, Any]]:
+def recover_concepts(
+    saes: dict[str, SAE], run: Run, hook: str, truth: Truth, principal: Tensor, n_rows: int = 120_000
+) -> list[dict[str, Any]]:
     """For every concept with enough held-out tokens: {"concept", "part", "context", "n_val", kind: scores, ...}.
 
-    saes: kind -> SAE; the kind "latent" is the trained one, which is also scored by firing at all. principal: directions
-    [D, P]. n_rows: about so many rows, evenly thinned, are searched for concepts that are asked for among all tokens.
+    saes: kind -> SAE; the kind "latent" is the trained one, which is also scored by firing at all. principal:
+    directions [D, P]. n_rows: about so many rows, evenly thinned, are searched for concepts that are asked for among
+    all tokens.
     """
     ids = run.rows["token_id"].long()
     before = torch.where(run.rows["text_id"].diff(prepend=torch.tensor([-1])) == 0, ids.roll(1), -1)
@@ -52,7 +59,8 @@ def recover_concepts(saes: dict[str, SAE], run: Run, hook: str, truth: Truth, pr
         columns = [i for i, concept in enumerate(truth.concepts) if concept.word == word]
         labels, is_val = truth.labels[rows][:, columns], run.is_val[rows]
         n_val = labels[is_val].sum(0)
-        enough = n_val >= MIN_TOKENS if word is None else (n_val >= MIN_SENSE) & (int(is_val.sum()) - n_val >= MIN_SENSE)
+        enough = (n_val >= MIN_TOKENS if word is None
+                  else (n_val >= MIN_SENSE) & (int(is_val.sum()) - n_val >= MIN_SENSE))
         if not enough.any() or not labels[~is_val].any():
             continue
         scores = recovery(saes, x, labels[:, enough], is_val, principal, ids[rows], before[rows])
@@ -65,7 +73,9 @@ def recover_concepts(saes: dict[str, SAE], run: Run, hook: str, truth: Truth, pr
 
 
 def gains(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What checks.verification asks of recover_concepts' rows, by the name of the check; without those that no concept speaks to."""
+    """What checks.verification asks of recover_concepts' rows, by the name of the check; without those that no concept
+    speaks to.
+    """
     found = {}
     for name, context in (("concept_gain", False), ("context_gain", True)):
         part = [row for row in rows if row["context"] == context]
@@ -78,7 +88,9 @@ def gains(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def compositions(codes: Codes, truth: Truth | None, latents: list[int], share: float = 0.8) -> dict[str, list[int]]:
-    """The latents by what makes up at least `share` of their firings: "one token", else "one leaf concept" (with a truth), else "neither"."""
+    """The latents by what makes up at least `share` of their firings: "one token", else "one leaf concept" (with a
+    truth), else "neither".
+    """
     ids = codes.rows["token_id"].long()
     values, indices = (torch.cat(parts) for parts in list(zip(*codes))[1:])
     found: dict[str, list[int]] = {"one token": [], "one leaf concept": [], "neither": []}
@@ -104,8 +116,9 @@ def recovery(
 ) -> list[dict[str, Scores]]:
     """Scores of each concept's best unit of every kind: {"unit", "precision", "recall", "f1"} held out, and "f1_train".
 
-    x: rows [N, D]; labels: bool [N, C]; is_val: bool [N]; ids, before: token ids of the rows and of the rows before, -1 for
-    none. Kinds: those of `saes` by thresholds, "firing", "neuron", "pca", "token", and the tables "table", "pairs" (unit None).
+    x: rows [N, D]; labels: bool [N, C]; is_val: bool [N]; ids, before: token ids of the rows and of the rows before, -1
+    for none. Kinds: those of `saes` by thresholds, "firing", "neuron", "pca", "token", and the tables "table", "pairs"
+    (unit None).
     """
     kinds: dict[str, list[Scores]] = {}
     for kind, sae in saes.items():
@@ -129,7 +142,9 @@ def recovery(
 def recovery_by_latents(
     codes: tuple[Tensor, Tensor], n_latents: int, labels: Tensor, is_val: Tensor, shares: tuple[float, ...] = SHARES
 ) -> list[Scores]:
-    """The same for the latents of one SAE, by its codes (values, indices) [N, k], over one of `shares` of their largest training code."""
+    """The same for the latents of one SAE, by its codes (values, indices) [N, k], over one of `shares` of their largest
+    training code.
+    """
     values, indices = (part.cpu() for part in codes)
     return _best_units(_latent_counts(values, indices, labels, is_val, n_latents, shares), labels, is_val, len(shares))
 
@@ -137,8 +152,8 @@ def recovery_by_latents(
 def table_scores(which: Tensor, labels: Tensor, is_val: Tensor, prior: Tensor) -> tuple[Tensor, list[Scores]]:
     """(share [V, C], scores): a table entry -> concept look-up, fitted on training rows.
 
-    which: entry of each row, int64 [N]. prior: share [V, C] that an entry starts from with the weight of one row. A row is
-    taken for the concept where its entry's share reaches a cut, that of the highest F1 on training rows.
+    which: entry of each row, int64 [N]. prior: share [V, C] that an entry starts from with the weight of one row. A row
+    is taken for the concept where its entry's share reaches a cut, that of the highest F1 on training rows.
     """
     n_entries, n_concepts = prior.shape
     concept = labels.float()
@@ -152,7 +167,8 @@ def table_scores(which: Tensor, labels: Tensor, is_val: Tensor, prior: Tensor) -
         order = share[:, c].argsort(descending=True, stable=True)
         on, fires = hits[0][order, c].double().cumsum(0), counts[0][order].double().cumsum(0)
         f1 = 2 * on / (fires + on[-1]).clamp(min=1)
-        ends = torch.cat([share[order, c].diff() != 0, torch.tensor([True])])  # a cut takes all entries of one share or none
+        # a cut takes all entries of one share or none
+        ends = torch.cat([share[order, c].diff() != 0, torch.tensor([True])])
         best = int(f1.where(ends, -1).argmax())
         taken = share[:, c] >= share[order[best], c]
         total = float(hits[1][:, c].sum())
@@ -165,10 +181,12 @@ def _scores(hit: float, fires: float, total: float) -> Scores:
     return {
         "precision": hit / fires if fires else 0.0, "recall": hit / total if total else 0.0,
         "f1": 2 * hit / (fires + total) if fires + total else 0.0,
-    }  # fmt: skip
+    }
 
 
-def _latent_counts(values: Tensor, indices: Tensor, labels: Tensor, is_val: Tensor, n_latents: int, shares: tuple[float, ...]) -> Counts:
+def _latent_counts(
+    values: Tensor, indices: Tensor, labels: Tensor, is_val: Tensor, n_latents: int, shares: tuple[float, ...]
+) -> Counts:
     """For training and validation rows: firings [U] and firings on each concept's rows [C, U] of the units
     "latent over a share of its largest training code", numbered latent * len(shares) + share."""
     train = values * ~is_val[:, None]
@@ -188,9 +206,11 @@ def _latent_counts(values: Tensor, indices: Tensor, labels: Tensor, is_val: Tens
 def _threshold_counts(x: Tensor, labels: Tensor, is_val: Tensor) -> Counts:
     """The same counts for units "dimension d is above (not above) its quantile q", 2 * THRESHOLDS of them a dimension.
 
-    One pass over the labels that are on puts each row into its bin between cuts; sums of bins are what lies beyond a cut.
+    One pass over the labels that are on puts each row into its bin between cuts; sums of bins are what lies beyond a
+    cut.
     """
-    high = torch.cat([torch.linspace(0.5, 0.95, THRESHOLDS // 2), 1 - torch.logspace(-1.5, -3.5, THRESHOLDS - THRESHOLDS // 2)])
+    high = torch.cat([torch.linspace(0.5, 0.95, THRESHOLDS // 2),
+                      1 - torch.logspace(-1.5, -3.5, THRESHOLDS - THRESHOLDS // 2)])
     sample = x[~is_val]
     sample = sample[:: -(-sample.numel() // SAMPLE)]
     cuts = torch.quantile(sample, torch.cat([1 - high.flip(0), high]), dim=0).T.contiguous()
@@ -205,7 +225,9 @@ def _threshold_counts(x: Tensor, labels: Tensor, is_val: Tensor) -> Counts:
 
 
 def _beyond(counts: np.ndarray) -> Tensor:
-    """From counts in bins [..., 2 T + 1]: those below each of the first T cuts and above each of the last T, [..., 2 T]."""
+    """From counts in bins [..., 2 T + 1]: those below each of the first T cuts and above each of the last T, [..., 2
+    T].
+    """
     below = torch.from_numpy(counts).cumsum(-1)
     return torch.cat([below[..., :THRESHOLDS], below[..., -1:] - below[..., THRESHOLDS:-1]], -1).float()
 

@@ -38,7 +38,8 @@ def _above_zero(good: float) -> tuple[Callable[[float], bool], Callable[[float],
 
 RULES = {
     "loss_fell": Rule("last loss / first loss", *_at_most(0.7, 0.95)),
-    "weights_moved": Rule("relative change of dictionary and encoder since the start (the smaller)", *_at_least(0.05, 0.01)),
+    "weights_moved": Rule("relative change of dictionary and encoder since the start (the smaller)",
+                          *_at_least(0.05, 0.01)),
     "l0_cap": Rule("most codes on one token, minus k", *_at_most(0, 0), "sanity"),
     "l0_mean": Rule("mean codes per token / k", *_at_least(0.9, 0.5), "sanity"),
     "ev": Rule("explained variance, held out", *_above_zero(0.5)),
@@ -52,10 +53,13 @@ RULES = {
     "dense": Rule("% of latents that fire on more than 10 % of tokens", *_below(1, 5)),
     "duplicates": Rule("% of latents with a decoder cosine over 0.95 to another", *_below(1, 10)),
     "units": Rule("largest deviation of x' from mean 0 and mean squared norm 1", *_at_most(0.05, 0.2), "sanity"),
-    "reload": Rule("difference of codes after saving and loading / what float32 rounding explains", *_at_most(1, 1), "sanity"),
+    "reload": Rule("difference of codes after saving and loading / what float32 rounding explains", *_at_most(1, 1),
+                   "sanity"),
     "ce_recovered": Rule("share of the language-model loss recovered with the SAE spliced in", *_at_least(0.9, 0.7)),
-    "concept_gain": Rule("word concepts: mean F1 of latents minus that of the best other kind of unit", *_above_zero(0.1)),
-    "context_gain": Rule("context concepts: mean F1 of latents minus that of the best other kind of unit", *_above_zero(0.1)),
+    "concept_gain": Rule("word concepts: mean F1 of latents minus that of the best other kind of unit",
+                         *_above_zero(0.1)),
+    "context_gain": Rule("context concepts: mean F1 of latents minus that of the best other kind of unit",
+                         *_above_zero(0.1)),
     "context_table": Rule("context concepts: mean F1 of latents minus that of the token table", *_above_zero(0.05)),
 }
 
@@ -65,17 +69,22 @@ def check(name: str, value: float) -> Check:
     rule = RULES[name]
     finite = math.isfinite(value)
     verdict = "PASS" if finite and rule.passes(value) else "WARN" if finite and rule.warns(value) else "FAIL"
-    return {"check": name, "value": value if finite else None, "verdict": verdict, "threshold": rule.text, "meaning": rule.meaning, "kind": rule.kind}
+    return {"check": name, "value": value if finite else None, "verdict": verdict, "threshold": rule.text,
+            "meaning": rule.meaning, "kind": rule.kind}
 
 
 def format_table(checks: list[Check]) -> str:
-    """The checks as aligned text, thresholds as "PASS; WARN", what is evidence first, with a count of verdicts for each part."""
+    """The checks as aligned text, thresholds as "PASS; WARN", what is evidence first, with a count of verdicts for each
+    part.
+    """
     lines = [f"{'check':<14} {'value':>9}  {'verdict':<7}  {'PASS; WARN':<18}  meaning"]
     for kind, title in KINDS.items():
         part = [row for row in checks if row["kind"] == kind]
-        counts = ", ".join(f"{n} {verdict}" for verdict in ("PASS", "WARN", "FAIL") if (n := sum(row["verdict"] == verdict for row in part)))
+        counts = ", ".join(f"{n} {verdict}" for verdict in ("PASS", "WARN", "FAIL")
+                           if (n := sum(row["verdict"] == verdict for row in part)))
         lines.append(f"-- {title}: {counts or 'none'}")
         for row in part:
             value = "-" if row["value"] is None else f"{row['value']:.4g}"
-            lines.append(f"{row['check']:<14} {value:>9}  {row['verdict']:<7}  {row['threshold']:<18}  {row['meaning']}")
+            lines.append(f"{row['check']:<14} {value:>9}  {row['verdict']:<7}  {row['threshold']:<18}  "
+                         f"{row['meaning']}")
     return "\n".join(lines)

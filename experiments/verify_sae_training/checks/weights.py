@@ -28,7 +28,9 @@ def raw_weights(sae: SAE) -> RawWeights:
 
 
 def nearest_rows(W: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """For each row of W [F, D] (unit rows) its largest cosine with another row, and that row's number; never holds F x F."""
+    """For each row of W [F, D] (unit rows) its largest cosine with another row, and that row's number; never holds F x
+    F.
+    """
     cosines, numbers = [], []
     for start in range(0, len(W), chunk):
         here = W[start : start + chunk] @ W.T
@@ -46,13 +48,15 @@ def inspect_weights(sae: SAE, start: SAE | None = None) -> dict[str, Tensor]:
     activation, code units; below 0 the latent needs evidence to fire. alignment: cosine of encoder and dictionary row.
     gain: what a latent reads when one unit of its own code is added to the activation. nearest: largest cosine of the
     dictionary row with another one, neighbour: that latent. With `start`, the SAE that training began from:
-    moved_dictionary, distance of the unit rows (0 same, 1.41 unrelated), and moved_encoder, relative to the row's length there.
+    moved_dictionary, distance of the unit rows (0 same, 1.41 unrelated), and moved_encoder, relative to the row's
+    length there.
     """
     nearest, neighbour = nearest_rows(sae.W_dec)
     found = {
-        "encoder_norm": raw_weights(sae).encoder.norm(dim=1), "bias": sae.b_enc, "alignment": functional.cosine_similarity(sae.W_enc, sae.W_dec),
+        "encoder_norm": raw_weights(sae).encoder.norm(dim=1), "bias": sae.b_enc,
+        "alignment": functional.cosine_similarity(sae.W_enc, sae.W_dec),
         "gain": (sae.W_enc * sae.W_dec).sum(1), "nearest": nearest, "neighbour": neighbour,
-    }  # fmt: skip
+    }
     if start is not None:
         found["moved_dictionary"] = (sae.W_dec - start.W_dec).norm(dim=1)
         found["moved_encoder"] = (sae.W_enc - start.W_enc).norm(dim=1) / start.W_enc.norm(dim=1).clamp(min=1e-12)

@@ -1,1 +1,3 @@
-"""What latents mean and do: where they fire, patterns and chat models that name them, the dictionary, the page, effects."""
+"""What latents mean and do: where they fire, patterns and chat models that name them, the dictionary, the page,
+effects.
+"""

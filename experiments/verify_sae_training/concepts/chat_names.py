@@ -146,8 +146,9 @@ def name_with(
             continue
         named[latent] = answer | scores | {
             "backend": chat.backend, "model": chat.model, "prompt_hash": question_key(chat, question),
-            "n_examples": len(contexts.firing(latent, held_out=False)[0]), "source": "llm", "edited_by": None, "notes": "",
-        }  # fmt: skip
+            "n_examples": len(contexts.firing(latent, held_out=False)[0]), "source": "llm", "edited_by": None,
+            "notes": "",
+        }
     return named
 
 
@@ -173,7 +174,9 @@ def score_people(
 
 
 def with_scores(concepts: Concepts, scored: Concepts) -> Concepts:
-    """The concepts with what score_people returned, maybe after hours: a name that was changed meanwhile stays unscored."""
+    """The concepts with what score_people returned, maybe after hours: a name that was changed meanwhile stays
+    unscored.
+    """
     now = dict(concepts)
     for latent, entry in scored.items():
         if now.get(latent, {}).get("name") == entry["scored_name"]:
@@ -185,7 +188,8 @@ def judge(chat: Chat, contexts: Contexts, latent: int, name: str, description: s
     """Detection score of a name, whoever gave it: score (None without held-out firings or a valid verdict), score_kind,
     precision, recall and F1 on contexts half of which fire, judge."""
     rows, fires = contexts.for_judge(latent)
-    kind = f"balanced accuracy of the model's verdicts on {len(rows)} held-out tokens, half of them silent; 0.5 is chance"
+    kind = (f"balanced accuracy of the model's verdicts on {len(rows)} held-out tokens, half of them silent; "
+            "0.5 is chance")
     scores: dict[str, Any] = {"balanced_accuracy": None, "precision": None, "recall": None, "f1": None}
     if rows:
         question = _judge_question(contexts, rows, name, description)
@@ -241,4 +245,5 @@ def cost_estimate(chat: Chat, contexts: Contexts, latents: Iterable[int], cache:
             calls += 1 + bool(rows)
             characters += len(question) + (len(_judge_question(contexts, rows, "", "")) if rows else 0)
     tokens = f"{characters // CHARS_PER_TOKEN:,} tokens to read, at most {calls * ANSWER_TOKENS:,} to write"
-    return f"{chat.model}: {len(latents)} names, {calls} questions that are not in the cache: about {tokens} (bad answers cost more)"
+    return (f"{chat.model}: {len(latents)} names, {calls} questions that are not in the cache: about {tokens} "
+            "(bad answers cost more)")

@@ -29,7 +29,7 @@ from concepts.formats import (
     load,
     read_table,
     to_write,
-)  # fmt: skip
+)
 from lib.environment import InputError, log
 from lib.files import write_json, write_text
 
@@ -67,7 +67,7 @@ def write_concepts(path: Path, header: dict[str, Any], named: Concepts, dead: It
 
 def edit_concepts(
     path: Path, change: Callable[[dict[str, Any]], Concepts], dead: Iterable[int] = ()
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Replace the concepts of a dictionary by change(content); two processes do so one after the other.
 
     The result is checked before anything is written. Returns what the file now holds, as read_concepts does.
@@ -120,7 +120,8 @@ def _present(path: Path, dead: Iterable[int] = (), sae_hash: str | None = None) 
         edited, conflicts = _edited(content["concepts"], lines, content["sae_hash"], table)
         if edited != content["concepts"] and not any(line.made for line in lines):
             raise InputError(f"{table} has no column stamp, which tells edits from old names; set MERGE to it")
-        check(to_write({**content, "concepts": {}}, edited), table, dead=dead if sae_hash in (None, content["sae_hash"]) else ())
+        check(to_write({**content, "concepts": {}}, edited), table,
+              dead=dead if sae_hash in (None, content["sae_hash"]) else ())
         if conflicts:
             raise InputError(f"{table} and {path.name} were both edited at latent {conflicts[0].latent}")
     except InputError as error:
@@ -220,7 +221,7 @@ def concepts_from_csv(
 
 def _edited(
     concepts: Concepts, lines: list[Line], sae_hash: str | None, path: Path
-) -> tuple[Concepts, list["Conflict"]]:  # fmt: skip
+) -> tuple[Concepts, list["Conflict"]]:
     changed, conflicts = dict(concepts), []
     for line in lines:
         if line.sae_hash and sae_hash and line.sae_hash != sae_hash:

@@ -40,7 +40,9 @@ class Firings(NamedTuple):
 
 
 def draw_firings(codes: Codes, latents: Collection[int], n: int, keep: Tensor | None = None, seed: int = 0) -> Firings:
-    """For each of the latents up to n tokens on which it fires, drawn evenly from all (of the rows where `keep` holds)."""
+    """For each of the latents up to n tokens on which it fires, drawn evenly from all (of the rows where `keep`
+    holds).
+    """
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.zeros(codes.n_latents, dtype=torch.bool)
     wanted[torch.tensor(sorted(latents), dtype=torch.long)] = True
@@ -68,18 +70,22 @@ def contexts(run: Run, tokenizer, rows: Tensor) -> list[list[int]]:
     settings, found = run.meta["settings"], []
     text_ids = run.rows["text_id"][rows].tolist()
     distinct = sorted(set(text_ids))
-    tokens = tokenise(tokenizer, [run.texts[i]["text"] for i in distinct], 0, settings["max_length"]) if distinct else []
+    tokens = (tokenise(tokenizer, [run.texts[i]["text"] for i in distinct], 0, settings["max_length"]) if distinct
+              else [])
     of_text = {text_id: item.ids for text_id, item in zip(distinct, tokens)}
     for text_id, pos, token_id in zip(text_ids, run.rows["pos"][rows].tolist(), run.rows["token_id"][rows].tolist()):
         ids = of_text[text_id][: pos + 1]
         if len(ids) <= pos or ids[pos] != token_id:
-            raise InputError(f"the tokenizer cuts text {text_id} in another way than when run {run.run_id} was saved; use the same one")
+            raise InputError(f"the tokenizer cuts text {text_id} in another way than when run {run.run_id} was saved; "
+                             "use the same one")
         found.append(ids)
     return found
 
 
 @torch.no_grad()
-def next_logits(model: Any, point: HookPoint, texts: Sequence[list[int]], deltas: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def next_logits(
+    model: Any, point: HookPoint, texts: Sequence[list[int]], deltas: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Logits of the token after each text, without and with something added to its last token's activation at `point`.
 
     texts: token ids without padding. deltas: each [N, D], or None for nothing. Yields for batches of like length the
@@ -106,7 +112,9 @@ def next_logits(model: Any, point: HookPoint, texts: Sequence[list[int]], deltas
 
 
 def ablation(sae: SAE, x: Tensor, latents: Tensor) -> Tensor:
-    """What setting the code of latents[m] to 0 adds to activation x[m], [M, D] in raw units; zeros where it does not fire."""
+    """What setting the code of latents[m] to 0 adds to activation x[m], [M, D] in raw units; zeros where it does not
+    fire.
+    """
     latents = latents.to(x.device)
     values, indices = sae.encode(x)
     code = (values * (indices == latents[:, None])).sum(1)
@@ -139,14 +147,16 @@ def next_token_effects(
     """
     texts, straight = contexts(run, tokenizer, firings.row), direct_view(model, len(sae.mean))
     effects: dict[int, dict[str, Any]] = {}
-    for group in tqdm(firings.latent.unique().split(GROUP), unit="group", desc="effects of concepts", disable=not progress):
+    for group in tqdm(firings.latent.unique().split(GROUP), unit="group", desc="effects of concepts",
+                      disable=not progress):
         lines = torch.isin(firings.latent, group).nonzero()[:, 0]
         here = Firings(*(column[lines] for column in firings))
         place = torch.searchsorted(group, here.latent)
         count = torch.bincount(place, minlength=len(group))
         sums, kl = _sums(model, point, sae, [texts[i] for i in lines.tolist()], here, place, maxima)
         for i, latent in enumerate(group.tolist()):
-            entry = {name: {"kl": _short(kl[name][i] / count[i]), **_extremes(tokenizer, total[i] / count[i])} for name, total in sums.items()}
+            entry = {name: {"kl": _short(kl[name][i] / count[i]), **_extremes(tokenizer, total[i] / count[i])}
+                     for name, total in sums.items()}
             cosine = None
             if straight is not None:
                 direct = sae.W_dec[latent].to(straight) @ straight.T
@@ -171,7 +181,9 @@ def _sums(
     for lines, (clean, *edited) in next_logits(model, point, texts, deltas):
         for name, logits in zip(amounts, edited):
             change = (logits - clean).cpu()
-            sums.setdefault(name, torch.zeros(n_latents, change.shape[1])).index_add_(0, place[lines], change - change.mean(1, keepdim=True))
+            sums.setdefault(name, torch.zeros(n_latents, change.shape[1])).index_add_(0, place[lines],
+                                                                                      change - change.mean(1,
+                                                                                                           keepdim=True))
             kl[name].index_add_(0, place[lines], divergence(clean, logits))
     return sums, kl
 
@@ -184,8 +196,10 @@ def _extremes(tokenizer, change: Tensor) -> dict[str, list[list[Any]]]:
     """The tokens with the largest and the smallest change of logit [V]."""
     top, low = change.topk(min(SHOWN, len(change))), (-change).topk(min(SHOWN, len(change)))
     return {
-        "raised": [[token_text(tokenizer, i), _short(value)] for value, i in zip(top.values, top.indices.tolist()) if value > 0],
-        "lowered": [[token_text(tokenizer, i), _short(-value)] for value, i in zip(low.values, low.indices.tolist()) if value > 0],
+        "raised": [[token_text(tokenizer, i), _short(value)] for value, i in zip(top.values, top.indices.tolist())
+                   if value > 0],
+        "lowered": [[token_text(tokenizer, i), _short(-value)] for value, i in zip(low.values, low.indices.tolist())
+                    if value > 0],
     }
 
 
@@ -193,7 +207,8 @@ def direct_view(model: Any, width: int) -> Tensor | None:
     """The unembedding as a vector in the residual stream meets it, float32 [V, width]: d @ view.T is proportional to
     the change of the logits, about their mean, when d is added before the final norm and leaves its size as it is.
 
-    The final norm's gain is folded in; a LayerNorm's centring too. None where the model has no unembedding, or one of another width.
+    The final norm's gain is folded in; a LayerNorm's centring too. None where the model has no unembedding, or one of
+    another width.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or head.weight.shape[1] != width:
@@ -205,15 +220,19 @@ def direct_view(model: Any, width: int) -> Tensor | None:
     gain = getattr(norm, "weight", None)
     if gain is not None:
         gain = gain.detach().float()
-        view = view * (1 + gain if type(norm).__name__.startswith("Gemma") else gain)  # Gemma's norm multiplies by 1 + weight
+        # Gemma's norm multiplies by 1 + weight
+        view = view * (1 + gain if type(norm).__name__.startswith("Gemma") else gain)
     if isinstance(norm, nn.LayerNorm):
         view = view - view.mean(1, keepdim=True)
     return view - view.mean(0)
 
 
 def promoted_ids(sae: SAE, view: Tensor, latents: Tensor, n: int) -> Tensor:
-    """Ids [L, n] of the vocabulary tokens whose logit the dictionary rows of the latents [L] raise most by the direct view."""
-    parts = [(sae.W_dec[some].to(view) @ view.T).topk(min(n, len(view)), dim=1).indices for some in latents.to(sae.mean.device).split(256)]
+    """Ids [L, n] of the vocabulary tokens whose logit the dictionary rows of the latents [L] raise most by the direct
+    view.
+    """
+    parts = [(sae.W_dec[some].to(view) @ view.T).topk(min(n, len(view)), dim=1).indices
+             for some in latents.to(sae.mean.device).split(256)]
     return torch.cat(parts)
 
 

@@ -215,8 +215,11 @@ def codes_at(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
     return found
 
 
-def closest_directions(W: Tensor, latents: Tensor, n: int, least: float, chunk: int = 256) -> list[list[tuple[int, float]]]:
-    """For each of `latents` int64 [L], the at most n other rows of W [F, D] with the highest cosine over `least`, best first.
+def closest_directions(
+    W: Tensor, latents: Tensor, n: int, least: float, chunk: int = 256
+) -> list[list[tuple[int, float]]]:
+    """For each of `latents` int64 [L], the at most n other rows of W [F, D] with the highest cosine over `least`, best
+    first.
 
     Rows of W have unit norm. Never holds more than chunk x F cosines.
     """

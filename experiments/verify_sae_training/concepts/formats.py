@@ -1,6 +1,7 @@
 """The concept dictionary as JSON, as YAML and as a table that people edit (CSV): read with limits, checked, written.
 
-experiments/verify_sae_training/concepts/concepts.schema.json is the schema (JSON Schema 2020-12), with a description of every field. What is in these files
+experiments/verify_sae_training/concepts/concepts.schema.json is the schema (JSON Schema 2020-12), with a description of
+every field. What is in these files
 comes from people, chat models and other projects: it is data, never code, a formula or a path.
 
 An entry that a step made carries a digest of its name, description and notes; in a table every line does. Where text
@@ -27,7 +28,7 @@ SCHEMA_VERSION = SCHEMA["properties"]["schema_version"]["const"]
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 CSV_COLUMNS = (
     "latent", "name", "description", "notes", "edited_by", "source", "backend", "model", "judge", "score", "stamp",
-)  # fmt: skip
+)
 EDITABLE = ("name", "description", "notes", "edited_by")
 STALE = ("rule", "confidence")  # said of the name that was there before a person's
 YAML_ENDINGS = (".yaml", ".yml")
@@ -144,7 +145,8 @@ def check(content: Any, path: Path, sae_hash: str | None = None, dead: Iterable[
     error = jsonschema.exceptions.best_match(VALIDATOR.iter_errors(content))
     if error is not None:
         where = ": ".join(map(str, error.absolute_path)).replace("concepts: ", "latent ", 1) or "top level"
-        raise InputError(f"{path}, {where[:80]}: {_one_line(error.message)}; experiments/verify_sae_training/concepts/concepts.schema.json has the format")
+        raise InputError(f"{path}, {where[:80]}: {_one_line(error.message)}; "
+                         "experiments/verify_sae_training/concepts/concepts.schema.json has the format")
     if sae_hash is not None and content["sae_hash"] != sae_hash:
         other = f"names the latents of another SAE ({content['sae_hash']}, not {sae_hash})"
         raise InputError(f"{path} {other}; run 04_name_sae_concepts.ipynb again")

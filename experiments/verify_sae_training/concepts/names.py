@@ -33,7 +33,7 @@ MARKS = {
     '"': "quotation mark", "“": "opening quote", "”": "closing quote", "-": "hyphen",
     "'": "apostrophe", "’": "curly apostrophe",
     "[space]": "white space", "[line break]": "line break", "[tab]": "tab", "[empty]": "piece of a character",
-}  # fmt: skip
+}
 PREFIXES = {"after": "after ", "before": "before ", "within": "pieces of "}
 Rule = list[tuple[str, str]]
 
@@ -68,12 +68,15 @@ def score_words(codes: Codes, is_val: Tensor, names: dict[int, str]) -> dict[int
         words = dict.fromkeys(re.findall(r"[^\W_]+(?:['’][^\W_]+)*", name.lower()))
         rule = [("word", word) for word in words if word not in ("and", "or") or len(words) == 1]
         scores = score_rule(predict(patterns, rule)[held_out], _code(strength, latent)[held_out] > 0)
-        scored[latent] = {"score": scores.pop("balanced_accuracy"), "score_kind": WORDS_KIND, "judge": "words", **scores}
+        scored[latent] = {"score": scores.pop("balanced_accuracy"), "score_kind": WORDS_KIND, "judge": "words",
+                          **scores}
     return scored
 
 
 def used_rows(codes: Codes) -> np.ndarray:
-    """The rows that names are made from, bool [N]: all, or those of every n-th text, so that they are about MAX_ROWS."""
+    """The rows that names are made from, bool [N]: all, or those of every n-th text, so that they are about
+    MAX_ROWS.
+    """
     step = -(-len(codes) // MAX_ROWS)
     return codes.rows["text_id"].numpy() % max(step, 1) == 0
 
@@ -207,7 +210,7 @@ def _entry(
         "rule": [list(pattern) for pattern in rule],
         "backend": "offline", "model": None, "prompt_hash": None, "n_examples": int((fires & ~held_out).sum()),
         "source": "offline", "edited_by": None, "notes": "",
-    }  # fmt: skip
+    }
 
 
 def _name(kinds: list[str], words: list[str]) -> str:

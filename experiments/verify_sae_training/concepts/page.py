@@ -87,7 +87,9 @@ def coloured(shown: Sequence[Piece], scale: float) -> str:
     return f'<span {AS_TEXT} style="white-space:pre-wrap;line-height:1.75">{"".join(parts)}</span>'
 
 
-def concept_card(latent: int, entry: Concept | None, examples: Sequence[Example], middle: Sequence[Example] = ()) -> str:
+def concept_card(
+    latent: int, entry: Concept | None, examples: Sequence[Example], middle: Sequence[Example] = ()
+) -> str:
     """HTML of one concept for a notebook: name, score, examples with coloured tokens, the code before each."""
     title = html.escape(entry["name"]) if entry else "no name"
     if not examples:
@@ -112,19 +114,22 @@ def concept_card(latent: int, entry: Concept | None, examples: Sequence[Example]
 def page_concept(
     latent: int, entry: Concept | None, stats: dict[str, float], examples: Sequence[Example], middle: Sequence[Example],
     promotes: Sequence[str] = (), near: Sequence[tuple[int, float]] = (), effect: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The data of one concept on the page.
 
     stats: fires, max, mean_active, p99, and frequency (share of tokens). promotes: tokens that the latent's direction
-    makes more likely. near: (latent, cosine) of the dictionary rows closest to its own. effect: of concepts.effects.next_token_effects.
+    makes more likely. near: (latent, cosine) of the dictionary rows closest to its own.
+    effect: of concepts.effects.next_token_effects.
     """
     entry = entry or {"name": "", "description": "", "source": "none"}
-    keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source", "model", "judge")
+    keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source", "model",
+            "judge")
     return {
-        "latent": latent, **{key: entry.get(key) for key in keys}, **{key: _short(value) for key, value in stats.items()},
+        "latent": latent, **{key: entry.get(key) for key in keys},
+        **{key: _short(value) for key, value in stats.items()},
         "top": [_packed(example) for example in examples], "middle": [_packed(example) for example in middle],
         "promotes": list(promotes), "near": [[other, _short(cosine)] for other, cosine in near], "effect": effect,
-    }  # fmt: skip
+    }
 
 
 def _short(value: float) -> float:

@@ -64,7 +64,7 @@ def _example(codes: Codes, row: int, around: Tensor, acts: Tensor) -> dict[str, 
         "token_idx": int(columns["pos"][row]), "text_id": text_id, "char_start": start, "char_end": end,
         "window": [int(columns["pos"][near[0]]), int(columns["pos"][near[-1]])], "acts": rounded,
         "spans": torch.stack([columns["char_start"][near], columns["char_end"][near]], 1).tolist(),
-    }  # fmt: skip
+    }
 
 
 def read_top_texts(path: Path) -> tuple[dict[str, Any], Examples, Examples]:
@@ -78,10 +78,13 @@ def read_top_texts(path: Path) -> tuple[dict[str, Any], Examples, Examples]:
     meta = content.get("meta", {})
     n_latents = meta.get("n_latents")
     if n_latents is not None and not top.keys() == middle.keys() == set(range(n_latents)):
-        raise InputError(f"{path} is damaged: it has not the examples of {n_latents} latents; {schemas.TOP_TEXTS.remedy}")
+        raise InputError(f"{path} is damaged: it has not the examples of {n_latents} latents; "
+                         f"{schemas.TOP_TEXTS.remedy}")
     return meta, top, middle
 
 
 def read_latent_stats(path: Path, n_latents: int) -> dict[str, Tensor]:
-    """latent_stats.safetensors of step 4: the columns of Firings.stats(), [n_latents] each. InputError if it is damaged or another SAE's."""
+    """latent_stats.safetensors of step 4: the columns of Firings.stats(), [n_latents] each. InputError if it is damaged
+    or another SAE's.
+    """
     return read_tensors(path, schemas.LATENT_STATS, finite=True, F=n_latents)

@@ -1,4 +1,5 @@
-"""What latents fire on, in the files of the tools that explain and show them: delphi's latent cache, Neuronpedia's bulk import.
+"""What latents fire on, in the files of the tools that explain and show them: delphi's latent cache, Neuronpedia's bulk
+import.
 
 Both take codes in raw activation units, those of an exported SAE: ours times its scale.
 """
@@ -33,9 +34,11 @@ BATCH = 256  # latents in one file of a Neuronpedia export
 
 
 def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: Any) -> None:
-    """Write delphi's cache of one hook point: locations [nnz, 3] (text, position, latent - first), activations, tokens [texts, ctx].
+    """Write delphi's cache of one hook point: locations [nnz, 3] (text, position, latent - first), activations, tokens
+    [texts, ctx].
 
-    Positions are those of the tokenised text, special tokens included; short texts are padded, and padding holds no code.
+    Positions are those of the tokenised text, special tokens included; short texts are padded, and padding holds no
+    code.
     Raises InputError if the tokenizer gives other ids than those stored.
     """
     tokens = _tokens(run, tokenizer)
@@ -50,7 +53,8 @@ def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: 
         here = (locations[:, 2] >= first) & (locations[:, 2] < beyond)
         local = locations[here] - np.array([0, 0, first])
         small = local.max(initial=0) < 2**16
-        arrays = {"locations": local.astype(np.uint16 if small else np.uint32), "activations": activations[here].astype(np.float16), "tokens": tokens}
+        arrays = {"locations": local.astype(np.uint16 if small else np.uint32),
+                  "activations": activations[here].astype(np.float16), "tokens": tokens}
         atomic_write(folder / f"{first}_{beyond - 1}.safetensors", partial(safetensors.numpy.save_file, arrays))
     dataset = run.meta["dataset"]
     write_json(folder / "config.json", {
@@ -58,7 +62,7 @@ def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: 
         "dataset_name": "", "dataset_column": dataset["field"], "batch_size": 1,
         "ctx_len": tokens.shape[1], "cache_ctx_len": tokens.shape[1], "n_tokens": tokens.size, "n_splits": SPLITS,
         "model_name": public_name(run.meta["model"]["name"]),
-    })  # fmt: skip
+    })
 
 
 def _tokens(run: Run, tokenizer: Any) -> np.ndarray:
@@ -69,12 +73,15 @@ def _tokens(run: Run, tokenizer: Any) -> np.ndarray:
         row[: len(text.ids)] = text.ids
     text_id, pos = (run.rows[name].numpy() for name in ("text_id", "pos"))
     if pos.max() >= tokens.shape[1] or (tokens[text_id, pos] != run.rows["token_id"].numpy()).any():
-        raise InputError(f"the tokenizer cuts texts in another way than when run {run.run_id} was saved; use the same one")
+        raise InputError(f"the tokenizer cuts texts in another way than when run {run.run_id} was saved; use the same "
+                         "one")
     return tokens
 
 
 def code_histograms(codes: Codes, maxima: Tensor) -> Tensor:
-    """How often each latent's code falls into HISTOGRAM_BINS equal bins from 0 to its highest, int64 [F, HISTOGRAM_BINS]."""
+    """How often each latent's code falls into HISTOGRAM_BINS equal bins from 0 to its highest, int64 [F,
+    HISTOGRAM_BINS].
+    """
     counts = torch.zeros(codes.n_latents * HISTOGRAM_BINS, dtype=torch.long)
     for _, values, indices in codes:
         fired = values > 0
@@ -85,13 +92,16 @@ def code_histograms(codes: Codes, maxima: Tensor) -> Tensor:
 
 
 def write_neuronpedia(
-    root: Path, name: str, created: str, facts: dict[str, Any], sae: SAE, codes: Codes, stats: dict[str, Tensor], top: Examples,
+    root: Path, name: str, created: str, facts: dict[str, Any], sae: SAE, codes: Codes, stats: dict[str, Tensor],
+    top: Examples,
     concepts: Concepts, view: Tensor | None, tokenizer: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a Neuronpedia export to root/<model>/<layer>-<name>/ and return that folder. InputError for an odd `name`.
 
-    Files: release, model, source set and source, one record each, and in batches features, activations and explanations.
-    name: of the source set; created: a time in ISO format. stats, top, concepts: of step 4. view: concepts.effects.direct_view, or None.
+    Files: release, model, source set and source, one record each, and in batches features, activations and
+    explanations.
+    name: of the source set; created: a time in ISO format. stats, top, concepts: of step 4. view:
+    concepts.effects.direct_view, or None.
     """
     block = re.match(r"blocks\.([0-9]+)\.", facts["hook_name"])
     source = f"{block[1] if block else 0}-{safe_name(name)}"
@@ -108,33 +118,43 @@ def write_neuronpedia(
             one = {**whose, "index": str(i)}
             highest = sae.scale * float(stats["max"][i])
             features.append({
-                **one, **by, "maxActApprox": highest, "hasVector": True, "vector": sae.W_dec[i].tolist(), "hookName": facts["hook_name"],
-                "frac_nonzero": int(stats["fires"][i]) / len(codes), **_alignment(sae.W_dec[i].cpu()), **_histogram(histograms[i], highest),
+                **one, **by, "maxActApprox": highest, "hasVector": True, "vector": sae.W_dec[i].tolist(),
+                "hookName": facts["hook_name"],
+                "frac_nonzero": int(stats["fires"][i]) / len(codes), **_alignment(sae.W_dec[i].cpu()),
+                **_histogram(histograms[i], highest),
                 **(_logits(sae.W_dec[i].to(view) @ view.T, tokenizer) if view is not None else {}),
-            })  # fmt: skip
-            activations += [{**one, **by, **_activation(example, sae.scale, f"{source}-{i}-{n}")} for n, example in enumerate(top.get(i, []))]
+            })
+            activations += [{**one, **by, **_activation(example, sae.scale, f"{source}-{i}-{n}")}
+                            for n, example in enumerate(top.get(i, []))]
             if i in concepts:
                 entry = concepts[i]
                 explanations.append({
-                    **one, "id": fingerprint([source, i, entry["name"]]), "description": entry["name"], "authorId": by["creatorId"], "createdAt": created,
+                    **one, "id": fingerprint([source, i, entry["name"]]), "description": entry["name"],
+                    "authorId": by["creatorId"], "createdAt": created,
                     "typeName": entry["source"], "explanationModelName": entry.get("model"),
-                })  # fmt: skip
+                })
         for kind, records in (("features", features), ("activations", activations), ("explanations", explanations)):
             _write_lines(folder / kind / f"batch-{number}.jsonl.gz", records)
     return folder
 
 
-def _head_records(name: str, model: str, source: str, facts: dict[str, Any], n_texts: int, by: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _head_records(
+    name: str, model: str, source: str, facts: dict[str, Any], n_texts: int, by: dict[str, str]
+) -> dict[str, dict[str, Any]]:
     """The four files of one record each: file name without its ending -> record."""
     return {
-        "release": {"name": name, "description": name, "descriptionShort": name, "urls": [], "creatorNameShort": "", "creatorName": "", **by},
-        "model": {"id": model, "instruct": False, "displayNameShort": model, "displayName": model, "updatedAt": by["createdAt"], **by},
-        "sourceset": {"modelId": model, "name": name, "releaseName": name, "description": facts["hook_name"], "visibility": "PUBLIC", **by},
+        "release": {"name": name, "description": name, "descriptionShort": name, "urls": [], "creatorNameShort": "",
+                    "creatorName": "", **by},
+        "model": {"id": model, "instruct": False, "displayNameShort": model, "displayName": model,
+                  "updatedAt": by["createdAt"], **by},
+        "sourceset": {"modelId": model, "name": name, "releaseName": name, "description": facts["hook_name"],
+                      "visibility": "PUBLIC", **by},
         "source": {
-            "modelId": model, "setName": name, "visibility": "PUBLIC", "dataset": facts["dataset_path"], "id": source, "num_prompts": n_texts,
+            "modelId": model, "setName": name, "visibility": "PUBLIC", "dataset": facts["dataset_path"], "id": source,
+            "num_prompts": n_texts,
             "num_tokens_in_prompt": facts["context_size"], "creatorId": by["creatorId"],
         },
-    }  # fmt: skip
+    }
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -148,16 +168,18 @@ def _activation(example: dict[str, Any], scale: float, key: str) -> dict[str, An
     peak = max(range(len(values)), key=values.__getitem__)
     tokens = [example["text"][start:end] for start, end in example["spans"]]
     return {
-        "id": fingerprint(key), "tokens": tokens, "values": values, "maxValue": values[peak], "maxValueTokenIndex": peak, "minValue": min(values),
+        "id": fingerprint(key), "tokens": tokens, "values": values, "maxValue": values[peak],
+        "maxValueTokenIndex": peak, "minValue": min(values),
         "dataIndex": str(example["text_id"]), "qualifyingTokenIndex": peak,
-    }  # fmt: skip
+    }
 
 
 def _alignment(row: Tensor) -> dict[str, list]:
     """The three dimensions with the largest weights of a dictionary row, and their shares of its L1 norm."""
     at = row.abs().topk(min(3, len(row))).indices
     shares = row[at].abs() / row.abs().sum()
-    return {"neuron_alignment_indices": at.tolist(), "neuron_alignment_values": row[at].tolist(), "neuron_alignment_l1": shares.tolist()}
+    return {"neuron_alignment_indices": at.tolist(), "neuron_alignment_values": row[at].tolist(),
+            "neuron_alignment_l1": shares.tolist()}
 
 
 def _histogram(counts: Tensor, highest: float) -> dict[str, list]:
@@ -169,8 +191,9 @@ def _logits(change: Tensor, tokenizer: Any) -> dict[str, list]:
     """Tokens that the direction raises and lowers most, and the histogram of the change over the vocabulary [V]."""
     counts, edges = np.histogram(change.cpu().numpy(), HISTOGRAM_BINS)
     found: dict[str, list] = {
-        "logits_hist_data_bar_heights": counts.tolist(), "logits_hist_data_bar_values": ((edges[1:] + edges[:-1]) / 2).tolist(),
-    }  # fmt: skip
+        "logits_hist_data_bar_heights": counts.tolist(),
+        "logits_hist_data_bar_values": ((edges[1:] + edges[:-1]) / 2).tolist(),
+    }
     for sign, key in ((1, "pos"), (-1, "neg")):
         best = (sign * change).topk(min(TOKENS_LISTED, len(change)))
         found[f"{key}_str"] = [token_text(tokenizer, i) for i in best.indices.tolist()]

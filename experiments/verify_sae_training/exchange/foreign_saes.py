@@ -68,7 +68,7 @@ def read_dictionary_learning(folder: Path) -> Folded:
     state = _read_pt(folder / "ae.pt")
     W, b, W_dec, b_dec = _weights(
         folder, state, **{"encoder.weight": 2, "encoder.bias": 1, "decoder.weight": 2, "b_dec": 1}
-    )  # fmt: skip
+    )
     told = {"dict_size": config.get("dict_size"), "activation_dim": config.get("activation_dim")}
     _same_sizes(folder, W_dec.T, {"encoder.weight": W, "b_dec": b_dec}, told)
     k = state.get("k", config.get("k"))
@@ -124,7 +124,8 @@ def _weights(folder: Path, tensors: dict[str, Any], **wanted: int) -> list[Tenso
         if not usual or tensor.dim() != dimensions or not tensor.numel():
             shape = f" of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else ""
             kind = f"{getattr(tensor, 'dtype', type(tensor).__name__)}{shape}"
-            raise InputError(f"{folder}: {name} is {kind}; it must hold floating-point numbers, {dimensions}-dimensional")
+            raise InputError(f"{folder}: {name} is {kind}; it must hold floating-point numbers, "
+                             f"{dimensions}-dimensional")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{folder}: {name} claims more numbers than its file holds")
         found.append(tensor.float())

@@ -5,8 +5,9 @@ scales first; folded into that form (scale (W (x - mean) / scale + b_enc) = W (x
 
     W = W_enc    b = scale * b_enc    b_dec = mean    codes = scale * our codes
 
-the same latents fire and the reconstruction is the same: mean and scale are in the files exactly. An SAE with thresholds
-(batchtopk, jumprelu) goes to and comes from SAELens as its JumpReLU SAE: ReLU(...) where that exceeds scale * threshold.
+the same latents fire and the reconstruction is the same: mean and scale are in the files exactly. An SAE with
+thresholds (batchtopk, jumprelu) goes to and comes from SAELens as its JumpReLU SAE: ReLU(...) where that exceeds scale
+* threshold.
 """
 import re
 from collections.abc import Callable
@@ -32,9 +33,12 @@ def fold(sae: SAE) -> Folded:
 
 
 def unfold(folded: Folded, scale: float, config: dict[str, Any] | None = None) -> SAE:
-    """The SAE in our form, its codes divided by `scale` (in raw activation units, above 0); the reconstruction stays."""
+    """The SAE in our form, its codes divided by `scale` (in raw activation units, above 0); the reconstruction
+    stays.
+    """
     threshold = None if folded.threshold is None else folded.threshold / scale
-    return make_sae(folded.W, folded.b / scale, folded.W_dec, folded.b_dec, scale, folded.top_k, config, threshold=threshold)
+    return make_sae(folded.W, folded.b / scale, folded.W_dec, folded.b_dec, scale, folded.top_k, config,
+                    threshold=threshold)
 
 
 def transformer_lens_name(path: str, point: str) -> str:
@@ -46,7 +50,7 @@ def transformer_lens_name(path: str, point: str) -> str:
     names = {
         ("", "input"): "hook_resid_pre", ("", "output"): "hook_resid_post",
         ("attn", "output"): "hook_attn_out", ("mlp", "output"): "hook_mlp_out", ("norm", "input"): "hook_resid_mid",
-    }  # fmt: skip
+    }
     roles = {"self_attn": "attn", "attn": "attn", "attention": "attn", "mlp": "mlp", "feed_forward": "mlp", None: ""}
     roles |= dict.fromkeys(("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"), "norm")
     name = names.get((roles.get(place[2], "?"), point)) if place else None
@@ -64,44 +68,52 @@ def write_sae_lens(folder: Path, sae: Folded, about: dict[str, Any]) -> list[Pat
     n_latents, width = sae.W_dec.shape
     write_json(folder / "cfg.json", {
         **kind, "d_in": width, "d_sae": n_latents, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none", "rescale_acts_by_decoder_norm": False,
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **about},
-    })  # fmt: skip
+    })
     return [folder / name for name in ("sae_weights.safetensors", "cfg.json")]
 
 
 def write_dictionary_learning(folder: Path, sae: Folded, about: dict[str, Any]) -> list[Path]:
-    """Write what dictionary_learning's load_dictionary(folder, device) and SAEBench read. InputError for an SAE with thresholds."""
+    """Write what dictionary_learning's load_dictionary(folder, device) and SAEBench read. InputError for an SAE with
+    thresholds.
+    """
     _only_topk(sae, "dictionary_learning")
     state = {
         "encoder.weight": sae.W, "encoder.bias": sae.b, "decoder.weight": sae.W_dec.T.contiguous(), "b_dec": sae.b_dec,
         "k": torch.tensor(sae.top_k, dtype=torch.int), "threshold": torch.tensor(-1.0),
-    }  # fmt: skip
+    }
     atomic_write(folder / "ae.pt", lambda temporary: torch.save(state, temporary))
     n_latents, width = sae.W_dec.shape
     layer = re.search(r"\d+", about["hook_name"])
     write_json(folder / "config.json", {
         "trainer": {
-            "trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "activation_dim": width, "dict_size": n_latents, "k": sae.top_k,
-            "layer": int(layer[0]) if layer else None, "lm_name": about["model_name"], "submodule_name": about["hf_module_path"],
+            "trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "activation_dim": width,
+            "dict_size": n_latents, "k": sae.top_k,
+            "layer": int(layer[0]) if layer else None, "lm_name": about["model_name"],
+            "submodule_name": about["hf_module_path"],
             "lr": about["lr"], "steps": about["steps"], "seed": about["seed"],
         },
         "buffer": {"ctx_len": about["context_size"]}, "about": about,
-    })  # fmt: skip
+    })
     return [folder / name for name in ("ae.pt", "config.json")]
 
 
 def write_sparsify(folder: Path, sae: Folded, about: dict[str, Any]) -> list[Path]:
-    """Write what sparsify's SparseCoder.load_from_disk(folder) reads; its input is flattened to [N, D]. InputError for an SAE with thresholds."""
+    """Write what sparsify's SparseCoder.load_from_disk(folder) reads; its input is flattened to [N, D]. InputError for
+    an SAE with thresholds.
+    """
     _only_topk(sae, "sparsify")
     tensors = {"encoder.weight": sae.W, "encoder.bias": sae.b, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     # Not write_tensors: sparsify's reader wants the header that names the framework.
     atomic_write(folder / "sae.safetensors", lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     n_latents, width = sae.W_dec.shape
     write_json(folder / "cfg.json", {
-        "activation": "topk", "expansion_factor": n_latents // width, "normalize_decoder": True, "num_latents": n_latents, "k": sae.top_k,
+        "activation": "topk", "expansion_factor": n_latents // width, "normalize_decoder": True,
+        "num_latents": n_latents, "k": sae.top_k,
         "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": width, "about": about,
-    })  # fmt: skip
+    })
     return [folder / name for name in ("sae.safetensors", "cfg.json")]
 
 
@@ -128,7 +140,9 @@ FORMATS = {
 
 
 def read_foreign(folder: Path) -> tuple[str, Folded]:
-    """Name of the format in `folder` and the SAE. Raises InputError for an unknown one, or an SAE that ours can't be."""
+    """Name of the format in `folder` and the SAE. Raises InputError for an unknown one, or an SAE that ours can't
+    be.
+    """
     for name, known in FORMATS.items():
         if (folder / known.file).exists():
             try:

@@ -20,7 +20,8 @@ from lib.models import hook_of_run
 from lib.sae import SAE, sae_hash
 from lib.store import Run
 
-EV_FORMULA = "1 - sum of squared errors / sum of squared distances from the per-dimension mean, over all held-out tokens"
+EV_FORMULA = ("1 - sum of squared errors / sum of squared distances from the per-dimension mean, "
+              "over all held-out tokens")
 
 
 def public_name(name: str) -> str:
@@ -44,21 +45,27 @@ def facts_of(sae: SAE, run: Run) -> dict[str, Any]:
     constants, final = sae.config.get("constants", {}), sae.config.get("final", {})
     n_batch = constants.get("BATCH_SIZE_TRAIN")
     return {
-        "model_name": public_name(run.meta["model"]["name"]), "hook_name": transformer_lens_name(point.path, point.point),
+        "model_name": public_name(run.meta["model"]["name"]),
+        "hook_name": transformer_lens_name(point.path, point.point),
         "hf_module_path": point.path, "hook_point": point.point, "context_size": run.meta["settings"]["max_length"],
-        "dataset_path": public_name(run.meta["dataset"]["name"]), "prepend_bos": int(run.rows["pos"].min()) > run.meta["settings"]["skip_first"],
-        "tokens_trained": sae.config.get("tokens_trained"), "steps": sae.config["tokens_trained"] // n_batch if n_batch else None,
+        "dataset_path": public_name(run.meta["dataset"]["name"]),
+        "prepend_bos": int(run.rows["pos"].min()) > run.meta["settings"]["skip_first"],
+        "tokens_trained": sae.config.get("tokens_trained"),
+        "steps": sae.config["tokens_trained"] // n_batch if n_batch else None,
         "lr": constants.get("LR"), "seed": constants.get("SEED"), "n_latents": sae.n_latents, "k": sae.top_k,
-        "explained_variance": final.get("ev"), "explained_variance_formula": EV_FORMULA, "dead_pct": final.get("dead_pct"),
+        "explained_variance": final.get("ev"), "explained_variance_formula": EV_FORMULA,
+        "dead_pct": final.get("dead_pct"),
         "run_id": run.run_id, "data_digest": sae.config["data_digest"], "sae_hash": sae_hash(sae),
         "code_revision": sae.config.get("provenance", {}).get("git"),
-    }  # fmt: skip
+    }
 
 
 LOADING = {
     "sae_lens": 'from sae_lens import SAE\nsae = SAE.from_pretrained("{repo}", "{folder}")',
-    "dictionary_learning": 'from dictionary_learning.utils import load_dictionary\nsae, config = load_dictionary("{folder}", "cpu")  # of a local copy',
-    "sparsify": 'from sparsify import Sae\nsae = Sae.load_from_hub("{repo}", hookpoint="{folder}")  # input flattened to [N, D]',
+    "dictionary_learning": 'from dictionary_learning.utils import load_dictionary\nsae, config = '
+                           'load_dictionary("{folder}", "cpu")  # of a local copy',
+    "sparsify": 'from sparsify import Sae\nsae = Sae.load_from_hub("{repo}", hookpoint="{folder}")  # input flattened '
+                'to [N, D]',
 }
 
 
@@ -76,7 +83,8 @@ tags: [sparse-autoencoder, interpretability]
 ---
 # TopK sparse autoencoder on {_plain(facts["model_name"])}, {_plain(facts["hook_name"])}
 
-{facts["n_latents"]} latents, at most {facts["k"]} on one token. It takes raw activations: centring and scale of the training are folded into the weights.
+{facts["n_latents"]} latents, at most {facts["k"]} on one token. It takes raw activations: centring and scale
+of the training are folded into the weights.
 Codes are in raw activation units. Special tokens were left out of training.
 
 ```python
