@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .environment import InputError
+from .environment import InputError, first_line
 
 TEXTS, TOKENS = 2, 6  # of the trial pass
 Arguments = tuple[tuple, dict[str, Any]]
@@ -217,9 +217,8 @@ def trial(model: Any) -> Trial:
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(model))
         except Exception as error:  # another architecture's own complaint
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            raise InputError(f"{type(model).__name__} can't run on token ids alone ({first}); use a language model or "
-                             "a text encoder") from None
+            raise InputError(f"{type(model).__name__} can't run on token ids alone ({first_line(error)}); "
+                             "use a language model or a text encoder") from None
     _trials[model] = Trial(calls, arguments, widths)
     return _trials[model]
 

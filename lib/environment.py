@@ -25,6 +25,11 @@ class InputError(ValueError):
     """Something the user can put right; its message is one line that says what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut at 160 characters; its type's name if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's share of it, is full."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
@@ -61,8 +66,8 @@ def in_one_line(error: BaseException) -> str | None:
     if is_disk_full(error):
         return f"the disk is full ({error}); make room, then rerun the same command to resume"
     if is_out_of_memory(error):
-        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else "MemoryError"
-        return f"out of memory ({first}); lower the constants that set batch or buffer sizes, or use a smaller model"
+        return (f"out of memory ({first_line(error)}); lower the constants that set batch or buffer sizes, "
+                "or use a smaller model")
     if isinstance(error, OSError):
         place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         said = MEANING.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .checking import Misfit, Schema, check, check_tensors
 from .distributed import add_up, own_part
-from .environment import InputError, is_disk_full
+from .environment import InputError, first_line, is_disk_full
 
 HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # processes are told apart by machine and number
 ANYTHING = Schema(Any)
@@ -118,7 +118,7 @@ def parse_json(data: bytes, path: Path, remedy: str) -> Any:
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
+        why = "it is nested too deep" if isinstance(error, RecursionError) else first_line(error)
         raise InputError(f"{path} is damaged ({why}); {remedy}") from None
 
 
@@ -216,8 +216,7 @@ def read_tensors(
 
 
 def _damaged(path: Path, error: Exception, remedy: str) -> InputError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-    return InputError(f"{path} is damaged ({first}); {remedy}")
+    return InputError(f"{path} is damaged ({first_line(error)}); {remedy}")
 
 
 def write_sealed(path: Path, tensors: dict[str, Tensor]) -> None:

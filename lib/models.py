@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from .blocks import blocks, input_device, n_embeddings
-from .environment import PROJECT, InputError, is_disk_full, is_out_of_memory, log
+from .environment import PROJECT, InputError, first_line, is_disk_full, is_out_of_memory, log
 from .files import fingerprint
 from .hooks import HookPoint, resolve
 from .store import Run, store_root
@@ -108,12 +108,6 @@ def load_model(
     log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, size, model.dtype,
              input_device(model))
     return model
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of an error's message, or its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160]
 
 
 def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:

@@ -19,7 +19,7 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from .distributed import rank, wait_for_all
-from .environment import InputError, log
+from .environment import InputError, first_line, log
 from .files import atomic_write
 from .models import local_path
 from .texts import drawn_from_stream, drawn_rows, tell_left_out
@@ -76,9 +76,8 @@ def stream_texts(dataset: str, split: str, text_field: str, limit: int | None, p
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as error:  # datasets raises many kinds for what can't be reached or read
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise InputError(f"DATASET={dataset} can't be streamed ({first}); set a local file, or a hub name that "
-                             "this machine can reach") from None
+            raise InputError(f"DATASET={dataset} can't be streamed ({first_line(error)}); "
+                             "set a local file, or a hub name that this machine can reach") from None
     wait_for_all()
     texts = TextFile(path)
     if not texts.n_lines:

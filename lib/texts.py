@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .distributed import rank
-from .environment import InputError, log
+from .environment import InputError, first_line, log
 from .files import require_file
 from .models import local_path
 
@@ -45,9 +45,8 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
     except InputError:
         raise
     except Exception as error:  # pandas, pyarrow and datasets raise many kinds for unreadable input
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise InputError(f"DATASET={dataset} can't be read ({first}); set a local file, or a hub name that this "
-                         "machine can reach") from None
+        raise InputError(f"DATASET={dataset} can't be read ({first_line(error)}); "
+                         "set a local file, or a hub name that this machine can reach") from None
     if not documents:
         raise InputError(f"DATASET={dataset} is empty")
     if text_field not in documents[0]:

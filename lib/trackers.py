@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .environment import InputError, log
+from .environment import InputError, first_line, log
 
 Record = dict[str, float]
 PROJECT_NAME = "sae-workbench"
@@ -42,7 +42,7 @@ def open_tracker(kind: str, path: Path, constants: dict[str, Any]) -> Iterator[C
             try:
                 tracker.show(record, int(record["step"] if "step" in record else record["epoch"]))
             except Exception as error:  # whatever a tracker raises, the training goes on
-                log.warning("TRACKER=%s stopped, the training goes on: %s", kind, _line(error))
+                log.warning("TRACKER=%s stopped, the training goes on: %s", kind, first_line(error))
                 tracker = None
 
     try:
@@ -52,7 +52,7 @@ def open_tracker(kind: str, path: Path, constants: dict[str, Any]) -> Iterator[C
             if tracker is not None:
                 tracker.close()
         except Exception as error:  # see above
-            log.warning("TRACKER=%s did not close: %s", kind, _line(error))
+            log.warning("TRACKER=%s did not close: %s", kind, first_line(error))
 
 
 def _start(kind: str, path: Path, constants: dict[str, Any]) -> Tracker | None:
@@ -66,12 +66,8 @@ def _start(kind: str, path: Path, constants: dict[str, Any]) -> Tracker | None:
     except ImportError:
         raise InputError(f"TRACKER={kind} needs the package {kind}: pip install {kind}, or set TRACKER=local") from None
     except Exception as error:  # no account, no network, a full disk ...: the training goes on
-        log.warning("TRACKER=%s can't start, the training goes on: %s", kind, _line(error))
+        log.warning("TRACKER=%s can't start, the training goes on: %s", kind, first_line(error))
         return None
-
-
-def _line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _tensorboard(path: Path, name: str, constants: dict[str, Any]) -> Tracker:

@@ -24,7 +24,7 @@ class Recorder:
         def call(*arguments, **options):
             self.calls.append((name, arguments, options))
             if name in self.fails:
-                raise RuntimeError(f"{name}: no\nnetwork")
+                raise RuntimeError(f"{name}: no network\nat all")
             return self
 
         return call

@@ -18,7 +18,7 @@ from cycles.labels import draw
 from cycles.tasks import Task
 from lib import schemas
 from lib.distributed import add_up, agree, is_sharded, rank, shared_like, whole, world_size
-from lib.environment import InputError
+from lib.environment import InputError, first_line
 from lib.files import fingerprint, read_torch, write_torch
 from lib.guards import differences
 
@@ -292,6 +292,6 @@ def _load(
         optimizer.load_state_dict(moments)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged ({str(error).splitlines()[0][:120]}); delete it, then train again"
+            f"{path} is damaged ({first_line(error)}); delete it, then train again"
         ) from None
     return found["progress"]

@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from cycles.labels import classes, counts, draw
-from lib.environment import InputError, log
+from lib.environment import InputError, first_line, log
 from lib.files import fingerprint
 from lib.models import local_path
 from lib.texts import Tokens, filler_id, load_documents, pad, tokenise
@@ -187,9 +187,8 @@ def _image_split(dataset: str, split: str) -> tuple[np.ndarray, list[Any]]:
         rows = datasets.load_dataset(dataset, split=split)
         return np.stack([np.asarray(row["image"]) for row in rows]), [row["label"] for row in rows]
     except Exception as error:  # datasets raises many kinds for what it can't reach
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise InputError(
-            f"DATASET={dataset} can't be read ({first}); set a folder with MNIST's four idx.gz files"
+            f"DATASET={dataset} can't be read ({first_line(error)}); set a folder with MNIST's four idx.gz files"
         ) from None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from concepts import chat_servers
 from concepts.chat_keys import Secret
 from concepts.chat_servers import ANSWER_TOKENS, Messages, NoAnswer, Reply
-from lib.environment import InputError, choose_device, is_out_of_memory
+from lib.environment import InputError, choose_device, first_line, is_out_of_memory
 from lib.files import fingerprint, read_json, write_json
 
 BACKENDS = ("openai", "anthropic", "transformers")
@@ -181,5 +181,4 @@ def _transformers(name: str) -> tuple[Callable[[Messages], Reply], Secret]:
 
 
 def _failed(name: str, what: str, error: Exception) -> NoAnswer:
-    first = " ".join(str(error).split())[:120] or type(error).__name__
-    return NoAnswer(f"NAMING_MODEL={name}: {what} ({first}); choose another model")
+    return NoAnswer(f"NAMING_MODEL={name}: {what} ({first_line(error)}); choose another model")

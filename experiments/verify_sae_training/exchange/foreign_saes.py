@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.environment import InputError
+from lib.environment import InputError, first_line
 from lib.files import read_json, read_tensors
 
 ROUNDING = 0.01  # deviation of a decoder row's norm from 1 that low precision explains
@@ -85,8 +85,7 @@ def _read_pt(path: Path) -> Any:
                     raise ValueError("it is compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged archive
-        first = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(f"{path} can't be read ({first[:120]})") from None
+        raise InputError(f"{path} can't be read ({first_line(error)})") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds no weights by name")
     return state

@@ -14,7 +14,7 @@ import huggingface_hub
 
 from concepts.dictionary import free_name
 from exchange.formats import FORMATS, transformer_lens_name
-from lib.environment import PROJECT, InputError, log
+from lib.environment import PROJECT, InputError, first_line, log
 from lib.files import fingerprint, write_text
 from lib.models import hook_of_run
 from lib.sae import SAE, sae_hash
@@ -146,5 +146,4 @@ def _one_line(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(f"{what}: {first[:160]}; {advice}") from None
+        raise InputError(f"{what}: {first_line(error)}; {advice}") from None
