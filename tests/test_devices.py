@@ -130,10 +130,10 @@ def on_device(monkeypatch, constants):
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)
     monkeypatch.setattr("cycles.evaluation.label_selectivity", lambda *_: {})  # slow here, and all of it on the CPU
     monkeypatch.setattr("cycles.session.choose_device", lambda _: torch.device(DEVICE))
-    bench = cycles.Bench(constants, 0)
-    assert next(bench.model.parameters()).device.type == DEVICE
-    result = cycles.cycle(bench, "baseline", 0)
-    cycles.train_model(bench, "per_class", 1)
+    session = cycles.Session(constants, 0)
+    assert next(session.model.parameters()).device.type == DEVICE
+    result = cycles.cycle(session, "baseline", 0)
+    cycles.train_model(session, "per_class", 1)
     return result["test"]
 
 
@@ -141,7 +141,7 @@ def test_sae_ception_on_images(monkeypatch, digits):  # noqa: F811
     digits |= {"DATA_LIMIT": 400, "N_LATENTS_MULTIPLIER": 2, "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1,
                "METRICS": ("robustness",)}
     digits |= {"EVAL_LIMIT": 40, "PROBE_LIMIT": 40, "ROBUST_LIMIT": 10}
-    expected = cycles.cycle(cycles.Bench(digits | {"SETTING": "cpu"}, 0), "baseline", 0)["test"]
+    expected = cycles.cycle(cycles.Session(digits | {"SETTING": "cpu"}, 0), "baseline", 0)["test"]
     found = on_device(monkeypatch, digits)
     for name in ("task_accuracy", "robust_pgd_eps0.1", "robust_jaccard_eps0.1", "sae_explained_variance"):
         assert found[name] == pytest.approx(expected[name], abs=0.1), name

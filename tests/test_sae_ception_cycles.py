@@ -14,7 +14,7 @@ import cycles.steps
 from cycles.classifier import TextClassifier, outputs
 from cycles.evaluation import GROUPS
 from cycles.fine_tuning import probe_ids
-from cycles.session import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Bench, stage_constants
+from cycles.session import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Session, stage_constants
 from cycles.steps import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from cycles.tasks import load_task, read_idx
 from lib.environment import InputError
@@ -46,10 +46,10 @@ def digits(defaults):
     return tiny | presets["mlp_digits"] | {"PRESET": "mlp_digits"} | small
 
 
-def cycle(bench, arm, n):
-    train_model(bench, arm, n)
-    train_cycle_sae(bench, arm, n)
-    return evaluate_cycle(bench, arm, n)
+def cycle(session, arm, n):
+    train_model(session, arm, n)
+    train_cycle_sae(session, arm, n)
+    return evaluate_cycle(session, arm, n)
 
 
 @pytest.fixture
@@ -76,15 +76,15 @@ def files(folder, but=()):
 
 
 def test_two_cycles_on_digits_with_every_arm(digits):
-    bench = Bench(digits | {"ARM_CONSTANTS": {"to_zero": {"AUX_CENTRED": True}}}, 0)
-    baseline = cycle(bench, "baseline", 0)
-    bench.c["METRICS"] = ()
+    session = Session(digits | {"ARM_CONSTANTS": {"to_zero": {"AUX_CENTRED": True}}}, 0)
+    baseline = cycle(session, "baseline", 0)
+    session.c["METRICS"] = ()
     for arm in ARMS:
-        result = cycle(bench, arm, 1)
+        result = cycle(session, arm, 1)
         if arm not in ("lambda0", "new_seed"):
             aux = {k: v for k, v in result["val"].items() if k.startswith("aux_")}
             assert aux["aux_grad_ratio"] > 0.01 and aux["aux_loss_end"] < aux["aux_loss_start"], arm
-    again = cycle(bench, "per_class", 2)
+    again = cycle(session, "per_class", 2)
     assert set(again["test"]) < set(baseline["test"]) and again["meta"]["cycle"] == 2
     promised = """task_accuracy task_loss task_f1_macro task_f1_weighted probe_train_accuracy probe_test_accuracy
         probe_test_f1_macro k_sparse_probe_k1 k_sparse_probe_k50 sae_reconstruction_loss sae_explained_variance
@@ -102,12 +102,12 @@ def test_two_cycles_on_digits_with_every_arm(digits):
 
 
 def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
-    bench = Bench(digits, 1)
+    session = Session(digits, 1)
     for arm, n in (("baseline", 0), ("lambda0", 1), ("new_seed", 1)):
-        train_model(bench, arm, n)
+        train_model(session, arm, n)
         if n == 0:
-            train_cycle_sae(bench, arm, n)
-    states = [torch.load(bench.folder(arm, n) / f"checkpoints/model_cycle_{n}_best.pt", weights_only=True)
+            train_cycle_sae(session, arm, n)
+    states = [torch.load(session.folder(arm, n) / f"checkpoints/model_cycle_{n}_best.pt", weights_only=True)
               for arm, n in (("baseline", 0), ("lambda0", 1), ("new_seed", 1))]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["layers.0.weight"], states[2]["layers.0.weight"])
@@ -122,19 +122,19 @@ def test_an_sae_leaves_the_number_of_threads(digits, monkeypatch):
 
     real, before = cycles.steps.train_sae, torch.get_num_threads()
     monkeypatch.setattr(cycles.steps, "train_sae", train)
-    bench = Bench(digits, 0)
-    train_model(bench, "baseline", 0)
-    train_cycle_sae(bench, "baseline", 0)
+    session = Session(digits, 0)
+    train_model(session, "baseline", 0)
+    train_cycle_sae(session, "baseline", 0)
     assert torch.get_num_threads() == before
 
 
 def test_targets_are_stored_by_example_id(digits):
-    bench = Bench(digits, 0)
-    train_model(bench, "baseline", 0)
-    train_cycle_sae(bench, "baseline", 0)
-    train_model(bench, "per_class", 1)
-    stored = read_tensors(bench.root / "per_class/seed_0/targets_cycle_0.safetensors")
-    assert (torch.equal(stored["example_id"], bench.task.splits["train"])
+    session = Session(digits, 0)
+    train_model(session, "baseline", 0)
+    train_cycle_sae(session, "baseline", 0)
+    train_model(session, "per_class", 1)
+    stored = read_tensors(session.root / "per_class/seed_0/targets_cycle_0.safetensors")
+    assert (torch.equal(stored["example_id"], session.task.splits["train"])
             and stored["t"].shape == (len(stored["example_id"]), 16))
 
 
@@ -142,23 +142,23 @@ def test_lambda0s_cosine_and_the_saes_seeds(digits):
     """lambda0's model is measured against the arm's own targets about the arm's centre; SAEs of successive cycles start
     apart.
     """
-    bench = Bench(digits | {"AUX_CENTRED": True}, 0)
+    session = Session(digits | {"AUX_CENTRED": True}, 0)
     for arm, n in (("baseline", 0), ("lambda0", 1), ("class_mean", 1)):
-        train_model(bench, arm, n)
-        train_cycle_sae(bench, arm, n)
-    stored = read_tensors(bench.root / "class_mean/seed_0/targets_cycle_0.safetensors")
-    assert torch.equal(stored["centre"], bench.sae("baseline", 0).mean)
-    bench.load("lambda0", 1)
-    ids = probe_ids(bench.task)
-    h, _ = outputs(bench.model, bench.task, ids, 64)
+        train_model(session, arm, n)
+        train_cycle_sae(session, arm, n)
+    stored = read_tensors(session.root / "class_mean/seed_0/targets_cycle_0.safetensors")
+    assert torch.equal(stored["centre"], session.sae("baseline", 0).mean)
+    session.load("lambda0", 1)
+    ids = probe_ids(session.task)
+    h, _ = outputs(session.model, session.task, ids, 64)
     t = stored["t"][torch.isin(stored["example_id"], ids)]
     expected = torch.nn.functional.cosine_similarity(h - stored["centre"], t - stored["centre"], dim=1).mean().item()
-    found = lambda0_cosine(bench, "class_mean", 1)
+    found = lambda0_cosine(session, "class_mean", 1)
     assert found == pytest.approx(expected, abs=1e-6)
-    aux = read_json(bench.folder("class_mean", 1) / "history_cycle_1.json")["aux"]
+    aux = read_json(session.folder("class_mean", 1) / "history_cycle_1.json")["aux"]
     # from scratch lambda0 is the source
     assert aux["cos_end"] > found > aux["cos_start"] and abs(aux["cos_source"] - found) < 0.1
-    seeds = {(arm, n): bench.sae(arm, n).config["seed"]
+    seeds = {(arm, n): session.sae(arm, n).config["seed"]
              for arm, n in (("baseline", 0), ("lambda0", 1), ("class_mean", 1))}
     assert seeds["lambda0", 1] == seeds["class_mean", 1] != seeds["baseline", 0]
 
@@ -166,25 +166,25 @@ def test_lambda0s_cosine_and_the_saes_seeds(digits):
 def test_the_centre_is_the_mean_of_the_position_that_is_pulled(defaults, tmp_path):
     """An SAE over all tokens knows the mean of all tokens, which is another."""
     c = defaults[0] | write_texts(tmp_path, "llama") | {"AUX_CENTRED": True, "TARGET_LAYER": "1"}
-    bench = Bench(c, 0)
+    session = Session(c, 0)
     for arm, n in (("baseline", 0), ("per_class", 1)):
-        train_model(bench, arm, n)
+        train_model(session, arm, n)
         if n == 0:
-            train_cycle_sae(bench, arm, n)
-    centre = read_tensors(bench.root / "per_class/seed_0/targets_cycle_0.safetensors")["centre"]
-    bench.load("baseline", 0)
-    h, _ = outputs(bench.model, bench.task, bench.task.splits["train"], 16, bench.entries)
+            train_cycle_sae(session, arm, n)
+    centre = read_tensors(session.root / "per_class/seed_0/targets_cycle_0.safetensors")["centre"]
+    session.load("baseline", 0)
+    h, _ = outputs(session.model, session.task, session.task.splits["train"], 16, session.entries)
     assert torch.allclose(centre, h.mean(0), atol=1e-5)
-    assert (centre - bench.sae("baseline", 0).mean).norm() > 0.1 * h.std(0).norm()
+    assert (centre - session.sae("baseline", 0).mean).norm() > 0.1 * h.std(0).norm()
 
 
 def test_matched_k(digits):
     """Every arm's and cycle's SAE has the same number of codes and latents."""
-    bench = Bench(digits, 0)
+    session = Session(digits, 0)
     for arm, n in (("baseline", 0), ("per_class", 1), ("random_unit", 1)):
-        train_model(bench, arm, n)
-        train_cycle_sae(bench, arm, n)
-        sae = bench.sae(arm, n)
+        train_model(session, arm, n)
+        train_cycle_sae(session, arm, n)
+        sae = session.sae(arm, n)
         assert (sae.top_k, sae.n_latents) == (8, 256)
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(256), atol=1e-5)
 
@@ -230,22 +230,22 @@ def test_readme_lists_every_constant_with_its_default(defaults):
 @pytest.mark.parametrize("name,value,stage", [("LR", 0.5, "model"), ("TOP_K", 4, "sae"), ("AUX_WEIGHT", 9.0, "aux"),
                                               ("EVAL_LIMIT", 50, "eval")])
 def test_outputs_made_with_other_constants_are_refused(digits, name, value, stage):
-    bench = Bench(digits, 0)
-    cycle(bench, "baseline", 0)
-    cycle(bench, "per_class", 1)
-    other = Bench(digits | {name: value}, 0)
+    session = Session(digits, 0)
+    cycle(session, "baseline", 0)
+    cycle(session, "per_class", 1)
+    other = Session(digits | {name: value}, 0)
     with pytest.raises(InputError, match=f"{name} was"):
         cycle(other, "baseline", 0)
         cycle(other, "per_class", 1)
-    assert other.key("model", "baseline", 0) == bench.key("model", "baseline", 0) or stage == "model"
+    assert other.key("model", "baseline", 0) == session.key("model", "baseline", 0) or stage == "model"
 
 
 def test_resume_ends_with_the_same_bytes(digits, monkeypatch, tmp_path):
     def everything(root):
         monkeypatch.setenv("STORE_DIR", str(root))
-        bench = Bench(digits, 0)
+        session = Session(digits, 0)
         for arm, n in (("baseline", 0), ("per_class", 1), ("per_class", 2)):
-            cycle(bench, arm, n)
+            cycle(session, arm, n)
         return files(root)
 
     whole = everything(tmp_path / "whole")
@@ -289,9 +289,9 @@ def write_texts(folder, kind):
 @pytest.mark.parametrize("cached", [True, False])
 def test_one_whole_cycle_of_each_architecture(defaults, tmp_path, kind, cached):
     c = defaults[0] | write_texts(tmp_path, kind) | {"CACHE_ENTRIES": cached, "TARGET_LAYER": "1"}
-    bench = Bench(c, 0)
-    cycle(bench, "baseline", 0)
-    result = cycle(bench, "per_class", 1)
+    session = Session(c, 0)
+    cycle(session, "baseline", 0)
+    result = cycle(session, "per_class", 1)
     test = result["test"]
     assert ("task_perplexity" in test) == (kind != "bert")
     assert 0 <= test["task_accuracy"] <= 1 and 0 < test["sparsity_l0_mean"] <= 4 and "base_u_attribute" in test
@@ -299,7 +299,7 @@ def test_one_whole_cycle_of_each_architecture(defaults, tmp_path, kind, cached):
     assert ("sae_features_u_weighted_attribute_given_label" in test
             and "base_u_adj_weighted_attribute_given_label" in test)
     assert result["val"]["aux_cos_end"] > result["val"]["aux_cos_start"] or result["val"]["aux_grad_ratio"] > 0
-    assert bench.model.target.path.endswith(".1") and not list(bench.folder("per_class", 1).glob("activations*"))
+    assert session.model.target.path.endswith(".1") and not list(session.folder("per_class", 1).glob("activations*"))
 
 
 def test_seed_commands_step_by_step_equal_the_main_script(tmp_path, monkeypatch, script):
@@ -375,7 +375,7 @@ def test_wrong_input_is_one_line(arguments, said, script):
 def test_typing_errors_are_refused_before_anything_is_loaded(digits, monkeypatch, given, said):
     monkeypatch.setattr("cycles.session.load_task", lambda *_: pytest.fail("the data were read"))
     with pytest.raises(InputError, match=said) as error:
-        Bench(digits | given, 0)
+        Session(digits | given, 0)
     assert "\n" not in str(error.value)
 
 
@@ -385,7 +385,7 @@ def test_a_target_layer_out_of_range_is_refused(defaults, tmp_path, monkeypatch,
     c = defaults[0] | write_texts(tmp_path, "llama") | {"TARGET_LAYER": number}
     monkeypatch.setattr("cycles.session.load_task", lambda *_: pytest.fail("the data were read"))
     with pytest.raises(InputError, match="the model has 3 blocks, 0 to 2 or -3 to -1"):
-        Bench(c, 0)
+        Session(c, 0)
     with pytest.raises(InputError, match="out of range"):
         TextClassifier(tiny_model("llama"), 2, number, 0)
 
@@ -394,7 +394,7 @@ def test_hidden_test_labels_are_refused(defaults, tmp_path):
     c = defaults[0] | write_texts(tmp_path, "llama")
     (tmp_path / "test.jsonl").write_text('{"text": "the cat", "mood": -1, "topic": 0}\n')
     with pytest.raises(InputError, match="hidden test labels"):
-        Bench(c, 0)
+        Session(c, 0)
 
 
 def test_idx_files(tmp_path):

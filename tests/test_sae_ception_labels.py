@@ -14,7 +14,7 @@ from test_sae_ception_cycles import defaults, digits, script, write_texts  # noq
 
 from cycles.evaluation import letter_tokens
 from cycles.labels import classes, draw
-from cycles.session import Bench
+from cycles.session import Session
 from cycles.tasks import load_task
 from lib.environment import InputError
 
@@ -98,17 +98,17 @@ def test_a_sorted_file_scores_as_a_shuffled_one_would(digits, monkeypatch):  # n
     """Every limit of the evaluation draws from all classes: on digits sorted by class accuracy is no class's own."""
     from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 
-    bench = Bench(digits | {"METRICS": ("robustness",), "EVAL_LIMIT": 100, "PROBE_LIMIT": 100, "ROBUST_LIMIT": 50,
+    session = Session(digits | {"METRICS": ("robustness",), "EVAL_LIMIT": 100, "PROBE_LIMIT": 100, "ROBUST_LIMIT": 50,
                             "EPOCHS_PER_CYCLE": 15}, 0)
-    for name, ids in bench.task.splits.items():
-        bench.task.splits[name] = ids[bench.task.y[ids].argsort(stable=True)]
-    bench.task_key = bench.task.identity()
+    for name, ids in session.task.splits.items():
+        session.task.splits[name] = ids[session.task.y[ids].argsort(stable=True)]
+    session.task_key = session.task.identity()
     for step in (train_model, train_cycle_sae):
-        step(bench, "baseline", 0)
+        step(session, "baseline", 0)
     seen = []
     monkeypatch.setattr("cycles.evaluation.robustness", lambda model, sae, task, ids, c,
                         seed: seen.append(task.y[ids].unique().tolist()) or {})
-    test = evaluate_cycle(bench, "baseline", 0)["test"]
+    test = evaluate_cycle(session, "baseline", 0)["test"]
     assert (test["task_accuracy"] > 0.5 and 0.1 < test["base_u"] < 0.9 and test["base_csi"] < 0.9
             and seen == [list(range(10))])
 
@@ -118,12 +118,12 @@ def test_absorption_looks_at_the_examples_that_are_scored(labelled_texts, defaul
          | {name: str(labelled_texts / file)
             for name, file in (("MODEL", "llama"), ("DATASET", "train.jsonl"), ("VAL_DATASET", "val.jsonl"),
                                ("TEST_DATASET", "test.jsonl"))})
-    bench = Bench(c | {"DEVICE": "cpu", "DATA_LIMIT": None}, 0)
+    session = Session(c | {"DEVICE": "cpu", "DATA_LIMIT": None}, 0)
     asked = []
-    real = bench.task.batch
-    bench.task.batch = lambda ids, *rest: asked.extend(ids.tolist()) or real(ids, *rest)
-    letter_tokens(bench.model, bench.task, bench.task.splits["test"], 60, 8, 0, None)
-    assert set(asked) <= set(bench.task.splits["test"].tolist()) and asked != sorted(asked) and len(asked) < 30
+    real = session.task.batch
+    session.task.batch = lambda ids, *rest: asked.extend(ids.tolist()) or real(ids, *rest)
+    letter_tokens(session.model, session.task, session.task.splits["test"], 60, 8, 0, None)
+    assert set(asked) <= set(session.task.splits["test"].tolist()) and asked != sorted(asked) and len(asked) < 30
 
 
 def write_lines(path, rows):

@@ -79,22 +79,23 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
 from cycles.labels import counts
-from cycles.session import Bench
+from cycles.session import Session
 from cycles.steps import train_model
 from lib.environment import log, log_to, run, say_next
 from lib.guards import in_use
 
 
 def main():
-    bench = Bench(CONSTANTS, SEED)
-    log_to(bench.root / "01_train_baseline.log")
-    sizes = ", ".join(f"{len(ids):,} {name}" for name, ids in bench.task.splits.items())
-    log.info("%s: %d classes, %s; target %s", bench.root.name, bench.task.n_classes, sizes, bench.model.target.path)
-    for name, ids in bench.task.splits.items():
-        log.info("%s: %s", name, counts(ids, bench.task.y, bench.task.class_names))
-    with in_use(bench.folder("baseline", 0)):
-        train_model(bench, "baseline", 0)
-    log.info("%s", bench.folder("baseline", 0) / "checkpoints" / "model_cycle_0_best.pt")
+    session = Session(CONSTANTS, SEED)
+    log_to(session.root / "01_train_baseline.log")
+    sizes = ", ".join(f"{len(ids):,} {name}" for name, ids in session.task.splits.items())
+    log.info("%s: %d classes, %s; target %s", session.root.name, session.task.n_classes, sizes,
+             session.model.target.path)
+    for name, ids in session.task.splits.items():
+        log.info("%s: %s", name, counts(ids, session.task.y, session.task.class_names))
+    with in_use(session.folder("baseline", 0)):
+        train_model(session, "baseline", 0)
+    log.info("%s", session.folder("baseline", 0) / "checkpoints" / "model_cycle_0_best.pt")
     say_next("02_train_sae.py", PRESET=PRESET, SETTING=SETTING, SEED=SEED)
 
 

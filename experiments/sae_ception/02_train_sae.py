@@ -30,18 +30,18 @@ SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # tokens: all real tokens
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
-from cycles.session import Bench, inherited
+from cycles.session import Session, inherited
 from cycles.steps import train_cycle_sae
 from lib.environment import log, log_to, run, say_next
 from lib.guards import in_use
 
 
 def main():
-    bench = Bench(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
-    log_to(bench.root / "02_train_sae.log")
-    with in_use(bench.folder("baseline", 0)):
-        train_cycle_sae(bench, ARM, CYCLE)
-    log.info("%s", bench.folder(ARM, CYCLE) / "checkpoints" / f"sae_cycle_{CYCLE}_best.pt")
+    session = Session(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
+    log_to(session.root / "02_train_sae.log")
+    with in_use(session.folder("baseline", 0)):
+        train_cycle_sae(session, ARM, CYCLE)
+    log.info("%s", session.folder(ARM, CYCLE) / "checkpoints" / f"sae_cycle_{CYCLE}_best.pt")
     say_next("03_train_auxiliary.py", PRESET=PRESET, SETTING=SETTING, SEED=SEED, CYCLE=CYCLE, ARM=ARM)
 
 

@@ -33,7 +33,7 @@ TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, 
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
-from cycles.session import Bench, inherited
+from cycles.session import Session, inherited
 from cycles.steps import train_model
 from cycles.targets import NO_TARGET, method
 from lib import schemas
@@ -44,11 +44,11 @@ from lib.guards import in_use
 
 
 def main():
-    bench = Bench(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
-    log_to(bench.root / "03_train_auxiliary.log")
-    with in_use(bench.folder("baseline", 0)):
-        train_model(bench, ARM, CYCLE + 1)
-    folder = bench.folder(ARM, CYCLE + 1)
+    session = Session(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
+    log_to(session.root / "03_train_auxiliary.log")
+    with in_use(session.folder("baseline", 0)):
+        train_model(session, ARM, CYCLE + 1)
+    folder = session.folder(ARM, CYCLE + 1)
     if method(ARM) not in NO_TARGET and rank() == 0:
         for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json", schemas.CYCLE_HISTORY)["aux"].items():
             log.info("  %-18s %.4f", name, value)

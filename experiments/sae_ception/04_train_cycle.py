@@ -113,7 +113,7 @@ CONSTANTS = override(globals(), presets_for(globals()))
 from tqdm.auto import tqdm
 
 from cycles.comparison import by_seed, interval, pulls, result_table, summary
-from cycles.session import Bench, setting_root
+from cycles.session import Session, setting_root
 from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from cycles.targets import NO_TARGET, method
 from lib.environment import log, log_to, run, say_next
@@ -127,19 +127,19 @@ MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_
          "sae_dead_features_pct": "dead %"}
 
 
-def train_and_evaluate(bench: Bench, arm: str, cycle: int) -> None:
-    train_model(bench, arm, cycle)
+def train_and_evaluate(session: Session, arm: str, cycle: int) -> None:
+    train_model(session, arm, cycle)
     for sae_seed in range(N_SAE_SEEDS):
-        train_cycle_sae(bench, arm, cycle, sae_seed)
-    evaluate_cycle(bench, arm, cycle)
+        train_cycle_sae(session, arm, cycle, sae_seed)
+    evaluate_cycle(session, arm, cycle)
 
 
-def against_lambda0(bench: Bench) -> dict[tuple[str, int, int], float]:
+def against_lambda0(session: Session) -> dict[tuple[str, int, int], float]:
     """(arm, seed, cycle) -> the cosine of lambda0's model to the arm's targets, for what each arm's own is worth."""
     if "lambda0" not in ARMS:
         return {}
     pulled = [arm for arm in ARMS if method(arm) not in NO_TARGET]
-    return {(arm, bench.seed, cycle): lambda0_cosine(bench, arm, cycle) for arm in pulled
+    return {(arm, session.seed, cycle): lambda0_cosine(session, arm, cycle) for arm in pulled
             for cycle in range(1, CYCLES + 1)}
 
 
@@ -183,12 +183,12 @@ def main():
     cosines: dict[tuple[str, int, int], float] = {}
     with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
         for seed in SEEDS:
-            bench = Bench(CONSTANTS, seed)
-            with in_use(bench.folder("baseline", 0)):
+            session = Session(CONSTANTS, seed)
+            with in_use(session.folder("baseline", 0)):
                 for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
-                    train_and_evaluate(bench, arm, cycle)
+                    train_and_evaluate(session, arm, cycle)
                     bar.update()
-                cosines |= against_lambda0(bench)
+                cosines |= against_lambda0(session)
     table = result_table(root, tuple(ARMS), tuple(SEEDS), CYCLES, cosines)
     write_text(root / "results.csv", table.to_csv(index=False))
     found = summary(table, tuple(ARMS), CYCLES)

@@ -25,7 +25,7 @@ CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py
 from tqdm.auto import tqdm
 
 from cycles.comparison import MAX_ACCURACY_LOSS
-from cycles.session import Bench
+from cycles.session import Session
 from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json
@@ -57,18 +57,18 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     constants |= {"ARMS": tuple(arms), "ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": setting}
     with tqdm(total=len(SELECT_SEEDS) * len(arms), unit="model", desc="grid") as bar:
         for seed in SELECT_SEEDS:
-            bench = Bench(constants, seed)
-            log_to(bench.root / "choose_constants.log")
-            with in_use(bench.folder("baseline", 0)):
+            session = Session(constants, seed)
+            log_to(session.root / "choose_constants.log")
+            with in_use(session.folder("baseline", 0)):
                 for arm, cycle in [("baseline", 0), *((arm, 1) for arm in arms)]:
-                    train_model(bench, arm, cycle)
-                    train_cycle_sae(bench, arm, cycle)
-                    found = evaluate_cycle(bench, arm, cycle)["val"]
+                    train_model(session, arm, cycle)
+                    train_cycle_sae(session, arm, cycle)
+                    found = evaluate_cycle(session, arm, cycle)["val"]
                     if cycle:
                         sums[arm] = {k: v + found[k] / len(SELECT_SEEDS) for k, v in sums[arm].items()}
                         bar.update()
-    write_json(bench.root / "choice.json", {"validation": sums, "ARM_CONSTANTS": choose(sums, grid)}, sealed=True)
-    log.info("%s", bench.root / "choice.json")
+    write_json(session.root / "choice.json", {"validation": sums, "ARM_CONSTANTS": choose(sums, grid)}, sealed=True)
+    log.info("%s", session.root / "choice.json")
     return sums
 
 

@@ -1,8 +1,8 @@
 """Data, model and cached states of one seed, and the keys by which outputs know what they were made from.
 
-    bench = Bench(constants, seed)
-    bench.key("model", "per_class", 2)      # one hash of constants, data, seed and everything that came before
-    bench.load("per_class", 2)              # puts that model's weights into bench.model
+    session = Session(constants, seed)
+    session.key("model", "per_class", 2)    # one hash of constants, data, seed and everything that came before
+    session.load("per_class", 2)            # puts that model's weights into session.model
 
 Every output has a stamp beside it: its key, its checksum and the constants it was made with. An output with another key
 is stale: it is named, with the constants that differ, and never used; one with another checksum is not what was
@@ -66,7 +66,7 @@ def stage_constants(c: Constants, stage: str, arm: str) -> Constants:
     return {k: own[k] for k in sorted(groups[stage] - {"ARM_CONSTANTS"}) if k in own}
 
 
-class Bench:
+class Session:
     """Data, model and cached states of one seed: what every step of every arm shares."""
 
     def __init__(self, c: Constants, seed: int):
@@ -207,7 +207,7 @@ def stamp_path(path: Path) -> Path:
 def finished(path: Path, key: str, c: Constants, data: str = "", model: str = "") -> bool:
     """Whether `path` is there with the wanted key. Raises InputError if it was made with other constants or inputs.
 
-    data, model: Bench.task_key and .model_key, to say which of them has changed.
+    data, model: Session.task_key and .model_key, to say which of them has changed.
     """
     stamp = stamp_path(path)
     if not path.exists() or not stamp.exists():
@@ -227,10 +227,10 @@ def finished(path: Path, key: str, c: Constants, data: str = "", model: str = ""
         why = (f"the {' and the '.join(changed)} have changed" if changed and data
                else "an earlier step's output has changed")
     raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete "
-                     f"{bench_root(path)}")
+                     f"{arm_folder(path)}")
 
 
-def bench_root(path: Path) -> Path:
+def arm_folder(path: Path) -> Path:
     """The arm's folder of an output."""
     return next(parent for parent in path.parents if parent.name.startswith("seed_")).parent
 
@@ -240,25 +240,25 @@ def fingerprintable(c: Constants) -> Constants:
     return json.loads(json.dumps(c))
 
 
-def write_stamp(bench: Bench, path: Path, key: str) -> None:
+def write_stamp(session: Session, path: Path, key: str) -> None:
     """The stamp beside an output, and the folder's constants.json and meta.json."""
     folder = path.parent if path.parent.name != "checkpoints" else path.parent.parent
-    constants = fingerprintable(bench.c)
+    constants = fingerprintable(session.c)
     write_json(folder / "constants.json", constants, sealed=True)
-    made_from = {"data": bench.task_key, "model": bench.model_key}
+    made_from = {"data": session.task_key, "model": session.model_key}
     paths = {name: str(local) for name in PLACES
              if (value := constants.get(name)) not in (None, "mlp", "digits") and (local := local_path(value))}
-    meta = {"constants_hash": fingerprint(constants), "seed": bench.seed, "paths": paths, **made_from}
+    meta = {"constants_hash": fingerprint(constants), "seed": session.seed, "paths": paths, **made_from}
     write_json(folder / "meta.json", meta | provenance(), sealed=True)
     write_json(stamp_path(path), {"key": key, "file": sha256(path), **made_from, "constants": constants}, sealed=True)
 
 
-def cached_entries(bench: Bench) -> Entries:
+def cached_entries(session: Session) -> Entries:
     """What enters the first trained block for every example, computed once per data set and base model."""
-    task, model = bench.task, bench.model
-    key = fingerprint([bench.c["MODEL"], weights_of(model.lm), [t.ids for t in task.tokens], model.first_trained,
-                       bench.c["MODEL_DTYPE"]])
-    folder = bench.root / "cache" / key
+    task, model = session.task, session.model
+    key = fingerprint([session.c["MODEL"], weights_of(model.lm), [t.ids for t in task.tokens], model.first_trained,
+                       session.c["MODEL_DTYPE"]])
+    folder = session.root / "cache" / key
     lengths = [len(item.ids) for item in task.tokens]
     shards = [range(i, min(i + ENTRY_SHARD_TEXTS, len(lengths))) for i in range(0, len(lengths), ENTRY_SHARD_TEXTS)]
     model.eval()
@@ -269,8 +269,8 @@ def cached_entries(bench: Bench) -> Entries:
         if not path.exists():
             by_length = torch.tensor(sorted(ids, key=lambda i: (lengths[i], i)))
             states: dict[int, Tensor] = {}
-            for part in by_length.split(bench.c["BATCH_SIZE"]):
-                found = model.token_states(make_batch(task, part, bench.device), model.entry)
+            for part in by_length.split(session.c["BATCH_SIZE"]):
+                found = model.token_states(make_batch(task, part, session.device), model.entry)
                 states |= {i: state.cpu() for i, state in zip(part.tolist(), found)}
             write_sealed(path, {"x": torch.cat([states[i] for i in ids])})
     wait_for_all()

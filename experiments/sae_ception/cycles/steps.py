@@ -1,10 +1,10 @@
 """The steps of one SAE-ception cycle and what they leave on disk.
 
-    bench = Bench(constants, seed)                 # cycles/session.py: data, model and cache of one seed, loaded once
-    train_model(bench, "baseline", 0)              # cycle 0: task loss only; shared by all arms
-    train_cycle_sae(bench, "baseline", 0)          # an SAE on the frozen model's target layer
-    train_model(bench, "per_class", 1)             # targets from model and SAE 0, then model 1
-    evaluate_cycle(bench, "per_class", 1)
+    session = Session(constants, seed)         # cycles/session.py: data, model and cache of one seed, loaded once
+    train_model(session, "baseline", 0)        # cycle 0: task loss only; shared by all arms
+    train_cycle_sae(session, "baseline", 0)    # an SAE on the frozen model's target layer
+    train_model(session, "per_class", 1)       # targets from model and SAE 0, then model 1
+    evaluate_cycle(session, "per_class", 1)
 
 store/sae_ception/<setting>/<arm>/seed_<s>/ holds constants.json, meta.json, checkpoints/,
 targets_cycle_<n>.safetensors, history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "baseline". A
@@ -20,7 +20,7 @@ import torch
 from cycles.classifier import MLP, load_trained, outputs, trained_state
 from cycles.evaluation import evaluate
 from cycles.fine_tuning import Targets, TuneSettings, fine_tune, probe_ids
-from cycles.session import Bench, Constants, sae_path, stage_constants, write_stamp
+from cycles.session import Constants, Session, sae_path, stage_constants, write_stamp
 from cycles.targets import NO_TARGET, method, n_kept, targets
 from lib import schemas
 from lib.activations import SaveSettings, save_activations
@@ -33,10 +33,10 @@ from lib.trackers import open_tracker
 from lib.training import TrainSettings, train_sae
 
 
-def tune_settings(bench: Bench, arm: str, cycle: int, aux: Constants) -> TuneSettings:
+def tune_settings(session: Session, arm: str, cycle: int, aux: Constants) -> TuneSettings:
     """The training settings of a cycle. From scratch all cycles share one data order; going on, each has its own."""
-    c = bench.c
-    order = bench.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
+    c = session.c
+    order = session.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
     if method(arm) == "new_seed" and cycle:
         order += 500_000 + 1000 * cycle
     return TuneSettings(
@@ -54,35 +54,37 @@ def aux_weight(aux: Constants, cycle: int) -> float:
     return float(weight if isinstance(weight, (int, float)) else weight[min(cycle, len(weight)) - 1])
 
 
-def train_model(bench: Bench, arm: str, cycle: int) -> None:
+def train_model(session: Session, arm: str, cycle: int) -> None:
     """Train the model of a cycle: 0 is the baseline, later ones go from the model and SAE before them."""
-    folder = bench.folder(arm, cycle)
+    folder = session.folder(arm, cycle)
     path = folder / "checkpoints" / f"model_cycle_{cycle}_best.pt"
     unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
-    key = bench.key("model", arm, cycle)
-    if bench.finished(path, key):
+    key = session.key("model", arm, cycle)
+    if session.finished(path, key):
         unfinished.unlink(missing_ok=True)
         return
-    aux = stage_constants(bench.c, "aux", arm) if cycle else {}
+    aux = stage_constants(session.c, "aux", arm) if cycle else {}
     made: Targets | None = None
     share: dict[str, float] = {}
     if cycle and method(arm) not in NO_TARGET:
-        made, share = make_targets(bench, arm, cycle - 1, aux)
-    start_from(bench, arm, cycle, aux)
-    settings = tune_settings(bench, arm, cycle, aux)
-    with open_tracker("local" if rank() else bench.c["TRACKER"], folder / f"tracker_cycle_{cycle}", bench.c) as track:
+        made, share = make_targets(session, arm, cycle - 1, aux)
+    start_from(session, arm, cycle, aux)
+    settings = tune_settings(session, arm, cycle, aux)
+    with open_tracker("local" if rank() else session.c["TRACKER"], folder / f"tracker_cycle_{cycle}",
+                      session.c) as track:
         history = fine_tune(
-            bench.model, bench.task, settings, made, bench.entries, unfinished if bench.is_text else None, key, track,
+            session.model, session.task, settings, made, session.entries, unfinished if session.is_text else None, key,
+            track,
             label=f"{arm} cycle {cycle}",
         )
     if made is not None:
         history["aux"] |= share
-    trained = trained_state(bench.model)
+    trained = trained_state(session.model)
     if rank():
         return
     write_json(folder / f"history_cycle_{cycle}.json", {"key": key, **history}, sealed=True)
     write_torch(path, trained)
-    write_stamp(bench, path, key)
+    write_stamp(session, path, key)
     unfinished.unlink(missing_ok=True)
     if made is not None and (share["cos_source"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
         log.warning("%s: the auxiliary loss hardly pulls (the model that made the targets has a cosine of %.3f to "
@@ -90,128 +92,129 @@ def train_model(bench: Bench, arm: str, cycle: int) -> None:
                     "keep fewer latents or raise AUX_WEIGHT before reading a null result", arm, share["cos_source"],
                     history["aux"]["grad_ratio"])
     kept = history["epochs"][history["kept_epoch"] - 1]
-    log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, bench.seed, cycle, kept["val_accuracy"])
+    log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, session.seed, cycle, kept["val_accuracy"])
 
 
-def start_from(bench: Bench, arm: str, cycle: int, aux: Constants) -> None:
-    """Put the starting weights of a cycle into bench.model."""
-    if cycle and method(arm) == "new_seed" and not bench.is_text:
-        start = bench.seed + 500_000 + cycle
-        fresh = MLP(bench.task.n_pixels, bench.task.n_classes, bench.c["TARGET_LAYER"], start)
-        load_trained(bench.model, trained_state(fresh))
+def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
+    """Put the starting weights of a cycle into session.model."""
+    if cycle and method(arm) == "new_seed" and not session.is_text:
+        start = session.seed + 500_000 + cycle
+        fresh = MLP(session.task.n_pixels, session.task.n_classes, session.c["TARGET_LAYER"], start)
+        load_trained(session.model, trained_state(fresh))
     elif cycle and aux["INIT"] == "continue":
-        bench.load(arm, cycle - 1)
+        session.load(arm, cycle - 1)
     elif cycle and aux["INIT"] != "scratch":
         raise InputError(f"INIT={aux['INIT']!r} must be 'scratch' or 'continue'")
     else:
-        load_trained(bench.model, bench.initial)
+        load_trained(session.model, session.initial)
 
 
-def make_targets(bench: Bench, arm: str, cycle: int, aux: Constants) -> tuple[Targets, dict[str, float]]:
+def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tuple[Targets, dict[str, float]]:
     """The targets that cycle `cycle` gives to the next one, computed once by the frozen model and SAE, and kept on
     disk.
     """
-    bench.load(arm, cycle)
-    sae = bench.sae(arm, cycle)
-    ids = bench.task.splits["train"]
-    h, _ = outputs(bench.model, bench.task, ids, bench.c["BATCH_SIZE"], bench.entries)
+    session.load(arm, cycle)
+    sae = session.sae(arm, cycle)
+    ids = session.task.splits["train"]
+    h, _ = outputs(session.model, session.task, ids, session.c["BATCH_SIZE"], session.entries)
     values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
     sae = sae.to("cpu")
     per_example = aux["KEEP_PER_EXAMPLE"] or sae.top_k // 2
     centre = None
     if aux["AUX_CENTRED"]:  # an SAE over all tokens knows their mean, which is not that of the position that is pulled
-        centre = h.mean(0) if bench.is_text and bench.c["SAE_POSITIONS"] == "tokens" else sae.mean
+        centre = h.mean(0) if session.is_text and session.c["SAE_POSITIONS"] == "tokens" else sae.mean
     t, share = targets(
-        arm, h, values, indices, sae.decode, bench.task.y[ids], ids, n_classes=bench.task.n_classes,
+        arm, h, values, indices, sae.decode, session.task.y[ids], ids, n_classes=session.task.n_classes,
         n_latents=sae.n_latents,
         keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example,
-        seed=aux["SHARPEN_SEED"] + bench.seed, centre=centre,
+        seed=aux["SHARPEN_SEED"] + session.seed, centre=centre,
     )
     made = Targets(ids, t, centre)
     share["cos_source"] = 1 - float(made.loss(h, ids).double().mean())
-    folder = bench.root / arm / f"seed_{bench.seed}"
+    folder = session.root / arm / f"seed_{session.seed}"
     if rank() == 0:
         content = {"example_id": ids, "t": t.float()} | ({} if centre is None else {"centre": centre})
         write_sealed(folder / f"targets_cycle_{cycle}.safetensors", content)
     return made, share
 
 
-def lambda0_cosine(bench: Bench, arm: str, cycle: int) -> float:
+def lambda0_cosine(session: Session, arm: str, cycle: int) -> float:
     """Mean cosine of lambda0's model of a cycle to the targets that `arm` was pulled to: what the arm's end cosine is
     worth.
 
     Over the same examples and about the same centre as the arm's own (cycles.fine_tuning.probe).
     """
-    stored = read_sealed(bench.root / arm / f"seed_{bench.seed}" / f"targets_cycle_{cycle - 1}.safetensors",
+    stored = read_sealed(session.root / arm / f"seed_{session.seed}" / f"targets_cycle_{cycle - 1}.safetensors",
                          schemas.TARGETS)
     made = Targets(stored["example_id"], stored["t"], stored.get("centre"))
-    bench.load("lambda0", cycle)
-    ids = probe_ids(bench.task)
-    h, _ = outputs(bench.model, bench.task, ids, bench.c["BATCH_SIZE"], bench.entries)
+    session.load("lambda0", cycle)
+    ids = probe_ids(session.task)
+    h, _ = outputs(session.model, session.task, ids, session.c["BATCH_SIZE"], session.entries)
     return 1 - float(made.loss(h, ids).double().mean())
 
 
-def train_cycle_sae(bench: Bench, arm: str, cycle: int, sae_seed: int = 0) -> None:
+def train_cycle_sae(session: Session, arm: str, cycle: int, sae_seed: int = 0) -> None:
     """Train an SAE on the frozen model's target layer: all kept tokens, or the position the head reads."""
     arm = "baseline" if cycle == 0 else arm
-    folder = bench.folder(arm, cycle)
-    path, key = sae_path(folder, cycle, sae_seed), bench.key("sae", arm, cycle, sae_seed)
+    folder = session.folder(arm, cycle)
+    path, key = sae_path(folder, cycle, sae_seed), session.key("sae", arm, cycle, sae_seed)
     work = folder / f"activations_cycle_{cycle}"
-    if bench.finished(path, key):
+    if session.finished(path, key):
         shutil.rmtree(work, ignore_errors=True)
         return
-    bench.load(arm, cycle)
-    c, task = bench.c, bench.task
+    session.load(arm, cycle)
+    c, task = session.c, session.task
     ids = torch.cat([task.splits["train"], task.splits["val"]])
     is_val = torch.arange(len(ids)) >= len(task.splits["train"])
-    if bench.is_text and c["SAE_POSITIONS"] == "tokens":
+    if session.is_text and c["SAE_POSITIONS"] == "tokens":
         texts = [task.texts[i] for i in ids.tolist()]
         splits = ["val" if v else "train" for v in is_val.tolist()]
-        meta = {"model": {"name": c["MODEL"], "key": bench.key("model", arm, cycle)}}
-        run = save_activations(work, bench.model.lm, bench.tokenizer, [bench.model.target], texts, splits,
+        meta = {"model": {"name": c["MODEL"], "key": session.key("model", arm, cycle)}}
+        run = save_activations(work, session.model.lm, session.tokenizer, [session.model.target], texts, splits,
                                SaveSettings(max_length=c["MAX_LENGTH"]), meta)
         rows = rows_of_run(run, run.hooks[0])
     else:
-        h, _ = outputs(bench.model, task, ids, c["BATCH_SIZE"], bench.entries)
+        h, _ = outputs(session.model, task, ids, c["BATCH_SIZE"], session.entries)
         rows = rows_of_tensor(h, is_val)
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
     # Each cycle's SAE starts elsewhere, alike in all arms: latents that live on from cycle to cycle then owe it to the
     # model.
-    start = 1_000_000 * cycle + 10 * bench.seed + sae_seed
+    start = 1_000_000 * cycle + 10 * session.seed + sae_seed
     settings = TrainSettings(n_latents, c["TOP_K"], epochs=c["SAE_EPOCHS"], batch_size=c["SAE_BATCH_SIZE"],
                              lr=c["SAE_LR"], seed=start)
     threads = torch.get_num_threads()
-    sae, history = train_sae(rows, settings, work if work.exists() else None, bench.device, progress=False)
+    sae, history = train_sae(rows, settings, work if work.exists() else None, session.device, progress=False)
     # The compiled SAE step may leave torch with another number of threads, which changes the last bits of later models.
     torch.set_num_threads(threads)
-    sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": start, "hook": bench.model.target.signature}
+    sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": start,
+                   "hook": session.model.target.signature}
     sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
     save_sae(sae, path, rows.shards[0][:64].float())
-    write_stamp(bench, path, key)
+    write_stamp(session, path, key)
     shutil.rmtree(work, ignore_errors=True)  # as large as all tokens times the width, and made again by the same step
-    log.info("%s seed %d cycle %d: SAE validation EV %.3f", arm, bench.seed, cycle, sae.config["val_ev"])
+    log.info("%s seed %d cycle %d: SAE validation EV %.3f", arm, session.seed, cycle, sae.config["val_ev"])
 
 
-def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
+def evaluate_cycle(session: Session, arm: str, cycle: int) -> Constants:
     """results_cycle_<n>.json: validation and test metrics of a finished model and its SAEs; returns it."""
-    folder = bench.folder(arm, cycle)
+    folder = session.folder(arm, cycle)
     path = folder / f"results_cycle_{cycle}.json"
-    c = bench.c
-    keys = [bench.key("sae", arm, cycle, s) for s in range(c["N_SAE_SEEDS"])]
+    c = session.c
+    keys = [session.key("sae", arm, cycle, s) for s in range(c["N_SAE_SEEDS"])]
     key = fingerprint([keys, stage_constants(c, "eval", arm)])
-    if bench.finished(path, key):
+    if session.finished(path, key):
         return read_json(path, schemas.RESULTS)
-    bench.load(arm, cycle)
+    session.load(arm, cycle)
     history = read_json(folder / f"history_cycle_{cycle}.json", schemas.CYCLE_HISTORY)
-    if history["key"] != bench.key("model", arm, cycle):
+    if history["key"] != session.key("model", arm, cycle):
         raise InputError(f"{folder / f'history_cycle_{cycle}.json'} is another model's; delete it with its model and "
                          "run their step again")
     aux = history.get("aux", {})
-    results: dict[str, Any] = {"meta": {"arm": arm, "cycle": cycle, "seed": bench.seed, "key": key}}
+    results: dict[str, Any] = {"meta": {"arm": arm, "cycle": cycle, "seed": session.seed, "key": key}}
     for sae_seed in range(c["N_SAE_SEEDS"]):
-        sae = bench.sae(arm, cycle, sae_seed)
+        sae = session.sae(arm, cycle, sae_seed)
         found = {
-            split: evaluate(bench.model, sae, bench.task, split, c, bench.seed, bench.entries, groups)
+            split: evaluate(session.model, sae, session.task, split, c, session.seed, session.entries, groups)
             for split, groups in (("val", ()), ("test", () if sae_seed else c["METRICS"]))
         }
         if not sae_seed:
@@ -220,12 +223,12 @@ def evaluate_cycle(bench: Bench, arm: str, cycle: int) -> Constants:
         else:
             results.setdefault("other_sae_seeds", []).append({"sae_seed": sae_seed, **found})
     if results["val"]["sae_explained_variance_pooled"] < 0.7:
-        remedy = ("set SAE_POSITIONS=pooled or raise SAE_EPOCHS" if bench.is_text and c["SAE_POSITIONS"] == "tokens"
+        remedy = ("set SAE_POSITIONS=pooled or raise SAE_EPOCHS" if session.is_text and c["SAE_POSITIONS"] == "tokens"
                   else "raise SAE_EPOCHS")
         log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; %s",
                     arm, cycle, results["val"]["sae_explained_variance_pooled"], remedy)
     write_json(path, drop_undefined(results), sealed=True)
-    write_stamp(bench, path, key)
+    write_stamp(session, path, key)
     return read_json(path, schemas.RESULTS)
 
 

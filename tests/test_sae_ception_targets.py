@@ -1,4 +1,4 @@
-"""Sharpening and control targets: exact sets on toy codes, ties, no-ops, random streams."""
+"""Targets of all arms: exact sets on toy codes, ties, no-ops, random streams."""
 import pytest
 import torch
 
