@@ -166,10 +166,8 @@ def test_no_spelling_of_a_key_is_kept_or_told(serve, contexts, tmp_path, monkeyp
     monkeypatch.setenv("OPENAI_API_KEY", key)
     said = SPELLINGS[spelling](key)
     answers = [
-        (200, {},
-         json.dumps({"choices": [{"message": {"content": json.dumps(GOOD | {"name": "a KEY b"})}}]}).replace("KEY",
-                                                                                                             said).encode()),
-        (200, {}, json.dumps({"choices": [{"message": {"content": "KEY"}}]}).replace("KEY", said).encode()),
+        *((200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).replace("KEY", said).encode())
+          for content in (json.dumps(GOOD | {"name": "a KEY b"}), "KEY")),
         (404, {}, json.dumps({"error": f"key={said}"}).encode()),
         (404, {}, f'{{"error": "bad key \\"{said}\\""}}'.encode()),
     ]

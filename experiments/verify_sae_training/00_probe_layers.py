@@ -17,7 +17,8 @@ from lib.ranges import Device, Location, Name, NotNegative, Precision, Size, at_
 
 Points = Annotated[
     str,
-    like(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)(\s*,\s*(resid_pre|resid_mid|resid_post|attn_out|mlp_out))*",
+    like(r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
+         r"(\s*,\s*(resid_pre|resid_mid|resid_post|attn_out|mlp_out))*",
          "resid_pre, resid_mid, resid_post, attn_out, mlp_out, or several of them separated by commas"),
 ]
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model

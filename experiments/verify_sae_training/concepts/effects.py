@@ -181,9 +181,8 @@ def _sums(
     for lines, (clean, *edited) in next_logits(model, point, texts, deltas):
         for name, logits in zip(amounts, edited):
             change = (logits - clean).cpu()
-            sums.setdefault(name, torch.zeros(n_latents, change.shape[1])).index_add_(0, place[lines],
-                                                                                      change - change.mean(1,
-                                                                                                           keepdim=True))
+            total = sums.setdefault(name, torch.zeros(n_latents, change.shape[1]))
+            total.index_add_(0, place[lines], change - change.mean(1, keepdim=True))
             kl[name].index_add_(0, place[lines], divergence(clean, logits))
     return sums, kl
 
