@@ -8,11 +8,11 @@ import scipy.sparse
 import torch
 from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
 
-from concepts.effects import promoted_tokens
-from concepts.firings import Codes, closest_directions, codes_at, collect_firings, encode_run, live_codes
+from concepts.codes import Codes, codes_at, encode_run, live_codes
+from concepts.directions import closest_directions, promoted_tokens
+from concepts.firings import collect_firings, read_top_texts, write_top_texts
 from concepts.names import candidate_patterns, describe, name_latents, predict, score_rule
 from concepts.patterns import find_patterns
-from concepts.top_texts import read_top_texts, write_top_texts
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
@@ -154,7 +154,7 @@ def test_live_codes_are_the_stored_ones_and_change_nothing(run, sae, model):
 
 def test_codes_of_a_large_run_are_made_again(run, sae, monkeypatch):
     kept = collect_firings(encode_run(run, run.hooks[0], sae), 3)
-    monkeypatch.setattr("concepts.firings.KEEP_BYTES", 0)
+    monkeypatch.setattr("concepts.codes.KEEP_BYTES", 0)
     codes = encode_run(run, run.hooks[0], sae)
     for _ in range(2):
         assert torch.equal(collect_firings(codes, 3).top_rows, kept.top_rows)
@@ -306,8 +306,8 @@ def test_patterns_of_real_tokenizers(name):
 def test_codes_may_be_read_inside_a_reading_of_them(run, sae, monkeypatch):
     """Both passes see every row, kept in memory or not, and so does one that follows passes broken off."""
     for keep in (10**9, 0):
-        monkeypatch.setattr("concepts.firings.KEEP_BYTES", keep)
-        monkeypatch.setattr("concepts.firings.TABLE_CELLS", 64 * sae.n_latents)  # batches of 64 rows
+        monkeypatch.setattr("concepts.codes.KEEP_BYTES", keep)
+        monkeypatch.setattr("concepts.codes.TABLE_CELLS", 64 * sae.n_latents)  # batches of 64 rows
         codes, expected = encode_run(run, run.hook(), sae), dense_codes(encode_run(run, run.hook(), sae))
         next(iter(codes))  # a pass that is broken off
         outer = []

@@ -10,9 +10,9 @@ from conftest import TEXTS, tiny_model, word_tokenizer
 from safetensors.numpy import load_file
 from test_steering import random_sae
 
-from concepts.effects import direct_view, promoted_tokens
-from concepts.firings import collect_firings, encode_run
-from concepts.top_texts import read_top_texts, write_top_texts
+from concepts.codes import encode_run
+from concepts.directions import direct_view, promoted_tokens
+from concepts.firings import collect_firings, read_top_texts, write_top_texts
 from exchange.dashboards import HISTOGRAM_BINS, code_histograms, write_delphi, write_neuronpedia
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError

@@ -15,8 +15,9 @@ from test_training import SMALL, make_rows
 from checks.evaluation import ev, loss_recovered, row_scores
 from checks.layers import sweep_k
 from checks.weights import inspect_weights
-from concepts.effects import draw_firings, next_token_effects, promoted_tokens
-from concepts.firings import encode_run, live_codes
+from concepts.codes import encode_run, live_codes
+from concepts.directions import promoted_tokens
+from concepts.effects import draw_occurrences, next_token_effects
 from lib.activations import SaveSettings, preflight, save_activations
 from lib.hooks import resolve
 from lib.rows import sample_rows
@@ -104,12 +105,12 @@ def test_what_the_language_model_loses(run):
 
 
 def test_effects_and_steering(run):
-    firings = draw_firings(encode_run(run, run.hook(), random_sae()), range(32), 2)
+    drawn = draw_occurrences(encode_run(run, run.hook(), random_sae()), range(32), 2)
     found, steered = [], []
     for device in ("cpu", DEVICE):
         model, sae, tokenizer = language_model().to(device), random_sae().to(device), word_tokenizer()
         point = resolve(model, "resid_post:1")
-        found.append(next_token_effects(model, tokenizer, point, sae, run, firings, MAXIMA, progress=False))
+        found.append(next_token_effects(model, tokenizer, point, sae, run, drawn, MAXIMA))
         steered.append(sweep(model, tokenizer, point, sae, [Edit(5, "add")], MAXIMA, (0.0, 2.0),
                              ["the cat sat", "a dog"], 3, skip_ids={1}, favoured={5, 6}))
         assert len(promoted_tokens(sae, model, tokenizer)) == 32

@@ -4,17 +4,17 @@ import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 from test_steering import random_sae
 
+from concepts.codes import encode_run
+from concepts.directions import direct_view
 from concepts.effects import (
     ablation,
-    contexts,
-    direct_view,
     divergence,
-    draw_firings,
+    draw_occurrences,
     next_logits,
     next_token_effects,
     of_length,
+    prefixes,
 )
-from concepts.firings import encode_run
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
 from lib.hooks import edit, resolve
@@ -39,23 +39,23 @@ def test_firings_are_drawn_evenly_where_the_latent_fires(run):
     values, indices = (torch.cat(parts) for parts in list(zip(*codes))[1:])
     dense = torch.zeros(len(codes), 32).scatter_(1, indices.long(), values)
     wanted = (dense > 0).sum(0).argsort(descending=True)[:5].tolist()
-    drawn = draw_firings(codes, wanted, 6)
+    drawn = draw_occurrences(codes, wanted, 6)
     assert torch.equal(drawn.code, dense[drawn.row, drawn.latent]) and (drawn.code > 0).all()
     assert drawn.latent.tolist() == sorted(drawn.latent.tolist())
     assert [int((drawn.latent == i).sum()) for i in wanted] == [min(6, int((dense[:, i] > 0).sum())) for i in wanted]
     assert len(set(zip(drawn.row.tolist(), drawn.latent.tolist()))) == len(drawn.row)
-    val = draw_firings(codes, wanted, 10**6, run.is_val)
+    val = draw_occurrences(codes, wanted, 10**6, run.is_val)
     assert len(val.row) == int((dense[run.is_val][:, wanted] > 0).sum()) and run.is_val[val.row].all()
-    first = torch.stack([draw_firings(codes, wanted[:1], 1, seed=seed).row for seed in range(40)])
+    first = torch.stack([draw_occurrences(codes, wanted[:1], 1, seed=seed).row for seed in range(40)])
     assert len(first.unique()) > 10
 
 
-def test_contexts_end_on_the_stored_token(run):
+def test_prefixes_end_on_the_stored_token(run):
     rows = torch.tensor([0, 7, 30, len(run.rows["pos"]) - 1])
-    found = contexts(run, word_tokenizer(), rows)
+    found = prefixes(run, word_tokenizer(), rows)
     assert [ids[-1] for ids in found] == run.rows["token_id"][rows].tolist() and all(ids[0] == 1 for ids in found)
-    with pytest.raises(InputError, match="in another way"):
-        contexts(run, word_tokenizer(bos=False), rows)
+    with pytest.raises(InputError, match="differently"):
+        prefixes(run, word_tokenizer(bos=False), rows)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
@@ -88,11 +88,11 @@ def test_effects_equal_steering_at_the_tokens_where_the_latent_fires(run, model)
     codes = encode_run(run, run.hook(), sae)
     maxima, point = torch.full((32,), 3.0), resolve(model, "resid_post:1")
     latent = int(torch.cat([indices[:, 0] for _, _, indices in codes]).mode().values)
-    firings = draw_firings(codes, [latent], 3)
-    found = next_token_effects(model, tokenizer, point, sae, run, firings, maxima, progress=False)[latent]
+    drawn = draw_occurrences(codes, [latent], 3)
+    found = next_token_effects(model, tokenizer, point, sae, run, drawn, maxima)[latent]
     for name, change in (("ablated", Edit(latent, "ablate")), ("added", Edit(latent, "add", 1.0))):
         differences, kl = [], []
-        for ids in contexts(run, tokenizer, firings.row):
+        for ids in prefixes(run, tokenizer, drawn.row):
             ids = torch.tensor([ids])
             with torch.no_grad():
                 clean = model(input_ids=ids).logits[:, -1]

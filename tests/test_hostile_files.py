@@ -15,8 +15,8 @@ from conftest import PROJECT
 from forked import contents
 from safetensors.torch import save
 
-from concepts.firings import encode_run
-from concepts.top_texts import read_top_texts
+from concepts.codes import encode_run
+from concepts.firings import read_top_texts
 from cycles.session import finished
 from kept_saes import find
 from lib import schemas

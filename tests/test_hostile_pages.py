@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from checks.ground_truth import ground_truth
+from concepts.codes import encode_run
 from concepts.dictionary import write_concepts
-from concepts.firings import collect_firings, encode_run
+from concepts.firings import collect_firings
 from lib import plots
 from lib.environment import log
 from lib.sae import load_sae, sae_hash

@@ -10,7 +10,7 @@ from checks.controls import control_saes, control_settings, relative_change
 from checks.evaluation import untrained_sae
 from checks.ground_truth import Concept, Truth, ground_truth, label_rows
 from checks.recovery import KINDS, THRESHOLDS, compositions, gains, recover_concepts, recovery, table_scores
-from concepts.firings import Codes
+from concepts.codes import Codes
 from lib import plots
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError

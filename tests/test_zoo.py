@@ -23,8 +23,8 @@ from zoo import (
 )
 
 from checks.evaluation import loss_recovered
-from concepts.effects import draw_firings, next_token_effects
-from concepts.firings import encode_run, live_codes
+from concepts.codes import encode_run, live_codes
+from concepts.effects import draw_occurrences, next_token_effects
 from lib.activations import SaveSettings, block_rows, save_activations
 from lib.blocks import blocks
 from lib.environment import InputError
@@ -270,8 +270,8 @@ def test_the_steps_after_the_first_run(name, model_of, run_of):
         assert all(map(math.isfinite, loss.values())) and loss["ce_mean_ablated"] != loss["ce_clean"]
     assert loss["ce_clean"] == pytest.approx(clean_loss(model, tokenizer), rel=1e-4)
     latent = int(next(iter(codes))[2][0, 0])
-    firings = draw_firings(codes, [latent], 2)
-    effect = next_token_effects(model, tokenizer, point, sae, run, firings, torch.ones(32), progress=False)[latent]
+    drawn = draw_occurrences(codes, [latent], 2)
+    effect = next_token_effects(model, tokenizer, point, sae, run, drawn, torch.ones(32))[latent]
     assert effect["added"]["kl"] > 0
 
 

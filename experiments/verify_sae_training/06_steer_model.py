@@ -33,8 +33,8 @@ CONSTANTS = override(globals())
 import torch
 
 from concepts.dictionary import read_concepts
-from concepts.effects import direct_view, promoted_ids
-from concepts.top_texts import read_latent_stats
+from concepts.directions import direct_view, promoted_ids
+from concepts.firings import read_latent_stats
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.models import model_of_run

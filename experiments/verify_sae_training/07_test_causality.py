@@ -29,7 +29,7 @@ from scipy.stats import wilcoxon
 
 from checks.controls import control_saes
 from checks.ground_truth import ground_truth
-from concepts.effects import ablation, contexts, divergence, next_logits, of_length
+from concepts.effects import ablation, divergence, next_logits, of_length, prefixes
 from lib import schemas
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
@@ -101,7 +101,7 @@ def main():
     x = saved.select(hook, wanted)[torch.searchsorted(place, tokens)].to(device)
     arms = edits(saes, rows, x, concept)
     kl = torch.zeros(len(arms), len(tokens), dtype=torch.double)
-    for lines, (clean, *edited) in next_logits(model, point, contexts(saved, tokenizer, tokens),
+    for lines, (clean, *edited) in next_logits(model, point, prefixes(saved, tokenizer, tokens),
                                                [None, *arms.values()]):
         kl[:, lines] = torch.stack([divergence(clean, logits).cpu() for logits in edited])
     count = torch.bincount(concept, minlength=len(rows))

@@ -30,8 +30,8 @@ from concepts.dictionary import (
     require_new,
     search_concepts,
 )
+from concepts.firings import read_latent_stats
 from concepts.formats import check, to_write
-from concepts.top_texts import read_latent_stats
 from lib.environment import run
 from lib.store import experiment_dir
 

@@ -34,10 +34,10 @@ CONSTANTS = override(globals())
 
 import torch
 
+from concepts.codes import encode_run
 from concepts.dictionary import read_concepts
-from concepts.effects import direct_view
-from concepts.firings import encode_run
-from concepts.top_texts import read_latent_stats, read_top_texts
+from concepts.directions import direct_view
+from concepts.firings import read_latent_stats, read_top_texts
 from exchange.dashboards import write_delphi, write_neuronpedia
 from exchange.formats import FORMATS, fold
 from exchange.hub import facts_of, push, write_card

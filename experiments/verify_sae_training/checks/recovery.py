@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checks.ground_truth import Truth
-from concepts.firings import Codes
+from concepts.codes import Codes
 from lib.sae import SAE
 from lib.store import Run
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from concepts.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN, NoAnswer
-from concepts.firings import Codes
+from concepts.codes import Codes
 from concepts.formats import EDITABLE, STALE, Concepts
 from concepts.language_models import Chat, ask_json, question_key
 from concepts.names import codes_matrix, score_rule, score_words, used_rows

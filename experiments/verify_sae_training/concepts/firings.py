@@ -1,100 +1,34 @@
-"""What each latent fires on: firing statistics and example texts, from stored activations or live from a model.
+"""What each latent fires on: firing statistics and example texts, computed in one pass, written and read.
 
-    codes = encode_run(run, hook, sae)                     # or live_codes(texts, model, ...)
-    firings = collect_firings(codes, top=10)
-    write_top_texts(path, codes, firings, meta)            # concepts/top_texts.py
+    firings = collect_firings(codes, top=10)               # codes: concepts/codes.py
+    write_top_texts(path, codes, firings, meta)
 
 Everything streams: memory is that of one batch and of tables [F, M], whatever the length of the corpus. An example is
-one text with one latent's highest code in it, so a text comes at most once per latent; a code of 0 is never an example.
+one text with one latent's highest code in it, so a text appears at most once per latent; a code of 0 is never one.
 """
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lib.activations import STORE_DTYPES, SaveSettings, block_rows
+from concepts.codes import Codes, codes_at
+from lib import schemas
 from lib.environment import InputError
-from lib.hooks import HookPoint
-from lib.sae import SAE
-from lib.store import ROW_COLUMNS, Run
-from lib.texts import filler_id, tokenise
+from lib.files import read_json, read_tensors, write_text
 
-Batches = Iterator[tuple[int, Tensor, Tensor]]
-
-KEEP_BYTES = 1_000_000_000  # sparse codes up to this size stay in memory for the next pass; larger ones are made again
-TABLE_CELLS = 2**24  # cells of the table texts x latents of one batch
+SCHEMA_VERSION = 1  # of top_texts.json
+WINDOW = (20, 10)  # stored tokens shown before and after the peak of an example
 QUANTILES = (0.75, 0.5, 0.25)  # of the peaks over texts, for the examples from the middle
 SAMPLE = 32  # texts drawn for each latent, among which the quantiles are taken
 # p99 comes from a histogram over the leading bits of the float32 codes: 32 bins for each power of two.
 MANTISSA_BITS, SMALLEST, LARGEST = 5, -20, 12
 N_BINS = (LARGEST - SMALLEST) << MANTISSA_BITS
 LOW = (1 << 31) - 1
-
-
-@dataclass
-class Codes:
-    """Sparse codes of N token rows, read batch after batch as often as needed."""
-
-    texts: list[str]
-    """text_id -> text."""
-    rows: dict[str, Tensor]
-    """text_id, pos, token_id, char_start, char_end: int32 [N]; the rows of a text stand together, in order."""
-    n_latents: int
-    make_batches: Callable[[], Batches]
-
-    def __iter__(self) -> Batches:
-        """(number of the first row, values float32 [n, k], latent indices [n, k]) in row order; value 0: not fired."""
-        return self.make_batches()
-
-    def __len__(self) -> int:
-        return len(self.rows["text_id"])
-
-    def slice(self, row: int) -> str:
-        """The row's piece of text, by its character offsets; may be empty, and pieces of one character share it."""
-        start, end = int(self.rows["char_start"][row]), int(self.rows["char_end"][row])
-        return self.texts[int(self.rows["text_id"][row])][start:end]
-
-
-def encode_run(run: Run, hook: str, sae: SAE) -> Codes:
-    """Codes of all rows of a run at one hook point, in batches; kept in memory if they take under KEEP_BYTES."""
-    kept: list[tuple[int, Tensor, Tensor]] | None = None
-    keep = run.n_rows * sae.top_k * 8 <= KEEP_BYTES
-    batch_rows = max(64, min(8192, TABLE_CELLS // sae.n_latents))
-
-    def batches() -> Batches:
-        nonlocal kept
-        if kept is not None:
-            yield from kept
-            return
-        mine = []  # of this pass: another one may run inside it
-        for start, x in run.batches(hook, batch_rows):
-            values, indices = sae.encode(x.to(sae.mean.device))
-            batch = start, values.cpu(), indices.int().cpu()
-            if keep:
-                mine.append(batch)
-            yield batch
-        kept = mine if keep else None
-
-    return Codes([text["text"] for text in run.texts], run.rows, sae.n_latents, batches)
-
-
-def live_codes(
-    texts: list[str], model: nn.Module, tokenizer, point: HookPoint, sae: SAE, settings: SaveSettings
-) -> Codes:
-    """Codes of typed texts: the model runs up to the hook point and only reads; nothing of it is changed.
-
-    settings: those of the run that the SAE was trained on (run.meta["settings"]); the same text then has the codes
-    that the stored run has. Raises InputError if no token is left to encode.
-    """
-    block = tokenise(tokenizer, texts, 0, settings.max_length, settings.skip_special, settings.skip_first)
-    rows, (x,) = block_rows(model, [point], block, filler_id(tokenizer), settings)
-    if not len(rows):
-        raise InputError("these texts hold no token to show (all are empty or special tokens)")
-    values, indices = sae.encode(x.to(STORE_DTYPES[settings.store_dtype]).float().to(sae.mean.device))
-    batch = 0, values.cpu(), indices.int().cpu()
-    columns = {name: rows[:, i] for i, name in enumerate(ROW_COLUMNS)}
-    return Codes(texts, columns, sae.n_latents, lambda: iter([batch]))
+Examples = dict[int, list[dict[str, Any]]]
 
 
 @dataclass
@@ -108,12 +42,11 @@ class Firings:
     mean_active: Tensor
     """Mean of the codes over 0, float32 [F]."""
     p99: Tensor
-    """99th percentile of the codes over 0, float32 [F]: the middle of its histogram bin, at most 1.6 % off for codes
-    between 2^-20 and 2^12."""
+    """99th percentile of the codes over 0, float32 [F], within 1.6 % for codes between 2^-20 and 2^12."""
     top_rows: Tensor
-    """Rows of the highest peaks, best first, int64 [F, M]; -1 where there is none."""
+    """Rows of the highest peaks, highest first, int64 [F, M]; -1: none."""
     middle_rows: Tensor
-    """Rows of the peaks at QUANTILES among SAMPLE texts drawn evenly, int64 [F, 3]; -1 where there is none."""
+    """Rows of the peaks at QUANTILES among SAMPLE texts drawn evenly, int64 [F, 3]; -1: none."""
 
     def stats(self) -> dict[str, Tensor]:
         """The columns of latent_stats.safetensors."""
@@ -121,7 +54,7 @@ class Firings:
 
 
 def collect_firings(codes: Codes, top: int = 10) -> Firings:
-    """Statistics and example rows of every latent, in one pass; equal codes are ordered by row."""
+    """Statistics and example rows of every latent, in one pass; equal codes rank by row."""
     n_latents = codes.n_latents
     fires, histogram = torch.zeros(n_latents, dtype=torch.long), torch.zeros(n_latents * N_BINS, dtype=torch.int32)
     sums = torch.zeros(n_latents, dtype=torch.double)
@@ -159,7 +92,7 @@ def _whole_texts(codes: Codes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]
         new = text_id[start + row], indices[row, slot].long(), values[row, slot], start + row
         fired = [torch.cat(column) for column in zip(held, new)]
         end = start + len(values)
-        # The last text may go on in the next batch: its codes wait for it.
+        # The last text may continue in the next batch: its codes wait.
         cut = len(fired[0]) if end == len(text_id) else int((fired[0] != text_id[end - 1]).sum())
         held = [column[cut:] for column in fired]
         if cut:
@@ -168,7 +101,7 @@ def _whole_texts(codes: Codes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _scramble(x: Tensor) -> Tensor:
-    """A positive pseudo-random number for each integer, the same on every machine (multiply and shift)."""
+    """A positive pseudo-random number for each integer, the same on every machine."""
     for factor in (0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B):
         x = x * factor
         x = x ^ (x >> 29 & 0x7FFFFFFFF)
@@ -182,7 +115,7 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _percentile(histogram: Tensor, counts: Tensor, share: float) -> Tensor:
-    """The middle of the bin below which at least `share` of each latent's codes lie, float32 [F]."""
+    """The middle of the bin at which the histogram reaches `share` of each latent's codes, float32 [F]."""
     wanted = (counts.double() * share).ceil().clamp(min=1).long()
     at = (histogram.cumsum(1) < wanted[:, None]).sum(1).clamp(max=N_BINS - 1)
     edges = (at[:, None] + torch.tensor([0, 1]) + ((SMALLEST + 127) << MANTISSA_BITS)) << (23 - MANTISSA_BITS)
@@ -190,7 +123,7 @@ def _percentile(histogram: Tensor, counts: Tensor, share: float) -> Tensor:
 
 
 def _at_quantiles(peaks: Tensor, top_rows: Tensor) -> Tensor:
-    """Rows of the drawn peaks that lie at QUANTILES, [F, 3]; -1 where the row is already an example or none is left."""
+    """Rows of the drawn peaks at QUANTILES, [F, 3]; -1 where that row is an example already, or there is none."""
     ordered = peaks.sort(dim=1).values
     n = (peaks > 0).sum(1)
     picks: list[Tensor] = []
@@ -202,32 +135,75 @@ def _at_quantiles(peaks: Tensor, top_rows: Tensor) -> Tensor:
     return torch.stack(picks, 1)
 
 
-def codes_at(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
-    """The code of latents[i] on rows[i], float32 [n]; 0 where it does not fire or the row is -1. One pass."""
-    found = torch.zeros(len(rows))
-    order = rows.argsort()
-    ordered = rows[order]
-    for start, values, indices in codes:
-        first, last = torch.searchsorted(ordered, torch.tensor([start, start + len(values)])).tolist()
-        here = order[first:last]
-        local = rows[here] - start
-        found[here] = (values[local] * (indices[local] == latents[here, None])).sum(1)
-    return found
+def write_top_texts(
+    path: Path, codes: Codes, firings: Firings, meta: dict[str, Any], window: tuple[int, int] = WINDOW
+) -> None:
+    """Write top_texts.json: "meta", each latent's examples, highest first, and under "middle" those at QUANTILES.
 
-
-def closest_directions(
-    W: Tensor, latents: Tensor, n: int, least: float, chunk: int = 256
-) -> list[list[tuple[int, float]]]:
-    """For each of `latents` int64 [L], the at most n other rows of W [F, D] with the highest cosine over `least`, best
-    first.
-
-    Rows of W have unit norm. Never holds more than chunk x F cosines.
+    An example: text, score (the code), token_str = text[char_start:char_end], token_idx (position in the tokenised
+    text, special tokens included), text_id, char_start, char_end; `window` [first, last], the positions of the stored
+    tokens around the peak, with their codes `acts` and character ranges `spans`. One latent per line.
     """
-    found = []
-    for part in latents.split(chunk):
-        cosines = W[part] @ W.T
-        cosines[torch.arange(len(part)), part] = -1
-        best = cosines.topk(min(n, len(W)), dim=1)
-        for values, rows in zip(best.values.tolist(), best.indices.tolist()):
-            found.append([(row, value) for row, value in zip(rows, values) if value > least])
-    return found
+    rows = torch.cat([firings.top_rows, firings.middle_rows], 1)
+    n_latents, n_examples = rows.shape
+    offsets = torch.arange(-window[0], window[1] + 1)
+    peak = rows.reshape(-1, 1)
+    around = peak + offsets
+    inside = around.clamp(0, len(codes) - 1)
+    text_id = codes.rows["text_id"]
+    around[(inside != around) | (peak < 0) | (text_id[inside] != text_id[peak.clamp(min=0)])] = -1
+    latent = torch.arange(n_latents).repeat_interleave(n_examples * len(offsets))
+    acts = codes_at(codes, around.reshape(-1), latent).view(n_latents, n_examples, -1)
+    around = around.view(n_latents, n_examples, -1)
+
+    def examples(latent: int, first: int, last: int) -> list[dict[str, Any]]:
+        there = [e for e in range(first, last) if rows[latent, e] >= 0]
+        return [_example(codes, int(rows[latent, e]), around[latent, e], acts[latent, e]) for e in there]
+
+    top = firings.top_rows.shape[1]
+    meta = {"schema_version": SCHEMA_VERSION, **meta, "n_latents": n_latents, "top": top}
+    best = [_line(latent, examples(latent, 0, top)) for latent in range(n_latents)]
+    middle = [_line(latent, examples(latent, top, n_examples)) for latent in range(n_latents)]
+    inner = ",\n".join([_line("meta", meta), *best, '"middle": {\n' + ",\n".join(middle) + "\n}"])
+    write_text(path, "{\n" + inner + "\n}\n")
+
+
+def _line(key: int | str, value: Any) -> str:
+    return f'"{key}": {json.dumps(value, ensure_ascii=False)}'
+
+
+def _example(codes: Codes, row: int, around: Tensor, acts: Tensor) -> dict[str, Any]:
+    there = around >= 0
+    near, columns = around[there], codes.rows
+    text_id, start, end = (int(columns[name][row]) for name in ("text_id", "char_start", "char_end"))
+    rounded = [float(f"{value:.6g}") if value else 0 for value in acts[there].tolist()]
+    return {
+        "text": codes.texts[text_id], "score": rounded[near.tolist().index(row)],
+        "token_str": codes.texts[text_id][start:end], "token_idx": int(columns["pos"][row]),
+        "text_id": text_id, "char_start": start, "char_end": end,
+        "window": [int(columns["pos"][near[0]]), int(columns["pos"][near[-1]])], "acts": rounded,
+        "spans": torch.stack([columns["char_start"][near], columns["char_end"][near]], 1).tolist(),
+    }
+
+
+def read_top_texts(path: Path) -> tuple[dict[str, Any], Examples, Examples]:
+    """What write_top_texts wrote: meta, examples by latent, examples from the middle by latent.
+
+    A file without "meta" and "middle" is read too. Raises InputError if it is missing or damaged.
+    """
+    content = read_json(path, schemas.TOP_TEXTS)
+    top = {int(key): value for key, value in content.items() if key not in ("meta", "middle")}
+    middle = {int(key): value for key, value in content.get("middle", {}).items()}
+    meta = content.get("meta", {})
+    n_latents = meta.get("n_latents")
+    if n_latents is not None and not top.keys() == middle.keys() == set(range(n_latents)):
+        raise InputError(f"{path} is damaged: it should list {n_latents} latents; {schemas.TOP_TEXTS.remedy}")
+    return meta, top, middle
+
+
+def read_latent_stats(path: Path, n_latents: int) -> dict[str, Tensor]:
+    """The columns of Firings.stats(), [n_latents] each, from step 4's latent_stats.safetensors.
+
+    Raises InputError if the file is missing, damaged or about another SAE.
+    """
+    return read_tensors(path, schemas.LATENT_STATS, finite=True, F=n_latents)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from concepts.firings import Codes
+from concepts.codes import Codes
 from concepts.patterns import EDGE, KINDS, PLACES, Patterns, find_patterns
 
 SCORE_KIND = "balanced accuracy of the rule on held-out tokens; 0.5 is chance"

@@ -16,10 +16,10 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from concepts.codes import Codes
 from concepts.dictionary import Concepts
-from concepts.effects import token_text
-from concepts.firings import Codes
-from concepts.top_texts import Examples
+from concepts.directions import token_text
+from concepts.firings import Examples
 from exchange.hub import public_name
 from lib.environment import InputError
 from lib.files import atomic_write, fingerprint, safe_name, write_json, write_text
@@ -101,7 +101,7 @@ def write_neuronpedia(
     Files: release, model, source set and source, one record each, and in batches features, activations and
     explanations.
     name: of the source set; created: a time in ISO format. stats, top, concepts: of step 4. view:
-    concepts.effects.direct_view, or None.
+    concepts.directions.direct_view, or None.
     """
     block = re.match(r"blocks\.([0-9]+)\.", facts["hook_name"])
     source = f"{block[1] if block else 0}-{safe_name(name)}"
