@@ -1,12 +1,10 @@
-"""Paired differences, Holm's correction, the choice of a cycle, and matched latents, on cases with known answers."""
-import math
+"""The choice of a cycle, the verdict, and matched latents, on cases with known answers."""
 import re
 
 import numpy as np
 import pandas
 import pytest
 import torch
-from scipy import stats
 
 from cycles.comparison import (
     COLUMNS,
@@ -14,10 +12,7 @@ from cycles.comparison import (
     by_seed,
     choose_cycle,
     compare,
-    holm,
-    interval,
     match_latents,
-    paired,
     pulls,
     result_table,
     summary,
@@ -26,39 +21,6 @@ from cycles.comparison import (
 )
 from lib.environment import InputError
 from lib.files import write_json
-
-
-def series(*values):
-    return pandas.Series(values, index=range(len(values)), dtype=float)
-
-
-def test_paired_equals_scipy():
-    rng = np.random.default_rng(0)
-    a, b = series(*rng.normal(1, 1, 9)), series(*rng.normal(0, 1, 9))
-    found, expected = paired(a, b), stats.ttest_rel(a, b)
-    low, high = expected.confidence_interval()
-    assert (found["mean"], found["p"]) == pytest.approx(((a - b).mean(), expected.pvalue))
-    assert (found["low"], found["high"]) == pytest.approx((low, high)) and "boot_low" not in found
-    assert interval(a.to_numpy())[1:] == pytest.approx(stats.t.interval(0.95, 8, a.mean(), stats.sem(a)))
-
-
-def test_paired_uses_common_seeds_only():
-    a, b = pandas.Series({0: 1.0, 1: 3.0, 2: 9.0}), pandas.Series({1: 1.0, 2: 3.0, 5: 0.0})
-    found = paired(a, b)
-    assert found["n"] == 2 and found["mean"] == 4 and found["boot_low"] <= 4 <= found["boot_high"]
-
-
-def test_degenerate_differences():
-    assert paired(series(1, 2, 3), series(1, 2, 3))["p"] == 1
-    assert paired(series(2, 3, 4), series(1, 2, 3))["p"] == pytest.approx(0.25)  # equal signs: 2 / 2^3
-    assert math.isnan(paired(series(1), series(0))["p"]) and paired(series(), series())["n"] == 0
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    adjusted = holm([0.02, float("nan"), 0.03])
-    assert adjusted[0] == pytest.approx(0.04) and adjusted[2] == pytest.approx(0.04) and math.isnan(adjusted[1])
 
 
 def make_results(root, accuracies):

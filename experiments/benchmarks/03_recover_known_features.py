@@ -52,13 +52,13 @@ PRESETS = {
 CONSTANTS = override(globals(), PRESETS)
 
 from safetensors.torch import save_file
-from scipy.stats import t as student
 from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
 from tqdm.auto import tqdm
 
 from lib import schemas
 from lib.environment import run, say_next
 from lib.files import fingerprint, read_json, write_json
+from lib.statistics import interval
 from lib.store import experiment_dir, provenance
 
 SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)",
@@ -110,24 +110,18 @@ def draw(seed: int, folder: Path) -> tuple[Path, Draw]:
     return rows, drawn
 
 
-def mean_and_half_width(values: list[float]) -> tuple[float, float]:
-    """Mean and half the 95 % interval by Student's t."""
-    n = len(values)
-    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
-    return statistics.mean(values), half
-
-
 def print_table(reported: dict[str, list[dict]]) -> None:
     for name, runs in reported.items():
         at = f"lr {runs[0]['lr']:g}" if runs[0]["lr"] else "lr by rule"
-        columns = [(title, *mean_and_half_width([run[key] for run in runs])) for key, title in SHOWN.items()]
-        print(f"{name:20s} {at:12s} " + ", ".join(f"{title} {mean:.4g} +- {half:.2g}" for title, mean, half in columns))
+        columns = [(title, interval([run[key] for run in runs])) for key, title in SHOWN.items()]
+        print(f"{name:20s} {at:12s} " + ", ".join(f"{title} {x.mean:.4g} ± {x.half:.2g}" for title, x in columns))
     peers = [name for name in reported if name != "ours"]
     if "ours" in reported and peers:
         for key, better in (("fvu", min), ("found_pct", max), ("f1", max)):
             best = better(peers, key=lambda name: statistics.mean(run[key] for run in reported[name]))
             differences = [mine[key] - theirs[key] for mine, theirs in zip(reported["ours"], reported[best])]
-            print("ours - {}, {}: {:+.4g} +- {:.2g}".format(best, SHOWN[key], *mean_and_half_width(differences)))
+            found = interval(differences)
+            print(f"ours - {best}, {SHOWN[key]}: {found.mean:+.4g} ± {found.half:.2g}")
     print(f"mean and 95 % interval over {len(REPORT_SEEDS)} draws, {N_ROWS:,} tokens each, held-out rows")
 
 

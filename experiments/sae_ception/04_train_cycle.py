@@ -112,13 +112,14 @@ CONSTANTS = override(globals(), presets_for(globals()))
 
 from tqdm.auto import tqdm
 
-from cycles.comparison import by_seed, interval, pulls, result_table, summary
+from cycles.comparison import by_seed, pulls, result_table, summary
 from cycles.session import Session, setting_root
 from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from cycles.targets import NO_TARGET, method
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text
 from lib.guards import in_use
+from lib.statistics import interval
 
 WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u_weighted": "SAE U"}
 MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp",

@@ -4,16 +4,15 @@ cycles.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas
 import torch
-from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lib import schemas
 from lib.environment import InputError
 from lib.files import read_json
+from lib.statistics import holm, interval, paired
 
 COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
 PRIMARY = ("base_u", "sae_features_u_weighted")  # all other metrics are secondary
@@ -23,7 +22,6 @@ CONTROLS = ("lambda0", "permuted", "random_unit", "random_latents", "shuffled_la
 MATCHED = {"sae_explained_variance": 0.02, "sparsity_l0_mean": 0.5}  # how far an SAE may be from lambda0's: share,
                                                                      # codes
 LIVE_BELOW, LIVE_RATIO = 0.99, 0.01  # cosine that lambda0 may have to the targets, and least ratio of gradients
-BOOTSTRAP_BELOW = 6  # seeds under which a bootstrap interval is given beside the t interval
 
 
 def result_table(
@@ -54,49 +52,6 @@ def by_seed(table: pandas.DataFrame, arm: str, cycle: int, metric: str, split: s
     arm = "baseline" if cycle == 0 else arm
     rows = table[(table.arm == arm) & (table.cycle == cycle) & (table.metric == metric) & (table.split == split)]
     return rows.groupby("seed").value.mean()
-
-
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the bounds of its t interval; nan bounds for fewer than two values."""
-    mean, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return mean, float("nan"), float("nan")
-    half = stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / n**0.5
-    return mean, mean - half, mean + half
-
-
-def paired(a: pandas.Series, b: pandas.Series) -> dict[str, float]:
-    """Paired difference a - b over the seeds both have: mean, t interval [low, high], two-sided p, n.
-
-    With fewer than 6 seeds also the percentile bootstrap interval [boot_low, boot_high], 10 000 draws. p is 1
-    where the mean is 0, that of the sign test where all differences are equal, and nan for fewer than two seeds.
-    """
-    difference = (a - b).dropna().to_numpy()
-    n = len(difference)
-    if n == 0:
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "p": float("nan"), "n": 0}
-    mean, low, high = interval(difference)
-    sd = float(np.std(difference, ddof=1)) if n > 1 else float("nan")
-    if n < 2 or mean == 0:
-        p = 1.0 if n >= 2 else float("nan")
-    else:  # equal differences have no spread to test against: the sign test is what is left
-        p = float(2 * stats.t.sf(abs(mean) / (sd / n**0.5), n - 1)) if sd > 1e-12 * abs(mean) else 2.0 ** (1 - n)
-    result = {"mean": mean, "low": low, "high": high, "p": p, "n": n}
-    if 2 <= n < BOOTSTRAP_BELOW:
-        draws = np.random.default_rng(0).choice(difference, (10_000, n)).mean(1)
-        result |= dict(zip(("boot_low", "boot_high"), np.quantile(draws, [0.025, 0.975]).tolist()))
-    return result
-
-
-def holm(p: list[float]) -> list[float]:
-    """Holm's adjusted p values; nan stays nan and does not count as a test."""
-    values = np.asarray(p, dtype=float)
-    order = [i for i in np.argsort(values) if not np.isnan(values[i])]
-    adjusted, running = values.copy(), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(order) - rank) * values[i]))
-        adjusted[i] = running
-    return adjusted.tolist()
 
 
 def compare(
@@ -135,8 +90,8 @@ def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, arm: st
     """
     cells = []
     for (name, cycle, metric), part in table[table.split == "test"].groupby(["arm", "cycle", "metric"], sort=True):
-        mean, low, high = interval(part.groupby("seed").value.mean().to_numpy())
-        cells.append({"arm": name, "cycle": int(cycle), "metric": metric, "mean": mean, "low": low, "high": high})
+        of_seeds = interval(part.groupby("seed").value.mean().to_numpy())
+        cells.append({"arm": name, "cycle": int(cycle), "metric": metric, **of_seeds._asdict()})
     result: dict[str, Any] = {"n_seeds": int(table.seed.nunique()), "cells": cells}
     if arm in arms:
         cycle = choose_cycle(table, arm, cycles)
