@@ -12,15 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from . import schemas
+from .checking import Schema
 from .distributed import rank, wait_for_all
 from .environment import InputError, log
 from .files import check_files, read_json
+from .schemas import FILES
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
+
+
+REPORT = Schema({"files": FILES})
 
 
 @contextmanager
@@ -88,7 +92,7 @@ def up_to_date(report: Path, made_from: dict[str, Any]) -> bool:
     """
     if not report.exists():
         return False
-    found = read_json(report, schemas.REPORT)
+    found = read_json(report, REPORT)
     if why := differences({name: found.get(name) for name in made_from}, json.loads(json.dumps(made_from))):
         raise InputError(f"{report.parent} was made with other constants ({why}); set STORE_DIR to another folder, or "
                          f"delete {report} to make it anew")

@@ -15,8 +15,11 @@ from conftest import PROJECT
 from forked import contents
 from safetensors.torch import save
 
+from checks.layers import LAYERS
+from checks.verification import VERIFICATION
 from concepts.codes import encode_run
 from concepts.firings import read_top_texts
+from cycles import schemas as cycle_schemas
 from cycles.session import finished
 from kept_saes import find
 from lib import schemas
@@ -54,18 +57,18 @@ KINDS = {
     "history": ("verify 02", f"{VERIFY}/training_history.json", lambda path: read_json(path, schemas.HISTORY)),
     "stamp": ("sae_ception 04", f"{CYCLE}/checkpoints/model_cycle_1_best.stamp.json",
               lambda path: finished(path.with_name("model_cycle_1_best.pt"), "k", {})),
-    "setting": ("sae_ception 04", f"{CYCLE}/constants.json", lambda path: read_json(path, schemas.SETTING)),
+    "setting": ("sae_ception 04", f"{CYCLE}/constants.json", lambda path: read_json(path, cycle_schemas.SETTING)),
     "cycle's history": ("sae_ception 04", f"{CYCLE}/history_cycle_1.json",
-                        lambda path: read_json(path, schemas.CYCLE_HISTORY)),
-    "results": ("sae_ception 04", f"{CYCLE}/results_cycle_1.json", lambda path: read_json(path, schemas.RESULTS)),
+                        lambda path: read_json(path, cycle_schemas.CYCLE_HISTORY)),
+    "results": ("sae_ception 04", f"{CYCLE}/results_cycle_1.json", lambda path: read_json(path, cycle_schemas.RESULTS)),
     "targets": ("sae_ception 04", f"{CYCLE}/targets_cycle_0.safetensors", read_sealed),
     "report": ("embedded 01", "embedded/stories/report.json", lambda path: up_to_date(path, {})),
 }
-VERIFICATION = {"run_id": "r", "sae_hash": "0" * 16, "checks": [], "concept_recovery": []}
-LAYERS = {"constants": {"MODEL": "m"}, "layers": [], "recommended": "a", "reason": "b"}
+EMPTY_VERIFICATION = {"run_id": "r", "sae_hash": "0" * 16, "checks": [], "concept_recovery": []}
+EMPTY_LAYERS = {"constants": {"MODEL": "m"}, "layers": [], "recommended": "a", "reason": "b"}
 SMALL = {  # files that notebooks leave: content, reader
-    "verification.json": (VERIFICATION, lambda path: read_json(path, schemas.VERIFICATION)),
-    "layers.json": (LAYERS, lambda path: read_json(path, schemas.LAYERS)),
+    "verification.json": (EMPTY_VERIFICATION, lambda path: read_json(path, VERIFICATION)),
+    "layers.json": (EMPTY_LAYERS, lambda path: read_json(path, LAYERS)),
     "top_texts.json": ({"meta": {}, "0": [], "middle": {"0": []}}, read_top_texts),
 }
 HOSTILE = {

@@ -35,10 +35,15 @@ EFFICIENCY_NODE: Efficiency = 0.9         # assumed speed of 8 GPUs over 8 times
 EFFICIENCY_NODES: Efficiency = 0.75       # the same for 64
 CONSTANTS = override(globals())
 
-from lib import schemas
+from lib.checking import Schema
 from lib.environment import InputError, run
 from lib.files import read_json
+from lib.schemas import POSITIVE, POSITIVE_NUMBER
 from lib.store import experiment_dir
+
+RATE = {"tokens_per_s": POSITIVE_NUMBER}
+MEASURED = Schema({"models": {"bielik_1.5b": RATE}, "saes": [RATE | {"width": POSITIVE}]},
+                  remedy="delete it and run 01_large_shapes.py again")
 
 
 def flops_to_save(width: int) -> float:
@@ -94,7 +99,7 @@ def place(n_bytes: float) -> str:
 
 
 def main():
-    measured = read_json(experiment_dir("at_scale") / "measured.json", schemas.MEASURED)
+    measured = read_json(experiment_dir("at_scale") / "measured.json", MEASURED)
     print("time to save one layer + time of one pass of SAE training; the GPU columns are estimates")
     columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node of {NODE_GPUS}", f"{MANY_NODES} nodes",
                "where the store lies")

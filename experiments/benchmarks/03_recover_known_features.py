@@ -55,14 +55,18 @@ from safetensors.torch import save_file
 from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
 from tqdm.auto import tqdm
 
-from lib import schemas
+from lib.checking import Schema
 from lib.environment import run, say_next
 from lib.files import fingerprint, read_json, write_json
+from lib.schemas import CONSTANTS as ANY_CONSTANTS
+from lib.schemas import SHORT_HASH
 from lib.statistics import interval
 from lib.store import experiment_dir, provenance
 
 SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)",
          "mcc": "MCC", "f1": "F1"}
+KNOWN_FEATURES = Schema({"settings": ANY_CONSTANTS | {"key": SHORT_HASH},
+                         "runs": [{"trainer": str, "lr": (float, None), "seed": int}]})
 NOT_OF_A_RUN = ("PRESET", "TRAINERS", "LEARNING_RATES", "REPORT_SEEDS", "CHOOSE_SEED", "THREADS")
 
 
@@ -84,7 +88,7 @@ class Results:
         self.path, self.settings = path, {k: v for k, v in CONSTANTS.items() if k not in NOT_OF_A_RUN}
         self.runs: list[dict] = []
         if (path.exists()
-            and (found := read_json(path, schemas.KNOWN_FEATURES))["settings"] == self.settings | {"key": self.key}):
+            and (found := read_json(path, KNOWN_FEATURES))["settings"] == self.settings | {"key": self.key}):
             self.runs = [run for run in found["runs"] if run["trainer"] != "ours"]
 
     @property

@@ -44,18 +44,21 @@ from story_model import Encoded
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import schemas
 from lib.environment import InputError, run
 from lib.files import list_files, parse_json, read_lines, read_torch, require_file, sha256, write_json, write_torch
 from lib.guards import differences, in_use, up_to_date
+from lib.schemas import COUNT
 from lib.store import experiment_dir
+
+STORY = {"text": str, "concepts": [COUNT], "mood": COUNT}
+CHECKPOINT = {"stamp": str, "step": COUNT, "model": {}, "optimizer": {}, "schedule": {}}
 
 
 def read_stories(folder: Path, split: str) -> list[dict]:
     """The stories of one split."""
     path = folder / f"{split}.jsonl"
     require_file(path, remedy="run 01_write_stories.py first")
-    return list(read_lines(path, schemas.STORY, "delete its folder and run 01_write_stories.py again"))
+    return list(read_lines(path, STORY, "delete its folder and run 01_write_stories.py again"))
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -83,7 +86,7 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * i / n_steps)))
     if checkpoint.exists():
-        state = read_torch(checkpoint, "train again", schemas.STORY_CHECKPOINT)
+        state = read_torch(checkpoint, "train again", CHECKPOINT)
         if why := differences(parse_json(state["stamp"].encode(), checkpoint, "delete it"), json.loads(stamp)):
             raise InputError(f"{checkpoint} is an unfinished training with other constants ({why}); end it with those, "
                              "or delete it to train anew")

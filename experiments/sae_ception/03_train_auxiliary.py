@@ -33,10 +33,10 @@ TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, 
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
+from cycles import schemas
 from cycles.session import Session, inherited
 from cycles.steps import train_model
 from cycles.targets import NO_TARGET, method
-from lib import schemas
 from lib.distributed import rank
 from lib.environment import log, log_to, run, say_next
 from lib.files import read_json

@@ -29,6 +29,7 @@ from scipy.stats import wilcoxon
 
 from checks.controls import control_saes
 from checks.ground_truth import ground_truth
+from checks.verification import VERIFICATION
 from concepts.effects import ablation, divergence, next_logits, of_length, prefixes
 from lib import schemas
 from lib.environment import InputError, choose_device, run
@@ -43,7 +44,7 @@ FOLDER = experiment_dir("verify_sae_training")
 
 def found_concepts(run_id, sae):
     """The rows of notebook 03's concept recovery in which the SAE's latent is good enough."""
-    verification = read_json(FOLDER / "verification.json", schemas.VERIFICATION)
+    verification = read_json(FOLDER / "verification.json", VERIFICATION)
     ours = (verification["run_id"], verification["sae_hash"]) == (run_id, sae_hash(sae))
     rows = [row for row in verification["concept_recovery"] if ours and row["latent"]["f1"] > MIN_F1]
     if not rows:

@@ -5,8 +5,7 @@
 Reads  store/verify_sae_training/verification.json
 """
 import checkout  # noqa: F401  (first: finds lib)
-from checks.verification import format_table
-from lib import schemas
+from checks.verification import VERIFICATION, format_table
 from lib.environment import run
 from lib.files import read_json
 from lib.store import experiment_dir
@@ -14,7 +13,7 @@ from lib.store import experiment_dir
 
 def main() -> None:
     path = experiment_dir("verify_sae_training") / "verification.json"
-    print(format_table(read_json(path, schemas.VERIFICATION)["checks"]))
+    print(format_table(read_json(path, VERIFICATION)["checks"]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lib import schemas
+from cycles import schemas
 from lib.environment import InputError
 from lib.files import read_json
 from lib.statistics import holm, interval, paired

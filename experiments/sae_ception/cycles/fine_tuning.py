@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from cycles import schemas
 from cycles.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, own_examples, trained_state
 from cycles.labels import draw
 from cycles.tasks import Task
-from lib import schemas
 from lib.distributed import add_up, agree, is_sharded, rank, shared_like, whole, world_size
 from lib.environment import InputError, first_line
 from lib.files import fingerprint, read_torch, write_torch

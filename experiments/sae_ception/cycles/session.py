@@ -17,10 +17,10 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cycles import schemas
 from cycles.choices import check_choices
 from cycles.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from cycles.tasks import load_task, own_data
-from lib import schemas
 from lib.blocks import require_positions
 from lib.distributed import own_part, rank, wait_for_all, world_size
 from lib.environment import InputError, choose_device

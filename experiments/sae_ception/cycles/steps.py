@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from cycles import schemas
 from cycles.classifier import MLP, load_trained, outputs, trained_state
 from cycles.evaluation import evaluate
 from cycles.fine_tuning import Targets, TuneSettings, fine_tune, probe_ids
 from cycles.session import Constants, Session, sae_path, stage_constants, write_stamp
 from cycles.targets import NO_TARGET, method, n_kept, targets
-from lib import schemas
 from lib.activations import SaveSettings, save_activations
 from lib.distributed import rank
 from lib.environment import InputError, log

@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib import schemas
+from lib.checking import Schema, Text
 from lib.environment import InputError, log
 from lib.files import read_json
 from lib.models import local_path, source_of_run
+from lib.schemas import POSITIVE
 from lib.store import Run
 from lib.texts import load_documents
 
+# concepts.json beside a data set whose words have concepts, as the embedded stories do
+TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}],
+                "topics": [str], "moods": [str]})
 FEELINGS = ("feeling/good", "feeling/bad/sad", "feeling/bad/afraid", "feeling/bad/angry")
 PETS = ("animal/pet/dog", "animal/pet/cat", "animal/pet/rabbit")
 NAMES = ("name/girl", "name/boy")
@@ -79,7 +83,7 @@ def concept_tree(run: Run, folder: Path) -> dict[str, Any] | None:
     if not found.exists():
         return None
     try:
-        tree = read_json(found, schemas.TRUTH)
+        tree = read_json(found, TRUTH)
         leaves = tree["leaves"]
         if leaves and all(len({leaf[key] for leaf in leaves}) == len(leaves) for key in ("number", "path")):
             return tree

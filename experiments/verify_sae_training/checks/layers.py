@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.activations import SaveSettings, block_rows, check_finite
+from lib.checking import Schema, Text
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.metrics.layers import layer_statistics, linear_probe
@@ -24,6 +25,10 @@ from lib.sae import SAE
 from lib.texts import filler_id, tokenise
 from lib.training import TrainSettings, score, train_sae
 
+LAYERS = Schema({
+    "constants": {"MODEL": str}, "layers": [{"signature": str, Text("[a-z_]+"): float}], "recommended": str,
+    "reason": str,
+}, remedy="delete it and run 00_probe_layers.py again")
 VAL_EVERY = 5  # every fifth text is held out from the linear probe
 NEAR = 0.01  # accuracy, or cosine, within which a choice is as good as the best
 GAMMA, OUTLIERS = 3.0, 0.01  # above these a layer's SAE needs care: dead latents, lost to a few rows

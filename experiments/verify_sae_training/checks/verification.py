@@ -3,8 +3,19 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lib.checking import Number, Schema
+from lib.schemas import COUNT, NAME, SHORT_HASH
+
 Check = dict[str, Any]
 KINDS = {"evidence": "evidence", "sanity": "sanity, true by construction unless something is broken"}
+UNIT = {"unit": COUNT, "f1": Number(float, 0, 1)}
+VERIFICATION = Schema({
+    "run_id": NAME, "sae_hash": SHORT_HASH,
+    "checks": [{"check": str, "value": (float, None), "verdict": ("PASS", "WARN", "FAIL"), "threshold": str,
+                "meaning": str, "kind": tuple(KINDS)}],
+    "concept_recovery": [{"concept": str, "part": ("leaf", "node", "sense", "state"), "context": bool, "latent": UNIT,
+                          "untrained?": UNIT, "frozen_decoder?": UNIT, "frozen_encoder?": UNIT}],
+}, remedy="delete it and run notebook 03 again")
 
 
 class Rule(NamedTuple):

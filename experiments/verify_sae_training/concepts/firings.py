@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from concepts.codes import Codes, codes_at
-from lib import schemas
+from lib.checking import Schema, Text
 from lib.environment import InputError
 from lib.files import read_json, read_tensors, write_text
+from lib.schemas import COUNT, POSITIVE
 
 SCHEMA_VERSION = 1  # of top_texts.json
 WINDOW = (20, 10)  # stored tokens shown before and after the peak of an example
@@ -29,6 +30,14 @@ MANTISSA_BITS, SMALLEST, LARGEST = 5, -20, 12
 N_BINS = (LARGEST - SMALLEST) << MANTISSA_BITS
 LOW = (1 << 31) - 1
 Examples = dict[int, list[dict[str, Any]]]
+LATENT = Text(r"0|[1-9][0-9]{0,8}")
+EXAMPLE = {"text": str, "score": float, "token_str": str, "acts?": [float], "spans?": [[COUNT]], "char_start?": COUNT,
+           "char_end?": COUNT}
+TOP_TEXTS = Schema({
+    "meta?": {"n_tokens?": POSITIVE, "n_texts?": COUNT, "n_latents?": POSITIVE, "sae_hash?": str},
+    "middle?": {LATENT: [EXAMPLE]}, LATENT: [EXAMPLE],
+}, remedy="delete it and run notebook 04 again", limit=1 << 34)
+LATENT_STATS = {"fires": "int64 F", "max": "float32 F", "mean_active": "float32 F", "p99": "float32 F"}
 
 
 @dataclass
@@ -191,13 +200,13 @@ def read_top_texts(path: Path) -> tuple[dict[str, Any], Examples, Examples]:
 
     A file without "meta" and "middle" is read too. Raises InputError if it is missing or damaged.
     """
-    content = read_json(path, schemas.TOP_TEXTS)
+    content = read_json(path, TOP_TEXTS)
     top = {int(key): value for key, value in content.items() if key not in ("meta", "middle")}
     middle = {int(key): value for key, value in content.get("middle", {}).items()}
     meta = content.get("meta", {})
     n_latents = meta.get("n_latents")
     if n_latents is not None and not top.keys() == middle.keys() == set(range(n_latents)):
-        raise InputError(f"{path} is damaged: it should list {n_latents} latents; {schemas.TOP_TEXTS.remedy}")
+        raise InputError(f"{path} is damaged: it should list {n_latents} latents; {TOP_TEXTS.remedy}")
     return meta, top, middle
 
 
@@ -206,4 +215,4 @@ def read_latent_stats(path: Path, n_latents: int) -> dict[str, Tensor]:
 
     Raises InputError if the file is missing, damaged or about another SAE.
     """
-    return read_tensors(path, schemas.LATENT_STATS, finite=True, F=n_latents)
+    return read_tensors(path, LATENT_STATS, finite=True, F=n_latents)

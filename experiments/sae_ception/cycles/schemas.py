@@ -1,0 +1,20 @@
+"""What each file of this experiment must hold when it is read back; the words are those of lib/checking.py."""
+from lib.checking import Schema, Text
+from lib.schemas import CONSTANTS, COUNT, NUMBERS, POSITIVE, SHA256, SHORT_HASH
+
+STAMP = Schema({"key": SHORT_HASH, "file": SHA256, "data": SHORT_HASH, "model": SHORT_HASH, "constants": CONSTANTS},
+               sealed=True)
+ORIGIN = Schema({"paths": {Text("[A-Z_]+"): str}}, sealed=True)
+SETTING = Schema(CONSTANTS, sealed=True)
+CYCLE_HISTORY = Schema({"key": SHORT_HASH, "epochs": [NUMBERS], "best_epoch": POSITIVE, "aux?": NUMBERS}, sealed=True)
+SUMMARY = Schema({"n_seeds": POSITIVE, "cells": [{"arm": str, "cycle": COUNT, "metric": str, "mean?": float,
+                                                  "low?": float, "high?": float}]}, sealed=True)
+TUNING = {
+    "key": SHORT_HASH, "settings": {}, "state": {}, "optimizer": {"state": {}, "param_groups": list},
+    "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
+}
+TARGETS = {"example_id": "int64 N", "t": "float32 N D", "centre?": "float32 D"}
+RESULTS = Schema({
+    "meta": {"arm": str, "cycle": COUNT, "seed": int, "key": SHORT_HASH}, "val": NUMBERS, "test": NUMBERS,
+    "other_sae_seeds?": [{"sae_seed": POSITIVE, "val": NUMBERS, "test": NUMBERS}],
+}, sealed=True)
