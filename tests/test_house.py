@@ -13,14 +13,12 @@ IMPORTS: set[str] = {
 }
 FILES: set[str] = {
     "experiments/sae_ception/cycles/classifier.py",
-    "experiments/sae_ception/cycles/comparison.py",
     "experiments/sae_ception/cycles/fine_tuning.py",
     "experiments/sae_ception/cycles/session.py",
     "experiments/sae_ception/cycles/tasks.py",
     "experiments/verify_sae_training/checks/recovery.py",
     "experiments/verify_sae_training/concepts/chat_servers.py",
     "experiments/verify_sae_training/concepts/dictionary.py",
-    "experiments/verify_sae_training/concepts/effects.py",
     "experiments/verify_sae_training/concepts/formats.py",
     "lib/activations.py",
     "lib/fast_step.py",
@@ -84,8 +82,8 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/verify_sae_training/choose_k.py": 2,
     "experiments/verify_sae_training/concepts/chat_names.py": 2,
     "experiments/verify_sae_training/concepts/chat_servers.py": 2,
-    "experiments/verify_sae_training/concepts/effects.py": 1,
-    "experiments/verify_sae_training/concepts/firings.py": 3,
+    "experiments/verify_sae_training/concepts/codes.py": 2,
+    "experiments/verify_sae_training/concepts/firings.py": 1,
     "experiments/verify_sae_training/concepts/names.py": 1,
     "experiments/verify_sae_training/concepts/patterns.py": 1,
     "experiments/verify_sae_training/exchange/dashboards.py": 1,
@@ -106,7 +104,7 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "lib/steering.py": 3,
     "lib/streaming.py": 2,
     "lib/texts.py": 1,
-    "lib/training.py": 4,
+    "lib/training.py": 3,
 }
 
 @pytest.fixture(scope="module")
