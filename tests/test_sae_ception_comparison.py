@@ -105,7 +105,7 @@ ABOVE = {"base_u": 0.34, "sae_features_u_weighted": 0.24}
 @pytest.mark.parametrize("means,said", [
     (ALL | {"per_class": ABOVE}, "success: "),
     ({"lambda0": {}, "per_class": ABOVE},
-     "an effect: .*were not run: permuted, random_unit, random_latents, shuffled_labels, class_mean"),
+     "an effect: .*were not run: random_unit, permuted, random_latents, shuffled_labels, class_mean"),
     (ALL | {"per_class": {}}, "no effect shown: "),
     (ALL | {"per_class": {"base_u": 0.26}}, "lower: "),
     (ALL | {"per_class": ABOVE, "class_mean": ABOVE}, "not specific to the SAE: .*; not shown against class_mean$"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
+import cycles.arms
 import cycles.steps
 from cycles.classifier import TextClassifier, outputs
 from cycles.evaluation import GROUPS
@@ -225,6 +226,12 @@ def test_readme_lists_every_constant_with_its_default(defaults):
         default = next(line for line in source.splitlines()
                        if line.startswith((f"{name} =", f"{name}:"))).split(" = ", 1)[1].split("  #")[0].strip()
         assert f"| `{name}` | `{default.replace('|', chr(92) + '|')}` |" in readme, name
+
+
+def test_readme_lists_every_arm():
+    readme = (SCRIPTS / "README.md").read_text()
+    for name, arm in cycles.arms.ARMS.items():
+        assert f"| `{name}` | {arm.target} | {arm.asks} |" in readme, name
 
 
 @pytest.mark.parametrize("name,value,stage", [("LR", 0.5, "model"), ("TOP_K", 4, "sae"), ("AUX_WEIGHT", 9.0, "aux"),

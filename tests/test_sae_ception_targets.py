@@ -2,9 +2,8 @@
 import pytest
 import torch
 
-from cycles.targets import (
-    ARMS,
-    NO_TARGET,
+from cycles.arms import ARMS
+from cycles.sharpening import (
     class_masks,
     class_means,
     contrast,
@@ -14,9 +13,8 @@ from cycles.targets import (
     per_class,
     per_example,
     random_unit,
-    sharpened_codes,
-    targets,
 )
+from cycles.targets import MAKERS, Source, targets
 from lib.environment import InputError
 
 # four latents; classes 0, 0, 1, 1. Latent 3 is on everywhere, so it is in every per_class mask, but in no contrast mask
@@ -31,14 +29,18 @@ def dense(values, indices=INDICES):
     return torch.zeros(len(values), 4).scatter_(1, indices, values)
 
 
-def codes(arm, keep=2, keep_per_example=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return sharpened_codes(arm, VALUES, INDICES, Y, 2, 4, keep, keep_per_example, generator)
+def make_targets(arm, ids=torch.arange(4), seed=0, centre=CENTRE, keep=2):
+    return targets(arm, Source(h=DENSE, values=VALUES, indices=INDICES, y=Y, ids=ids, decode=dense, n_classes=2,
+                               n_latents=4, keep=keep, keep_per_example=1, seed=seed, centre=centre))
 
 
-def make_targets(arm, ids=torch.arange(4), seed=0, centre=CENTRE):
-    return targets(arm, DENSE, VALUES, INDICES, lambda v, i: dense(v, i), Y, ids, n_classes=2, n_latents=4, keep=2,
-                   keep_per_example=1, seed=seed, centre=centre)
+def codes(arm, keep=2, seed=0):
+    """The codes that an arm's targets decode: here decoding only makes them dense."""
+    return make_targets(arm, keep=keep, seed=seed)[0]
+
+
+def test_every_arm_of_the_table_that_pulls_has_its_targets():
+    assert set(MAKERS) == {name for name, arm in ARMS.items() if arm.has_targets}
 
 
 def test_n_kept_is_a_percentage():
@@ -46,7 +48,7 @@ def test_n_kept_is_a_percentage():
 
 
 def test_class_means_and_masks():
-    means = class_means(VALUES, INDICES, Y, 2, 4)
+    means = class_means(VALUES, INDICES, Y, n_classes=2, n_latents=4)
     assert means.tolist() == [[3, 0.5, 0, 3], [0, 0.5, 3, 3]]
     assert class_masks(means, 1).tolist() == [[True, False, False, False], [False, False, True, False]]  # ties: lower
     assert class_masks(contrast(means), 1).tolist() == [[True, False, False, False], [False, False, True, False]]
@@ -54,16 +56,16 @@ def test_class_means_and_masks():
 
 
 def test_per_class_keeps_exactly_the_mask():
-    assert dense(codes("per_class")).tolist() == [[4, 0, 0, 3], [2, 0, 0, 3], [0, 0, 5, 3], [0, 0, 1, 3]]
-    assert dense(codes("complement")).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-    assert dense(codes("contrast", keep=1)).tolist() == [[4, 0, 0, 0], [2, 0, 0, 0], [0, 0, 5, 0], [0, 0, 1, 0]]
+    assert codes("per_class").tolist() == [[4, 0, 0, 3], [2, 0, 0, 3], [0, 0, 5, 3], [0, 0, 1, 3]]
+    assert codes("complement").tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert codes("contrast", keep=1).tolist() == [[4, 0, 0, 0], [2, 0, 0, 0], [0, 0, 5, 0], [0, 0, 1, 0]]
 
 
 def test_per_example_ignores_labels_and_breaks_ties_low():
     tied = torch.tensor([[2.0, 2.0, 1.0], [0.0, 3.0, 3.0]])
     at = torch.tensor([[7, 4, 9], [1, 6, 2]])
     assert per_example(tied, at, 1).tolist() == [[0, 2, 0], [0, 0, 3]]
-    assert dense(codes("per_example")).tolist() == [[4, 0, 0, 0], [0, 0, 0, 3], [0, 0, 5, 0], [0, 0, 0, 3]]
+    assert codes("per_example").tolist() == [[4, 0, 0, 0], [0, 0, 0, 3], [0, 0, 5, 0], [0, 0, 0, 3]]
 
 
 def test_no_ops_raise():
@@ -79,7 +81,7 @@ def test_random_latents_keep_the_count_and_the_norm():
         control = codes("random_latents", seed=seed)
         assert ((control != 0).sum(1) == (method != 0).sum(1)).all()
         assert torch.allclose(control.norm(dim=1), method.norm(dim=1))
-        assert (VALUES[control != 0] > 0).all()
+        assert (DENSE[control != 0] > 0).all()
     assert any(not torch.equal(codes("random_latents", seed=s) != 0, method != 0) for s in range(5))
 
 
@@ -89,8 +91,10 @@ def test_shuffled_labels_use_true_masks():
     y = torch.arange(n) % 2
     indices = torch.stack([torch.randperm(f, generator=g)[:k] for _ in range(n)])
     values = torch.rand(n, k, generator=g) + 3 * (indices % 2 == y[:, None])
-    masks = class_masks(class_means(values, indices, y, 2, f), 8)
-    kept = sharpened_codes("shuffled_labels", values, indices, y, 2, f, 8, 1, torch.Generator().manual_seed(1))
+    masks = class_masks(class_means(values, indices, y, n_classes=2, n_latents=f), 8)
+    kept, _ = targets("shuffled_labels", Source(
+        h=values, values=values, indices=indices, y=y, ids=torch.arange(n), decode=lambda v, i: v, n_classes=2,
+        n_latents=f, keep=8, keep_per_example=1, seed=1))
     as_class = [(per_class(values, indices, torch.full_like(y, c), masks) == kept).all(1) for c in (0, 1)]
     assert (as_class[0] | as_class[1]).all()
     own = torch.where(y == 0, as_class[0], as_class[1]).double().mean()
@@ -112,9 +116,8 @@ def test_random_unit_is_fixed_per_example_and_leaves_the_global_stream():
     b = random_unit(torch.tensor([9, 5, 2]), 6, 42)
     assert torch.equal(a, b[[1, 2, 0]]) and torch.allclose(a.norm(dim=1), torch.ones(3))
     assert not torch.equal(a, random_unit(torch.tensor([5, 2, 9]), 6, 43))
-    for arm in ARMS:
-        if arm not in NO_TARGET:
-            make_targets(arm)
+    for arm in MAKERS:
+        make_targets(arm)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -137,9 +140,9 @@ def test_random_directions_are_random_about_the_centre():
     h = CENTRE + torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     y = ids % 2
     codes = torch.ones(200, 2), torch.arange(2).expand(200, 2)
-    made = {arm: targets(arm, h, *codes, lambda v, i: None, y, ids, n_classes=2, n_latents=4, keep=1,
-                         keep_per_example=1, seed=0, centre=CENTRE)[0] - CENTRE
-            for arm in ("random_unit", "constant", "to_zero")}
+    source = Source(h=h, values=codes[0], indices=codes[1], y=y, ids=ids, decode=lambda v, i: v, n_classes=2,
+                    n_latents=4, keep=1, keep_per_example=1, seed=0, centre=CENTRE)
+    made = {arm: targets(arm, source)[0] - CENTRE for arm in ("random_unit", "constant", "to_zero")}
     expected = random_unit(ids, 4, 0)
     assert torch.allclose(torch.nn.functional.normalize(made["random_unit"]), expected, atol=1e-5)
     assert made["random_unit"].norm(dim=1)[0].item() == pytest.approx((h - CENTRE).square().sum(1).mean().sqrt().item(),

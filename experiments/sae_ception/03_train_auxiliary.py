@@ -34,9 +34,9 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
 from cycles import schemas
+from cycles.arms import definition
 from cycles.session import Session, inherited
 from cycles.steps import train_model
-from cycles.targets import NO_TARGET, method
 from lib.distributed import rank
 from lib.environment import log, log_to, run, say_next
 from lib.files import read_json
@@ -49,7 +49,7 @@ def main():
     with in_use(session.folder("baseline", 0)):
         train_model(session, ARM, CYCLE + 1)
     folder = session.folder(ARM, CYCLE + 1)
-    if method(ARM) not in NO_TARGET and rank() == 0:
+    if definition(ARM).has_targets and rank() == 0:
         for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json", schemas.CYCLE_HISTORY)["aux"].items():
             log.info("  %-18s %.4f", name, value)
     log.info("%s", folder / "checkpoints" / f"model_cycle_{CYCLE + 1}_best.pt")

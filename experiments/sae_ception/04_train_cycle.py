@@ -112,10 +112,10 @@ CONSTANTS = override(globals(), presets_for(globals()))
 
 from tqdm.auto import tqdm
 
+from cycles.arms import definition
 from cycles.comparison import by_seed, pulls, result_table, summary
 from cycles.session import Session, setting_root
 from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
-from cycles.targets import NO_TARGET, method
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text
 from lib.guards import in_use
@@ -139,7 +139,7 @@ def against_lambda0(session: Session) -> dict[tuple[str, int, int], float]:
     """(arm, seed, cycle) -> the cosine of lambda0's model to the arm's targets, for what each arm's own is worth."""
     if "lambda0" not in ARMS:
         return {}
-    pulled = [arm for arm in ARMS if method(arm) not in NO_TARGET]
+    pulled = [arm for arm in ARMS if definition(arm).has_targets]
     return {(arm, session.seed, cycle): lambda0_cosine(session, arm, cycle) for arm in pulled
             for cycle in range(1, CYCLES + 1)}
 

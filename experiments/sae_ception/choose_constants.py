@@ -24,6 +24,7 @@ CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py
 
 from tqdm.auto import tqdm
 
+from cycles.arms import definition, unlabelled
 from cycles.comparison import MAX_ACCURACY_LOSS
 from cycles.session import Session
 from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
@@ -32,15 +33,13 @@ from lib.files import write_json
 from lib.guards import in_use
 
 GRID = ("GRID_ARMS", "GRID_KEEP_PCT", "GRID_AUX_WEIGHT", "SELECT_SEEDS")
-SHARPENED = ("per_class", "contrast", "complement", "shuffled_labels", "global_mask", "random_latents", "permuted",
-             "permuted_in_class")
 
 
 def points() -> dict[str, dict[str, float]]:
     """Arm with label -> its constants, over the grid."""
     found = {}
     for arm in GRID_ARMS:
-        for pct in GRID_KEEP_PCT if arm in SHARPENED else (None,):
+        for pct in GRID_KEEP_PCT if "KEEP_PCT" in definition(arm).takes else (None,):
             for weight in GRID_AUX_WEIGHT:
                 keep = {} if pct is None else {"KEEP_PCT": float(pct)}
                 found["_".join([f"{arm}@l{weight:g}", *(f"k{pct:g}" for _ in keep)])] = {"AUX_WEIGHT": float(weight),
@@ -76,7 +75,7 @@ def choose(found: dict[str, dict[str, float]], grid: dict[str, dict[str, float]]
     """The constants of each arm's best point; if no point of an arm keeps the accuracy, its most accurate one."""
     chosen = {}
     for arm in GRID_ARMS:
-        mine = [p for p in grid if p.partition("@")[0] == arm]
+        mine = [p for p in grid if unlabelled(p) == arm]
         fit = [p for p in mine if found[p]["task_accuracy"] >= found["lambda0"]["task_accuracy"] - MAX_ACCURACY_LOSS]
         best = max(fit, key=lambda p: found[p]["base_u"]) if fit else max(mine, key=lambda p: found[p]["task_accuracy"])
         chosen[arm] = grid[best]

@@ -3,17 +3,12 @@ constants may be.
 """
 from typing import Annotated, Any, Literal, TypedDict
 
+from cycles.arms import ARMS, unlabelled
 from lib.ranges import Name, Percent, Rule, Seed, Size, at_least, at_most, like
 
-# The ways of making targets, as cycles/targets.py has them; an arm may carry a label: per_class@weak.
-ARMS = (
-    "lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "permuted_in_class",
-    "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant", "to_zero", "complement", "contrast",
-)
 Arm = Annotated[
     str,
-    Rule(f"one of {', '.join(ARMS)}; a label may follow, as in per_class@weak",
-         lambda arm: arm.partition("@")[0] in ARMS),
+    Rule(f"one of {', '.join(ARMS)}; a label may follow, as in per_class@weak", lambda arm: unlabelled(arm) in ARMS),
     like(r"[a-z0-9_]+(@[A-Za-z0-9_.\-]{1,100})?",
          "an arm's name, or that with a label of letters, digits, '_', '-' and '.'")._replace(shown=False),
 ]

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from cycles.arms import ARMS, CONSTANTS, unlabelled
 from cycles.classifier import MLP, block_in_range
 from cycles.evaluation import GROUPS
-from cycles.targets import ARMS, method
 from lib.environment import InputError
 from lib.models import local_path
 
@@ -18,11 +18,8 @@ CHOICES = {
 }
 
 
-def check_choices(c: dict[str, Any], for_arms: set[str]) -> None:
-    """Raise InputError for a value that would otherwise be taken for another one, or ignored.
-
-    for_arms: the constants that ARM_CONSTANTS may set.
-    """
+def check_choices(c: dict[str, Any]) -> None:
+    """Raise InputError for a value that would otherwise be taken for another one, or ignored."""
     for name, allowed in CHOICES.items():
         if name in c:
             _one_of(name, c[name], allowed)
@@ -31,17 +28,16 @@ def check_choices(c: dict[str, Any], for_arms: set[str]) -> None:
     of_arms, arms = c.get("ARM_CONSTANTS", {}), c.get("ARMS", ())
     for name, values in (("ARMS", arms), ("ARM_CONSTANTS", of_arms), ("ARM", [c["ARM"]] if "ARM" in c else [])):
         for arm in values:
-            _one_of(name, method(arm), ARMS)
+            _one_of(name, unlabelled(arm), list(ARMS))
     for arm, constants in of_arms.items():
         for name, value in constants.items():
-            _one_of(f"ARM_CONSTANTS of {arm}", name, sorted(for_arms - {"ARM_CONSTANTS"}))
+            _one_of(f"ARM_CONSTANTS of {arm}", name, sorted(CONSTANTS))
             if name in CHOICES:
                 _one_of(f"{name} of {arm} in ARM_CONSTANTS", value, CHOICES[name])
     for arm in arms:
         if "@" in arm and arm not in of_arms:
-            near = _nearest(arm, list(of_arms))
-            raise InputError(f"ARMS has {arm}, but ARM_CONSTANTS has nothing for it{near}; it would be {method(arm)} "
-                             "itself")
+            raise InputError(f"ARMS has {arm}, but ARM_CONSTANTS has nothing for it{_nearest(arm, list(of_arms))}; it "
+                             f"would be {unlabelled(arm)} itself")
     for arm in of_arms if arms else ():
         if "@" in arm and arm not in arms:
             raise InputError(f"ARM_CONSTANTS has {arm}, which is not in ARMS{_nearest(arm, list(arms))}; add it, or "

@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cycles import schemas
+from cycles.arms import ARMS
 from lib.environment import InputError
 from lib.files import read_json
 from lib.statistics import holm, interval, paired
@@ -17,8 +18,7 @@ from lib.statistics import holm, interval, paired
 COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
 PRIMARY = ("base_u", "sae_features_u_weighted")  # all other metrics are secondary
 MAX_ACCURACY_LOSS = 0.005  # of validation accuracy against lambda0, for a cycle or a constant to be chosen
-# success beats them all
-CONTROLS = ("lambda0", "permuted", "random_unit", "random_latents", "shuffled_labels", "class_mean")
+CONTROLS = tuple(name for name, arm in ARMS.items() if arm.must_be_beaten)
 MATCHED = {"sae_explained_variance": 0.02, "sparsity_l0_mean": 0.5}  # how far an SAE may be from lambda0's: share,
                                                                      # codes
 LIVE_BELOW, LIVE_RATIO = 0.99, 0.01  # cosine that lambda0 may have to the targets, and least ratio of gradients

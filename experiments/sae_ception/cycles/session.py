@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cycles import schemas
+from cycles import arms, schemas
 from cycles.choices import check_choices
 from cycles.classifier import MLP, Entries, TextClassifier, load_trained, make_batch, trained_state
 from cycles.tasks import load_task, own_data
@@ -46,7 +46,7 @@ from lib.texts import filler_id
 RUN_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "FSDP", "TRACKER",
             "N_SAE_SEEDS"}
 SAE_ONLY = {"N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE", "SAE_LR", "SAE_POSITIONS"}
-AUX_ONLY = {"AUX_WEIGHT", "AUX_CENTRED", "KEEP_PCT", "KEEP_PER_EXAMPLE", "SHARPEN_SEED", "INIT", "ARM_CONSTANTS"}
+AUX_ONLY = {"ARM_CONSTANTS", *arms.CONSTANTS}
 EVAL_ONLY = {"EVAL_LIMIT", "PROBE_LIMIT", "SILHOUETTE_ROWS", "ROBUST_LIMIT", "ROBUST_EPS", "ABSORPTION_TOKENS",
              "METRICS"}
 PLACES = ("MODEL", "DATASET", "VAL_DATASET", "TEST_DATASET")  # constants that may be a file or directory
@@ -71,7 +71,7 @@ class Session:
 
     def __init__(self, c: Constants, seed: int):
         """Raises InputError for data or models that can't be reached, and for constants that do not fit together."""
-        check_choices(c, AUX_ONLY)
+        check_choices(c)
         c = own_data(c)
         self.c, self.seed = c, seed
         self.device = choose_device(c["DEVICE"])

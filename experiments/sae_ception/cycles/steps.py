@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from cycles import schemas
+from cycles.arms import definition
 from cycles.classifier import MLP, load_trained, outputs, trained_state
 from cycles.evaluation import evaluate
 from cycles.fine_tuning import Targets, TuneSettings, fine_tune, probe_ids
 from cycles.session import Constants, Session, sae_path, stage_constants, write_stamp
-from cycles.targets import NO_TARGET, method, n_kept, targets
+from cycles.sharpening import n_kept
+from cycles.targets import Source, targets
 from lib.activations import SaveSettings, save_activations
 from lib.batches import rows_of_run, rows_of_tensor
 from lib.distributed import rank
@@ -37,13 +39,13 @@ def tune_settings(session: Session, arm: str, cycle: int, aux: Constants) -> Tun
     """The training settings of a cycle. From scratch all cycles share one data order; going on, each has its own."""
     c = session.c
     order = session.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
-    if method(arm) == "new_seed" and cycle:
+    if definition(arm).own_seed and cycle:
         order += 500_000 + 1000 * cycle
     return TuneSettings(
         epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"],
         weight_decay=c["WEIGHT_DECAY"],
         warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"], accumulate=c["ACCUMULATE"],
-        aux_weight=aux_weight(aux, cycle) if method(arm) not in NO_TARGET and cycle else 0.0, seed=order,
+        aux_weight=aux_weight(aux, cycle) if definition(arm).has_targets and cycle else 0.0, seed=order,
         select=c["SELECT_EPOCH"],
     )
 
@@ -66,7 +68,7 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
     aux = stage_constants(session.c, "aux", arm) if cycle else {}
     made: Targets | None = None
     share: dict[str, float] = {}
-    if cycle and method(arm) not in NO_TARGET:
+    if cycle and definition(arm).has_targets:
         made, share = make_targets(session, arm, cycle - 1, aux)
     start_from(session, arm, cycle, aux)
     settings = tune_settings(session, arm, cycle, aux)
@@ -97,7 +99,7 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
 
 def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
     """Put the starting weights of a cycle into session.model."""
-    if cycle and method(arm) == "new_seed" and not session.is_text:
+    if cycle and definition(arm).own_seed and not session.is_text:
         start = session.seed + 500_000 + cycle
         fresh = MLP(session.task.n_pixels, session.task.n_classes, session.c["TARGET_LAYER"], start)
         load_trained(session.model, trained_state(fresh))
@@ -119,16 +121,15 @@ def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tupl
     h, _ = outputs(session.model, session.task, ids, session.c["BATCH_SIZE"], session.entries)
     values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
     sae = sae.to("cpu")
-    per_example = aux["KEEP_PER_EXAMPLE"] or sae.top_k // 2
     centre = None
     if aux["AUX_CENTRED"]:  # an SAE over all tokens knows their mean, which is not that of the position that is pulled
         centre = h.mean(0) if session.is_text and session.c["SAE_POSITIONS"] == "tokens" else sae.mean
-    t, share = targets(
-        arm, h, values, indices, sae.decode, session.task.y[ids], ids, n_classes=session.task.n_classes,
-        n_latents=sae.n_latents,
-        keep=n_kept(sae.n_latents, aux["KEEP_PCT"]), keep_per_example=per_example,
-        seed=aux["SHARPEN_SEED"] + session.seed, centre=centre,
-    )
+    t, share = targets(arm, Source(
+        h=h, values=values, indices=indices, y=session.task.y[ids], ids=ids, decode=sae.decode,
+        n_classes=session.task.n_classes, n_latents=sae.n_latents, keep=n_kept(sae.n_latents, aux["KEEP_PCT"]),
+        keep_per_example=aux["KEEP_PER_EXAMPLE"] or sae.top_k // 2, seed=aux["SHARPEN_SEED"] + session.seed,
+        centre=centre,
+    ))
     made = Targets(ids, t, centre)
     share["cos_source"] = 1 - float(made.loss(h, ids).double().mean())
     folder = session.root / arm / f"seed_{session.seed}"
