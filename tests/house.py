@@ -18,7 +18,8 @@ FILE_LINES, LINE_LENGTH, FUNCTION_LINES, PARAMETERS, BY_POSITION = 250, 120, 40,
 # Files of lib that stand without two users, because people import them from code of their own: file -> why.
 PUBLIC = {
     "lib/__init__.py": "the package itself",
-    "lib/steering.py": "steering a model from one's own code",
+    "lib/encoder.py": "an SAE on a text, from code of one's own",
+    "lib/steering.py": "steering a model from code of one's own",
     "lib/metrics/": "tensors in, numbers out: for any codes and labels",
 }
 DATA = {"experiments/embedded_default/grammar.py"}  # word lists and sentence frames: data, whatever their length

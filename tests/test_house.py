@@ -90,6 +90,7 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "lib/activations.py": 8,
     "lib/candidates.py": 3,
     "lib/constants.py": 1,
+    "lib/encoder.py": 2,
     "lib/fast_step.py": 10,
     "lib/kernels.py": 6,
     "lib/metrics/interpretability.py": 1,
@@ -101,7 +102,7 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "lib/steering.py": 3,
     "lib/streaming.py": 2,
     "lib/texts.py": 1,
-    "lib/training.py": 3,
+    "lib/training.py": 4,
 }
 
 @pytest.fixture(scope="module")
