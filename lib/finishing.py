@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .batches import batches_in_order
 from .distributed import add_up, own_part, rank, wait_for_all, world_size
 from .environment import InputError
 from .files import list_files, write_json, write_tensors
@@ -48,22 +49,20 @@ def write_stats(run: Run, hook: str) -> None:
     n = int(train.sum())
     if n == 0:
         raise InputError("the training texts yield no token to store; raise DATA_LIMIT or lower VAL_FRAC")
-    own = own_part(len(run.shards(hook)))
-    mean = torch.zeros(run.shards(hook)[0].shape[1], dtype=torch.float64)
-    for i, x in run.batches(hook, part=own):
-        mean += x[train[i : i + len(x)]].double().sum(0)
+    shards = run.shards(hook)
+    own = own_part(len(shards))
+    mean = torch.zeros(shards[0].shape[1], dtype=torch.float64)
+    for _, x in batches_in_order(shards, train, part=own):
+        mean += x.double().sum(0)
     add_up(mean)
     mean /= n
-    covariance, norms, largest = torch.zeros(len(mean), len(mean),
-                                             dtype=torch.float64), torch.zeros(len(train)), torch.zeros(world_size())
-    for i, x in run.batches(hook, part=own):
-        keep = train[i : i + len(x)]
-        norms[i : i + len(x)] = x.norm(dim=1)
-        x = x[keep]
-        if len(x):
-            centred = x.double() - mean
-            covariance += centred.T @ centred
-            largest[rank()] = max(largest[rank()], x.abs().max())
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    norms, largest = torch.zeros(len(train)), torch.zeros(world_size())
+    for ids, x in batches_in_order(shards, train, part=own):
+        norms[ids] = x.norm(dim=1)
+        centred = x.double() - mean
+        covariance += centred.T @ centred
+        largest[rank()] = max(largest[rank()], x.abs().max())
     add_up(covariance, norms, largest)
     covariance /= n
     if not torch.isfinite(covariance.float()).all():

@@ -19,7 +19,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -157,22 +156,6 @@ class Run:
                                       **width)["x"])
         return found
 
-    def batches(self, hook: str, batch_rows: int = 8192, part: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, or those of a part of the shards: (number of the first row, float32 [<= batch_rows,
-        D]).
-        """
-        shards = self.shards(hook)
-        starts = [0, *accumulate(map(len, shards))]
-        for start, shard in list(zip(starts, shards))[part]:
-            for piece in shard.split(batch_rows):
-                yield start, piece.float()
-                start += len(piece)
-
-    def select(self, hook: str, mask: Tensor) -> Tensor:
-        """The rows where `mask` (bool [n_rows]) holds, float32 [n, D], in order."""
-        parts = mask.split([len(shard) for shard in self.shards(hook)])
-        return torch.cat([shard[part].float() for shard, part in zip(self.shards(hook), parts)])
-
     def stats(self, hook: str) -> dict[str, Any]:
         """Statistics of the hook's training rows: mean, covariance, scale, median_norm, max_abs, gamma ..."""
         folder, width = self.path / hook, self.shards(hook)[0].shape[1]
@@ -184,11 +167,6 @@ class Run:
         """One hash over the hook's shards: what an SAE records as the data that it was trained on."""
         digests = {entry["file"]: entry["sha256"] for entry in self.manifest["files"]}
         return fingerprint([digests[shard["file"]] for shard in self.manifest["hooks"][self.hook(hook)]])
-
-    def token(self, row: int) -> str:
-        """The row's piece of text, by its stored character offsets."""
-        rows = self.rows
-        return self.texts[int(rows["text_id"][row])]["text"][int(rows["char_start"][row]) : int(rows["char_end"][row])]
 
 
 def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -> Run:

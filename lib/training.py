@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import schemas
+from .batches import Rows, sample_rows, shuffled_batches, steps_per_epoch
 from .checking import Misfit, check, check_tensors
 from .distributed import agree, rank, world_size
 from .environment import InputError, log
@@ -25,7 +26,6 @@ from .fast_step import Workspace, fast_step
 from .files import fingerprint, read_torch, write_torch
 from .guards import differences
 from .metrics.reconstruction import Reconstruction
-from .rows import Rows, epoch_batches, sample_rows, steps_per_epoch
 from .sae import SAE, make_sae
 from .sae_step import (
     FROZEN,
@@ -156,7 +156,9 @@ def train_sae(
               disable=not progress or rank() > 0) as bar:
         while int(state["step"]) < n_steps:
             epoch, done = divmod(int(state["step"]), per_epoch)
-            for i, x in enumerate(epoch_batches(rows, transform, settings.batch_size, settings.seed, epoch, cache)):
+            batches = shuffled_batches(rows, transform, settings.batch_size, seed=settings.seed, epoch=epoch,
+                                       cache=cache)
+            for i, x in enumerate(batches):
                 if i < done:
                     continue
                 lr = rate * schedule(int(state["step"]), n_steps)

@@ -159,6 +159,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{fault:<58} {times:>6} {lost:>5}")
 
 
+def row_text(run, row) -> str:
+    """A row's piece of its text, by the stored character offsets."""
+    text, start, end = (int(run.rows[name][row]) for name in ("text_id", "char_start", "char_end"))
+    return run.texts[text]["text"][start:end]
+
+
 def run_script(path: str, *arguments: str, store: Path, check: bool = True) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, from another directory."""
     environment = os.environ | {"STORE_DIR": str(store), "OMP_NUM_THREADS": "1"}

@@ -4,7 +4,7 @@ import shutil
 import pandas
 import pytest
 import torch
-from conftest import TEXTS, tiny_model, word_tokenizer
+from conftest import TEXTS, row_text, tiny_model, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +67,7 @@ def test_no_special_token_is_stored_and_offsets_give_the_token(tmp_path):
     run = save(tmp_path / "run", tokenizer=tokenizer)
     assert not set(run.rows["token_id"].tolist()) & set(tokenizer.all_special_ids)
     for row in range(run.n_rows):
-        assert run.token(row) == tokenizer.decode([int(run.rows["token_id"][row])])
+        assert row_text(run, row) == tokenizer.decode([int(run.rows["token_id"][row])])
 
 
 def test_special_tokens_are_kept_on_request_and_first_positions_dropped(tmp_path):
@@ -239,7 +239,7 @@ def test_empty_texts_and_no_bos_take_no_row(tmp_path, monkeypatch, texts, batch_
     model, tokenizer = tiny_model("gpt2"), word_tokenizer(bos=False)
     run = save(tmp_path / "run", model, tokenizer, texts, batch_tokens=batch_tokens)
     words = [(i, word) for i, text in enumerate(texts) for word in text.split()]
-    assert [(int(i), run.token(row)) for row, i in enumerate(run.rows["text_id"])] == words
+    assert [(int(i), row_text(run, row)) for row, i in enumerate(run.rows["text_id"])] == words
     with torch.no_grad():
         alone = model(tokenizer("a cat", return_tensors="pt")["input_ids"],
                       output_hidden_states=True).hidden_states[2][0]

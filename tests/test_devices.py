@@ -19,8 +19,8 @@ from concepts.codes import encode_run, live_codes
 from concepts.directions import promoted_tokens
 from concepts.effects import draw_occurrences, next_token_effects
 from lib.activations import SaveSettings, preflight, save_activations
+from lib.batches import sample_rows
 from lib.hooks import resolve
-from lib.rows import sample_rows
 from lib.sae import load_sae, save_sae
 from lib.steering import Edit, sweep
 from lib.texts import split_texts

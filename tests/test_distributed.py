@@ -21,11 +21,11 @@ from test_training import SMALL, make_rows
 import lib.training as training
 from cycles.classifier import trained_state
 from cycles.fine_tuning import Targets, TuneSettings, fine_tune
+from lib.batches import shuffled_batches
 from lib.distributed import add_up, own_part, rank, ranks, world_size
 from lib.environment import InputError
 from lib.fast_step import Workspace, fast_step
 from lib.files import read_json
-from lib.rows import epoch_batches
 from lib.sae_step import init_state, whitening
 from lib.store import open_run
 
@@ -41,7 +41,7 @@ def sae_steps(folder: Path) -> dict[str, torch.Tensor]:
     state = init_state(transform, 48, seed=3)
     work = Workspace(state, "float32", compiled=False, shared=world_size() > 1)
     for epoch in range(2):
-        for x in epoch_batches(rows, transform, 63, 0, epoch, {}):
+        for x in shuffled_batches(rows, transform, 63, seed=0, epoch=epoch):
             fast_step(state, x, k=3, lr=2e-3, dead_after=50, work=work)
     return state
 

@@ -6,9 +6,9 @@ from conftest import TEXTS, tiny_model, word_tokenizer
 from checks.evaluation import ev, ev_by, loss_recovered, pca_ev, row_scores, shuffled, untrained_sae
 from checks.verification import RULES, check, format_table
 from lib.activations import SaveSettings, save_activations
+from lib.batches import rows_of_run, rows_of_tensor
 from lib.hooks import resolve
 from lib.metrics.reconstruction import explained_variance
-from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import make_sae
 from lib.texts import split_texts
 from lib.training import TrainSettings, train_sae

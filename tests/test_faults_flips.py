@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cycles.session import finished
+from lib.batches import rows_of_run
 from lib.environment import InputError
 from lib.files import check_files, read_json, read_sealed, read_torch
-from lib.rows import rows_of_run
 from lib.sae import load_sae, sae_hash
 from lib.store import open_run
 

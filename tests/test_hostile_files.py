@@ -23,12 +23,12 @@ from cycles import schemas as cycle_schemas
 from cycles.session import finished
 from kept_saes import find
 from lib import schemas
+from lib.batches import rows_of_run, rows_of_tensor
 from lib.checking import Misfit, check, check_tensors
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
 from lib.guards import up_to_date
 from lib.models import hook_of_run
-from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import load_sae, require_trained_on
 from lib.store import open_run, store_root
 from lib.training import TrainSettings, read_checkpoint, train_sae

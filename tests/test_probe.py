@@ -11,10 +11,10 @@ from test_verify_scripts import SMALL, script, source  # noqa: F401  (two fixtur
 from checks.layers import _word_labels, agreement, mean_cosine, probe_layers, recommend_k, recommend_layer, sweep_k
 from lib import plots
 from lib.activations import SaveSettings, block_rows, preflight
+from lib.batches import rows_of_tensor
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.metrics.layers import layer_statistics, linear_probe
-from lib.rows import rows_of_tensor
 from lib.texts import tokenise
 from lib.training import TrainSettings
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import lib.rows
+import lib.batches
+from lib.batches import Rows, shuffled_batches
 from lib.constants import override
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, safe_name, write_json, write_sealed, write_torch
 from lib.guards import differences
-from lib.rows import Rows, epoch_batches
 
 QUICK = settings(max_examples=60, deadline=None)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -128,12 +128,12 @@ def test_the_shuffle_is_a_permutation_that_comes_again(sizes, val_share, batch_s
     is_val[0] = False
     number = torch.arange(float(n))[:, None]
     rows = Rows(list(number.split(sizes)), is_val, torch.zeros(1), torch.eye(1))
-    usual, lib.rows.BUFFER_BYTES = lib.rows.BUFFER_BYTES, buffer_bytes
+    usual, lib.batches.BUFFER_BYTES = lib.batches.BUFFER_BYTES, buffer_bytes
     try:
-        batches = [batch[:, 0].long() for batch in epoch_batches(rows, torch.eye(1), batch_size, seed, epoch, {})]
-        again = [batch[:, 0].long() for batch in epoch_batches(rows, torch.eye(1), batch_size, seed, epoch, {})]
+        batches, again = ([batch[:, 0].long() for batch in shuffled_batches(rows, torch.eye(1), batch_size, seed=seed,
+                                                                            epoch=epoch)] for _ in range(2))
     finally:
-        lib.rows.BUFFER_BYTES = usual
+        lib.batches.BUFFER_BYTES = usual
     # so a resumed epoch goes on at any batch
     assert len(batches) == len(again) and all(map(torch.equal, batches, again))
     seen = torch.cat(batches)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
+from conftest import PROJECT, TEXTS, row_text, tiny_model, word_tokenizer
 
 from checks.controls import control_saes, control_settings, relative_change
 from checks.evaluation import untrained_sae
@@ -13,9 +13,9 @@ from checks.recovery import KINDS, THRESHOLDS, compositions, gains, recover_conc
 from concepts.codes import Codes
 from lib import plots
 from lib.activations import SaveSettings, save_activations
+from lib.batches import rows_of_run
 from lib.environment import InputError
 from lib.hooks import resolve
-from lib.rows import rows_of_run
 from lib.sae import make_sae, sae_hash
 from lib.texts import split_texts
 from lib.training import TrainSettings
@@ -39,8 +39,8 @@ def test_labels_mark_the_tokens_that_overlap_a_span(run):
     dog, bird = text.index("dog"), text.index("red bird")
     spans = torch.tensor([[1, dog, dog + 3, 0], [1, bird, bird + 8, 1], [2, 0, 0, 1], [5, 900, 950, 0]])
     labels = label_rows(run, spans, 2)
-    assert [run.token(int(row)) for row in labels[:, 0].nonzero()] == ["dog"]
-    assert [run.token(int(row)) for row in labels[:, 1].nonzero()] == ["red", "bird"]
+    assert [row_text(run, int(row)) for row in labels[:, 0].nonzero()] == ["dog"]
+    assert [row_text(run, int(row)) for row in labels[:, 1].nonzero()] == ["red", "bird"]
 
 
 def test_concept_recovery_finds_the_unit_that_is_the_concept():
@@ -176,7 +176,7 @@ def test_what_the_stories_say_of_their_tokens(tmp_path):
     where = {concept.name: truth.labels[:, i] for i, concept in enumerate(truth.concepts)}
 
     def tokens(name):
-        return [run.token(int(row)) for row in where[name].nonzero()]
+        return [row_text(run, int(row)) for row in where[name].nonzero()]
 
     assert tokens("animal/pet/dog") == tokens("animal") == ["dog", "dog"]
     assert tokens("in a quotation") == ["then", "it", "sat"]
@@ -186,7 +186,7 @@ def test_what_the_stories_say_of_their_tokens(tmp_path):
     assert tokens("how it ends: good end") == re.findall(r"\w+|\.", STORIES[1]["text"])
     assert where["topic: walks"].all() and not where["last named: name/girl"].any()
     assert [concept.word for concept in truth.concepts if concept.part == "sense"] == ["saw"]
-    assert [run.token(int(row)) for row in truth.words["saw"].nonzero()] == ["saw", "saw"]
+    assert [row_text(run, int(row)) for row in truth.words["saw"].nonzero()] == ["saw", "saw"]
     (sense,) = (concept.name for concept in truth.concepts if concept.part == "sense")
     assert tokens(sense) == ["saw"]
 

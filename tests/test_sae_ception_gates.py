@@ -18,8 +18,8 @@ from cycles.classifier import (
 from cycles.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe, probe_ids
 from cycles.targets import derangement
 from cycles.tasks import Task
+from lib.batches import rows_of_tensor
 from lib.environment import InputError
-from lib.rows import rows_of_tensor
 from lib.texts import tokenise
 from lib.training import TrainSettings, train_sae
 

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-import lib.rows as rows_module
-from lib.rows import Rows, epoch_batches, steps_per_epoch
+import lib.batches as batches_module
+from lib.batches import Rows, shuffled_batches, steps_per_epoch
 
 N_SHARDS, SHARD_ROWS, TEXT_ROWS, BATCH, WIDTH = 40, 250, 10, 50, 4
 N = N_SHARDS * SHARD_ROWS
@@ -22,13 +22,14 @@ def rows():
 @pytest.fixture(params=["buffers", "memory"])
 def in_memory(request, monkeypatch):
     n = N if request.param == "memory" else SHARDS_IN_BUFFER * SHARD_ROWS
-    monkeypatch.setattr(rows_module, "BUFFER_BYTES", n * 4 * WIDTH)
+    monkeypatch.setattr(batches_module, "BUFFER_BYTES", n * 4 * WIDTH)
     return request.param == "memory"
 
 
 def positions(rows, epoch):
     """int64 [batches, BATCH]: which rows each batch of an epoch holds."""
-    return torch.stack([x[:, 0].round().long() for x in epoch_batches(rows, torch.eye(WIDTH), BATCH, 0, epoch, {})])
+    batches = shuffled_batches(rows, torch.eye(WIDTH), BATCH, seed=0, epoch=epoch)
+    return torch.stack([x[:, 0].round().long() for x in batches])
 
 
 def test_an_epoch_holds_every_training_row_once(rows, in_memory):

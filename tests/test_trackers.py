@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
+from lib.batches import rows_of_tensor
 from lib.environment import InputError
-from lib.rows import rows_of_tensor
 from lib.trackers import ADAPTERS, open_tracker
 from lib.training import TrainSettings, train_sae
 

@@ -9,10 +9,10 @@ from torch.nn.functional import normalize
 
 import lib.training as training
 from checks.evaluation import shuffled, untrained_sae
+from lib.batches import Rows, rows_of_tensor, sample_rows, shuffled_batches
 from lib.environment import InputError
 from lib.finishing import write_stats
 from lib.metrics.reconstruction import explained_variance
-from lib.rows import Rows, epoch_batches, rows_of_tensor, sample_rows
 from lib.sae import make_sae
 from lib.sae_step import whitening
 from lib.training import TrainSettings, score, train_sae
@@ -42,7 +42,7 @@ def split_rows(rows, size):
 
 def test_an_epoch_visits_each_training_row_once_and_no_validation_row():
     rows, _ = make_rows(1000)
-    got = torch.cat(list(epoch_batches(rows, torch.eye(24), 100, 0, 0, {})))
+    got = torch.cat(list(shuffled_batches(rows, torch.eye(24), 100, seed=0, epoch=0)))
     expected = rows.shards[0][~rows.is_val] - rows.mean
     assert got.shape == (900, 24)
     torch.testing.assert_close(got.sort(0).values, expected.sort(0).values)
@@ -50,16 +50,16 @@ def test_an_epoch_visits_each_training_row_once_and_no_validation_row():
 
 def test_epochs_differ_and_seeds_repeat():
     rows, _ = make_rows(1000)
-    first, again, second, other = (next(epoch_batches(rows, torch.eye(24), 64, s, e, {}))
+    first, again, second, other = (next(shuffled_batches(rows, torch.eye(24), 64, seed=s, epoch=e))
                                    for s, e in ((0, 0), (0, 0), (0, 1), (1, 0)))
     assert torch.equal(first, again) and not torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_two_level_shuffle_mixes_shards_and_loses_no_row(monkeypatch):
-    monkeypatch.setattr("lib.rows.BUFFER_BYTES", 1)  # a buffer holds just two shards
+    monkeypatch.setattr("lib.batches.BUFFER_BYTES", 1)  # a buffer holds just two shards
     number = torch.arange(3000.0)[:, None]
     rows = split_rows(Rows([number], torch.zeros(3000, dtype=torch.bool), torch.zeros(1), torch.eye(1)), 250)
-    batches = [batch[:, 0].long() for batch in epoch_batches(rows, torch.eye(1), 64, 0, 0, {})]
+    batches = [batch[:, 0].long() for batch in shuffled_batches(rows, torch.eye(1), 64, seed=0, epoch=0)]
     seen = torch.cat(batches)
     assert len(seen) == 3000 // 64 * 64 and len(seen.unique()) == len(seen)
     shards = torch.stack([torch.bincount(batch // 250, minlength=12) for batch in batches])
@@ -73,7 +73,7 @@ def test_two_level_shuffle_mixes_shards_and_loses_no_row(monkeypatch):
 
 def test_fewer_rows_than_a_batch_make_one_short_batch():
     rows, _ = make_rows(50)
-    assert [len(batch) for batch in epoch_batches(rows, torch.eye(24), 64, 0, 0, {})] == [45]
+    assert [len(batch) for batch in shuffled_batches(rows, torch.eye(24), 64, seed=0, epoch=0)] == [45]
 
 
 def test_a_planted_dictionary_is_recovered():
@@ -242,7 +242,7 @@ def test_statistics_are_right_for_large_means_low_precision_and_odd_shapes(shape
     assert np.abs(rows.mean.double().numpy() - exact.mean(0)).max() < max(1e-4 * spread, 6e-8 * np.abs(exact).max())
     assert np.abs(rows.covariance.double().numpy() - np.cov(exact.T, bias=True)).max() < 1e-4 * spread**2
     assert rows.scale == pytest.approx(np.sqrt(exact.var(0).sum()), rel=1e-4)
-    whitened = next(epoch_batches(rows, whitening(rows.covariance), len(x), 0, 0, {}))
+    whitened = next(shuffled_batches(rows, whitening(rows.covariance), len(x), seed=0, epoch=0))
     assert whitened.square().sum(1).mean() == pytest.approx(1, rel=2e-3)
 
 
@@ -252,9 +252,6 @@ def test_activations_whose_squares_overflow_are_refused_before_statistics_are_wr
 
         def shards(self, hook):
             return [1e20 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))]
-
-        def batches(self, hook, part):
-            return [(0, self.shards(hook)[0])]
 
     with pytest.raises(InputError, match="too large"):
         write_stats(Saved(), "resid_post:1")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from lib.batches import rows_of_tensor, sample_rows
 from lib.environment import InputError
-from lib.rows import rows_of_tensor, sample_rows
 from lib.sae import load_sae, make_sae, sae_hash, save_sae
 from lib.sae_step import dense_step, folded_threshold, folded_weights, init_state, whitening
 from lib.training import TrainSettings, score, train_sae

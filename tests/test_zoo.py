@@ -26,12 +26,12 @@ from checks.evaluation import loss_recovered
 from concepts.codes import encode_run, live_codes
 from concepts.effects import draw_occurrences, next_token_effects
 from lib.activations import SaveSettings, block_rows, save_activations
+from lib.batches import rows_of_run
 from lib.blocks import blocks
 from lib.environment import InputError
 from lib.hooks import capture, edit, resolve, resolve_all
 from lib.models import load_model
 from lib.roles import ROLES
-from lib.rows import rows_of_run
 from lib.steering import continue_texts
 from lib.texts import tokenise
 from lib.training import TrainSettings, train_sae

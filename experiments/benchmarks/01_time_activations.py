@@ -121,7 +121,7 @@ def main() -> None:
                 else:
                     kept = ours(models[way.split()[-1]], tokenizer, texts, target)
                     tokens[way] = kept.n_rows
-                    saved[way] = kept.select(kept.hooks[0], torch.ones(kept.n_rows, dtype=torch.bool))
+                    saved[way] = torch.cat(kept.shards(kept.hooks[0])).float()
                 took = found["seconds"] if way == "SAELens" else time.perf_counter() - start
                 seconds.setdefault(way, []).append(took)
     exact, low = saved["ours, float32"], saved["ours, bfloat16"]

@@ -52,11 +52,11 @@ CONSTANTS = override(globals(), PRESETS)
 
 import kept_saes
 from lib import schemas
+from lib.batches import rows_of_run, sample_rows
 from lib.distributed import rank, wait_for_all
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
 from lib.guards import in_use
-from lib.rows import rows_of_run, sample_rows
 from lib.sae import sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker

@@ -32,6 +32,7 @@ from checks.ground_truth import ground_truth
 from checks.verification import VERIFICATION
 from concepts.effects import ablation, divergence, next_logits, of_length, prefixes
 from lib import schemas
+from lib.batches import read_rows
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
 from lib.models import model_of_run
@@ -99,7 +100,7 @@ def main():
     wanted = torch.zeros(saved.n_rows, dtype=torch.bool)
     wanted[tokens] = True
     place = wanted.nonzero()[:, 0]
-    x = saved.select(hook, wanted)[torch.searchsorted(place, tokens)].to(device)
+    x = read_rows(saved.shards(hook), wanted)[torch.searchsorted(place, tokens)].to(device)
     arms = edits(saes, rows, x, concept)
     kl = torch.zeros(len(arms), len(tokens), dtype=torch.double)
     for lines, (clean, *edited) in next_logits(model, point, prefixes(saved, tokenizer, tokens),

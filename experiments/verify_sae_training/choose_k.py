@@ -27,10 +27,10 @@ CONSTANTS = override(globals())
 
 from checks.evaluation import loss_recovered
 from checks.layers import recommend_k, sweep_k
+from lib.batches import rows_of_run
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.models import model_of_run
-from lib.rows import rows_of_run
 from lib.store import experiment_dir, open_run
 from lib.training import TrainSettings
 

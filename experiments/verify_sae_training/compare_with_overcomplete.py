@@ -23,10 +23,10 @@ from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
 
 from lib import schemas
+from lib.batches import read_rows, rows_of_run, sample_rows
 from lib.environment import run
 from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
-from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae
 from lib.store import experiment_dir, open_run
 from lib.training import score
@@ -60,7 +60,7 @@ def main():
     history = read_json(FOLDER / "training_history.json", schemas.HISTORY)
     saved, sae = open_run("verify_sae_training", history["run_id"]), load_sae(FOLDER / "sae_model" / "topk_sae.pt")
     rows, settings = rows_of_run(saved, sae.config["hook"]), history["settings"]
-    train, val = saved.select(sae.config["hook"], ~saved.is_val), saved.select(sae.config["hook"], saved.is_val)
+    train, val = (read_rows(rows.shards, wanted) for wanted in (~rows.is_val, rows.is_val))
     start = time.perf_counter()
     theirs = train_theirs(train, settings)
     print(f"overcomplete's loop took {time.perf_counter() - start:.0f} s")

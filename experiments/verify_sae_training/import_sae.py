@@ -26,9 +26,9 @@ CONSTANTS = override(globals())
 import kept_saes
 from exchange.formats import read_foreign, unfold
 from exchange.hub import pull
+from lib.batches import rows_of_run, sample_rows
 from lib.environment import InputError, log, log_to, run, say_next
 from lib.models import local_path
-from lib.rows import rows_of_run, sample_rows
 from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.training import score

@@ -26,10 +26,10 @@ from cycles.session import Constants, Session, sae_path, stage_constants, write_
 from cycles.sharpening import n_kept
 from cycles.targets import Source, targets
 from lib.activations import SaveSettings, save_activations
+from lib.batches import rows_of_run, rows_of_tensor
 from lib.distributed import rank
 from lib.environment import InputError, log
 from lib.files import fingerprint, read_json, read_sealed, write_json, write_sealed, write_torch
-from lib.rows import rows_of_run, rows_of_tensor
 from lib.sae import save_sae
 from lib.trackers import open_tracker
 from lib.training import TrainSettings, train_sae

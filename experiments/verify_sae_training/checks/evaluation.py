@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lib.batches import Rows, batches_in_order
 from lib.blocks import input_device, no_cache
 from lib.environment import InputError
 from lib.hooks import HookPoint, edit
-from lib.rows import Rows
 from lib.sae import SAE, make_sae
 from lib.sae_step import folded_weights, init_state, whitening
 from lib.store import Run
@@ -37,11 +37,11 @@ class RowScores(NamedTuple):
 
 def row_scores(sae: SAE, run: Run, hook: str, mask: Tensor) -> RowScores:
     """Scores of the rows where `mask` (bool [n_rows]) holds, in order; streams over the shards."""
-    mean = sum((x[mask[i : i + len(x)]].double().sum(0) for i, x in run.batches(hook)),
+    shards = run.shards(hook)
+    mean = sum((x.double().sum(0) for _, x in batches_in_order(shards, mask)),
                torch.zeros((), dtype=torch.float64)) / mask.sum()
     parts, fires = [], torch.zeros(sae.n_latents, dtype=torch.int64)
-    for i, x in run.batches(hook):
-        x = x[mask[i : i + len(x)]]
+    for _, x in batches_in_order(shards, mask):
         values, indices = sae.encode(x.to(sae.mean.device))
         error = x.double() - sae.decode(values, indices).cpu().double()
         fired = (values > 0).cpu()

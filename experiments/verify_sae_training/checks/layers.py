@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.activations import SaveSettings, block_rows, check_finite
+from lib.batches import Rows, sample_rows
 from lib.checking import Schema, Text
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.metrics.layers import layer_statistics, linear_probe
-from lib.rows import Rows, sample_rows
 from lib.sae import SAE
 from lib.texts import filler_id, tokenise
 from lib.training import TrainSettings, score, train_sae

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from checks.ground_truth import Truth
 from concepts.codes import Codes
+from lib.batches import read_rows
 from lib.sae import SAE
 from lib.store import Run
 
@@ -51,7 +52,7 @@ def recover_concepts(
     before = torch.where(run.rows["text_id"].diff(prepend=torch.tensor([-1])) == 0, ids.roll(1), -1)
     every = torch.arange(run.n_rows) % max(1, run.n_rows // n_rows) == 0
     with_senses = torch.stack([torch.zeros_like(every), *truth.words.values()]).any(0)
-    x_all, x_senses = run.select(hook, every), run.select(hook, with_senses)
+    x_all, x_senses = (read_rows(run.shards(hook), wanted) for wanted in (every, with_senses))
     found = []
     for word in (None, *truth.words):
         rows = every if word is None else truth.words[word]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.activations import STORE_DTYPES, SaveSettings, block_rows
+from lib.batches import batches_in_order
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.sae import SAE
@@ -58,9 +59,9 @@ def encode_run(run: Run, hook: str, sae: SAE) -> Codes:
             yield from kept
             return
         mine = []  # this pass's own list: passes may be nested
-        for start, x in run.batches(hook, batch_rows):
+        for ids, x in batches_in_order(run.shards(hook), size=batch_rows):
             values, indices = sae.encode(x.to(sae.mean.device))
-            batch = start, values.cpu(), indices.int().cpu()
+            batch = int(ids[0]), values.cpu(), indices.int().cpu()
             if keep:
                 mine.append(batch)
             yield batch

@@ -1,0 +1,153 @@
+"""Stored activations in batches: in order for statistics and scores, shuffled for training.
+
+    for ids, x in batches_in_order(run.shards(hook), run.is_val):        # row numbers [n], float32 [n, D]
+    x = read_rows(run.shards(hook), ids)                                 # a few rows at once
+
+Shards are memory-mapped, so only the rows of a batch are read from the disk.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .distributed import own_part
+from .store import Run
+
+BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
+BATCH_ROWS = 8192  # rows of a batch in order; sums over a run, and so its last digits, depend on it
+EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after each epoch
+
+
+@dataclass
+class Rows:
+    """Activations to train on: shards [R_i, D] in any precision, which rows are validation, and their statistics."""
+
+    shards: list[Tensor]
+    is_val: Tensor
+    """bool [sum R_i]."""
+    mean: Tensor
+    """[D], of the training rows."""
+    covariance: Tensor
+    """[D, D], of the training rows."""
+
+    @property
+    def scale(self) -> float:
+        """sqrt(mean squared norm of x - mean), the divisor of x'."""
+        return float(self.covariance.cpu().double().trace().sqrt())
+
+    @property
+    def n_train(self) -> int:
+        return int((~self.is_val).sum())
+
+
+def rows_of_run(run: Run, hook: str) -> Rows:
+    """The rows of one hook point of a run, memory-mapped."""
+    stats = run.stats(hook)
+    return Rows(run.shards(hook), run.is_val, stats["mean"], stats["covariance"])
+
+
+def rows_of_tensor(x: Tensor, is_val: Tensor) -> Rows:
+    """Rows from memory: x [N, D] raw activations, is_val bool [N]."""
+    train = x[~is_val].cpu().double()
+    mean = train.mean(0)
+    centred = train - mean
+    return Rows([x], is_val, mean.float(), (centred.T @ centred / len(train)).float())
+
+
+def batches_in_order(
+    shards: list[Tensor], wanted: Tensor | None = None, size: int = BATCH_ROWS, part: slice = slice(None)
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows where `wanted` (bool [N]; None: everywhere) holds: their numbers int64 [n] and values float32 [n, D].
+
+    Each batch holds what is wanted of `size` neighbouring rows in one shard. part: which shards to read, for a rank.
+    """
+    starts = [0, *accumulate(map(len, shards))]
+    for start, shard in list(zip(starts, shards))[part]:
+        for piece in shard.split(size):
+            ids = torch.arange(start, start + len(piece))
+            start += len(piece)
+            if wanted is not None:
+                piece, ids = piece[wanted[ids]], ids[wanted[ids]]
+            if len(ids):
+                yield ids, piece.float()
+
+
+def sample_rows(rows: Rows, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
+    """Validation (or training) rows in order, float32 batches, thinned evenly to about `limit`."""
+    wanted = rows.is_val if validation else ~rows.is_val
+    every = max(1, int(wanted.sum()) // limit) if limit else 1
+    keep = torch.zeros_like(wanted)
+    keep[wanted.nonzero()[::every, 0]] = True
+    yield from (x for _, x in batches_in_order(rows.shards, keep))
+
+
+def read_rows(shards: list[Tensor], wanted: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Rows by ascending numbers, or where a mask (bool [N]) holds: float32 [n, D] on the device."""
+    ids = wanted.nonzero()[:, 0] if wanted.dtype == torch.bool else wanted
+    ends = torch.tensor([*accumulate(map(len, shards))])
+    parts = ids.split(torch.searchsorted(ids, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist())
+    out = torch.empty(len(ids), shards[0].shape[1], device=device)
+    at = 0
+    for shard, end, part in zip(shards, ends.tolist(), parts):
+        out[at : at + len(part)] = shard[part - (end - len(shard))]
+        at += len(part)
+    return out
+
+
+def steps_per_epoch(n_train: int, batch_size: int) -> int:
+    """Full batches in one pass; one short batch if the rows do not fill any."""
+    return max(1, n_train // batch_size)
+
+
+def shuffled_batches(
+    rows: Rows, transform: Tensor, batch_size: int, *, seed: int, epoch: int, cache: dict[str, Tensor] | None = None
+) -> Iterator[Tensor]:
+    """One pass over the training rows: float32 [batch_size, D] on the transform's device, (x - mean) @ transform.
+
+    Shuffled in two levels: the order of the shards, then the rows of a buffer of at least two shards. Rows that don't
+    fill a batch go into the next buffer; those left at the end sit out this epoch. The same (seed, epoch) gives the
+    same batches. cache: keeps a run that fits into one buffer, so that later epochs only permute it.
+    With several ranks, each gets (and reads) its part of every batch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    starts = [0, *accumulate(map(len, rows.shards))]
+    groups = _shuffled_groups(rows, generator)
+    cache = {} if cache is None else cache
+    if rows.n_train < batch_size:
+        groups = [list(range(len(rows.shards)))]  # one short batch a pass, whatever the buffer holds
+    if len(groups) == 1:
+        groups[0].sort()  # the cache is the same in every epoch
+    mean = rows.mean.to(transform.device)
+    left_over = torch.empty(0, dtype=torch.int64)
+    for group in groups:
+        train = [starts[i] + (~rows.is_val[starts[i] : starts[i + 1]]).nonzero()[:, 0] for i in group]
+        ids = torch.cat([left_over, *train])
+        order = torch.randperm(len(ids), generator=generator)
+        n_full = len(ids) if rows.n_train < batch_size else len(ids) // batch_size * batch_size
+        batches = [batch[own_part(len(batch))] for batch in order[:n_full].split(batch_size)] if n_full else []
+        if len(groups) == 1:
+            if "rows" not in cache:
+                cache["rows"] = (read_rows(rows.shards, ids, transform.device) - mean) @ transform
+            yield from (cache["rows"][batch.to(transform.device)] for batch in batches)
+        elif batches:
+            wanted, place = ids[torch.cat(batches)].sort()  # in the order of the disk
+            buffer = read_rows(rows.shards, wanted, transform.device)
+            places = place.argsort().to(transform.device).split([len(batch) for batch in batches])
+            yield from ((buffer[where] - mean) @ transform for where in places)
+        left_over = ids[order[n_full:]]
+
+
+def _shuffled_groups(rows: Rows, generator: torch.Generator) -> list[list[int]]:
+    """The shards in random order, in groups that fit into a buffer together, or hold two shards."""
+    per_buffer = max(2 * max(map(len, rows.shards)), BUFFER_BYTES // (4 * len(rows.mean)))
+    groups: list[list[int]] = [[]]
+    size = 0
+    for i in torch.randperm(len(rows.shards), generator=generator).tolist():
+        if groups[-1] and size + len(rows.shards[i]) > per_buffer:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += len(rows.shards[i])
+    return groups
