@@ -39,13 +39,13 @@ def tune_settings(session: Session, arm: str, cycle: int, aux: Constants) -> Tun
     """The training settings of a cycle. From scratch all cycles share one data order; going on, each has its own."""
     c = session.c
     order = session.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
-    if definition(arm).own_seed and cycle:
+    if cycle and definition(arm).own_seed:
         order += 500_000 + 1000 * cycle
     return TuneSettings(
         epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"],
         weight_decay=c["WEIGHT_DECAY"],
         warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"], accumulate=c["ACCUMULATE"],
-        aux_weight=aux_weight(aux, cycle) if definition(arm).has_targets and cycle else 0.0, seed=order,
+        aux_weight=aux_weight(aux, cycle) if cycle and definition(arm).has_targets else 0.0, seed=order,
         select=c["SELECT_EPOCH"],
     )
 
