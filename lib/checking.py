@@ -28,6 +28,7 @@ LARGEST = 2**63  # of a whole number
 DTYPES = {
     "float32": (torch.float32,), "int64": (torch.int64,), "int32": (torch.int32,),
     "float": (torch.float32, torch.bfloat16, torch.float16),
+    "any_float": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "sums": (torch.float64, torch.float32),
 }
 

@@ -13,7 +13,8 @@ from test_steering import random_sae
 from concepts.codes import encode_run
 from concepts.directions import direct_view, promoted_tokens
 from concepts.firings import collect_firings, read_top_texts, write_top_texts
-from exchange.dashboards import HISTOGRAM_BINS, code_histograms, write_delphi, write_neuronpedia
+from exchange.delphi import write_delphi
+from exchange.neuronpedia import HISTOGRAM_BINS, Latents, code_histograms, place_of, write_neuronpedia
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
@@ -62,7 +63,7 @@ def test_delphi_locations_point_at_the_stored_tokens(run, codes, tmp_path):
     torch.testing.assert_close(found, 7 * dense(codes), rtol=1e-3, atol=1e-3)
     config = json.loads((tmp_path / "layers.1" / "config.json").read_text())
     assert config["model_name"] == "some/model" and config["ctx_len"] == arrays["tokens"].shape[1]
-    with pytest.raises(InputError, match="in another way"):
+    with pytest.raises(InputError, match="cuts texts differently"):
         write_delphi(tmp_path / "b", run, codes, 7.0, word_tokenizer(bos=False))
 
 
@@ -84,9 +85,13 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
     _, top, _ = read_top_texts(tmp_path / "top.json")
     latent = int(firings.fires.argmax())
     concepts = {latent: {"name": "something", "source": "human"}}
-    arguments = ("set", "2026-01-01T00:00:00", FACTS, sae, codes, firings.stats(), top, concepts,
-                 direct_view(model, 16), tokenizer)
-    folder = write_neuronpedia(tmp_path / "out", *arguments)
+    latents = Latents(sae, codes, firings.stats(), top, concepts, direct_view(model, 16), tokenizer)
+
+    def write(root, name="set", **changes):
+        facts = FACTS | changes
+        return write_neuronpedia(tmp_path / root, place_of(facts, name, "2026-01-01T00:00:00"), facts, latents)
+
+    folder = write("out")
     assert folder == tmp_path / "out" / "model" / "1-set"
     assert {path.name
             for path in folder.glob("*.jsonl")} == {"release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl"}
@@ -111,15 +116,15 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
     assert [(e["index"], e["description"], e["typeName"])
             for e in lines("explanations")] == [(str(latent), "something", "human")]
     outside = set(tmp_path.rglob("*"))
-    for name, change in (("../x", {}), ("/abs", {}), ("..", {}), ("", {})):
+    for name in ("../x", "/abs", "..", ""):
         with pytest.raises(InputError, match="use letters"):
-            write_neuronpedia(tmp_path / "out", name, arguments[1], FACTS | change, *arguments[3:])
+            write("out", name)
     for change in ({"model_name": ".."}, {"model_name": "../../x"}, {"model_name": "a/<b>\x00"},
                    {"hook_name": "blocks.../../x"}):
-        there = write_neuronpedia(tmp_path / "odd", "set", arguments[1], FACTS | change, *arguments[3:])
+        there = write("odd", **change)
         assert (there.parent.parent == tmp_path / "odd"
                 and re.fullmatch(r"[\w.-]+/\d+-set", str(there.relative_to(tmp_path / "odd"))))
     assert {path for path in tmp_path.rglob("*") if tmp_path / "odd" not in (path, *path.parents)} == outside
     first = (folder / "activations" / "batch-0.jsonl.gz").read_bytes()
-    write_neuronpedia(tmp_path / "again", *arguments)
+    write("again")
     assert (tmp_path / "again" / "model" / "1-set" / "activations" / "batch-0.jsonl.gz").read_bytes() == first

@@ -16,8 +16,9 @@ from conftest import PROJECT, run_notebook
 from test_exchange import PEERS
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
 
+from exchange.facts import public_name
 from exchange.formats import FORMATS, read_foreign
-from exchange.hub import public_name, pull, push, write_card
+from exchange.hub import pull, push, write_card
 from lib.environment import InputError
 from lib.sae import load_sae
 from lib.store import open_run

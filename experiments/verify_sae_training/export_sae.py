@@ -1,12 +1,11 @@
 """Write the trained SAE, or what its latents fire on, in other tools' files.
 
-    python export_sae.py                                            # the SAE in all formats
+    python export_sae.py                                            # the SAE in all formats that can hold it
     python export_sae.py FORMAT=sae_lens PUSH_TO=user/repository    # in one of them, and to the hub
     python export_sae.py FORMAT=delphi                              # the codes of all texts, for automatic explanations
     python export_sae.py FORMAT=neuronpedia                         # dashboards, after step 4
 
-Centring and scale are folded in, so that an exported SAE takes raw activations; codes are in raw activation units
-everywhere.
+An exported SAE takes raw activations, with centring and scale folded in; its codes are in raw activation units.
 
 Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2; for neuronpedia also the files of step 4
 Writes store/verify_sae_training/exports/<format>/, with a model card beside each SAE
@@ -21,15 +20,13 @@ from lib.ranges import FileName, Location, like
 
 Format = Literal["all", "sae_lens", "dictionary_learning", "sparsify", "delphi", "neuronpedia"]
 Repository = Annotated[str, like(r"[\w.\-]{1,96}/[\w.\-]{1,96}", "user/name of a hub repository")]
-FORMAT: Format = "all"                    # sae_lens, dictionary_learning (which SAEBench reads too), sparsify; all:
-                                          # these; delphi; neuronpedia
+FORMAT: Format = "all"                    # sae_lens, dictionary_learning (for SAEBench too), sparsify; all: these
+                                          # three; delphi and neuronpedia: what the latents fire on
 OUT: Location | None = None               # folder to write to; None: exports/ beside the SAE
-PUSH_TO: Repository | None = None         # "user/name" of a hub repository for an SAE in one FORMAT; None: nothing
-                                          # leaves this machine
+PUSH_TO: Repository | None = None         # "user/name" on the hub, with one FORMAT; None: nothing leaves this machine
 PRIVATE = True                            # a repository that PUSH_TO makes is private
 NAME: FileName = "sae-workbench"          # of the source set in a Neuronpedia export
-TRUST_REMOTE_CODE = False                 # delphi, neuronpedia: run code that comes with a hub model; only for authors
-                                          # you trust
+TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 CONSTANTS = override(globals())
 
 import torch
@@ -38,11 +35,13 @@ from concepts.codes import encode_run
 from concepts.dictionary import read_concepts
 from concepts.directions import direct_view
 from concepts.firings import read_latent_stats, read_top_texts
-from exchange.dashboards import write_delphi, write_neuronpedia
-from exchange.formats import FORMATS, fold
-from exchange.hub import facts_of, push, write_card
+from exchange.delphi import write_delphi
+from exchange.facts import facts_of, module_folder
+from exchange.folded import fold
+from exchange.formats import FORMATS, formats_for, write_foreign
+from exchange.hub import push, write_card
+from exchange.neuronpedia import Latents, place_of, write_neuronpedia
 from lib.environment import InputError, run
-from lib.files import safe_name
 from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
@@ -51,40 +50,38 @@ FOLDER = experiment_dir("verify_sae_training")
 SAE_FILE = FOLDER / "sae_model" / "topk_sae.pt"
 
 
-def sae_folder(kind, facts):
-    """Name of the SAE's folder, as each tool's own files have it: EleutherAI's want the path inside the base model."""
-    if kind in ("sparsify", "delphi"):
-        path = facts["hf_module_path"].removeprefix("model.").removeprefix("transformer.").removeprefix("gpt_neox.")
-    else:
-        path = facts["hook_name"].replace(":", "_")
-    return safe_name(path)
-
-
 def export_sae(kind, root, sae, facts):
-    folder = sae_folder(kind, facts)
-    written = FORMATS[kind].write(root / folder, fold(sae), facts)
+    """Write the SAE and its model card; with PUSH_TO upload both. Returns the SAE's folder."""
+    folder = FORMATS[kind].folder(facts)
+    written = write_foreign(kind, root / folder, fold(sae), facts)
     written.append(write_card(root, kind, folder, facts, PUSH_TO or "user/repository"))
-    print(f"{kind:<20} {root / folder}")
     if PUSH_TO:
-        print(f"{'':<20} {push(root, written, PUSH_TO, PRIVATE)}")
+        print(f"{kind:<20} {push(root, written, PUSH_TO, PRIVATE)}")
+    return root / folder
 
 
-def export_firings(kind, root, sae, saved, facts):
+def export_delphi(root, sae, saved, facts):
+    """Write delphi's cache; returns its folder."""
+    _, tokenizer, _ = model_of_run(saved, sae.config["hook"], torch.device("cpu"), TRUST_REMOTE_CODE)
+    folder = root / module_folder(facts)
+    write_delphi(folder, saved, encode_run(saved, sae.config["hook"], sae), sae.scale, tokenizer)
+    return folder
+
+
+def export_neuronpedia(root, sae, saved, facts):
+    """Write Neuronpedia's dashboards, with the names and texts of step 4; returns their folder."""
+    meta, top, _ = read_top_texts(FOLDER / "top_texts.json")
+    if meta.get("sae_hash") != sae_hash(sae):
+        raise InputError("top_texts.json is about another SAE; run 04_name_sae_concepts.ipynb again")
     model, tokenizer, _ = model_of_run(saved, sae.config["hook"], torch.device("cpu"), TRUST_REMOTE_CODE)
-    codes = encode_run(saved, sae.config["hook"], sae)
-    if kind == "delphi":
-        folder = root / sae_folder(kind, facts)
-        write_delphi(folder, saved, codes, sae.scale, tokenizer)
-    else:
-        meta, top, _ = read_top_texts(FOLDER / "top_texts.json")
-        if meta.get("sae_hash") != sae_hash(sae):
-            raise InputError("top_texts.json is about another SAE; run 04_name_sae_concepts.ipynb again")
-        concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
-        created = datetime.fromtimestamp(SAE_FILE.stat().st_mtime).isoformat(timespec="seconds")
-        stats, view = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents), direct_view(model,
-                                                                                                         len(sae.mean))
-        folder = write_neuronpedia(root, NAME, created, facts, sae, codes, stats, top, concepts, view, tokenizer)
-    print(f"{kind:<20} {folder}")
+    latents = Latents(
+        sae, encode_run(saved, sae.config["hook"], sae), top=top, tokenizer=tokenizer,
+        stats=read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents),
+        concepts=read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"],
+        view=direct_view(model, len(sae.mean)),
+    )
+    created = datetime.fromtimestamp(SAE_FILE.stat().st_mtime).isoformat(timespec="seconds")
+    return write_neuronpedia(root, place_of(facts, NAME, created), facts, latents)
 
 
 def main():
@@ -94,13 +91,15 @@ def main():
     saved = open_run("verify_sae_training", sae.config["run_id"])
     require_trained_on(sae, saved, sae.config["hook"])
     facts = facts_of(sae, saved)
-    every = ["sae_lens"] if sae.threshold is not None else list(FORMATS)  # the others have no SAE with thresholds
-    for kind in every if FORMAT == "all" else [FORMAT]:
+    for kind in formats_for(fold(sae)) if FORMAT == "all" else [FORMAT]:
         root = Path(OUT or FOLDER / "exports") / kind
-        if kind in FORMATS:
-            export_sae(kind, root, sae, facts)
+        if kind == "delphi":
+            folder = export_delphi(root, sae, saved, facts)
+        elif kind == "neuronpedia":
+            folder = export_neuronpedia(root, sae, saved, facts)
         else:
-            export_firings(kind, root, sae, saved, facts)
+            folder = export_sae(kind, root, sae, facts)
+        print(f"{kind:<20} {folder}")
 
 
 if __name__ == "__main__":

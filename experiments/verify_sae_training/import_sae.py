@@ -1,11 +1,11 @@
-"""In place of step 2: take an SAE that was trained elsewhere, so that notebooks 03 to 05 open it as if it were ours.
+"""In place of step 2: take an SAE that was trained elsewhere; notebooks 03 to 05 then open it like one of ours.
 
     python 01_save_activations.py MODEL=... LAYER_SIGNATURE=...      # of the model and layer it was trained on
     python import_sae.py SOURCE=/path/to/folder
     python import_sae.py SOURCE=user/repository SUBFOLDER=blocks.8.hook_resid_post
 
-Takes TopK SAEs in the files of SAELens, dictionary_learning and sparsify, and JumpReLU SAEs in those of SAELens. It
-never replaces an SAE that is there.
+Reads TopK SAEs of SAELens, dictionary_learning and sparsify, and JumpReLU SAEs of SAELens. An SAE that is already
+there is never replaced.
 
 Reads  store/verify_sae_training/runs/<run_id>/
 Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
@@ -18,13 +18,14 @@ from lib.constants import override
 from lib.ranges import FileName, Location, Name
 
 SOURCE: Location | None = None            # folder of one SAE, or a hub repository
-SUBFOLDER: str = ""                            # folder of the SAE inside SOURCE
-RUN_ID: FileName | None = None            # activations to look at it with; None: the run that step 1 finished last
+SUBFOLDER: str = ""                       # folder of the SAE inside SOURCE
+RUN_ID: FileName | None = None            # activations to judge it by; None: the run that step 1 finished last
 LAYER: Name | None = None                 # which of the run's hook points; None: the first
 CONSTANTS = override(globals())
 
 import kept_saes
-from exchange.formats import read_foreign, unfold
+from exchange.folded import unfold
+from exchange.formats import read_foreign
 from exchange.hub import pull
 from lib.batches import rows_of_run, sample_rows
 from lib.environment import InputError, log, log_to, run, say_next
@@ -37,7 +38,7 @@ FOLDER = experiment_dir("verify_sae_training")
 
 
 def source_folder():
-    """The folder that SOURCE and SUBFOLDER mean, fetched from the hub if it is no local one."""
+    """The folder that SOURCE and SUBFOLDER name, fetched from the hub unless it is local."""
     if not SOURCE:
         raise InputError("SOURCE is missing; set the folder of an SAE, or a hub repository")
     if Path(SUBFOLDER).is_absolute() or ".." in Path(SUBFOLDER).parts:
@@ -61,21 +62,20 @@ def main():
         raise InputError(f"{path} holds another SAE; move the folder sae_model away, or set STORE_DIR to another store")
     final = score(sae, sample_rows(rows, validation=True, limit=None))
     if not all(math.isfinite(value) for value in final.values() if isinstance(value, float)):
-        raise InputError("the SAE's reconstructions are not finite; its weights are not those of a trained SAE")
+        raise InputError("the SAE's reconstructions are not finite, so it was not trained on these activations; check "
+                         "SOURCE and the layer of the run")
     sae.config.update(
         model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
         imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS,
         provenance=provenance(), final=final,
     )
-    kept_saes.keep(FOLDER, CONSTANTS, saved.digest(hook))  # a history may lie there whose SAE was moved away
+    kept_saes.keep(FOLDER, CONSTANTS, saved.digest(hook))  # a history may remain of an SAE that was moved away
     save_sae(sae, path, probe=next(sample_rows(rows, validation=True, limit=None)))
     log.info("%s: %d latents, k=%d, on %s of %s", kind, sae.n_latents, sae.top_k, hook, saved.meta["model"]["name"])
-    tokens = f"{final['n_rows']:,} tokens"
-    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s", final["ev"], final["l0_mean"],
-             final["dead_pct"], tokens)
+    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],
+             final["dead_pct"], f"{final['n_rows']:,}")
     if final["ev"] <= 0:
-        log.warning("it explains less than the mean does: it was trained on another model, layer or side (input, "
-                    "output) of the layer")
+        log.warning("it explains less than the mean does: check model, layer and side (input, output) of the layer")
     log.info("%s", path)
     say_next("03_analyze_training.ipynb")
 

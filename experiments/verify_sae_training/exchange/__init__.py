@@ -1,1 +1,1 @@
-"""Other tools' formats in and out, the hub, dashboards."""
+"""Other tools' SAE files, one file a tool, and the table of them; the hub; what latents fire on, for others to show."""
