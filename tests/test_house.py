@@ -34,7 +34,6 @@ FILES: set[str] = {
 PARAMETERS: set[str] = {
     "experiments/sae_ception/cycles/fine_tuning.py:_one_epoch",
     "experiments/sae_ception/cycles/fine_tuning.py:fine_tune",
-    "experiments/verify_sae_training/exchange/dashboards.py:write_neuronpedia",
     "lib/fast_step.py:_compiled_step",
     "lib/fast_step.py:_torch_step",
     "lib/fast_step.py:_update",
@@ -83,10 +82,6 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/verify_sae_training/concepts/firings.py": 1,
     "experiments/verify_sae_training/concepts/names.py": 1,
     "experiments/verify_sae_training/concepts/patterns.py": 1,
-    "experiments/verify_sae_training/exchange/dashboards.py": 1,
-    "experiments/verify_sae_training/exchange/foreign_saes.py": 3,
-    "experiments/verify_sae_training/exchange/formats.py": 2,
-    "experiments/verify_sae_training/export_sae.py": 4,
     "lib/activations.py": 8,
     "lib/candidates.py": 3,
     "lib/constants.py": 1,

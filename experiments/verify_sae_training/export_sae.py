@@ -54,7 +54,7 @@ def export_sae(kind, root, sae, facts):
     """Write the SAE and its model card; with PUSH_TO upload both. Returns the SAE's folder."""
     folder = FORMATS[kind].folder(facts)
     written = write_foreign(kind, root / folder, fold(sae), facts)
-    written.append(write_card(root, kind, folder, facts, PUSH_TO or "user/repository"))
+    written.append(write_card(root, kind, folder, facts, repo=PUSH_TO or "user/repository"))
     if PUSH_TO:
         print(f"{kind:<20} {push(root, written, PUSH_TO, PRIVATE)}")
     return root / folder
@@ -64,7 +64,8 @@ def export_delphi(root, sae, saved, facts):
     """Write delphi's cache; returns its folder."""
     _, tokenizer, _ = model_of_run(saved, sae.config["hook"], torch.device("cpu"), TRUST_REMOTE_CODE)
     folder = root / module_folder(facts)
-    write_delphi(folder, saved, encode_run(saved, sae.config["hook"], sae), sae.scale, tokenizer)
+    codes = encode_run(saved, sae.config["hook"], sae)
+    write_delphi(folder, saved, codes, scale=sae.scale, tokenizer=tokenizer)
     return folder
 
 

@@ -40,7 +40,8 @@ def fold(sae: SAE) -> Folded:
     """Our SAE on raw activations; float32 on the CPU."""
     tensors = (sae.W_enc, sae.b_enc * sae.scale, sae.W_dec, sae.mean)
     W, b, W_dec, b_dec = (tensor.detach().float().cpu().contiguous() for tensor in tensors)
-    return Folded(W, b, W_dec, b_dec, sae.top_k, None if sae.threshold is None else (sae.threshold * sae.scale).cpu())
+    threshold = None if sae.threshold is None else (sae.threshold * sae.scale).cpu()
+    return Folded(W, b, W_dec, b_dec, top_k=sae.top_k, threshold=threshold)
 
 
 def unfold(folded: Folded, scale: float, config: dict[str, Any] | None = None) -> SAE:
