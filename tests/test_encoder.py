@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, TEXTS, tiny_model
+from conftest import PROJECT, TEXTS, row_text, tiny_model
 
 from concepts.codes import encode_run
 from lib import load_encoder, load_sae
@@ -27,7 +27,7 @@ def trained(tmp_path, saved_model):
     W = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     config = {"hook": point.signature, "model": model_identity(model, str(saved_model[0]))}
     sae = make_sae(W, torch.zeros(40), W, torch.zeros(16), 4.0, 3, config)
-    save_sae(sae, tmp_path / "sae_model" / "topk_sae.pt", probe=next(run.batches(run.hooks[0]))[1])
+    save_sae(sae, tmp_path / "sae_model" / "topk_sae.pt", probe=run.shards(run.hooks[0])[0])
     names = {"sae_hash": sae_hash(sae), "concepts": {str(i): {"name": f"concept {i}"} for i in range(0, 40, 2)}}
     (tmp_path / "concepts.json").write_text(json.dumps(names))
     return run, sae
@@ -39,7 +39,7 @@ def test_codes_are_those_of_the_stored_run(tmp_path, trained):
     encoder = load_encoder(tmp_path / "sae_model" / "topk_sae.pt")
     for text_id, text in enumerate(TEXTS):
         here, found = run.rows["text_id"] == text_id, encoder.encode(text)
-        assert found.tokens == [run.token(row) for row in here.nonzero()[:, 0].tolist()]
+        assert found.tokens == [row_text(run, row) for row in here.nonzero()[:, 0].tolist()]
         assert torch.equal(found.latents.int(), latents[here])
         torch.testing.assert_close(found.codes, stored[here])
         assert found.names == [[f"concept {i}" if i % 2 == 0 else None for i in row] for row in found.latents.tolist()]
