@@ -1,4 +1,4 @@
-"""Naming by a chat model: the contexts, the protocols against servers on loopback, bad answers, keys, cache, scores."""
+"""Naming by a chat model: the contexts, servers on loopback, bad answers, keys, cache, scores."""
 import json
 import logging
 import os
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from concepts import chat_servers
+from concepts.chat_models import ask_json, find_json, open_chat
 from concepts.chat_names import (
     Contexts,
     check_name,
@@ -33,7 +34,6 @@ from concepts.chat_names import (
 )
 from concepts.dictionary import concepts_from_csv, read_concepts, write_concepts
 from concepts.formats import concepts_to_csv
-from concepts.language_models import ask_json, find_json, open_chat
 from concepts.names import score_words
 from lib.environment import InputError
 
@@ -85,7 +85,8 @@ def serve(monkeypatch):
     monkeypatch.setenv("NAMING_MODEL", "tiny")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(chat_servers, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(chat_servers, "RETRIES", 2)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
     yield start
     for server in servers:
         server.server.shutdown()
@@ -239,14 +240,19 @@ def test_json_is_found_in_what_stands_around_it():
             find_json(text)
 
 
-def test_anthropic_speaks_its_own_protocol(serve, tmp_path):
-    content = [{"type": "thinking", "thinking": "{}"}, {"type": "text", "text": json.dumps(GOOD)}]
-    server = serve(lambda *_: (200, {}, {"content": content, "usage": {"input_tokens": 5, "output_tokens": 6}}))
-    chat = open_chat("anthropic")
-    assert ask_json(chat, "Name it", check_name, tmp_path) == GOOD and (chat.tokens_in, chat.tokens_out) == (5, 6)
+def test_anthropic_is_asked_at_its_compatible_address(serve, tmp_path):
+    server = serve(lambda *_: openai(json.dumps(GOOD)))
+    assert ask_json(open_chat("anthropic"), "Name it", check_name, tmp_path) == GOOD
     path, headers, body = server.seen[0]
-    assert path == "/v1/messages" and headers["x-api-key"] == KEY and headers["anthropic-version"] == "2023-06-01"
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body["messages"] == [{"role": "user", "content": "Name it"}] and body["max_tokens"] > 0
+
+
+def test_a_missing_client_is_named(serve, monkeypatch):
+    serve(lambda *_: openai(""))
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InputError, match=r"NAME_BACKEND=openai needs the extra chat: run pip install '\.\[chat\]'$"):
+        open_chat("openai")
 
 
 def test_a_server_that_takes_other_options_is_obliged(serve, tmp_path):
@@ -303,8 +309,8 @@ def test_a_dead_server_is_one_line(serve, monkeypatch, tmp_path):
     [
         ("NAMING_MODEL", "", "NAMING_MODEL"), ("OPENAI_BASE_URL", "", "OPENAI_BASE_URL"),
         ("OPENAI_BASE_URL", "localhost:1", "OPENAI_BASE_URL"),
-        ("OPENAI_BASE_URL", f"http://me:{KEY}@host/v1", "holds more"),
-        ("OPENAI_BASE_URL", f"http://host/v1?key={KEY}", "holds more"),
+        ("OPENAI_BASE_URL", f"http://me:{KEY}@host/v1", "a key belongs in its own variable"),
+        ("OPENAI_BASE_URL", f"http://host/v1?key={KEY}", "a key belongs in its own variable"),
         ("OPENAI_API_KEY", f"{KEY}\nx", "OPENAI_API_KEY"), ("OPENAI_API_KEY", f"{KEY}é", "OPENAI_API_KEY"),
     ],
 )
@@ -428,7 +434,7 @@ def test_a_chat_model_in_this_process(chat_model, contexts, tmp_path, monkeypatc
     monkeypatch.setenv("NAMING_MODEL", str(chat_model))
     check_protocol("transformers", contexts, tmp_path / "cache")
     monkeypatch.setenv("NAMING_MODEL", str(saved_model[0]))
-    with pytest.raises(InputError, match="is no chat model"):
+    with pytest.raises(InputError, match="has no chat template; choose"):
         open_chat("transformers")
 
 

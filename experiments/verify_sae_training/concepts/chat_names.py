@@ -1,6 +1,6 @@
 """Names of latents by a chat model, and what those names are worth.
 
-    chat = open_chat("openai")                                # concepts/language_models.py
+    chat = open_chat("openai")                                # concepts/chat_models.py
     contexts = Contexts(codes, is_val)
     print(cost_estimate(chat, contexts, latents, cache))
     named = name_with(chat, contexts, latents, cache)         # latent -> an entry of concepts.json
@@ -19,10 +19,10 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from concepts.chat_models import Chat, ask_json, question_key
 from concepts.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN, NoAnswer
 from concepts.codes import Codes
 from concepts.formats import EDITABLE, STALE, Concepts
-from concepts.language_models import Chat, ask_json, question_key
 from concepts.names import codes_matrix, score_rule, score_words, used_rows
 from lib.environment import log
 

@@ -1,35 +1,28 @@
-"""Servers of chat models, by plain HTTP: OpenAI's protocol and Anthropic's. A key goes into the request's header only.
+"""Servers of chat models: asked through the `openai` client, never trusted, and never told on with their key.
 
-The installed clients wait for a server that sends a byte a second, read bodies of any size and follow redirects with
-the key; what is needed here is one POST, within limits.
+Any server of OpenAI's protocol will do; Anthropic's is asked at its OpenAI-compatible address. The client brings the
+connection, retries and Retry-After. Beyond that: redirects are not followed, no question takes longer than PATIENCE
+however slowly the bytes come, and a key is taken out of whatever a server says.
 """
-import email.utils
-import http.client
-import ipaddress
+import html
 import json
 import os
 import re
-import socket
-import ssl
 import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from concepts.chat_keys import Secret
 from lib.environment import InputError
 
-ANTHROPIC_URL = "https://api.anthropic.com"
+DEFAULT_ADDRESS = {"openai": "", "anthropic": "https://api.anthropic.com/v1"}
+HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]+\]"
+PLAIN_ADDRESS = re.compile(rf"https?://({HOST})(:[0-9]+)?(/[\w.~%:+/-]*)?", re.ASCII)
 ANSWER_TOKENS = 600  # of one answer, with room for a model that thinks aloud
-WAITS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)  # seconds before a busy server is asked again
-PATIENCE = 600.0  # seconds after which one question is given up, and the longest Retry-After that is waited for
-TIMEOUT = 300.0  # seconds for one answer, from the first byte to the last; a large model on a CPU needs minutes
-UNREACHABLE = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)  # no server is there, so far
-MAX_BODY = 4_000_000  # bytes of one answer
+FIRST_RETRIES, RETRIES = 2, 36  # before a server's first answer, and after it: about four minutes, 8 seconds apart
+TIMEOUT = 300.0  # seconds without a byte; a large model on a CPU thinks for minutes
+PATIENCE = 600.0  # seconds for one question, retries included
 CHARS_PER_TOKEN = 4  # for estimates
 Messages = list[dict[str, str]]
 
@@ -43,227 +36,167 @@ class Reply(NamedTuple):
 
 
 class NoAnswer(InputError):
-    """A question that a server did not answer, or not in its protocol; another one may fare better."""
-
-
-class Dropped(Exception):
-    """A connection that failed, or an answer that was late, too long or incomplete: (reason)."""
-
-
-@dataclass
-class Server:
-    """Where questions go."""
-
-    url: str
-    headers: dict[str, str]
-    secret: Secret
-    answered: bool = False
-    """It has answered once: when it can't be reached later, it is worth waiting for."""
+    """A question that got no answer, or none in the server's protocol; another question may fare better."""
 
 
 Send = Callable[[Messages], Reply]
 
 
-def openai(model: str) -> tuple[Send, Secret]:
-    """A function that puts messages to `model` on the server OPENAI_BASE_URL, and the key to keep out of what it says.
+def connect(backend: str, model: str) -> tuple[Send, "Secret"]:
+    """A function that puts messages to `model`, and the key to keep out of what the server says. Sends nothing yet.
 
-    Raises InputError for wrong settings; the function raises NoAnswer.
+    backend: a key of DEFAULT_ADDRESS. Raises InputError for wrong settings and a missing client; the function raises
+    NoAnswer.
     """
-    key = _key("OPENAI_API_KEY")
-    url = _address("OPENAI_BASE_URL", "", key) + "/chat/completions"
-    server = Server(url, {"Authorization": f"Bearer {key}"} if key else {}, Secret(key))
-    options: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "temperature": 0}
-
-    def send(messages: Messages) -> Reply:
-        data = _post(server, {"model": model, "messages": messages}, options)
-        try:
-            text, usage = _content(data["choices"][0]["message"].get("content")), data.get("usage")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise NoAnswer(f"{url} answers, but not in OpenAI's protocol; check OPENAI_BASE_URL") from None
-        return _reply(text, messages, usage, "prompt_tokens", "completion_tokens")
-
-    return send, server.secret
-
-
-def anthropic(model: str) -> tuple[Send, Secret]:
-    """The same for a server that speaks Anthropic's protocol."""
-    key = _key("ANTHROPIC_API_KEY")
-    url = _address("ANTHROPIC_BASE_URL", ANTHROPIC_URL, key) + "/v1/messages"
-    if not key:
-        raise InputError("NAME_BACKEND=anthropic needs the environment variable ANTHROPIC_API_KEY")
-    headers = {"x-api-key": key, "anthropic-version": "2023-06-01"}
-    server = Server(url, headers, Secret(key))
-    options: dict[str, Any] = {"temperature": 0}
-
-    def send(messages: Messages) -> Reply:
-        data = _post(server, {"model": model, "max_tokens": ANSWER_TOKENS, "messages": messages}, options)
-        try:
-            text, usage = _content(data["content"]), data.get("usage")
-        except (KeyError, TypeError, AttributeError):
-            raise NoAnswer(f"{url} answers, but not in Anthropic's protocol; check ANTHROPIC_BASE_URL") from None
-        return _reply(text, messages, usage, "input_tokens", "output_tokens")
-
-    return send, server.secret
-
-
-def _content(content: Any) -> str:
-    """The text of a message's content: a text, nothing, or a list of parts of which those of type text count."""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
-    if content is not None and not isinstance(content, str):
-        raise TypeError("neither a text nor parts")
-    return content or ""
-
-
-def _reply(text: str, messages: Messages, usage: Any, tokens_in: str, tokens_out: str) -> Reply:
-    """A reply whose token counts are estimated where the server does not tell them."""
-
-    def told(name: str, characters: int) -> int:
-        value = usage.get(name) if isinstance(usage, dict) else None
-        return value if type(value) is int and value > 0 else characters // CHARS_PER_TOKEN
-
-    asked = sum(len(message["content"]) for message in messages)
-    return Reply(text, told(tokens_in, asked), told(tokens_out, len(text)))
-
-
-def _address(variable: str, default: str, key: str) -> str:
-    url = os.environ.get(variable, default).strip().rstrip("/")
-    wrong = InputError(f"set the environment variable {variable} to an address such as http://localhost:11434/v1")
-    if not url.isascii() or not url.isprintable() or re.search(r"[\s\\<>\"^`{|}]", url):
-        raise wrong
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-        if ":" in host:
-            ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        raise wrong from None
-    labels = host.removesuffix(".").split(".")
-    is_name = all(re.fullmatch("[A-Za-z0-9_-]{1,63}", label) for label in labels) and len(host) < 254
-    if parts.scheme not in ("http", "https") or not (":" in host or is_name):
-        raise wrong
-    more = parts.username is not None or parts.password is not None or parts.query or parts.fragment
-    if more or (len(key) >= 8 and key in urllib.parse.unquote(parts.path)):
-        raise InputError(f"{variable} holds more than an address; a key belongs in its own environment variable")
-    return url
-
-
-def _key(variable: str) -> str:
+    variable = f"{backend.upper()}_API_KEY"
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable():
         raise InputError(f"{variable} has characters that no key has; set it again")
-    return key
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another host."""
-
-    def redirect_request(self, *args):
-        return None
-
-
-def _post(server: Server, content: dict[str, Any], options: dict[str, Any]) -> Any:
-    """POST JSON, get JSON. `options` loses for good what the server does not take; a busy server is waited for.
-
-    Raises NoAnswer, without the key even where the server repeats it.
-    """
-    url, quoted = server.url, server.secret.quoted  # the address in messages can't hold the key: see _address
-    waits, begun = list(WAITS), time.monotonic()
-    while True:
-        status, headers, said, error = _answer(server, content | options)
-        if status == 200:
-            server.answered = True
-            return _parsed(said, url)
-        if status in (400, 422) and "max_completion_tokens" in said and "max_tokens" in options:
-            options["max_completion_tokens"] = options.pop("max_tokens")
-            continue
-        if status in (400, 422) and "temperature" in said and "temperature" in options:
-            del options["temperature"]
-            continue
-        if status in (401, 403):
-            raise NoAnswer(f"{url} refuses the key ({status}); check the environment variable that holds it")
-        if error:
-            what = f"no answer from {url} ({quoted(str(error))}); start the server or set NAME_BACKEND=offline"
-        else:
-            what = f"{url} answers {status}: {quoted(said)}; check address and NAMING_MODEL"
-        after, over = _retry_after(headers), not waits or time.monotonic() - begun > PATIENCE
-        hopeless = isinstance(error, UNREACHABLE) and not server.answered or not error and not _busy(status)
-        if hopeless or over or after > PATIENCE:
-            raise NoAnswer(what)
-        time.sleep(max(waits.pop(0), after))
-
-
-def _busy(status: int) -> bool:
-    return status in (408, 425, 429) or status >= 500
-
-
-def _parsed(said: str, url: str) -> Any:
+    url = _address(backend, key)
+    if backend == "anthropic" and not key:
+        raise InputError(f"NAME_BACKEND=anthropic needs the environment variable {variable}")
     try:
-        return json.loads(said)
+        import openai
+    except ImportError:
+        raise InputError(f"NAME_BACKEND={backend} needs the extra chat: run pip install '.[chat]'") from None
+    http = openai.DefaultHttpxClient(follow_redirects=False)  # a redirect could take the question elsewhere
+    client = openai.OpenAI(api_key=key or "none", base_url=url, timeout=TIMEOUT, http_client=http)
+    client.max_retries = FIRST_RETRIES
+    secret, options = Secret(key), {"max_tokens": ANSWER_TOKENS, "temperature": 0}
+
+    def send(messages: Messages) -> Reply:
+        try:
+            body = _in_time(lambda: _post(client, {"model": model, "messages": messages}, options))
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):
+                what = f"{url} refuses the key ({error.status_code}); check {variable}"
+            else:
+                said = secret.quoted(error.response.text)
+                what = f"{url} answers {error.status_code}: {said}; check address and NAMING_MODEL"
+            raise NoAnswer(what) from None
+        except (openai.OpenAIError, OSError, ValueError) as error:
+            why = secret.quoted(str(error.__cause__ or error))
+            raise NoAnswer(f"no answer from {url} ({why}); start the server or set NAME_BACKEND=offline") from None
+        client.max_retries = RETRIES  # it is there, so it is worth waiting for
+        return _reply(body, messages, url)
+
+    return send, secret
+
+
+def _address(backend: str, key: str) -> str:
+    """The address from the environment; a key in it would show up in messages."""
+    variable = f"{backend.upper()}_BASE_URL"
+    url = os.environ.get(variable, DEFAULT_ADDRESS[backend]).strip().rstrip("/")
+    if backend == "anthropic":
+        url = url.removesuffix("/v1") + "/v1"
+    try:
+        plain = PLAIN_ADDRESS.fullmatch(url) and urllib.parse.urlsplit(url).port != 0
+    except ValueError:
+        plain = False
+    if not plain or len(key) >= 8 and key in urllib.parse.unquote(url):
+        raise InputError(f"set the environment variable {variable} to a plain address such as "
+                         "http://localhost:11434/v1; a key belongs in its own variable")
+    return url
+
+
+def _post(client: Any, question: dict[str, Any], options: dict[str, Any]) -> bytes:
+    """The body of the server's answer. `options` loses for good what the server rejects."""
+    while True:
+        try:
+            return client.chat.completions.with_raw_response.create(**question, **options).content
+        except Exception as error:
+            answer: Any = getattr(error, "response", None)
+            complaint = answer.text if getattr(answer, "status_code", None) in (400, 422) else ""
+            if "max_completion_tokens" in complaint and "max_tokens" in options:
+                options["max_completion_tokens"] = options.pop("max_tokens")
+            elif "temperature" in complaint and "temperature" in options:
+                del options["temperature"]
+            else:
+                raise
+
+
+def _in_time(ask: Callable[[], bytes]) -> bytes:
+    """The result of ask(), which runs in a thread of its own: the client's timeout starts again with each byte."""
+    found: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(ask())
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return found.result(PATIENCE)
+    except TimeoutError:
+        raise OSError(f"it took more than {PATIENCE:.0f} seconds") from None
+
+
+def _reply(body: bytes, messages: Messages, url: str) -> Reply:
+    """The reply in a body; token counts are estimated where the server does not give them."""
+    try:
+        data = json.loads(body)
     except (ValueError, RecursionError):
         raise NoAnswer(f"{url} answers with something that is not JSON; check the address") from None
-
-
-def _retry_after(headers: Any) -> float:
-    """Seconds that the server asks to be left alone; it says them, or a time."""
-    value = str((headers or {}).get("Retry-After") or "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
-        return float(value)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError, IndexError):
-        return 0.0
+        content, usage = data["choices"][0]["message"].get("content"), data.get("usage")
+        if isinstance(content, list):  # of parts
+            content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
+        if content is not None and not isinstance(content, str):
+            raise TypeError
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise NoAnswer(f"{url} answers, but not in OpenAI's protocol; check the address") from None
+
+    def count(name: str, text: str) -> int:
+        told = usage.get(name) if isinstance(usage, dict) else None
+        return told if type(told) is int and told > 0 else len(text) // CHARS_PER_TOKEN
+
+    asked = "".join(message["content"] for message in messages)
+    return Reply(content or "", count("prompt_tokens", asked), count("completion_tokens", content or ""))
 
 
-def _answer(server: Server, content: dict[str, Any]) -> tuple[int, Any, str, Exception | None]:
-    """Status, headers, body of one POST, and None; or what went wrong. Takes TIMEOUT at most, whatever comes when.
+class Secret:
+    """A key, and how it is taken out of what a server says, however the server writes it."""
 
-    In a thread: sockets limit the time between two bytes only. One that is late is left to end by itself.
-    """
-    found: list[tuple[int, Any, str, Exception | None]] = []
+    def __init__(self, key: str):
+        self._key = key
+        # A short key may be part of an ordinary word, so it counts only where it stands by itself.
+        whole = re.escape(key)
+        self._found = re.compile(whole if len(key) >= 8 else rf"(?<![^\W_]){whole}(?![^\W_])") if key else None
 
-    def post() -> None:
-        try:
-            found.append((*_fetch(server, content), None))
-        except urllib.error.URLError as error:
-            reason = error.reason
-            found.append((0, None, "", reason if isinstance(reason, Exception) else Dropped(str(reason))))
-        except (Dropped, OSError, http.client.HTTPException, ValueError) as error:
-            found.append((0, None, "", error if str(error) else Dropped(type(error).__name__)))
+    def __repr__(self) -> str:
+        return "Secret()"
 
-    thread = threading.Thread(target=post, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT)
-    return found[0] if found else (0, None, "", Dropped(f"it took more than {TIMEOUT:.0f} seconds"))
+    def removed(self, value: Any) -> Any:
+        """A text, or a JSON value with all its texts, without the key in any spelling.
 
+        Halves of surrogate pairs, which no file can hold, are joined or replaced.
+        """
+        if isinstance(value, dict):
+            return {self.removed(name): self.removed(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self.removed(inner) for inner in value]
+        return self._without(_whole(value)) if isinstance(value, str) else value
 
-def _fetch(server: Server, content: dict[str, Any]) -> tuple[int, Any, str]:
-    data = json.dumps(content).encode()
-    headers = server.headers | {"Content-Type": "application/json"}
-    request = urllib.request.Request(server.url, data, headers, method="POST")
-    end = time.monotonic() + TIMEOUT
-    try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT) as response:
-            return response.status, response.headers, _body(response, end)
-    except urllib.error.HTTPError as error:
-        with error:
-            try:
-                said = _body(error, end)
-            except (Dropped, OSError, http.client.HTTPException, ValueError):
-                said = ""  # the status says enough
-            return error.code, error.headers, said
+    def _without(self, text: str) -> str:
+        if self._found is None:
+            return text
+        for _ in range(3):  # escapes within escapes
+            text = self._found.sub("[key]", text)
+            for unescaped in (urllib.parse.unquote(text), html.unescape(text), _unescaped(text)):
+                if self._found.search(unescaped):
+                    text = self._found.sub("[key]", unescaped)
+        return text
+
+    def quoted(self, text: str) -> str:
+        """A server's words for a message: at most one line, and nothing if a short key may be in it."""
+        clean = " ".join(self.removed(text).split())[:200]
+        return "(an answer that repeats the key)" if self._key and self._key in clean else clean
 
 
-def _body(response: Any, end: float) -> str:
-    """The whole body, read piece by piece. Raises Dropped if it is late, too long or shorter than it said."""
-    pieces, size, expected = [], 0, response.headers.get("Content-Length", "")
-    while piece := response.read1(65536):
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_BODY:
-            raise Dropped(f"more than {MAX_BODY:,} bytes")
-        if time.monotonic() > end:
-            raise Dropped("too slow")
-    if expected.isdecimal() and expected.isascii() and size < int(expected[:12]):
-        raise Dropped("the connection ended in the middle of the answer")
-    return b"".join(pieces).decode(errors="replace")
+def _whole(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _unescaped(text: str) -> str:
+    return _whole(re.sub(r"\\+u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text))
