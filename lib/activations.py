@@ -1,5 +1,4 @@
 """Texts through a hooked model into the store: one pass for all hook points, resumable, real tokens only."""
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,9 @@ from .distributed import add_up, own_part, rank, wait_for_all, world_size
 from .environment import InputError, is_out_of_memory, log
 from .files import read_json, read_note, write_json, write_tensors
 from .finishing import finish
-from .guards import differences, require_room
 from .hooks import HookPoint, capture
 from .metrics.layers import layer_statistics
+from .outputs import is_current, require_room
 from .store import ROW_COLUMNS, SCHEMA_VERSION, Run
 from .streaming import write_texts
 from .texts import Tokens, filler_id, length_batches, pad, tokenise
@@ -280,11 +279,10 @@ def _missing(writer: _Writer, tokenizer, texts: Sequence[str]) -> Iterator[float
 
 def _check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     """Raise InputError if `folder` holds part of a run that was begun with something else."""
-    if (folder / "meta.json").exists():
-        then, now = ({k: v for k, v in m.items() if k != "provenance"}
-                     for m in (read_json(folder / "meta.json", schemas.META), json.loads(json.dumps(meta))))
-        if why := differences(then, now):
-            raise InputError(f"{folder} holds part of another run ({why}); end that one, or delete the folder")
+    path = folder / "meta.json"
+    is_current(folder, read_json(path, schemas.META) if path.exists() else None,
+               {part: value for part, value in meta.items() if part != "provenance"},
+               "finish that run with its own, or delete the folder")
 
 
 def check_finite(

@@ -23,12 +23,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .checking import Misfit, Schema, check, check_tensors
-from .distributed import add_up, own_part
 from .environment import InputError, first_line, is_disk_full
 
 HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # processes are told apart by machine and number
 ANYTHING = Schema(Any)
-SMALL_FILE = 8 << 20  # bytes; the checksum of a smaller file is compared whenever it is listed
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -286,32 +284,3 @@ def safe_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
         raise InputError(f"{name[:60]!r} is no file name; use letters, digits, '_', '-' and '.'")
     return name
-
-
-def list_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """The entries of a manifest for files under `folder`: name, bytes, sha256. All ranks call it, each reads its
-    part.
-    """
-    digests = torch.zeros(len(names), 32, dtype=torch.uint8)
-    for i in range(len(names))[own_part(len(names))]:
-        digests[i] = torch.tensor(list(bytes.fromhex(sha256(folder / names[i]))), dtype=torch.uint8)
-    add_up(digests)
-    return [
-        {"file": name, "bytes": (folder / name).stat().st_size, "sha256": bytes(digest).hex()}
-        for name, digest in zip(names, digests.tolist())
-    ]
-
-
-def check_files(folder: Path, entries: list[dict[str, Any]], verify: bool = False) -> None:
-    """Raise InputError for the first listed file that is missing, outside, has another size or (verify, or small)
-    another sha256.
-    """
-    whole = folder.resolve()
-    for entry in entries:
-        path = folder / entry["file"]
-        require_file(path, remedy=f"delete {folder} and make it again")
-        if not path.resolve().is_relative_to(whole):
-            raise InputError(f"{path} is a link that leaves {folder}; put the file itself there")
-        if (path.stat().st_size != entry["bytes"]
-            or ((verify or entry["bytes"] <= SMALL_FILE) and sha256(path) != entry["sha256"])):
-            raise InputError(f"{path} was altered or truncated since it was written; delete {folder} and make it again")

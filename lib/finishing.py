@@ -8,7 +8,8 @@ from safetensors import safe_open
 from .batches import batches_in_order
 from .distributed import add_up, own_part, rank, wait_for_all, world_size
 from .environment import InputError
-from .files import list_files, write_json, write_tensors
+from .files import write_json, write_tensors
+from .outputs import list_files
 from .store import Run
 
 ALIKE = 1e-6  # spread of the rows over the norm of their mean, up to which it is rounding

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from . import schemas
 from .environment import PROJECT, InputError
-from .files import check_files, fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
+from .files import fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
+from .outputs import check_files
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")

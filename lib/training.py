@@ -24,8 +24,8 @@ from .distributed import agree, rank, world_size
 from .environment import InputError, log
 from .fast_step import Workspace, fast_step
 from .files import fingerprint, read_torch, write_torch
-from .guards import differences
 from .metrics.reconstruction import Reconstruction
+from .outputs import is_current
 from .sae import SAE, make_sae
 from .sae_step import (
     FROZEN,
@@ -327,11 +327,10 @@ def _load_checkpoint(path: Path, key: str, settings: TrainSettings) -> dict[str,
     """
     found = read_checkpoint(path)
     step = int(found["state"]["step"])
-    if found["key"] == key:
-        log.info("continuing at step %d", step)
-        return found
-    if step:
-        why = differences(found["settings"], asdict(settings)) or "other activations, or another device"
-        raise InputError(f"{path.parent} holds an unfinished training ({why}); end it with its own constants, or "
-                         "delete that folder to train anew")
-    return None
+    if not step and found["key"] != key:
+        return None
+    is_current(path.parent, {**found["settings"], "activations or device": found["key"]},
+               {**asdict(settings), "activations or device": key},
+               "finish that training with its own, or delete the folder to train anew")
+    log.info("continuing at step %d", step)
+    return found

@@ -294,6 +294,6 @@ def test_shipped_files_are_small_and_unchanged(report):
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8_000_000
     for part in ("stories", "model"):
         stated = json.loads((SHIPPED / part / "report.json").read_text())
-        from lib.files import check_files
+        from lib.outputs import check_files
 
         check_files(SHIPPED / part, stated["files"], verify=True)

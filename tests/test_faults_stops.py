@@ -104,7 +104,7 @@ def test_an_unfinished_run_is_not_continued_with_other_constants(forks, undistur
         at += 2
     held = contents(store)
     line = only_error(forks.run([*whole.command, *change], store))
-    assert said in line and "end it with" in line
+    assert said in line and "finish that" in line
     assert but_locks(contents(store)) == but_locks(held)
     ends_as_undisturbed(forks, whole, store)
 

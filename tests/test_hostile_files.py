@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from forked import contents
+from reports import up_to_date
 from safetensors.torch import save
 
 from checks.layers import LAYERS
@@ -27,7 +28,6 @@ from lib.batches import rows_of_run, rows_of_tensor
 from lib.checking import Misfit, check, check_tensors
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
-from lib.guards import up_to_date
 from lib.models import hook_of_run
 from lib.sae import load_sae, require_trained_on
 from lib.store import open_run, store_root
@@ -190,7 +190,7 @@ def test_a_manifest_with_a_right_seal_is_checked_all_the_same(store_of, how):
 
 def reseal(run, path):
     """Put a changed file's size and checksum into the manifest, as whoever writes the store can."""
-    from lib.files import list_files
+    from lib.outputs import list_files
 
     manifest = json.loads((run / "manifest.json").read_text())
     del manifest["sha256"]
@@ -229,7 +229,7 @@ def whole_use(path):
     open_run(VERIFY, sae.config["run_id"])
     require_trained_on(sae, run, sae.config["hook"])
     hook_of_run(run, sae.config["hook"])
-    find(store_root() / VERIFY, {}, "x")
+    find(store_root() / VERIFY, {"activations": "x"})
     read_json(store_root() / VERIFY / "training_history.json", schemas.HISTORY)
     return list(encode_run(run, sae.config["hook"], sae)), [rows_of_run(run, hook).scale
                                                             for hook in run.hooks], run.texts

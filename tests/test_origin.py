@@ -71,7 +71,7 @@ def belongs(folder):
 
 def reseal(run, change):
     """Change meta.json as whoever writes the store can: the manifest's checksum and seal are right again."""
-    from lib.files import list_files
+    from lib.outputs import list_files
 
     meta = json.loads((run / "meta.json").read_text())
     change(meta)
@@ -264,8 +264,8 @@ def test_using_a_tokenizer_does_not_change_what_it_is(model_and_texts):
     assert tokenizer_identity(tokenizer) == before
 
 
-@pytest.mark.parametrize("change, said", [(late_weights, "the weights of MODEL have changed"),
-                                          (swap_words, "the data or tokenizer have changed")])
+@pytest.mark.parametrize("change, said", [(late_weights, "other weights of MODEL"),
+                                          (swap_words, "other data or tokenizer")])
 def test_sae_ception_names_what_has_changed(forks, labelled_texts, tmp_path, change, said):
     folder, store = tmp_path / "data", tmp_path / "store"
     shutil.copytree(labelled_texts, folder)

@@ -14,7 +14,7 @@ from lib.batches import Rows, shuffled_batches
 from lib.constants import override
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, safe_name, write_json, write_sealed, write_torch
-from lib.guards import differences
+from lib.outputs import differences
 
 QUICK = settings(max_examples=60, deadline=None)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)

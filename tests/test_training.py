@@ -176,7 +176,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path):
     rows, _ = make_rows()
     train_sae(rows, TrainSettings(**SMALL), tmp_path, progress=False)
     held = (tmp_path / "checkpoints" / "last.pt").read_bytes()
-    with pytest.raises(InputError, match="unfinished training .top_k was 4, is 2."):
+    with pytest.raises(InputError, match="other constants or data .top_k was 4, is 2."):
         train_sae(rows, TrainSettings(**{**SMALL, "top_k": 2}), tmp_path, progress=False)
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == held
 

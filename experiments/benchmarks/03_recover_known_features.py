@@ -58,6 +58,7 @@ from tqdm.auto import tqdm
 from lib.checking import Schema
 from lib.environment import run, say_next
 from lib.files import fingerprint, read_json, write_json
+from lib.outputs import differences
 from lib.schemas import CONSTANTS as ANY_CONSTANTS
 from lib.schemas import SHORT_HASH
 from lib.statistics import interval
@@ -87,8 +88,8 @@ class Results:
     def __init__(self, path: Path):
         self.path, self.settings = path, {k: v for k, v in CONSTANTS.items() if k not in NOT_OF_A_RUN}
         self.runs: list[dict] = []
-        if (path.exists()
-            and (found := read_json(path, KNOWN_FEATURES))["settings"] == self.settings | {"key": self.key}):
+        found = read_json(path, KNOWN_FEATURES) if path.exists() else None
+        if found and not differences(found["settings"], self.settings | {"key": self.key}):
             self.runs = [run for run in found["runs"] if run["trainer"] != "ours"]
 
     @property

@@ -36,13 +36,14 @@ if N_STORIES * min(VAL_FRAC, TEST_FRAC) < 2:
 
 import grammar
 import stories
+from reports import up_to_date
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from lib.environment import InputError, run, say_next
-from lib.files import list_files, sha256, write_json, write_text
-from lib.guards import in_use, up_to_date
+from lib.files import sha256, write_json, write_text
+from lib.outputs import in_use, list_files
 from lib.store import experiment_dir
 
 ATTEMPTS = 10_000            # to write one story; the longest of the default settings takes some dozens

@@ -39,14 +39,15 @@ if HIDDEN % HEADS or HIDDEN // HEADS % 2:
 
 import story_model
 import torch
+from reports import up_to_date
 from sklearn.linear_model import LogisticRegression
 from story_model import Encoded
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib.environment import InputError, run
-from lib.files import list_files, parse_json, read_lines, read_torch, require_file, sha256, write_json, write_torch
-from lib.guards import differences, in_use, up_to_date
+from lib.files import parse_json, read_lines, read_torch, require_file, sha256, write_json, write_torch
+from lib.outputs import in_use, is_current, list_files
 from lib.schemas import COUNT
 from lib.store import experiment_dir
 
@@ -87,9 +88,8 @@ def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path,
         optimizer, lambda i: min(1.0, (i + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * i / n_steps)))
     if checkpoint.exists():
         state = read_torch(checkpoint, "train again", CHECKPOINT)
-        if why := differences(parse_json(state["stamp"].encode(), checkpoint, "delete it"), json.loads(stamp)):
-            raise InputError(f"{checkpoint} is an unfinished training with other constants ({why}); end it with those, "
-                             "or delete it to train anew")
+        is_current(checkpoint, parse_json(state["stamp"].encode(), checkpoint, "delete it"), json.loads(stamp),
+                   "finish that training with its own, or delete it to train anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         cosine.load_state_dict(state["schedule"])

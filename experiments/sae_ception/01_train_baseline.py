@@ -82,7 +82,7 @@ from cycles.labels import counts
 from cycles.session import Session
 from cycles.steps import train_model
 from lib.environment import log, log_to, run, say_next
-from lib.guards import in_use
+from lib.outputs import in_use
 
 
 def main():

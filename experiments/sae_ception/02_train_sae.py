@@ -33,7 +33,7 @@ CONSTANTS = override(globals(), presets_for(globals()))
 from cycles.session import Session, inherited
 from cycles.steps import train_cycle_sae
 from lib.environment import log, log_to, run, say_next
-from lib.guards import in_use
+from lib.outputs import in_use
 
 
 def main():

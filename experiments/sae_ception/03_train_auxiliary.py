@@ -40,7 +40,7 @@ from cycles.steps import train_model
 from lib.distributed import rank
 from lib.environment import log, log_to, run, say_next
 from lib.files import read_json
-from lib.guards import in_use
+from lib.outputs import in_use
 
 
 def main():

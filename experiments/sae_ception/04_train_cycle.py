@@ -118,7 +118,7 @@ from cycles.session import Session, setting_root
 from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text
-from lib.guards import in_use
+from lib.outputs import in_use
 from lib.statistics import interval
 
 WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u_weighted": "SAE U"}

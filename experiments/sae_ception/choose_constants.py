@@ -30,7 +30,7 @@ from cycles.session import Session
 from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json
-from lib.guards import in_use
+from lib.outputs import in_use
 
 GRID = ("GRID_ARMS", "GRID_KEEP_PCT", "GRID_AUX_WEIGHT", "SELECT_SEEDS")
 

@@ -80,9 +80,9 @@ from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activati
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run, say_next
 from lib.files import fingerprint, write_text
-from lib.guards import bytes_in, differences, in_use, require_room
 from lib.hooks import every, layer_signatures, resolve_all
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity, tokenizer_identity
+from lib.outputs import differences, in_use, require_room
 from lib.roles import short_names
 from lib.store import experiment_dir, open_run, provenance
 from lib.streaming import fingerprint_texts, stream_texts
@@ -198,7 +198,8 @@ def main():
         say_what_changed(meta, run_id)
         size = report(model, tokenizer, points, texts, settings) if rank() == 0 else 0
         with in_use(folder):
-            require_room(folder, size - bytes_in(folder))
+            saved_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            require_room(folder, size - saved_bytes)
             saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED),
                                      settings, meta)
     if rank() == 0:

@@ -56,7 +56,7 @@ from lib.batches import rows_of_run, sample_rows
 from lib.distributed import rank, wait_for_all
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
-from lib.guards import in_use
+from lib.outputs import in_use
 from lib.sae import sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
@@ -90,7 +90,7 @@ def train(saved, hook, rows):
         tokens_trained=EPOCHS * rows.n_train,
         constants=MADE_WITH, provenance=provenance(), final=final,
     )
-    kept_saes.keep(FOLDER, MADE_WITH, saved.digest(hook))
+    kept_saes.keep(FOLDER, kept_saes.made_from(sae.config))
     save_sae(sae, SAE_PATH, probe=next(sample_rows(rows, validation=True, limit=None)))
     about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae), "constants": MADE_WITH}
     write_json(HISTORY_PATH, {**about, **history, "final": final}, sealed=True)
@@ -117,14 +117,15 @@ def main():
     width = len(rows.mean)
     log.info("run %s: %s training tokens at %s, width %d, k=%d", saved.run_id, f"{rows.n_train:,}", hook, width, TOP_K)
     with in_use(SAE_PATH.parent):
-        found = kept_saes.find(FOLDER, MADE_WITH, saved.digest(hook))
+        now = {"constants": MADE_WITH, "activations": saved.digest(hook)}
+        found = kept_saes.find(FOLDER, now)
         wait_for_all()  # all have looked before one moves anything
         if found is None:
             train(saved, hook, rows)
         elif found == SAE_PATH.parent:
             log.info("this SAE is already trained")
         elif rank() == 0:
-            kept_saes.keep(FOLDER, MADE_WITH, saved.digest(hook))
+            kept_saes.keep(FOLDER, now)
             kept_saes.put_back(FOLDER, found)
             log.info("this SAE was trained before; it is taken back from %s", found)
         if rank() == 0:

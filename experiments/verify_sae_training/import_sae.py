@@ -69,7 +69,7 @@ def main():
         imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS,
         provenance=provenance(), final=final,
     )
-    kept_saes.keep(FOLDER, CONSTANTS, saved.digest(hook))  # a history may remain of an SAE that was moved away
+    kept_saes.keep(FOLDER, kept_saes.made_from(sae.config))  # a history may remain of an SAE that was moved away
     save_sae(sae, path, probe=next(sample_rows(rows, validation=True, limit=None)))
     log.info("%s: %d latents, k=%d, on %s of %s", kind, sae.n_latents, sae.top_k, hook, saved.meta["model"]["name"])
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],

@@ -1,6 +1,4 @@
-"""The SAE in sae_model/ with its training history, and those that it replaced: each in sae_model_<its hash>/ with its
-own.
-"""
+"""The SAE in sae_model/ with its training history; those it replaced, each with its own, in sae_model_<its hash>/."""
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +6,7 @@ from typing import Any
 from lib import schemas
 from lib.environment import InputError, log
 from lib.files import atomic_write, read_json
-from lib.guards import differences
+from lib.outputs import Parts, differences
 from lib.sae import SAE, load_sae, sae_hash
 
 MODEL, HISTORY = "topk_sae.pt", "training_history.json"
@@ -24,52 +22,46 @@ def history_of(sae: SAE, path: Path) -> dict[str, Any] | None:
     return history if own else None
 
 
-def is_trained(folder: Path, history: Path, constants: dict[str, Any], data_digest: str) -> bool:
-    """Whether the SAE in `folder` is whole, and what these constants and activations give: its file says so, and its
-    history.
-    """
+def made_from(config: dict[str, Any]) -> Parts:
+    """What an SAE says that it was made from."""
+    return {"constants": config.get("constants", {}), "activations": config.get("data_digest")}
+
+
+def is_trained(folder: Path, history: Path, now: Parts) -> bool:
+    """Whether the SAE in `folder` is the one that `now` gives and its training was finished: its history comes last."""
     if not (folder / MODEL).exists():
         return False
     sae = load_sae(folder / MODEL)
-    return (sae.config.get("constants") == constants and sae.config.get("data_digest") == data_digest
-            and history_of(sae, history) is not None)
+    return not differences(made_from(sae.config), now) and history_of(sae, history) is not None
 
 
-def find(root: Path, constants: dict[str, Any], data_digest: str) -> Path | None:
-    """The folder of the trained SAE of these constants and activations: sae_model, or one that was kept. None: there is
-    none.
-    """
-    if is_trained(root / "sae_model", root / HISTORY, constants, data_digest):
+def find(root: Path, now: Parts) -> Path | None:
+    """The folder of the trained SAE that these constants and activations give: sae_model, or one that was kept."""
+    if is_trained(root / "sae_model", root / HISTORY, now):
         return root / "sae_model"
     for folder in sorted(root.glob("sae_model_*")):
-        try:
-            # says at little cost whether to look
+        try:  # the small file says whether to read the large one
             about = read_json((folder / MODEL).with_suffix(".json"), schemas.SAE_SIDECAR)
-            wanted = about.get("constants") == constants and about.get("data_digest") == data_digest
-            if wanted and is_trained(folder, folder / HISTORY, constants, data_digest):
+            if not differences(made_from(about), now) and is_trained(folder, folder / HISTORY, now):
                 return folder
         except InputError as error:
             log.warning("a kept SAE is passed over: %s", error)
     return None
 
 
-def keep(root: Path, constants: dict[str, Any], data_digest: str) -> None:
-    """Copy the SAE in sae_model, if it is another than these constants give, and the history, to the folders of their
-    hashes.
-    """
+def keep(root: Path, now: Parts) -> None:
+    """Copy the SAE in sae_model and its history to the folder of its hash, unless it is the one that `now` gives."""
     path, history_path = root / "sae_model" / MODEL, root / HISTORY
     if path.exists():
         sae = load_sae(path)
-        then = sae.config.get("constants", {})
-        # else a killed run left it before its history
-        if (then, sae.config.get("data_digest")) != (constants, data_digest):
+        # one that `now` gives was left by a run that was killed before it wrote the history
+        if why := differences(made_from(sae.config), now):
             kept = root / f"sae_model_{sae_hash(sae)}"
             own = [] if history_of(sae, history_path) is None else [history_path]
             for source in (path, path.with_suffix(".json"), *own):
                 if source.exists():
                     copy(source, kept / source.name)
-            log.info("the SAE that is there was made otherwise (%s); a copy is kept in %s",
-                     differences(then, constants) or "other activations", kept)
+            log.info("sae_model holds an SAE made with other constants or data (%s); a copy is kept in %s", why, kept)
     if history_path.exists() and (owner := read_json(history_path, schemas.HISTORY).get("sae_hash")):
         kept_history = root / f"sae_model_{owner}" / HISTORY
         if not kept_history.exists() and not (path.exists() and sae_hash(load_sae(path)) == owner):

@@ -20,7 +20,7 @@ from cycles.tasks import Task
 from lib.distributed import add_up, agree, is_sharded, rank, shared_like, whole, world_size
 from lib.environment import InputError, first_line
 from lib.files import fingerprint, read_torch, write_torch
-from lib.guards import differences
+from lib.outputs import is_current
 
 PROBE_EXAMPLES = 256  # training examples on which the auxiliary loss and its gradient are compared at start and end
 GROUPED_BATCHES = 20  # text batches whose examples are sorted by length together: less padding
@@ -280,10 +280,9 @@ def _load(
     if path is None or not is_there:
         return None
     found = read_torch(path, "train again", schemas.TUNING)
-    if found["key"] != key:
-        why = differences(found["settings"], asdict(settings)) or "its data, model or an earlier step has changed"
-        raise InputError(f"{path} is an unfinished training with other constants ({why}); end it with those, or delete "
-                         "it to train anew")
+    is_current(path, {**found["settings"], "data, model or output of an earlier step": found["key"]},
+               {**asdict(settings), "data, model or output of an earlier step": key},
+               "finish that training with its own, or delete it to train anew")
     try:
         load_trained(model, found["state"])
         parameters, moments = optimizer.param_groups[0]["params"], found["optimizer"]

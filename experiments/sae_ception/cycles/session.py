@@ -35,9 +35,9 @@ from lib.files import (
     write_json,
     write_sealed,
 )
-from lib.guards import differences
 from lib.hooks import blocks
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, weights_of
+from lib.outputs import is_current
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir, provenance
 from lib.texts import filler_id
@@ -217,17 +217,15 @@ def finished(path: Path, key: str, c: Constants, data: str = "", model: str = ""
         raise InputError(f"{path} is not the file that its stamp was made for; delete both and run its step again")
     if found["key"] == key:
         return True
-    present = {k: v for k, v in fingerprintable(c).items() if k not in RUN_ONLY}
     stored = found["constants"]
-    why = differences({k: v for k, v in stored.items() if k in present},
-                      {k: v for k, v in present.items() if k in stored})
-    if not why:
-        changed = [name for name, then, now in (("data or tokenizer", found["data"], data),
-                                                ("weights of MODEL", found["model"], model)) if then != now]
-        why = (f"the {' and the '.join(changed)} have changed" if changed and data
-               else "an earlier step's output has changed")
-    raise InputError(f"{path} was made with other constants ({why}); set SETTING to a new name, or delete "
-                     f"{arm_folder(path)}")
+    constants = {k: v for k, v in c.items() if k in stored and k not in RUN_ONLY}
+    return is_current(
+        path,
+        {**stored, "data or tokenizer": found["data"], "weights of MODEL": found["model"],
+         "output of an earlier step": found["key"]},
+        {**constants, "data or tokenizer": data, "weights of MODEL": model, "output of an earlier step": key},
+        f"set SETTING to a new name, or delete {arm_folder(path)}",
+    )
 
 
 def arm_folder(path: Path) -> Path:

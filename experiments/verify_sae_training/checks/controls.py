@@ -16,7 +16,7 @@ import torch
 from checks.evaluation import untrained_sae
 from lib.batches import rows_of_run, sample_rows
 from lib.files import fingerprint
-from lib.guards import in_use
+from lib.outputs import in_use
 from lib.sae import SAE, load_sae, save_sae
 from lib.sae_step import learning_rate
 from lib.store import Run
