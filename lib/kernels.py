@@ -1,40 +1,53 @@
-"""Compiled loops of the fast training step on CPUs (numba): codes and residual by row, gradient and update by latent.
+"""Compiled loops of the fast step on CPUs (numba): gradient and update of each latent. Those by row: row_kernels.py.
 
-Every function writes into arrays that it is given. Rows and latents are split into contiguous pieces, one thread each,
-and nothing is summed across pieces, so the result does not depend on the number of threads.
+Functions write into the arrays they are given. Rows and latents are split into contiguous pieces, one thread each, and
+nothing is summed across pieces, so the result does not depend on the number of threads.
+
+    weights   dec, enc [F, D], gain [F or 0], bias [F]
+    codes     latents int32 [B, k], values [B, k], and the loss's gradient at each value [B, k]
+    pairs     the active (row, latent) pairs by latent: start [F + 1], row, value and gradient of each pair
+    aux       slot of each latent [F] or -1, and AuxK's gradients of dec, enc [A, D], bias [A] by slot
+
+Compiled code is cached in NUMBA_CACHE_DIR if set, else beside the source, else in the user's cache folder; if none can
+be written, every process compiles anew.
 """
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
-from numba import prange
+from numba import config, njit, prange, set_num_threads
 
-from .compiled import compiled
+config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # tbb costs 30 %, workqueue 45 % of the speed at F = 1152
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered and fused; NaN and infinity keep their meaning
+DECODER, ENCODER = 1, 2
+FROZEN = {None: 0, "decoder": DECODER, "encoder": ENCODER}
+TINY = np.float32(1e-30)  # moments below it become 0: arithmetic on subnormal numbers is a hundred times slower
 
-DECODER, ENCODER = 1, 2  # which rows are frozen
-TINY = np.float32(1e-30)  # moments below it become 0: subnormal numbers are computed a hundred times slower
+
+def compiled(parallel: bool = False) -> Callable:
+    """Decorator: compile a function; with `parallel` its prange loops run on all threads."""
+    options = {"parallel": parallel, "nogil": True, "fastmath": FAST, "error_model": "numpy"}
+
+    def decorate(function: Callable) -> Callable:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder to cache in can be written
+            return njit(**options)(function)
+
+    return decorate
 
 
-@compiled()
-def _keep_largest(keys, index, n, keep):
-    """Reorder the first n entries so that the `keep` largest keys come first (Hoare's selection)."""
-    low, high = 0, n - 1
-    while low < high:
-        pivot = keys[(low + high) >> 1]
-        i, j = low, high
-        while i <= j:
-            while keys[i] > pivot:
-                i += 1
-            while keys[j] < pivot:
-                j -= 1
-            if i <= j:
-                keys[i], keys[j] = keys[j], keys[i]
-                index[i], index[j] = index[j], index[i]
-                i += 1
-                j -= 1
-        if keep - 1 <= j:
-            high = j
-        elif keep - 1 >= i:
-            low = i
-        else:
-            return
+def is_cached(function) -> bool:
+    """Whether an earlier process has compiled `function`, so that its first call starts at once."""
+    folder = function.stats.cache_path
+    return folder is not None and any(Path(folder).glob(f"*.{function.__name__}-*.nbi"))
+
+
+def use_threads(n: int) -> int:
+    """Run the loops on n threads, or as many as numba has; returns how many that is."""
+    n = min(n, config.NUMBA_NUM_THREADS)
+    set_num_threads(n)
+    return n
 
 
 @compiled()
@@ -45,47 +58,11 @@ def _dot(a, b):
     return total
 
 
-@compiled(parallel=True)
-def code_rows(x, weights, candidates, count, k, n_pieces, index, code, slope, error, loss):
-    """Codes of each row from its candidates, the error x - x_hat, and the gradient at each code.
-
-    x [B, D], weights: see `update_latents`, candidates int32 [B, C], count int32 [B]
-    -> index int32 [B, k], code, slope [B, k] (slope: dloss/dcode of the mean over rows), error [B, D], loss [B].
-    A code is the exact float32 pre-activation; places without a positive one have code 0 and index 0.
-    """
-    dec, enc, _, bias = weights
-    rows, width = x.shape
-    scale = np.float32(-2.0 / rows)
-    for piece in prange(n_pieces):
-        room = candidates.shape[1]
-        value, place = np.empty(room, np.float32), np.empty(room, np.int32)
-        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
-            n = count[r]
-            for c in range(n):
-                place[c] = candidates[r, c]
-                value[c] = _dot(x[r], enc[place[c]]) + bias[place[c]]
-            if n > k:
-                _keep_largest(value, place, n, k)
-                n = k
-            residual = error[r]
-            residual[:] = x[r]
-            for c in range(k):
-                index[r, c], code[r, c], slope[r, c] = 0, 0, 0
-            for c in range(n):
-                if value[c] > 0:
-                    row, z = dec[place[c]], value[c]
-                    index[r, c], code[r, c] = place[c], z
-                    for d in range(width):
-                        residual[d] -= z * row[d]
-            for c in range(n):
-                if code[r, c] > 0:
-                    slope[r, c] = scale * _dot(residual, dec[index[r, c]])
-            loss[r] = _dot(residual, residual)
-
-
 @compiled()
-def sort_by_latent(index, code, slope, start, row, weight, slope_sorted):
+def sort_by_latent(codes, pairs):
     """Group the active (row, latent) pairs by latent: those of latent i stand at start[i] : start[i + 1]."""
+    index, code, slope = codes
+    start, row, weight, slope_sorted = pairs
     rows, k = index.shape
     start[:] = 0
     for r in range(rows):
@@ -106,10 +83,10 @@ def sort_by_latent(index, code, slope, start, row, weight, slope_sorted):
 
 
 @compiled()
-def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen):
+def _gradient(i, batch, weights, g_dec, g_enc, frozen):
     """Gradient of latent i into g_dec, g_enc [D]; returns those of gain and bias, and the squared norm of all."""
-    start, row, weight, slope = pairs
-    aux_slot, aux_dec, aux_enc, aux_bias = aux
+    x, error, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
+    dec, enc, gain, _ = weights
     width = len(g_dec)
     zero = np.float32(0)
     scale = np.float32(-2.0 / len(x))
@@ -151,9 +128,7 @@ def _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen):
 
 @compiled()
 def _adam(w, g, m, v, rate, rates):
-    """Adam on a row, in place. rates: float32 (1 - beta1, 1 - beta2, 1 / (1 - beta2^t), eps); rate: lr / (1 -
-    beta1^t).
-    """
+    """Adam on a row, in place. rate: lr / (1 - beta1^t); rates: 1 - beta1, 1 - beta2, 1 / (1 - beta2^t) and eps."""
     new1, new2, correction, eps = rates
     for d in range(len(w)):
         m_d = m[d] + new1 * (g[d] - m[d])
@@ -165,47 +140,34 @@ def _adam(w, g, m, v, rate, rates):
 
 
 @compiled(parallel=True)
-def gradient_norms(x, error, pairs, aux, dec, enc, gain, frozen, bounds, norms):
-    """Squared norm of each latent's gradient into norms [F]; latents bounds[p] : bounds[p + 1] are piece p."""
-    for piece in prange(len(bounds) - 1):
-        g_dec, g_enc = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
-        for i in range(bounds[piece], bounds[piece + 1]):
-            norms[i] = _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen)[2]
-
-
-@compiled(parallel=True)
-def update_latents(x, error, pairs, aux, weights, moments, low, bounds, factor, lr, rates, norms, frozen):
+def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
     """Gradient, Adam, unit norm and constraint of every latent in one pass over its row.
 
-    x, error [B, D]. pairs: `sort_by_latent`. aux: (slot [F] or -1, gradients of dec, enc [A, D], bias [A]).
-    weights: dec, enc [F, D], gain [F or 0], bias [F]; moments: m and v of each in this order. low: bfloat16 bits of
-    the encoder and of the bias in two columns, uint16 [F, D + 2 or more], or [0, 0]. factor: times the gradient.
-    lr: of dec and enc, gain, bias, each over 1 - beta1^t; rates: see `_adam`. frozen: DECODER, ENCODER or 0; what is
-    frozen gets a gradient of 0, by which Adam moves nothing, not even the last bit.
+    batch: x, error [B, D], *pairs, *aux (numba takes no tuples of tuples here). moments: m and v of each of the
+    weights, in order. low: bfloat16 bits of the encoder and of the bias in two columns, uint16 [F, D + 2 or more], or
+    [0, 0]. bounds: piece p has latents bounds[p] : bounds[p + 1]. rates: (lr of dec and enc, of gain, of bias, each
+    over 1 - beta1^t), and `_adam`'s. norms [F]: squared norm of each gradient. frozen: see FROZEN; a frozen row gets a
+    gradient of 0, with which Adam moves nothing, not even the last bit.
     """
     dec, enc, gain, bias = weights
     dec_m, dec_v, enc_m, enc_v, gain_m, gain_v, bias_m, bias_v = moments
-    lr_rows, lr_gain, lr_bias = lr
-    width = x.shape[1]
+    (lr_rows, lr_gain, lr_bias), adam = rates
+    width = dec.shape[1]
     for piece in prange(len(bounds) - 1):
         g_dec, g_enc = np.empty(width, np.float32), np.empty(width, np.float32)
         one = np.empty(1, np.float32)
         for i in range(bounds[piece], bounds[piece + 1]):
-            g_gain, g_bias, norms[i] = _gradient(i, x, error, pairs, aux, dec, enc, gain, g_dec, g_enc, frozen)
-            if factor != 1:
-                for d in range(width):
-                    g_dec[d] *= factor
-                    g_enc[d] *= factor
+            g_gain, g_bias, norms[i] = _gradient(i, batch, weights, g_dec, g_enc, frozen)
             d_row, e_row = dec[i], enc[i]
             if len(gain):
                 for d in range(width):
                     e_row[d] -= gain[i] * d_row[d]
-                one[0] = g_gain * factor
-                _adam(gain[i : i + 1], one, gain_m[i : i + 1], gain_v[i : i + 1], lr_gain, rates)
-            _adam(d_row, g_dec, dec_m[i], dec_v[i], lr_rows, rates)
-            _adam(e_row, g_enc, enc_m[i], enc_v[i], lr_rows, rates)
-            one[0] = g_bias * factor
-            _adam(bias[i : i + 1], one, bias_m[i : i + 1], bias_v[i : i + 1], lr_bias, rates)
+                one[0] = g_gain
+                _adam(gain[i : i + 1], one, gain_m[i : i + 1], gain_v[i : i + 1], lr_gain, adam)
+            _adam(d_row, g_dec, dec_m[i], dec_v[i], lr_rows, adam)
+            _adam(e_row, g_enc, enc_m[i], enc_v[i], lr_rows, adam)
+            one[0] = g_bias
+            _adam(bias[i : i + 1], one, bias_m[i : i + 1], bias_v[i : i + 1], lr_bias, adam)
             if frozen != DECODER:
                 shrink = np.float32(1) / np.sqrt(_dot(d_row, d_row))
                 for d in range(width):

@@ -2,15 +2,15 @@
 
     x' = (x - mean) / scale        z = TopK_k(ReLU(W_enc x' + b_enc))        xhat = scale * (z W_dec) + mean
 
-Kinds that a threshold decides (lib.variants) set codes that don't exceed it to 0; k is then what a row has at most.
-
+Where an SAE has thresholds (lib.sae_kinds), codes that don't exceed them are 0, and k is the most that a row keeps.
 x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k].
 
     sae = load_sae(folder / "topk_sae.pt")
     values, indices = sae.encode(x)
     xhat = sae.decode(values, indices)
 """
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from .files import fingerprint, read_torch, write_json, write_torch
 from .store import Run
 
 SCHEMA_VERSION = 1
-ENCODE_ROWS = 4096  # rows whose dense pre-activations [rows, F] exist at one time
+ENCODE_ROWS = 4096  # rows encoded at once, with dense pre-activations [rows, F]
 PROBE_ROWS = 64  # rows kept in the file with their codes, which loading must reproduce
+TENSORS = ("W_enc", "b_enc", "W_dec", "mean", "threshold")
 
 
 class Origin(dict):
-    """A loaded SAE's config: what it does not say and is asked for is an InputError."""
+    """A loaded SAE's config; asking for what it does not say is an InputError."""
 
     def __missing__(self, name: str) -> Any:
         raise InputError(f"the SAE does not say its {name}; train it with 02_train_sae.py, or take it with "
@@ -62,18 +63,23 @@ class SAE:
     def n_latents(self) -> int:
         return len(self.W_dec)
 
-    def overcomplete(self) -> nn.Module:
-        """overcomplete's TopKSAE with these weights, on x', in eval mode, without gradients; it shares their memory.
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that this SAE has, by name."""
+        return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
 
-        Raises InputError where a threshold decides what fires, which that class does not know.
+    def overcomplete(self) -> nn.Module:
+        """overcomplete's TopKSAE on x', in eval mode, without gradients; it shares the memory of these weights.
+
+        Raises InputError for an SAE with thresholds, which that class does not have.
         """
         from overcomplete.sae import TopKSAE  # encode and decode do without it
 
         if self.threshold is not None:
             raise InputError("overcomplete's TopKSAE has no thresholds; use encode and decode")
         n_inputs, device = self.W_dec.shape[1], str(self.W_dec.device)
-        # Its start is drawn, on "meta" without memory, and thrown away. After eval(), which normalises the dictionary
-        # into the copy that it decodes with, both are set as they are: normalising anew would change their last digit.
+        # Its random start is drawn on "meta", without memory, and thrown away. The dictionary is set only after eval(),
+        # which normalises it into the copy used for decoding: normalising again would change the last digit.
         with torch.random.fork_rng(devices=[]):
             module = TopKSAE(n_inputs, nb_concepts=self.n_latents, top_k=self.top_k,
                              device="meta").untied(bias=True).eval()
@@ -85,16 +91,16 @@ class SAE:
         return module.requires_grad_(False)
 
     def to(self, device: torch.device | str) -> "SAE":
-        """A copy on `device`."""
-        return make_sae(self.W_enc, self.b_enc, self.W_dec, self.mean, self.scale, self.top_k, self.config, device,
-                        self.threshold)
+        """This SAE on `device`; what is there already is shared."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved, config=copy(self.config))
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of raw activations x [N, D]: values [N, k] in x' units, descending, and latent indices [N, k].
 
-        A value of 0 is a slot that did not fire (TopK follows ReLU, so fewer than k may). Raises InputError for rows
-        of another shape.
+        A value of 0 is a slot that did not fire: after ReLU fewer than k may. Raises InputError for rows of another
+        width.
         """
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise InputError(f"this SAE takes rows of shape [N, {len(self.mean)}], not {list(x.shape)}")
@@ -103,9 +109,6 @@ class SAE:
             pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
             pre = pre.relu_() if self.threshold is None else pre.where(pre > self.threshold, 0)
             parts.append(pre.topk(self.top_k, dim=1))
-        if not parts:
-            empty = x.new_zeros(0, self.top_k)
-            return empty, empty.long()
         return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
     @torch.no_grad()
@@ -117,13 +120,12 @@ class SAE:
 
 
 def make_sae(
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, mean: Tensor, scale: float, top_k: int,
-    config: dict[str, Any] | None = None, device: torch.device | str = "cpu", threshold: Tensor | None = None,
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, mean: Tensor, scale: float, top_k: int, *,
+    config: dict[str, Any] | None = None, threshold: Tensor | None = None,
 ) -> SAE:
-    """An SAE from copies of its tensors in float32; see the module for shapes. Rows of W_dec are normalised.
+    """An SAE on the CPU, from float32 copies of its tensors; see SAE for shapes. Rows of W_dec are normalised.
 
-    threshold [F]: what a code must exceed, at least 0. Raises InputError if shapes disagree, top_k exceeds the number
-    of latents or a threshold is negative.
+    Raises InputError if shapes disagree, top_k exceeds the number of latents or a threshold is negative.
     """
     n_latents, n_inputs = W_dec.shape
     if W_enc.shape != W_dec.shape or b_enc.shape != (n_latents,) or mean.shape != (n_inputs,):
@@ -133,32 +135,28 @@ def make_sae(
         raise InputError(f"TOP_K={top_k} must be between 1 and the number of latents, {n_latents}")
     if threshold is not None and (threshold.shape != b_enc.shape or (threshold < 0).any()):
         raise InputError(f"thresholds of shape {tuple(threshold.shape)} must be {n_latents} numbers from 0 up")
-    # Unit rows are kept as they are: normalising them once more would change their last digit at each save and load.
+    # Unit rows stay as they are: normalising again would change their last digit at each save and load.
     if (W_dec.detach().float().norm(dim=1) - 1).abs().max() > 1e-6:
         W_dec = functional.normalize(W_dec.detach().cpu().double(), dim=1)
-    encoder, bias, dictionary, centre = (tensor.detach().float().to(device, copy=True)
-                                         for tensor in (W_enc, b_enc, W_dec, mean))
-    kept = None if threshold is None else threshold.detach().float().to(device, copy=True)
-    # The scale as the file keeps it, in float32: the hash of an SAE is then that of its file.
-    in_file = float(torch.tensor(scale, dtype=torch.float32))
-    return SAE(encoder, bias, dictionary, centre, in_file, top_k, dict(config or {}), kept)
+    kept = {name: tensor.detach().float().to("cpu", copy=True)
+            for name, tensor in zip(TENSORS, (W_enc, b_enc, W_dec, mean, threshold)) if tensor is not None}
+    # In float32, as the file keeps it, so that an SAE and its file have the same hash.
+    return SAE(**kept, scale=float(torch.tensor(scale, dtype=torch.float32)), top_k=top_k, config=dict(config or {}))
 
 
 def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
-    """Write `path` (topk_sae.pt, loads with weights_only=True) and the same without tensors as .json.
+    """Write `path` (topk_sae.pt, which loads with weights_only=True), and a .json beside it without the tensors.
 
-    probe: raw activations [N, D]; the first 64 and their codes go into the file, and loading checks them. Raises
+    probe: raw activations [N, D]; loading must reproduce the codes of the first 64, which go into the file. Raises
     InputError, and writes nothing, if a weight or a score is not finite.
     """
     probe = probe[:PROBE_ROWS].float().cpu().clone()
     values, indices = sae.encode(probe.to(sae.mean.device))
     config = {"n_inputs": len(sae.mean), "n_latents": sae.n_latents, "top_k": sae.top_k, **sae.config}
-    state = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "mean": sae.mean,
-             "scale": torch.tensor(sae.scale)}
-    if sae.threshold is not None:
-        state["threshold"] = sae.threshold
-    state = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
-    try:  # of what can't be read back nothing is written
+    found = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "mean", "scale", "threshold")}
+    state = {name: torch.as_tensor(value).detach().float().cpu().clone()
+             for name, value in found.items() if value is not None}
+    try:  # write nothing that could not be read back
         check(config, schemas.SAE_CONFIG)
         check_tensors(state, schemas.SAE_STATE)
     except Misfit as misfit:
@@ -176,11 +174,14 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
 
 
 def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
-    """Load what save_sae wrote. Raises InputError if it is missing, damaged or of another schema, if its weights are
-    not those that were saved, or if the codes of its probe rows differ by more than rounding explains."""
+    """Load what save_sae wrote.
+
+    Raises InputError if it is missing, damaged or of another schema, if its weights are not those that were saved, or
+    if the codes of its probe rows differ by more than rounding explains.
+    """
     content = read_torch(path, "run 02_train_sae.py first", dict)
     if content.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"{path} is no SAE of schema {SCHEMA_VERSION}; train it again or convert it")
+        raise InputError(f"{path} is not an SAE of schema {SCHEMA_VERSION}; train it again")
     try:
         check(content, {"config": schemas.SAE_CONFIG})
         state, config, probe = content.get("state"), content["config"], content.get("probe")
@@ -188,31 +189,28 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
         check_tensors(probe, schemas.SAE_PROBE, D=sizes["D"], K=config["top_k"])
     except Misfit as misfit:
         raise InputError(f"{path} is damaged: {misfit}; delete it, then run 02_train_sae.py again") from None
-    weights = (state["W_enc"], state["b_enc"], state["W_dec"], state["mean"])
-    sae = make_sae(*weights, state["scale"].item(), config["top_k"], config, device, state.get("threshold"))
+    weights = {name: state[name] for name in TENSORS if name in state}
+    sae = make_sae(**weights, scale=state["scale"].item(), top_k=config["top_k"], config=config).to(device)
     if content.get("sae_hash", sae_hash(sae)) != sae_hash(sae):
         raise InputError(f"{path}: its weights are not those that were saved; the file was altered, so train the SAE "
                          "again")
     if not (error := reload_error(sae, probe)) <= 1:
-        raise InputError(
-            f"{path}: the codes of its stored rows come out {error:.3g} times further "
-            "from the stored ones than float32 rounding"
-            " explains; the file was altered, or this device multiplies float32 in a lower precision"
-        )
+        raise InputError(f"{path}: the codes of its stored rows come out {error:.3g} times further from the stored "
+                         "ones than float32 rounding explains; the file was altered, or this device multiplies "
+                         "float32 in a lower precision")
     sae.config = Origin(sae.config)
     return sae
 
 
 @torch.no_grad()
 def reload_error(sae: SAE, probe: dict[str, Tensor]) -> float:
-    """How far the codes of the probe's rows are from those stored beside them, over what rounding explains: at most 1.
+    """How far the codes of the probe's rows are from the stored ones, over what rounding explains; at most 1 is fine.
 
-    probe: x [N, D], values and indices [N, k], as save_sae writes them. A float32 sum of n products errs by at most
-    n u / (1 - n u) times the sum of their absolute values, in whatever order it is taken, with u = 2^-24 (Higham 2002,
-    Accuracy and Stability of Numerical Algorithms, section 3.1), so two devices differ by at most twice that; n is D, 1
-    for the bias and 2 for a GPU that divides by multiplying with the inverse. Latents
-    that are equal to rounding may take each other's place: each stored code has to be right, and no other latent may
-    exceed the least of them by more. inf where the number of codes is another.
+    probe: x [N, D], values and indices [N, k], as save_sae writes them; inf if this SAE has another k. A float32 sum of
+    n products, taken in any order, errs by at most n u / (1 - n u) times the sum of their absolute values, u = 2^-24
+    (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1), so two devices differ by at most twice
+    that. n is D, plus 1 for the bias, plus 2 for a GPU that divides by multiplying with the inverse. Latents equal to
+    rounding may swap places: each stored code must be right, and no other latent may exceed the least of them by more.
     """
     x, values, indices = (probe[name].to(sae.mean.device) for name in ("x", "values", "indices"))
     if values.shape[1] != sae.top_k:
@@ -224,24 +222,23 @@ def reload_error(sae: SAE, probe: dict[str, Tensor]) -> float:
     allowed = 2 * n_terms / (1 - n_terms) * magnitude
     fired = values > 0
     wrong = ((pre.gather(1, indices) - values).abs() * fired).amax(1)
-    # What did not fire stays below the least code of a full row, or below its threshold, or below 0.
+    # What did not fire is below the least code of a full row, its threshold, or 0.
     floor = torch.zeros_like(sae.b_enc) if sae.threshold is None else sae.threshold
     limit = torch.maximum(values.amin(1, keepdim=True), floor)
     others = torch.ones_like(pre).scatter_reduce(1, indices, (~fired).to(pre), "amin")
     over = ((pre - limit).clamp(min=0) * others).amax(1)
     under = ((floor[indices] - values).clamp(min=0) * fired).amax(1)
-    return float((torch.stack([wrong, over,
-                               under]).amax(0) / allowed[:, 0].clamp(min=torch.finfo(torch.float32).tiny)).max())
+    worst = torch.stack([wrong, over, under]).amax(0)
+    return float((worst / allowed[:, 0].clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
 def sae_hash(sae: SAE) -> str:
-    """Sixteen hex digits that tell this SAE's weights from any other's."""
-    tensors = [t for t in (sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, sae.threshold) if t is not None]
-    return fingerprint([fingerprint(t) for t in tensors] + [sae.scale, sae.top_k])
+    """Sixteen hex digits that identify this SAE's weights."""
+    return fingerprint([*map(fingerprint, sae.tensors.values()), sae.scale, sae.top_k])
 
 
 def require_trained_on(sae: SAE, run: Run, hook: str) -> None:
-    """Raise InputError if the SAE was trained on other activations than this run's at `hook`."""
+    """Raise InputError unless the SAE was trained on this run's activations at `hook`."""
     if sae.config.get("data_digest") != run.digest(hook):
         raise InputError(
             f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, "

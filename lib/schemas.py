@@ -2,6 +2,7 @@
 from typing import Any
 
 from .checking import Columns, Number, Schema, Text
+from .sae_kinds import KINDS
 
 COUNT, POSITIVE = Number(int, 0), Number(int, 1)
 NAME = Text(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -63,7 +64,7 @@ HISTORY = Schema(CURVES | {
 }, sealed=True, remedy="delete it and run 02_train_sae.py again")
 CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision": ("float32", "bfloat16"),
               "history": CURVES, "state": {}, "best": {}}
-TRAINING = {"aligned": bool, "kind": ("topk", "batchtopk", "jumprelu", "matryoshka")}
+TRAINING = {"aligned": bool, "kind": tuple(KINDS)}
 STATE = {
     "transform": "float32 D D", "dec": "float32 F D", "enc": "float32 F D", "bias": "float32 F", "gain": "float32 F",
     "log_threshold": "float32 F",

@@ -29,7 +29,7 @@ IMPORTS = ("lib.environment", "lib.activations", "lib.training", "cycles.steps",
 ROOMS = os.pathsep.join(str(PROJECT / folder)
                         for folder in (".", "experiments/verify_sae_training", "experiments/sae_ception"))
 # Set before a script starts, so that a run of a second writes as many files as a long one.
-OFTEN = {"lib.training.CHECKPOINT_SECONDS": 0.02, "lib.training.CHECKPOINT_SHARE": 1.0,
+OFTEN = {"lib.checkpoints.CHECKPOINT_SECONDS": 0.02, "lib.checkpoints.CHECKPOINT_SHARE": 1.0,
          "lib.activations.BLOCK_TEXTS": 16}
 VERIFY, CEPTION, EMBEDDED = (f"experiments/{name}"
                              for name in ("verify_sae_training", "sae_ception", "embedded_default"))

@@ -18,16 +18,18 @@ from forked import ROOMS
 from test_sae_ception_gates import text_model, text_task
 from test_training import SMALL, make_rows
 
+import lib.checkpoints as checkpoints
 import lib.training as training
 from cycles.classifier import trained_state
 from cycles.fine_tuning import Targets, TuneSettings, fine_tune
 from lib.batches import shuffled_batches
 from lib.distributed import add_up, own_part, rank, ranks, world_size
 from lib.environment import InputError
-from lib.fast_step import Workspace, fast_step
+from lib.fast_step import fast_step
 from lib.files import read_json
 from lib.sae_step import init_state, whitening
 from lib.store import open_run
+from lib.workspace import Workspace
 
 SAVE = "experiments/verify_sae_training/01_save_activations.py"
 TRAIN = "experiments/verify_sae_training/02_train_sae.py"
@@ -53,7 +55,8 @@ def sae_training(folder: Path) -> dict[str, torch.Tensor]:
             os.kill(os.getpid(), signal.SIGKILL)
         fast_step(state, *args, **options)
 
-    with mock.patch.multiple(training, CHECKPOINT_SECONDS=0.0, CHECKPOINT_SHARE=float("inf"), fast_step=step):
+    often = mock.patch.multiple(checkpoints, CHECKPOINT_SECONDS=0.0, CHECKPOINT_SHARE=float("inf"))
+    with often, mock.patch.object(training, "fast_step", step):
         sae, history = training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), folder, progress=False)
     return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]),
             "loss": torch.tensor(history["train"]["loss"])}

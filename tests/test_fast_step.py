@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import fast_step as module
+from lib import workspace as module
 from lib.environment import PROJECT
-from lib.fast_step import Workspace, choose_precision, fast_step, low_precision
-from lib.sae_step import dense_step, init_state, read_stats, whitening
+from lib.fast_step import fast_step
+from lib.sae_step import BETAS, dense_step, init_state, read_stats, whitening
+from lib.workspace import Workspace, choose_precision, low_precision
 
 PATHS = [True, False] if module.kernels is not None else [False]
 WIDTH, LATENTS = 21, 67  # multiples of nothing
@@ -32,9 +33,7 @@ def activations(n_rows=1500, width=WIDTH):
 
 
 def pair_of_states(x, aligned=True, n_latents=LATENTS):
-    """The same state twice. With zero bias, k=1 has gradients that vanish but for rounding, which Adam would scale
-    up.
-    """
+    """The same state twice. Without a bias some gradients of k=1 are mere rounding, which Adam would scale up."""
     state = init_state(whitening(x.T @ x / len(x)), n_latents, 0, aligned=aligned)
     state["bias"] += 0.1 * torch.randn(n_latents, generator=torch.Generator().manual_seed(2))
     return state, {name: value.clone() for name, value in state.items()}
@@ -51,16 +50,16 @@ def assert_close(a, b, atol=2e-5):
 
 @pytest.mark.parametrize("compiled", PATHS)
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("k,clip", [(5, None), (1, None), (5, 0.05)])
-def test_a_hundred_steps_equal_the_dense_reference(compiled, aligned, k, clip):
+@pytest.mark.parametrize("k", [5, 1])
+def test_a_hundred_steps_equal_the_dense_reference(compiled, aligned, k):
     x = activations()
     dense, fast = pair_of_states(x, aligned)
     work = Workspace(fast, "float32", compiled)
     generator, dead = torch.Generator().manual_seed(1), 0
     for i in range(100):
         rows = x[torch.randint(0, len(x), (29 + i % 3,), generator=generator)] @ dense["transform"]
-        dense_step(dense, rows, k=k, lr=1e-3, dead_after=60, clip=clip)
-        fast_step(fast, rows, k=k, lr=1e-3, dead_after=60, clip=clip, work=work)
+        dense_step(dense, rows, k=k, lr=1e-3, dead_after=60)
+        fast_step(fast, rows, k=k, lr=1e-3, dead_after=60, work=work)
         dead += int((dense["silent"] > 60).sum())
     assert dead > 100  # AuxK was at work
     assert_close({n: v for n, v in dense.items() if n != "sums"}, {n: v for n, v in fast.items() if n != "sums"})
@@ -69,16 +68,15 @@ def test_a_hundred_steps_equal_the_dense_reference(compiled, aligned, k, clip):
 
 @pytest.mark.parametrize("compiled", PATHS)
 @pytest.mark.parametrize("frozen, name", [("decoder", "dec"), ("encoder", "enc")])
-@pytest.mark.parametrize("clip", [None, 0.05])
-def test_a_frozen_part_keeps_its_bits_and_the_rest_moves_as_in_the_reference(compiled, frozen, name, clip):
+def test_a_frozen_part_keeps_its_bits_and_the_rest_moves_as_in_the_reference(compiled, frozen, name):
     x = activations()
     dense, fast = pair_of_states(x, aligned=False)
     start = {part: fast[part].clone() for part in ("dec", "enc", "bias")}
     work, generator, dead = Workspace(fast, "float32", compiled), torch.Generator().manual_seed(1), 0
     for _ in range(60):
         rows = x[torch.randint(0, len(x), (31,), generator=generator)] @ dense["transform"]
-        dense_step(dense, rows, k=5, lr=1e-3, dead_after=60, clip=clip, frozen=frozen)
-        fast_step(fast, rows, k=5, lr=1e-3, dead_after=60, clip=clip, work=work, frozen=frozen)
+        dense_step(dense, rows, k=5, lr=1e-3, dead_after=60, frozen=frozen)
+        fast_step(fast, rows, k=5, lr=1e-3, dead_after=60, work=work, frozen=frozen)
         dead += int((dense["silent"] > 60).sum())
     assert dead > 100  # AuxK was at work, and it does not move what is frozen either
     for state in (dense, fast):
@@ -101,12 +99,12 @@ def test_the_gradient_of_what_is_not_frozen_is_autograds(compiled, frozen):
     ((rows - codes @ leaves["dec"]).square().sum() / 200).backward()
     tangent = leaves["dec"].grad - (leaves["dec"].grad * state["dec"]).sum(1, keepdim=True) * state["dec"]
     expected = {"dec_m": tangent, "enc_m": leaves["enc"].grad, "bias_m": leaves["bias"].grad}
-    fast_step(state, rows, k=4, lr=0.0, dead_after=10**9, betas=(0.0, 0.0), work=Workspace(state, "float32", compiled),
-              frozen=frozen)
+    work = Workspace(state, "float32", compiled)
+    fast_step(state, rows, k=4, lr=0.0, dead_after=10**9, work=work, frozen=frozen)
     still = {"decoder": "dec_m", "encoder": "enc_m"}[frozen]
     assert not state[still].any()
     for name in expected.keys() - {still}:
-        torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(state[name] / (1 - BETAS[0]), expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("compiled", PATHS)
@@ -119,8 +117,8 @@ def test_gradients_equal_autograd_with_and_without_dead_latents(compiled, precis
             state["silent"][::3] = 100
             state["bias"][::3] = -0.1
         rows, work = x[:200] @ dense["transform"], Workspace(fast, precision, compiled)
-        dense_step(dense, rows, k=4, lr=0.0, dead_after=dead_after, betas=(0.0, 0.0))
-        fast_step(fast, rows, k=4, lr=0.0, dead_after=dead_after, betas=(0.0, 0.0), work=work)
+        dense_step(dense, rows, k=4, lr=0.0, dead_after=dead_after)
+        fast_step(fast, rows, k=4, lr=0.0, dead_after=dead_after, work=work)
         for name in ("dec_m", "enc_m", "gain_m", "bias_m"):
             assert torch.allclose(dense[name], fast[name], atol=1e-6, rtol=1e-4), name
         assert torch.equal(dense["silent"], fast["silent"])
@@ -158,9 +156,10 @@ def test_tiles_and_threads_do_not_change_the_result(compiled):
 def test_every_latent_may_be_asked_for_and_rows_of_zeros_fire_nothing(compiled):
     x = torch.cat([activations(40, 6), torch.zeros(3, 6)])
     dense, fast = pair_of_states(x, n_latents=7)
+    work = Workspace(fast, compiled=compiled)
     for _ in range(5):
         dense_step(dense, x @ dense["transform"], k=7, lr=1e-3, dead_after=10**9)
-        fast_step(fast, x @ dense["transform"], k=7, lr=1e-3, dead_after=10**9)
+        fast_step(fast, x @ dense["transform"], k=7, lr=1e-3, dead_after=10**9, work=work)
     assert_close(dense, fast)
 
 
@@ -172,9 +171,7 @@ ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1),
 @pytest.mark.parametrize("compiled", PATHS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_odd_shapes_and_rows_equal_the_dense_reference(compiled, precision, rows):
-    """Latents, width, batch, k: multiples of nothing, one row, one dimension, one latent, fewer rows than
-    dimensions.
-    """
+    """One row, one dimension, one latent, fewer rows than dimensions, no round numbers."""
     for number, (n_latents, width, n_rows, k) in enumerate(ODD):
         generator = torch.Generator().manual_seed(number)
         dense = init_state(torch.eye(width), n_latents, 0, aligned=number % 2 == 0)
@@ -284,8 +281,9 @@ def test_low_precision_product_includes_the_bias():
 def test_a_workspace_leaves_torch_its_number_of_threads():
     code = """
 import torch
-from lib.fast_step import Workspace, fast_step
+from lib.fast_step import fast_step
 from lib.sae_step import init_state, whitening
+from lib.workspace import Workspace
 torch.set_num_threads(1)
 state = init_state(whitening(torch.eye(8)), 16, 0)
 fast_step(state, torch.randn(32, 8), k=2, lr=1e-3, dead_after=100, work=Workspace(state))

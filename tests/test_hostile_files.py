@@ -26,12 +26,13 @@ from kept_saes import find
 from lib import schemas
 from lib.batches import rows_of_run, rows_of_tensor
 from lib.checking import Misfit, check, check_tensors
+from lib.checkpoints import read_checkpoint
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
 from lib.models import hook_of_run
 from lib.sae import load_sae, require_trained_on
 from lib.store import open_run, store_root
-from lib.training import TrainSettings, read_checkpoint, train_sae
+from lib.training import TrainSettings, train_sae
 
 ALTERED = int(os.environ.get("FAULTS", 20))  # times that an entry of each kind of file is altered
 VERIFY, CYCLE = "verify_sae_training", "sae_ception/tiny/per_class/seed_0"

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("numba")
 from lib import kernels  # noqa: E402
-from lib.candidates import find_candidates  # noqa: E402
-from lib.compiled import use_threads  # noqa: E402
+from lib.kernels import use_threads  # noqa: E402
+from lib.row_kernels import find_candidates  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -67,7 +67,7 @@ def test_pairs_are_grouped_by_latent_in_row_order():
     code = np.array([[1.0, 2.0], [3.0, 0.0], [4.0, 5.0]], np.float32)
     start, row = np.empty(5, np.int64), np.empty(6, np.int32)
     weight, slope = np.empty(6, np.float32), np.empty(6, np.float32)
-    kernels.sort_by_latent(index, code, -code, start, row, weight, slope)
+    kernels.sort_by_latent((index, code, -code), (start, row, weight, slope))
     assert start.tolist() == [0, 2, 2, 5, 5]
     assert (row[:5].tolist() == [0, 2, 0, 1, 2] and weight[:5].tolist() == [2, 4, 1, 3, 5]
             and slope[:5].tolist() == [-2, -4, -1, -3, -5])
@@ -84,10 +84,9 @@ import numba.core.caching
 numba.core.caching.CacheImpl._locator_classes = []
 import numpy as np
 from lib import kernels
-from lib.compiled import is_cached
 low = np.empty(3, np.uint16)
 kernels._to_bfloat16(np.ones(1, np.float32), np.float32(0), low)
-print(low[0], is_cached(kernels._to_bfloat16))
+print(low[0], kernels.is_cached(kernels._to_bfloat16))
 """
     done = run_python(code)
     assert done.stdout.split() == ["16256", "False"], done.stderr
@@ -97,10 +96,9 @@ def test_the_cache_can_be_put_elsewhere(tmp_path):
     code = """
 import numpy as np
 from lib import kernels
-from lib.compiled import is_cached
-before = is_cached(kernels._to_bfloat16)
+before = kernels.is_cached(kernels._to_bfloat16)
 kernels._to_bfloat16(np.ones(1, np.float32), np.float32(0), np.empty(3, np.uint16))
-print(before, is_cached(kernels._to_bfloat16))
+print(before, kernels.is_cached(kernels._to_bfloat16))
 """
     done = run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert done.stdout.split() == ["False", "True"], done.stderr
@@ -112,12 +110,12 @@ def test_without_numba_torch_operations_take_over():
 import sys
 sys.modules["numba"] = None
 import torch
-from lib import fast_step
+from lib import fast_step, workspace
 from lib.sae_step import dense_step, init_state
-assert fast_step.kernels is None
+assert workspace.kernels is None
 x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
 fast, dense = init_state(torch.eye(8), 20, 0), init_state(torch.eye(8), 20, 0)
-work = fast_step.Workspace(fast, "float32")
+work = workspace.Workspace(fast, "float32")
 for _ in range(3):
     fast_step.fast_step(fast, x, k=3, lr=1e-3, dead_after=100, work=work)
     dense_step(dense, x, k=3, lr=1e-3, dead_after=100)

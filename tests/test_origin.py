@@ -10,12 +10,13 @@ from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 from forked import BASELINE, SAE, TRAIN, VERIFY, contents
 
 from lib.batches import rows_of_tensor
+from lib.checkpoints import Diverged
 from lib.environment import InputError
 from lib.files import read_json, write_json
 from lib.models import load_tokenizer, source_of_run, tokenizer_identity, weights_of
 from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import provenance
-from lib.training import Diverged, TrainSettings, train_sae
+from lib.training import TrainSettings, train_sae
 
 STEP_1, STEP_2, CHOOSE, IMPORT = (f"{VERIFY}/{name}.py"
                                   for name in ("01_save_activations", "02_train_sae", "choose_k", "import_sae"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import lib.checkpoints as checkpoints
 import lib.training as training
 from checks.evaluation import shuffled, untrained_sae
 from lib.batches import Rows, rows_of_tensor, sample_rows, shuffled_batches
@@ -152,8 +153,8 @@ def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, s
     rows, _ = make_rows()
     settings = TrainSettings(**SMALL, dead_after=500)
     whole, whole_history = train_sae(rows, settings, tmp_path / "whole", progress=False)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "CHECKPOINT_SHARE", float("inf"))
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SHARE", float("inf"))
     real, calls = training.fast_step, []
 
     def stop_later(*args, **options):
@@ -214,8 +215,8 @@ def test_two_threads_train_the_same_sae_and_write_the_same_history(kind):
     assert made[0][1] == made[1][1] and (kind != "topk" or max(made[0][1]["train"]["auxk"]) > 0)
 
 
-@pytest.mark.parametrize("n_rows, every, message", [(1, 1, "two of validation"), (1, 2, "two of validation"),
-                                                    (9, 9, "two of validation"), (20, 7, None)])
+@pytest.mark.parametrize("n_rows, every, message", [(1, 1, "two validation rows"), (1, 2, "two validation rows"),
+                                                    (9, 9, "two validation rows"), (20, 7, None)])
 def test_runs_of_a_few_rows_are_trained_or_refused_in_one_line(n_rows, every, message):
     x, _ = planted(n_rows)
     rows = rows_of_tensor(x, torch.arange(n_rows) % every == 0)
@@ -290,14 +291,14 @@ def test_checkpoints_take_at_most_a_share_of_the_time(tmp_path, monkeypatch):
     progress = {"state": {"enc": torch.ones(1), "dec": torch.ones(1), "step": torch.tensor(1)}}
     for start, end, due in ((100.0, 103.0, 253.0), (100.0, 100.1, 130.1)):
         times = iter((start, end))
-        monkeypatch.setattr(training.time, "monotonic", lambda times=times: next(times))
-        assert training._save_checkpoint(tmp_path / "last.pt", progress) == pytest.approx(due)
+        monkeypatch.setattr(checkpoints.time, "monotonic", lambda times=times: next(times))
+        assert checkpoints.save_checkpoint(tmp_path / "last.pt", progress) == pytest.approx(due)
 
 
 def test_weights_that_are_not_finite_are_never_kept(tmp_path):
     progress = {"state": {"enc": torch.tensor([float("nan")]), "dec": torch.ones(1), "step": torch.tensor(7)}}
     with pytest.raises(InputError, match="no longer finite at step 7; lower LR"):
-        training._save_checkpoint(tmp_path / "last.pt", progress)
+        checkpoints.save_checkpoint(tmp_path / "last.pt", progress)
     assert not (tmp_path / "last.pt").exists()
 
 

@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def ours(x, s):
-    from lib.fast_step import Workspace, fast_step
-    from lib.sae_step import aux_after, folded_weights, init_state, learning_rate, schedule, whitening
+    from lib.fast_step import fast_step
+    from lib.sae_step import folded_weights, init_state, whitening
+    from lib.train_settings import aux_after, learning_rate, schedule
+    from lib.workspace import Workspace
 
     transform = whitening(x.T @ x / len(x))
     state = init_state(transform, s["n_latents"], s["seed"])
@@ -40,7 +42,7 @@ def ours(x, s):
         fast_step(state, rows @ transform, k=s["k"], lr=lr, dead_after=dead_after, work=work)
 
     def weights():
-        return (*folded_weights(state, 1.0), torch.zeros(x.shape[1]))
+        return (*folded_weights(state, 1.0).values(), torch.zeros(x.shape[1]))
 
     return step, weights
 

@@ -81,7 +81,7 @@ N_LATENTS_MULTIPLIER: Size = 4            # latents per activation dimension
 TOP_K: Size = 8                           # latents that may fire on one token; the same for all arms and cycles
 SAE_EPOCHS: Size = 3                      # passes over the activations; the best one by validation is kept
 SAE_BATCH_SIZE: Size = 512                # activations of one step
-SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape (lib/sae_step.py)
+SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape
 SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # tokens: all real tokens; pooled: only the position that the
                                           # head reads
 N_SAE_SEEDS: Size = 1                     # SAEs per model; metrics are averaged over them before arms are compared

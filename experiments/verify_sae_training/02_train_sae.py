@@ -53,6 +53,7 @@ CONSTANTS = override(globals(), PRESETS)
 import kept_saes
 from lib import schemas
 from lib.batches import rows_of_run, sample_rows
+from lib.checkpoints import Diverged, read_checkpoint
 from lib.distributed import rank, wait_for_all
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
@@ -60,7 +61,7 @@ from lib.outputs import in_use
 from lib.sae import sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
-from lib.training import Diverged, TrainSettings, read_checkpoint, score, train_sae
+from lib.training import TrainSettings, score, train_sae
 
 FOLDER = experiment_dir("verify_sae_training")
 SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"

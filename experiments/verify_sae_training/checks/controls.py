@@ -18,11 +18,11 @@ from lib.batches import rows_of_run, sample_rows
 from lib.files import fingerprint
 from lib.outputs import in_use
 from lib.sae import SAE, load_sae, save_sae
-from lib.sae_step import learning_rate
 from lib.store import Run
+from lib.train_settings import learning_rate
 from lib.training import TrainSettings, train_sae
 
-# Times the rule of lib.sae_step.learning_rate: the best of .03, .1, .3, 1 and 3 by held-out EV (observations.md).
+# Times the rule of lib.train_settings.learning_rate: the best of .03, .1, .3, 1 and 3 by held-out EV (observations.md).
 CONTROL_RATES = {"decoder": 1.0, "encoder": 0.1}
 
 

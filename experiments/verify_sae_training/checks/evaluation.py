@@ -80,7 +80,7 @@ def pca_ev(rows: Rows, x: Tensor, k: int) -> float:
 def untrained_sae(rows: Rows, settings: TrainSettings) -> SAE:
     """The SAE that training with these settings started from."""
     state = init_state(whitening(rows.covariance, settings.whiten), settings.n_latents, settings.seed, settings.aligned)
-    return make_sae(*folded_weights(state, rows.scale), rows.mean, rows.scale, settings.top_k)
+    return make_sae(**folded_weights(state, rows.scale), mean=rows.mean, scale=rows.scale, top_k=settings.top_k)
 
 
 def shuffled(x: Tensor, seed: int = 0) -> Tensor:

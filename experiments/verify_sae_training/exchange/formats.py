@@ -12,6 +12,7 @@ from exchange.facts import hook_folder, module_folder
 from exchange.folded import Folded
 from lib.checking import Misfit
 from lib.environment import InputError
+from lib.sae_kinds import WITH_THRESHOLD
 
 
 class Format(NamedTuple):
@@ -60,7 +61,8 @@ def formats_for(folded: Folded) -> list[str]:
 def write_foreign(name: str, folder: Path, folded: Folded, about: dict[str, Any]) -> list[Path]:
     """Write the SAE in a format of the table; returns the files. Raises InputError where the format can't hold it."""
     if name not in (able := formats_for(folded)):
-        raise InputError(f"{name} has no SAEs with thresholds (batchtopk, jumprelu); set FORMAT to {' or '.join(able)}")
+        raise InputError(f"{name} has no SAEs with thresholds ({', '.join(WITH_THRESHOLD)}); set FORMAT to "
+                         f"{' or '.join(able)}")
     FORMATS[name].write(folder, folded, about)
     return [folder / file for file in FORMATS[name].files]
 

@@ -1,6 +1,4 @@
-"""BatchTopK, JumpReLU and nested TopK: which codes fire, their gradients, and that the trained SAE keeps what it
-learnt.
-"""
+"""The kinds of SAE: which codes fire, their gradients, and that the trained SAE keeps what it learnt."""
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -8,9 +6,9 @@ from torch.nn.functional import normalize
 from lib.batches import rows_of_tensor, sample_rows
 from lib.environment import InputError
 from lib.sae import load_sae, make_sae, sae_hash, save_sae
-from lib.sae_step import dense_step, folded_threshold, folded_weights, init_state, whitening
+from lib.sae_kinds import KINDS, WINDOW, WITH_THRESHOLD, first_threshold, prefix_sizes
+from lib.sae_step import dense_step, folded_weights, init_state, whitening
 from lib.training import TrainSettings, score, train_sae
-from lib.variants import KINDS, WINDOW, codes_of, errors_of, first_threshold, prefix_sizes
 
 
 @pytest.fixture
@@ -23,9 +21,9 @@ def rows():
 
 def test_topk_counts_per_row_and_batchtopk_over_the_batch():
     pre = torch.tensor([[5.0, 4, 3, 0], [1, 0, 0, 0], [2, 0.5, 0, 0]])
-    topk, _ = codes_of("topk", pre, 2, None)
+    topk, _ = KINDS["topk"].codes(pre, 2, None)
     assert topk.tolist() == [[5, 4, 0, 0], [1, 0, 0, 0], [2, 0.5, 0, 0]]
-    batch, _ = codes_of("batchtopk", pre, 1, None)
+    batch, _ = KINDS["batchtopk"].codes(pre, 1, None)
     assert batch.tolist() == [[5, 4, 3, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert first_threshold(pre, 1) == 3
 
@@ -34,7 +32,7 @@ def test_jumprelu_penalty_and_gradients_have_their_closed_form():
     threshold = torch.tensor([0.5, 0.5])
     log_threshold = threshold.log().requires_grad_()
     pre = torch.tensor([[0.5 + WINDOW / 4, 0.2], [0.9, 0.5 - WINDOW / 4]], requires_grad=True)
-    codes, penalty = codes_of("jumprelu", pre, 2, log_threshold)
+    codes, penalty = KINDS["jumprelu"].codes(pre, 2, log_threshold)
     assert (torch.equal(codes, pre.where(pre > 0.5, 0))
             and float(penalty.detach()) == pytest.approx((2 / 2 / 2 - 1) ** 2))
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -44,7 +42,7 @@ def test_jumprelu_penalty_and_gradients_have_their_closed_form():
     # logarithm
     assert torch.allclose(log_threshold.grad, -torch.tensor([1.0, 4.0]) * 0.5 / WINDOW * 0.5)
     log_threshold.grad = None
-    codes_of("jumprelu", pre, 2, log_threshold)[1].backward()
+    KINDS["jumprelu"].codes(pre, 2, log_threshold)[1].backward()
     slope = 2 * (1 / 2 - 1) / 2 / 2  # of (L0 / k - 1)^2 by each of two rows, k = 2
     assert torch.allclose(log_threshold.grad, torch.full((2,), -slope / WINDOW * 0.5))
 
@@ -52,7 +50,7 @@ def test_jumprelu_penalty_and_gradients_have_their_closed_form():
 def test_nested_error_is_the_mean_over_prefixes():
     generator = torch.Generator().manual_seed(1)
     x, codes, dec = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (5, 32), (32, 8)))
-    error, total = errors_of("matryoshka", x, codes, dec)
+    error, total = KINDS["matryoshka"].errors(x, codes, dec)
     sizes = prefix_sizes(32)
     assert sizes == [2, 4, 8, 16, 32] and prefix_sizes(3) == [1, 3]
     wanted = [(x - codes[:, :m] @ dec[:m]).square().sum() / 5 for m in sizes]
@@ -65,11 +63,11 @@ def test_folded_thresholds_make_the_same_latents_fire(kind, rows):
     x = rows.shards[0][:2000] - rows.mean
     for i in range(10):
         dense_step(state, x[200 * i : 200 * i + 200] @ state["transform"], k=3, lr=1e-2, dead_after=10**9, kind=kind)
-    weights, threshold = folded_weights(state, rows.scale), folded_threshold(state, rows.scale)
-    if kind in ("topk", "matryoshka"):
-        assert threshold is None
+    weights = folded_weights(state, rows.scale)
+    assert ("threshold" in weights) == (kind in WITH_THRESHOLD)
+    if kind not in WITH_THRESHOLD:
         return
-    sae = make_sae(*weights, rows.mean, rows.scale, 40, threshold=threshold)
+    sae = make_sae(**weights, mean=rows.mean, scale=rows.scale, top_k=40)
     values, indices = sae.encode(rows.shards[0][:500])
     pre = torch.relu((rows.shards[0][:500] - rows.mean) @ state["transform"] @ state["enc"].T + state["bias"])
     fires = torch.zeros(500, 40).scatter(1, indices, (values > 0).float()) > 0

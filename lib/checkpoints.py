@@ -1,0 +1,140 @@
+"""How far a training has got: its history, and the checkpoint from which it resumes.
+
+Progress is a dict, which is what checkpoints/last.pt holds: `key` and `settings` of the training, the `state` of
+lib.sae_step, the `precision` of the encoder product, the `history` so far, and `best`: folded weights, EV and number of
+the best epoch.
+"""
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schemas
+from .checking import Misfit, check, check_tensors
+from .distributed import rank
+from .environment import InputError, log
+from .files import read_torch, write_torch
+from .outputs import is_current
+from .sae_step import init_state, read_stats
+from .train_settings import Plan, TrainSettings
+
+CHECKPOINT_SECONDS = 30.0  # at least, between two checkpoints
+CHECKPOINT_SHARE = 0.02  # of the time at most goes into checkpoints
+UNITS = {
+    "loss, recon, auxk": "training space, where rows have mean squared norm 1; recon is the FVU there",
+    "recon_mse": "mean squared error per element, raw activation units",
+    "l1": "mean sum of codes per token, units of x' = (x - mean) / scale",
+    "ev, r2": "1 - SSE/SST about the per-dimension mean, held out in the block val and in epochs",
+    "l0": "codes per token",
+    "dead_pct": "0-100; in the block train and in epochs: silent for more than dead_after tokens; else: never fired on "
+                "the scored rows",
+}
+
+
+class Diverged(InputError):
+    """A training whose loss or weights are no longer finite; nothing that it left is of use."""
+
+
+def empty_history(plan: Plan) -> dict[str, Any]:
+    """`train` gets a point every log_every steps; `val`, `train_sample` and `epochs` one an epoch."""
+    names = {
+        "train": "step tokens loss recon auxk l0 dead_pct lr grad_norm",
+        "val": "step tokens recon_mse ev l0 dead_pct",
+        "train_sample": "step tokens recon_mse ev l0 dead_pct",
+        "epochs": "loss recon_mse l1 r2 l0 dead_features_pct",
+    }
+    return ({"lr": plan.learning_rate, "dead_after": plan.dead_after, "n_steps": plan.n_steps}
+            | {block: {name: [] for name in text.split()} for block, text in names.items()})
+
+
+def log_steps(progress: dict[str, Any], settings: TrainSettings, lr: float) -> dict[str, float]:
+    """Append the means over the steps since the last point to `train`, and return that point; lr: of the last step."""
+    state = progress["state"]
+    stats, step = read_stats(state), int(state["step"])
+    if not all(map(math.isfinite, stats.values())):
+        raise Diverged(f"the loss is no longer finite at step {step}; lower LR (now {lr:.1e} at this step) or check "
+                       "the activations")
+    dead_pct = 100 * stats.pop("dead") / settings.n_latents
+    point = {"step": step, "tokens": step * settings.batch_size, "lr": lr, "dead_pct": dead_pct, **stats}
+    _append(progress["history"]["train"], point)
+    return point
+
+
+def log_epoch(
+    progress: dict[str, Any], settings: TrainSettings, weights: dict[str, Tensor], scores: dict[str, dict[str, float]]
+) -> None:
+    """Append the scores of an epoch, and keep the weights that earned them if they are the best so far.
+
+    scores: of `val` and `train_sample`, each as lib.training.score gives them.
+    """
+    history, best, step = progress["history"], progress["best"], int(progress["state"]["step"])
+    for block, found in scores.items():
+        _append(history[block], {"step": step, "tokens": step * settings.batch_size, "recon_mse": found["mse"],
+                                 "ev": found["ev"], "l0": found["l0_mean"], "dead_pct": found["dead_pct"]})
+    val, train, epoch = scores["val"], history["train"], len(history["val"]["ev"])
+    since = history["val"]["step"][-2] if epoch > 1 else 0
+    losses = [loss for at, loss in zip(train["step"], train["loss"]) if at > since]
+    _append(history["epochs"], {"loss": sum(losses) / len(losses), "recon_mse": val["mse"], "l1": val["l1_mean"],
+                                "r2": val["ev"], "l0": val["l0_mean"], "dead_features_pct": train["dead_pct"][-1]})
+    if not all(map(math.isfinite, (val["ev"], val["mse"], val["l1_mean"]))):
+        raise Diverged(f"the SAE of epoch {epoch} reconstructs nothing (EV {val['ev']}); lower LR (now "
+                       f"{history['lr']:.1e})")
+    if not best or val["ev"] > best["ev"]:
+        best |= {name: w.cpu() for name, w in weights.items()} | {"ev": val["ev"], "epoch": epoch}
+
+
+def _append(block: dict[str, list[float]], point: dict[str, float]) -> None:
+    for name, column in block.items():
+        column.append(point[name])
+
+
+def save_checkpoint(path: Path, progress: dict[str, Any]) -> float:
+    """Write a checkpoint; returns when the next is due, so that they take at most CHECKPOINT_SHARE of the time."""
+    state = progress["state"]
+    if not all(torch.isfinite(state[name]).all() for name in ("enc", "dec")):
+        raise Diverged(f"the weights are no longer finite at step {int(state['step'])}; lower LR or check the "
+                       "activations")
+    start = time.monotonic()
+    if rank() == 0:
+        write_torch(path, progress)
+    end = time.monotonic()
+    return end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What save_checkpoint wrote. Raises InputError if it is damaged."""
+    found = read_torch(path, "train again", schemas.CHECKPOINT)
+    settings, state, best = found["settings"], found["state"], found["best"]
+    try:
+        check(settings, schemas.TRAINING)
+        names = init_state(torch.eye(2), 2, 0, settings["aligned"], settings["kind"])
+        check_tensors(state, {name: schemas.STATE[name.removesuffix("_m").removesuffix("_v")] for name in names},
+                      F=settings["n_latents"])
+        if best:
+            check(best, schemas.BEST)
+            check_tensors(best, schemas.BEST_WEIGHTS, F=settings["n_latents"], D=len(state["transform"]))
+    except Misfit as misfit:
+        raise InputError(f"{path} is damaged: {misfit}; delete it, then train again") from None
+    return found
+
+
+def resume(path: Path | None, key: str, settings: TrainSettings) -> dict[str, Any] | None:
+    """The progress that `path` holds; None if it holds none, or that of another training before its first step.
+
+    Raises InputError if another training has made steps: its work is not thrown away unasked.
+    """
+    if path is None or not path.exists():
+        return None
+    found = read_checkpoint(path)
+    step = int(found["state"]["step"])
+    if not step and found["key"] != key:
+        return None
+    is_current(path.parent, {**found["settings"], "activations or device": found["key"]},
+               {**asdict(settings), "activations or device": key},
+               "finish that training with its own, or delete the folder to train anew")
+    log.info("resuming at step %d", step)
+    return found

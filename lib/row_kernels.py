@@ -1,0 +1,175 @@
+"""Compiled loops of the fast step over rows: candidates from tiles of pre-activations, then exact codes and errors."""
+import numpy as np
+from numba import prange
+
+from .kernels import compiled
+
+
+@compiled()
+def _largest_bound(keys, n, keep, one):
+    """The largest t that at least `keep` of the first n keys reach. keys: integers; one: room for one of them.
+
+    Halving the range only counts, without branches, which costs half as much as a selection.
+    """
+    low, high = np.int64(keys[0]), np.int64(keys[0])
+    for j in range(n):
+        low, high = min(low, np.int64(keys[j])), max(high, np.int64(keys[j]))
+    while low < high:
+        middle = (low + high + 1) >> 1
+        one[0] = middle
+        bound = one[0]
+        reached = 0
+        for j in range(n):
+            reached += keys[j] >= bound
+        if reached >= keep:
+            low = middle
+            if reached == keep:
+                break
+        else:
+            high = middle - 1
+    return low
+
+
+@compiled()
+def _cut(keys, index, n, keep, one):
+    """Move the `keep` largest of n keys to the front, in order, the first of equals; returns the smallest kept."""
+    one[0] = _largest_bound(keys, n, keep, one)
+    bound = one[0]
+    above = 0
+    for j in range(n):
+        above += keys[j] > bound
+    equals = keep - above
+    kept = 0
+    for j in range(n):
+        if keys[j] > bound or (keys[j] == bound and equals > 0):
+            equals -= keys[j] == bound
+            keys[kept], index[kept] = keys[j], index[j]
+            kept += 1
+    return bound
+
+
+@compiled()
+def _candidates_of_row(scores, n_wanted, maxima, keys, index, one):
+    """Indices of the n_wanted largest positive scores of a row into `index`; returns how many there are.
+
+    scores are the bits of floats as integers, in the same order where positive. The n_wanted-th largest of the maxima
+    over interleaved blocks is at most the n_wanted-th largest score, so few scores are looked at twice.
+    """
+    n, n_blocks, room = len(scores), len(maxima), len(keys)
+    for j in range(n_blocks):
+        maxima[j] = scores[j]
+    whole = n // n_blocks
+    for i in range(1, whole):
+        part = scores[i * n_blocks : (i + 1) * n_blocks]
+        for j in range(n_blocks):
+            maxima[j] = max(maxima[j], part[j])
+    for j in range(whole * n_blocks, n):
+        maxima[j - whole * n_blocks] = max(maxima[j - whole * n_blocks], scores[j])
+    one[0] = max(1, _largest_bound(maxima, n_blocks, n_wanted, one))
+    bound = one[0]
+    found = 0
+    for j in range(n_blocks):
+        if maxima[j] >= bound:
+            for i in range(j, n, n_blocks):
+                if scores[i] >= bound:
+                    if found == room:
+                        bound = _cut(keys, index, found, n_wanted, one)
+                        found = n_wanted
+                        if scores[i] <= bound:
+                            continue
+                    keys[found] = scores[i]
+                    index[found] = i
+                    found += 1
+    if found > n_wanted:
+        _cut(keys, index, found, n_wanted, one)
+        found = n_wanted
+    return found
+
+
+@compiled(parallel=True)
+def find_candidates(scores, n_wanted, n_blocks, n_pieces, index, count):
+    """The n_wanted largest positive of each row's scores, int [R, F] -> index int32 [R, n_wanted], count int32 [R]."""
+    rows = len(scores)
+    for piece in prange(n_pieces):
+        room = max(4 * n_wanted, n_blocks)
+        maxima, one = np.empty(n_blocks, scores.dtype), np.empty(1, scores.dtype)
+        keys, found = np.empty(room, scores.dtype), np.empty(room, np.int32)
+        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
+            n = _candidates_of_row(scores[r], n_wanted, maxima, keys, found, one)
+            count[r] = n
+            for c in range(n):
+                index[r, c] = found[c]
+
+
+@compiled()
+def _keep_largest(keys, index, n, keep):
+    """Reorder the first n entries so that the `keep` largest keys come first (Hoare's selection)."""
+    low, high = 0, n - 1
+    while low < high:
+        pivot = keys[(low + high) >> 1]
+        i, j = low, high
+        while i <= j:
+            while keys[i] > pivot:
+                i += 1
+            while keys[j] < pivot:
+                j -= 1
+            if i <= j:
+                keys[i], keys[j] = keys[j], keys[i]
+                index[i], index[j] = index[j], index[i]
+                i += 1
+                j -= 1
+        if keep - 1 <= j:
+            high = j
+        elif keep - 1 >= i:
+            low = i
+        else:
+            return
+
+
+@compiled()
+def _dot(a, b):  # not that of lib.kernels: numba's cache would not notice a change in another file
+    total = np.float32(0)
+    for d in range(len(a)):
+        total += a[d] * b[d]
+    return total
+
+
+@compiled(parallel=True)
+def code_rows(x, weights, candidates, n_pieces, codes, error, loss):
+    """Codes of each row from its candidates, the error x - x_hat, and the gradient at each code.
+
+    x [B, D], candidates: int32 [B, C] and how many each row has, int32 [B] -> codes, error [B, D], loss [B].
+    A code is the exact float32 pre-activation; slots without a positive one hold code 0 and latent 0. Gradients are
+    those of the mean over rows.
+    """
+    dec, enc, _, bias = weights
+    proposed, count = candidates
+    index, code, slope = codes
+    k = index.shape[1]
+    rows, width = x.shape
+    scale = np.float32(-2.0 / rows)
+    for piece in prange(n_pieces):
+        room = proposed.shape[1]
+        value, place = np.empty(room, np.float32), np.empty(room, np.int32)
+        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
+            n = count[r]
+            for c in range(n):
+                place[c] = proposed[r, c]
+                value[c] = _dot(x[r], enc[place[c]]) + bias[place[c]]
+            if n > k:
+                _keep_largest(value, place, n, k)
+                n = k
+            residual = error[r]
+            residual[:] = x[r]
+            for c in range(k):
+                index[r, c], code[r, c], slope[r, c] = 0, 0, 0
+            for c in range(n):
+                if value[c] > 0:
+                    row, z = dec[place[c]], value[c]
+                    index[r, c], code[r, c] = place[c], z
+                    for d in range(width):
+                        residual[d] -= z * row[d]
+            for c in range(n):
+                if code[r, c] > 0:
+                    slope[r, c] = scale * _dot(residual, dec[index[r, c]])
+            loss[r] = _dot(residual, residual)

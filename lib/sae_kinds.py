@@ -1,0 +1,115 @@
+"""The kinds of SAE. Each is one row of KINDS; training, checkpoints, saved files and exports read that table.
+
+topk        the k largest codes of each row fire (Gao et al. 2024, arXiv 2406.04093).
+batchtopk   the k B largest codes of a batch of B rows fire. A trained SAE must not depend on its batch, so it uses a
+            threshold: the running mean of the smallest code that fired (Bussmann et al. 2024, arXiv 2412.06410).
+jumprelu    each latent fires above a threshold of its own. The threshold learns from codes inside a rectangular window
+            around it, and the penalty is (L0 / k - 1)^2 (Rajamanoharan et al. 2024, arXiv 2407.14435).
+matryoshka  topk, but the first F/16, F/8, F/4 and F/2 latents must also reconstruct the row by themselves
+            (Bussmann et al. 2025, arXiv 2503.17547).
+
+To add a kind, write the functions in which it differs, add a row to KINDS, and add its name to KIND in
+02_train_sae.py, which lists the names so that --help need not load torch (a test compares the two). A kind whose
+trained SAE is more than an encoder, a dictionary and thresholds also changes encode() in lib/sae.py.
+
+Codes are never negative. k is the number of latents that fire: on each row, or on average where a threshold decides.
+"""
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+SLOTS = 4  # times k: how many codes of one row are kept where a threshold decides how many fire
+WINDOW = 0.1  # width of the window around a threshold, in units of a row's root mean square norm
+FORGET = 0.05  # weight of the newest batch in the running mean of batchtopk's threshold
+
+
+def topk_codes(pre: Tensor, k: int, log_threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    values, chosen = pre.topk(k, dim=1)
+    return torch.zeros_like(pre).scatter(1, chosen, values), pre.new_zeros(())
+
+
+def batchtopk_codes(pre: Tensor, k: int, log_threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    values, chosen = pre.flatten().topk(min(k * len(pre), pre.numel()))
+    return torch.zeros_like(pre.flatten()).scatter(0, chosen, values).view_as(pre), pre.new_zeros(())
+
+
+def jumprelu_codes(pre: Tensor, k: int, log_threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    assert log_threshold is not None
+    codes, fires = _Jump.apply(pre, log_threshold.exp())
+    return codes, (fires.sum() / len(pre) / k - 1).square()
+
+
+def one_error(x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
+    error = x - codes @ dec
+    return error, error.square().sum(-1).sum() / len(x)
+
+
+def nested_errors(x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
+    error, total, prefixes = x, x.new_zeros(()), prefix_sizes(len(dec))
+    for start, end in zip([0, *prefixes], prefixes):
+        error = error - codes[:, start:end] @ dec[start:end]
+        total = total + error.square().sum(-1).sum() / len(x)
+    return error, total / len(prefixes)
+
+
+class Kind(NamedTuple):
+    """How one kind of SAE differs from the others."""
+
+    codes: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+    """(pre-activations [B, F] after ReLU, k, log_threshold [F]) -> codes [B, F], and a penalty (0-dim) on them."""
+    errors: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = one_error
+    """(x [B, D], codes [B, F], dictionary [F, D]) -> x - x_hat [B, D], and the loss: mean squared error over rows."""
+    threshold: Literal["learnt", "running mean"] | None = None
+    """Of the trained SAE: how training finds it; None: the k largest codes of a row fire."""
+    rate: float = 1.0
+    """Times the rule for the learning rate (lib.sae_step): a higher one kills latents."""
+    fast: bool = False
+    """Whether lib.fast_step trains it, on any number of ranks; otherwise the dense step does, in one process."""
+
+
+KINDS = {
+    "topk": Kind(topk_codes, fast=True),
+    "batchtopk": Kind(batchtopk_codes, threshold="running mean", rate=0.7),
+    "jumprelu": Kind(jumprelu_codes, threshold="learnt", rate=0.5),
+    "matryoshka": Kind(topk_codes, nested_errors),
+}
+WITH_THRESHOLD = tuple(name for name, kind in KINDS.items() if kind.threshold)
+
+
+def slots(kind: str, k: int, n_latents: int) -> int:
+    """The most codes that a trained SAE keeps of one row."""
+    return min(n_latents, SLOTS * k) if KINDS[kind].threshold else k
+
+
+def prefix_sizes(n_latents: int) -> list[int]:
+    """Latents in each nested part of a matryoshka SAE, the whole last: F/16, F/8, F/4, F/2, F; distinct, at least 1."""
+    return sorted({max(1, n_latents >> shift) for shift in range(5)})
+
+
+def first_threshold(pre: Tensor, k: int) -> Tensor:
+    """The threshold above which k codes a row fire on average: 0-dim, from pre-activations [B, F]."""
+    return pre.flatten().topk(min(k * len(pre), pre.numel())).values[-1].clamp(min=1e-6)
+
+
+def follow_smallest(log_threshold: Tensor, codes: Tensor) -> None:
+    """Move batchtopk's threshold, in place, towards the smallest code [B, F] that fired."""
+    smallest, threshold = codes.where(codes > 0, torch.inf).amin(), log_threshold.exp()
+    log_threshold.copy_((threshold + FORGET * (smallest - threshold)).log())
+
+
+class _Jump(torch.autograd.Function):
+    """pre * H(pre - threshold) and H(pre - threshold), H the unit step; gradients as in arXiv 2407.14435, eq. 11-12."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold):
+        fires = (pre > threshold).to(pre)
+        ctx.save_for_backward(pre, threshold, fires)
+        return pre * fires, fires
+
+    @staticmethod
+    def backward(ctx, g_codes, g_fires):
+        pre, threshold, fires = ctx.saved_tensors
+        near = ((pre - threshold).abs() < WINDOW / 2).to(pre) / WINDOW
+        return g_codes * fires, -((g_codes * threshold + g_fires) * near).sum(0)

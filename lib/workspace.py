@@ -1,0 +1,124 @@
+"""What the fast step keeps between steps, and the encoder product that proposes its candidates.
+
+    work = Workspace(state)                      # buffers, and the encoder in the product's precision
+    for start, tile in scores(state, x, work):   # pre-activations of a tile of rows
+
+The product runs in bfloat16 where that is faster. It only proposes latents: their codes are computed again in float32.
+"""
+import math
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .environment import log
+
+try:
+    from . import kernels
+except ImportError:  # numba is not installed, or has no build for this machine
+    kernels = None  # type: ignore[assignment]
+
+TILE_ROWS = 512  # at least, in a tile: thinner products run at half the rate
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-activations held at once, if rows allow
+ALIGNED = 32  # columns of a bfloat16 product: at D = 288 two more than a multiple of it doubled one thread's time
+SMALL = 1 << 18  # encoder weights below which float32 is used on every machine: bfloat16 would gain a fifth at most
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # x86 processors that multiply bfloat16, in torch.cpu.get_capabilities
+
+
+class Workspace:
+    """Buffers of the fast step, and a bfloat16 copy of the encoder, beside the state.
+
+    precision: of the encoder product, "bfloat16", "float32" or "auto" (`choose_precision`). To resume to the same
+    bytes, give the `precision` that the training began with. Make a new workspace whenever anything but fast_step has
+    changed the state. compiled: run the numba loops; None: where they can run.
+    shared: every rank has a part of the step's rows and the whole state. The compiled loops apply a latent's gradient
+    as soon as it is summed, before the other ranks' parts can be added, so they don't run.
+    """
+
+    def __init__(
+        self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None, shared: bool = False
+    ):
+        (n_latents, width), device = state["dec"].shape, state["dec"].device
+        self.shared = shared
+        self.compiled = kernels is not None and device.type == "cpu" and not shared if compiled is None else compiled
+        self.precision, self.choice = precision, f"encoder product in {precision}"
+        if precision == "auto":
+            self.precision, self.choice = choose_precision(n_latents, width, device)
+        self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
+        self._buffers: dict[str, Tensor] = {}
+        if self.compiled:
+            threads = torch.get_num_threads()
+            kernels.use_threads(threads)
+            torch.set_num_threads(threads)  # numba's first launch replaces torch's number by its own
+            if not kernels.is_cached(kernels.update_latents):
+                log.info("compiling the training step: some seconds, once on this machine")
+        self.low = low_precision(state["enc"], state["bias"]) if self.precision == "bfloat16" else None
+
+    def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor in the same memory at every call: new memory costs as much as filling it."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=dtype, device=like.device)
+        return self._buffers[name][:size].view(shape)
+
+
+def choose_precision(n_latents: int, width: int, device: torch.device) -> tuple[str, str]:
+    """(precision of the encoder product, a line that says why), from its shape and what the device can do.
+
+    Nothing is timed, so one seed gives one result on one machine.
+    """
+    if n_latents * width < SMALL:
+        return "float32", "encoder product in float32 (too small for the precision to matter)"
+    if multiplies_bfloat16(device):
+        return "bfloat16", (f"encoder product in bfloat16 (the {device.type} has instructions for it); "
+                            "its candidates are computed again in float32")
+    return "float32", (f"encoder product in float32 (the {device.type} has no instructions for bfloat16 "
+                       "that are known to be faster)")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device is known to multiply bfloat16 faster than float32: a GPU from compute capability 8.0, a
+    processor with AMX or AVX-512 BF16, an Arm processor with BF16 under Linux. MPS is not.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    found = torch.cpu.get_capabilities()
+    # macOS multiplies float32 in a unit of its own, faster than its bfloat16 products.
+    return any(found.get(name) for name in BFLOAT16_FLAGS) or bool(found.get("bf16") and sys.platform == "linux")
+
+
+def low_precision(weight: Tensor, bias: Tensor) -> Tensor:
+    """bfloat16 [F, D + 2, padded to a multiple of ALIGNED]: the rows, the bias as the sum of two columns, zeros.
+
+    Times [x, 1, 1, 0 ...] this is x W^T + bias.
+    """
+    width, high = weight.shape[1], bias.bfloat16()
+    low = torch.zeros(len(weight), -(-(width + 2) // ALIGNED) * ALIGNED, dtype=torch.bfloat16, device=weight.device)
+    low[:, :width], low[:, width], low[:, width + 1] = weight, high, bias - high.float()
+    return low
+
+
+def scores(state: dict[str, Tensor], x: Tensor, work: Workspace) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, pre-activations [<= tile, F]) in the chosen precision; the next tile overwrites them."""
+    n_latents, width = state["enc"].shape
+    size = 2 if work.low is not None else 4
+    tile = max(work.tile_rows, work.tile_bytes // (n_latents * size))
+    dtype = torch.float32 if work.low is None else torch.bfloat16
+    for start in range(0, len(x), tile):
+        part = x[start : start + tile]
+        out = work.buffer("scores", (len(part), n_latents), x, dtype)
+        if work.low is None:
+            torch.addmm(state["bias"], part, state["enc"].T, out=out)
+        else:
+            low_x = work.buffer("low_x", (len(part), work.low.shape[1]), x, dtype)
+            low_x[:, :width], low_x[:, width : width + 2], low_x[:, width + 2 :] = part, 1, 0
+            torch.mm(low_x, work.low.T, out=out)
+        yield start, out
+
+
+def candidates_wanted(k: int, n_latents: int, work: Workspace) -> int:
+    """How many latents to compute again: k, and in bfloat16 a margin that its rounding rarely exceeds."""
+    return min(n_latents, k if work.low is None else k + max(4, k // 4))
