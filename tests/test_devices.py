@@ -13,7 +13,7 @@ from test_steering import MAXIMA, random_sae
 from test_training import SMALL, make_rows
 
 from checks.evaluation import ev, loss_recovered, row_scores
-from checks.layers import sweep_k
+from checks.sparsity import sweep_k
 from checks.weights import inspect_weights
 from concepts.codes import encode_run, live_codes
 from concepts.directions import promoted_tokens
@@ -100,7 +100,7 @@ def test_what_the_language_model_loses(run):
     for device in ("cpu", DEVICE):
         model = language_model().to(device)
         found.append(loss_recovered(model, word_tokenizer(), resolve(model, "resid_post:1"), random_sae().to(device),
-                                    TEXTS, mean, RECORDED))
+                                    texts=TEXTS, mean=mean, settings=RECORDED))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 

@@ -99,9 +99,9 @@ def test_loss_recovered_is_1_for_an_exact_sae_and_0_for_the_mean(kind):
     model, tokenizer = tiny_model(kind), word_tokenizer()
     point = resolve(model, "resid_post:1")
     mean = torch.full((16,), 0.3)
-    exact = loss_recovered(model, tokenizer, point, exact_sae(16), TEXTS, mean, SETTINGS)
+    exact = loss_recovered(model, tokenizer, point, exact_sae(16), texts=TEXTS, mean=mean, settings=SETTINGS)
     assert exact["loss_recovered"] == pytest.approx(1, abs=1e-4)
-    ablated = loss_recovered(model, tokenizer, point, mean_sae(mean), TEXTS, mean, SETTINGS)
+    ablated = loss_recovered(model, tokenizer, point, mean_sae(mean), texts=TEXTS, mean=mean, settings=SETTINGS)
     assert ablated["loss_recovered"] == pytest.approx(0, abs=1e-4)
     assert exact["ce_mean_ablated"] == ablated["ce_mean_ablated"] != exact["ce_clean"]
 
@@ -116,7 +116,8 @@ def test_clean_loss_is_the_models_own_and_independent_of_batches(model):
             total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     for max_tokens in (1, 30, 8192):
-        found = loss_recovered(model, tokenizer, point, sae, TEXTS, torch.zeros(16), SETTINGS, max_tokens)
+        found = loss_recovered(model, tokenizer, point, sae, texts=TEXTS, mean=torch.zeros(16),
+                               settings=SETTINGS, max_tokens=max_tokens)
         assert found["ce_clean"] == pytest.approx(total / count, rel=1e-5) and found["n_tokens"] == count
 
 

@@ -9,7 +9,8 @@ from conftest import PROJECT, TEXTS, row_text, tiny_model, word_tokenizer
 from checks.controls import control_saes, control_settings, relative_change
 from checks.evaluation import untrained_sae
 from checks.ground_truth import Concept, Truth, ground_truth, label_rows
-from checks.recovery import KINDS, THRESHOLDS, compositions, gains, recover_concepts, recovery, table_scores
+from checks.recovery import KINDS, compositions, gains, recover_concepts, recovery
+from checks.units import THRESHOLDS, table_scores
 from concepts.codes import Codes
 from lib import plots
 from lib.activations import SaveSettings, save_activations
@@ -31,7 +32,7 @@ def run(tmp_path):
 
 def one_token(n):
     """Token ids that say nothing."""
-    return torch.zeros(n, dtype=torch.long)
+    return dict.fromkeys(("ids", "before"), torch.zeros(n, dtype=torch.long))
 
 
 def test_labels_mark_the_tokens_that_overlap_a_span(run):
@@ -52,8 +53,7 @@ def test_concept_recovery_finds_the_unit_that_is_the_concept():
     x[labels[:, 1], 3] -= 1
     eye = torch.eye(6)
     sae = make_sae(torch.cat([eye, -eye]), torch.full((12,), -0.5), torch.cat([eye, -eye]), torch.zeros(6), 1.0, 4)
-    first, second = recovery({"latent": sae}, x, labels, torch.arange(4000) % 4 == 0, eye, one_token(4000),
-                             one_token(4000))
+    first, second = recovery({"latent": sae}, x, labels, torch.arange(4000) % 4 == 0, principal=eye, **one_token(4000))
     assert first["firing"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0, "f1_train": 1.0}
     assert second["firing"]["unit"] == 6 + 3 and second["firing"]["f1"] == 1.0
     assert first["neuron"]["unit"] == 0 and first["neuron"]["f1"] > 0.95
@@ -69,7 +69,7 @@ def test_a_threshold_finds_a_concept_that_weak_firing_hides():
     x[:, 0] = torch.where(labels[:, 0], 1.0, 0.15 * (torch.rand(2000, generator=generator) < 0.5))
     sae = make_sae(torch.eye(2), torch.zeros(2), torch.eye(2), torch.zeros(2), 1.0, 1)
     is_val = torch.arange(2000) % 4 == 0
-    (found,) = recovery({"latent": sae}, x, labels, is_val, torch.eye(2), one_token(2000), one_token(2000))
+    (found,) = recovery({"latent": sae}, x, labels, is_val, principal=torch.eye(2), **one_token(2000))
     assert found["latent"] == {"unit": 0, "precision": 1.0, "recall": 1.0, "f1": 1.0, "f1_train": 1.0}
     fires, hits = (x[is_val, 0] > 0).sum(), labels[is_val].sum()
     assert found["firing"]["f1"] == pytest.approx(float(2 * hits / (fires + hits)))
@@ -82,7 +82,7 @@ def test_thresholds_count_what_lies_beyond_them():
     labels = (x[:, :3] + 0.5 * torch.randn(3000, 3, generator=generator) > 1.2) | (x[:, 3:4] < -1.5)
     is_val = torch.arange(3000) % 5 == 0
     sae = make_sae(torch.eye(5), torch.zeros(5), torch.eye(5), torch.zeros(5), 1.0, 1)
-    found = recovery({"latent": sae}, x, labels, is_val, torch.eye(5), one_token(3000), one_token(3000))
+    found = recovery({"latent": sae}, x, labels, is_val, principal=torch.eye(5), **one_token(3000))
     levels = torch.cat([torch.linspace(0.5, 0.95, THRESHOLDS // 2),
                         1 - torch.logspace(-1.5, -3.5, THRESHOLDS - THRESHOLDS // 2)])
     for c, row in enumerate(found):
@@ -120,7 +120,7 @@ def test_a_table_of_pairs_tells_what_the_token_before_decides():
     before, ids = (torch.randint(0, 4, (4000,), generator=generator) for _ in range(2))
     labels = ((ids == 2) & (before == 1))[:, None]
     x, is_val = torch.randn(4000, 3, generator=generator), torch.arange(4000) % 4 == 0
-    (found,) = recovery({}, x, labels, is_val, torch.eye(3), ids, before)
+    (found,) = recovery({}, x, labels, is_val, principal=torch.eye(3), ids=ids, before=before)
     assert found["pairs"]["f1"] == 1.0 and found["token"]["unit"] == 2
     share = float(labels[is_val].sum() / (ids[is_val] == 2).sum())
     assert found["table"]["f1"] == found["token"]["f1"] == pytest.approx(2 * share / (1 + share))

@@ -1,11 +1,11 @@
-"""Step 0, if you have not chosen a layer yet: what a sample of the texts says of every block, in one pass.
+"""Step 0, to choose a layer: what a sample of the texts shows at every block, in one pass.
 
     python 00_probe_layers.py                                             # the embedded model and stories
     python 00_probe_layers.py MODEL=gpt2 DATASET=my.jsonl LABEL_FIELD=topic
     python 00_probe_layers.py POINTS=resid_post,mlp_out
 
-Prints a table and a recommendation with its reason. With labels a linear probe tells how much of them can be read from
-each layer; the embedded stories have the concept of every word.
+Prints a table, a recommendation and its reason. With labels, a linear probe tells how well each layer reveals them; the
+embedded stories label every word with its concept.
 
 Writes store/verify_sae_training/layers.json and figures/layers.png
 """
@@ -25,13 +25,12 @@ MODEL: Location = "store/embedded/model"  # hub name or directory of a transform
 DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
 DATA_SPLIT: Name = "train"                # split of a hub data set; a file has none
 TEXT_FIELD: Name = "text"                 # the column that holds the text
-LABEL_FIELD: Name | None = None           # a class for each text, or a list of one for each word; None: "concepts" or
-                                          # "label", where the data have it
-N_TEXTS: Annotated[int, at_least(10), at_most(10**6)] = 500  # texts of the sample; all their activations at all
-                                          # points are held in memory
+LABEL_FIELD: Name | None = None           # a class for each text, or a list with one for each word; None: "concepts"
+                                          # or "label", if the data have it
+N_TEXTS: Annotated[int, at_least(10), at_most(10**6)] = 500  # in the sample; all their activations are in memory
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included; the rest is cut
-POINTS: Points = "resid_post"             # kinds of hook points, separated by commas: resid_pre, resid_mid,
-                                          # resid_post, attn_out, mlp_out; each at every block
+POINTS: Points = "resid_post"             # at every block, several separated by commas: resid_pre, resid_mid,
+                                          # resid_post, attn_out, mlp_out
 BATCH_SIZE_SAVE: Size = 16                # texts of MAX_LENGTH in one forward pass
 SKIP_FIRST: NotNegative = 0               # tokens to drop at the start of each text; 1 where there is no BOS
 MODEL_DTYPE: Precision = "auto"           # precision of the model: auto, float32, bfloat16, float16
@@ -49,44 +48,43 @@ from lib.models import choose_dtype, load_model, load_tokenizer
 from lib.store import experiment_dir
 from lib.texts import load_documents
 
-COLUMNS = {
-    "width": "{:>6d}", "median_norm": "{:>8.2f}", "gamma": "{:>6.2f}", "outlier_frac": "{:>8.2%}",
-    "outlier_dims": "{:>8d}",
-    "participation": "{:>8.1f}", "probe_accuracy": "{:>7.3f}", "gb_per_million": "{:>7.2f}",
-    "seconds_per_million": "{:>7.0f}",
+COLUMNS = {  # of the printed table: name, head, format
+    "width": ("width", "{:>6d}"), "median_norm": ("|x| med", "{:>8.2f}"), "gamma": ("gamma", "{:>6.2f}"),
+    "outlier_frac": ("outl.row", "{:>8.2%}"), "outlier_dims": ("outl.dim", "{:>8d}"),
+    "participation": ("eff.dim", "{:>8.1f}"), "probe_accuracy": ("probe", "{:>7.3f}"),
+    "gb_per_million": ("GB/1M", "{:>7.2f}"), "seconds_per_million": ("s/1M", "{:>7.0f}"),
 }
-HEADS = ("width", "|x| med", "gamma", "outl.row", "outl.dim", "eff.dim", "probe", "GB/1M", "s/1M")
 
 
 def read_texts():
-    """Texts and, where there are any, their labels."""
+    """Texts, the field of their labels and the labels; without labels both are None."""
     documents = load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, N_TEXTS)
     field = LABEL_FIELD or next((name for name in ("concepts", "label") if name in documents[0]), None)
     if field is not None and field not in documents[0]:
         raise InputError(f"DATASET={DATASET} has no field {field!r}; it has {', '.join(map(str, documents[0]))}: set "
                          "LABEL_FIELD")
-    return [document[TEXT_FIELD]
-            for document in documents], field, None if field is None else [document[field] for document in documents]
+    labels = None if field is None else [document[field] for document in documents]
+    return [document[TEXT_FIELD] for document in documents], field, labels
 
 
 def show(table):
     """Print one line a hook point."""
-    columns = {name: (COLUMNS[name], head) for name, head in zip(COLUMNS, HEADS) if name in table[0]}
+    columns = {name: column for name, column in COLUMNS.items() if name in table[0]}
     width = max(len(row["signature"]) for row in table)
-    print(" " * width, *(f"{head:>{len(form.format(table[0][name]))}}" for name, (form, head) in columns.items()))
+    print(" " * width, *(f"{head:>{len(form.format(table[0][name]))}}" for name, (head, form) in columns.items()))
     for row in table:
-        print(f"{row['signature']:<{width}}", *(form.format(row[name]) for name, (form, _) in columns.items()))
+        print(f"{row['signature']:<{width}}", *(form.format(row[name]) for name, (_, form) in columns.items()))
 
 
 def main():
     folder, device = experiment_dir("verify_sae_training"), choose_device(DEVICE)
     texts, field, labels = read_texts()
-    model, tokenizer = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device),
-                                  TRUST_REMOTE_CODE), load_tokenizer(MODEL, TRUST_REMOTE_CODE)
+    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE)
+    tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
     points = resolve_all(model, ",".join(f"{kind.strip()}:*" for kind in POINTS.split(",")))
     points.sort(key=lambda point: int(point.names[0].rpartition(":")[2]))  # by depth
     settings = SaveSettings(MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, skip_first=SKIP_FIRST)
-    table = probe_layers(model, tokenizer, points, texts, settings, labels)
+    table = probe_layers(model, tokenizer, points, texts, settings=settings, labels=labels)
     signature, reason = recommend_layer(table)
     show(table)
     print(f"recommended: LAYER_SIGNATURE={signature}\n  {reason}")

@@ -1,10 +1,10 @@
-"""Which TOP_K? Two short trainings for each of some values, on the run that step 1 saved.
+"""Which TOP_K? Two short trainings for each of a few values, on the run that step 1 saved.
 
     python choose_k.py
     python choose_k.py KS=4,8,16,32 N_LATENTS_MULTIPLIER=4
 
-A larger k always rebuilds more. What decides is whether the directions are the data's: recommended is the k for which
-two seeds find the same ones. Its word is worth as much as the sweep is long: few epochs, two seeds.
+A larger k always rebuilds more, so the question is whether the directions come from the data: it recommends the k for
+which two seeds find the same ones. Two seeds and few epochs make this a hint, not a result.
 
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
 Writes store/verify_sae_training/choose_k.json
@@ -17,16 +17,16 @@ RUN_ID: FileName | None = None            # None: the run that 01_save_activatio
 LAYER: Name | None = None                 # which of the run's hook points, by its folder's name; None: the first
 KS: tuple[Size, ...] = (2, 4, 8, 16)      # values of TOP_K to try
 N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension, as in step 2
-EPOCHS: Size = 3                          # passes over the training tokens, each of the two times; step 2 makes more
+EPOCHS: Size = 3                          # passes over the training tokens in each training; step 2 makes more
 BATCH_SIZE_TRAIN: Size = 1024             # tokens per step
-N_TEXTS: NotNegative = 200                # held-out texts on which the language-model loss is measured; 0: not at all
+N_TEXTS: NotNegative = 200                # held-out texts for the language-model loss; 0: don't measure it
 TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
-SEED: Seed = 0                            # of the first training; the second has the next one
+SEED: Seed = 0                            # of the first training; the second takes the next number
 CONSTANTS = override(globals())
 
 from checks.evaluation import loss_recovered
-from checks.layers import recommend_k, sweep_k
+from checks.sparsity import recommend_k, sweep_k
 from lib.batches import rows_of_run
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
@@ -35,14 +35,14 @@ from lib.store import experiment_dir, open_run
 from lib.training import TrainSettings
 
 
-def recovery(saved, hook, rows, device):
+def recovered_by(saved, hook, mean, device):
     """A function from an SAE to the share of the language-model loss that it recovers; None with N_TEXTS=0."""
     if not N_TEXTS:
         return None
     model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
     texts = [text["text"] for text in saved.texts if text["split"] == "val"][:N_TEXTS]
-    return lambda sae: loss_recovered(model, tokenizer, point, sae, texts, rows.mean,
-                                      saved.meta["settings"])["loss_recovered"]
+    given = {"texts": texts, "mean": mean, "settings": saved.meta["settings"]}
+    return lambda sae: loss_recovered(model, tokenizer, point, sae, **given)["loss_recovered"]
 
 
 def main():
@@ -54,7 +54,7 @@ def main():
     if max(KS) > n_latents:
         raise InputError(f"KS={KS} must be at most the number of latents, {n_latents}")
     settings = TrainSettings(n_latents, KS[0], epochs=EPOCHS, batch_size=BATCH_SIZE_TRAIN, seed=SEED)
-    table = sweep_k(rows, settings, KS, recovery(saved, hook, rows, device), device)
+    table = sweep_k(rows, settings, KS, recovered_by(saved, hook, rows.mean, device), device=device)
     k, reason = recommend_k(table)
     print("      " + "".join(f"{name:>16}" for name in table[0] if name != "k"))
     for row in table:

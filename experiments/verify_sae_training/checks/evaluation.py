@@ -1,6 +1,6 @@
-"""All numbers of one model and one SAE that say whether the SAE learnt something.
+"""The numbers that say whether an SAE learnt something: reconstruction against baselines, language-model loss.
 
-Everything is read from a run in the store; only loss_recovered() needs the language model.
+Only loss_recovered() needs the language model; the rest reads a run in the store.
 """
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +13,7 @@ from lib.batches import Rows, batches_in_order
 from lib.blocks import input_device, no_cache
 from lib.environment import InputError
 from lib.hooks import HookPoint, edit
+from lib.metrics.reconstruction import explained_variance
 from lib.sae import SAE, make_sae
 from lib.sae_step import folded_weights, init_state, whitening
 from lib.store import Run
@@ -48,17 +49,17 @@ def row_scores(sae: SAE, run: Run, hook: str, mask: Tensor) -> RowScores:
         parts.append((error.square().sum(1), (x.double() - mean).square().sum(1), x.norm(dim=1), fired.sum(1)))
         fires += torch.bincount(indices.cpu()[fired], minlength=sae.n_latents)
     sse, sst, norm, l0 = (torch.cat(column) for column in zip(*parts))
-    return RowScores(sse, sst, norm, l0, fires)
+    return RowScores(sse, sst, norm, l0=l0, fires=fires)
 
 
 def ev(scores: RowScores, keep: Tensor | None = None) -> float:
-    """Explained variance over all rows, or over those where `keep` holds; always about the mean of all rows."""
+    """Explained variance about the mean of all rows, over all of them or over those where `keep` holds."""
     keep = torch.ones_like(scores.sse, dtype=torch.bool) if keep is None else keep
     return float(1 - scores.sse[keep].sum() / scores.sst[keep].sum())
 
 
 def ev_by(scores: RowScores, by: Tensor, n_bins: int = 12) -> list[tuple[float, float, float, int]]:
-    """EV in bins of a quantity [N] with about equal numbers of rows: (lower edge, upper edge, EV, rows)."""
+    """EV in bins of about equally many rows, by a quantity [N]: (lower edge, upper edge, EV, rows)."""
     edges = torch.quantile(by.double()[:: max(1, len(by) // 1_000_000)],
                            torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)).unique()
     found = []
@@ -73,8 +74,7 @@ def pca_ev(rows: Rows, x: Tensor, k: int) -> float:
     """EV on x [N, D] of the best k-dimensional linear reconstruction of the training rows."""
     directions = torch.linalg.eigh(rows.covariance.double()).eigenvectors[:, -k:]
     centred = x.double() - rows.mean
-    rebuilt = centred @ directions @ directions.T
-    return float(1 - (centred - rebuilt).square().sum() / (x.double() - x.double().mean(0)).square().sum())
+    return explained_variance(centred, centred @ directions @ directions.T)
 
 
 def untrained_sae(rows: Rows, settings: TrainSettings) -> SAE:
@@ -84,21 +84,21 @@ def untrained_sae(rows: Rows, settings: TrainSettings) -> SAE:
 
 
 def shuffled(x: Tensor, seed: int = 0) -> Tensor:
-    """x [N, D] with each dimension permuted over the rows by itself: the same values, no structure between them."""
+    """x [N, D] with each dimension shuffled over the rows on its own: the same values, no structure between them."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(x.shape, generator=generator).argsort(0)
     return x.gather(0, order)
 
 
 def loss_recovered(
-    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, texts: list[str], mean: Tensor, settings: dict[str, Any],
-    max_tokens: int = 8192
+    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, *, texts: list[str], mean: Tensor,
+    settings: dict[str, Any], max_tokens: int = 8192
 ) -> dict[str, float]:
     """Language-model loss in nats per token: clean, with the SAE spliced in, with the mean in its place.
 
-    loss_recovered = (mean_ablated - spliced) / (mean_ablated - clean). The stored positions only are replaced: BOS and
+    loss_recovered = (mean_ablated - spliced) / (mean_ablated - clean). Only stored positions are replaced: BOS and
     padding keep their activations. At resid_mid the residual stream itself is replaced (see lib.hooks.edit).
-    settings: max_length, skip_special, skip_first of the run.
+    settings: max_length, skip_special, skip_first of the run. max_tokens: of one forward pass.
     """
     device = input_device(model)
     tokens = [t for t in tokenise(tokenizer, texts, 0, settings["max_length"], settings["skip_special"],
@@ -117,28 +117,29 @@ def loss_recovered(
         for row, item in enumerate(batch):
             keep[row, : len(item.keep)] = torch.tensor(item.keep, device=device)
         for name, change in changes.items():
-            totals[name] += _next_token_loss(model, ids, mask, point, keep, change)
+            with nullcontext() if change is None else edit(model, point, _where(keep, change)):
+                totals[name] += _next_token_loss(model, ids, mask)
         count += int(mask[:, 1:].sum())
     losses = {f"ce_{name}": total / count for name, total in totals.items()}
     damage = losses["ce_mean_ablated"] - losses["ce_clean"]
     return losses | {"loss_recovered": (losses["ce_mean_ablated"] - losses["ce_spliced"]) / damage, "n_tokens": count}
 
 
-@torch.inference_mode()
-def _next_token_loss(
-    model: nn.Module, ids: Tensor, mask: Tensor, point: HookPoint, keep: Tensor,
-    change: Callable[[Tensor], Tensor] | None,
-) -> float:
-    """Sum of cross-entropies over real next tokens, with change(x) [n, D] in place of the kept rows at the point."""
+def _where(keep: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that applies change(x) [n, D] to the rows of a hidden state [B, T, D] where keep [B, T] holds."""
 
     def replace(hidden: Tensor) -> Tensor:
-        assert change is not None
         new, here = hidden.clone(), keep.to(hidden.device)  # a model may be spread over several devices
         new[here] = change(hidden[here].float()).to(hidden)
         return new
 
-    with edit(model, point, replace) if change is not None else nullcontext():
-        logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits
+    return replace
+
+
+@torch.inference_mode()
+def _next_token_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> float:
+    """Sum of the cross-entropies of real next tokens."""
+    logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits
     each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device),
                                        reduction="none")
     return float(each.cpu().double() @ mask[:, 1:].flatten().cpu().double())

@@ -1,14 +1,11 @@
-"""Help in choosing a layer and k, before the long training.
+"""Which layer? One pass of a sample of texts through the model.
 
-    table = probe_layers(model, tokenizer, points, texts, settings, labels)    # one pass of a sample through the model
+    table = probe_layers(model, tokenizer, points, texts, settings=settings, labels=labels)
     signature, reason = recommend_layer(table)
-    table = sweep_k(rows, settings, (2, 4, 8), recovered)                      # two short trainings for each k
-    k, reason = recommend_k(table)
 """
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,38 +13,38 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.activations import SaveSettings, block_rows, check_finite
-from lib.batches import Rows, sample_rows
 from lib.checking import Schema, Text
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.metrics.layers import layer_statistics, linear_probe
-from lib.sae import SAE
 from lib.texts import filler_id, tokenise
-from lib.training import TrainSettings, score, train_sae
 
 LAYERS = Schema({
     "constants": {"MODEL": str}, "layers": [{"signature": str, Text("[a-z_]+"): float}], "recommended": str,
     "reason": str,
 }, remedy="delete it and run 00_probe_layers.py again")
 VAL_EVERY = 5  # every fifth text is held out from the linear probe
-NEAR = 0.01  # accuracy, or cosine, within which a choice is as good as the best
-GAMMA, OUTLIERS = 3.0, 0.01  # above these a layer's SAE needs care: dead latents, lost to a few rows
-ENOUGH = 0.9  # share of the language-model loss that an SAE should recover
+NEAR = 0.01  # accuracy within which one layer is as good as another
+GAMMA, OUTLIERS = 3.0, 0.01  # above these, latents tend to die, or a few rows take the whole loss
 Table = list[dict[str, Any]]
 
 
 def probe_layers(
-    model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], settings: SaveSettings,
+    model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], *, settings: SaveSettings,
     labels: list[Any] | None = None
 ) -> Table:
-    """What a sample of texts says of each hook point, all in one pass; one dict a point, in the order of the points.
+    """What a sample of texts says of each hook point; one dict a point, in the order of the points.
 
     labels: for each text its class (a str or int), or a list with the class of each of its words (None or 0: no
-    label), or None. Adds to layer_statistics(): signature; probe_accuracy and majority on held-out texts, of single
-    tokens for words' labels, else of the mean over the text's tokens; gb_per_million, of float32 on disk;
-    seconds_per_million, of the forward pass up to the point, by depth from the time to the deepest.
+    label), or None. Columns beside those of layer_statistics():
 
-    The sample's activations at all points are held in memory at once.
+        signature
+        probe_accuracy, majority   of a linear probe and of the most frequent class on held-out texts; the probe reads
+                                   single tokens where words have labels, else the mean over a text's tokens
+        gb_per_million             tokens, as float32 on disk
+        seconds_per_million        tokens, forward pass up to the point: its share, by depth, of the time to the deepest
+
+    The sample's activations at all points are in memory at once.
     """
     tokens = tokenise(tokenizer, list(texts), 0, settings.max_length, settings.skip_special, settings.skip_first)
     block_rows(model, points, tokens[:4], filler_id(tokenizer), settings)  # the first pass pays for set-up
@@ -73,7 +70,9 @@ def probe_layers(
 def _labelled_rows(
     rows: Tensor, texts: Sequence[str], labels: list[Any]
 ) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
-    """How to gather the labelled examples from a layer's rows [R, D], their classes int64 [N], held out or not [N]."""
+    """A function from a layer's rows [R, D] to the labelled examples [N, D]; their classes, int64 [N]; which are held
+    out, bool [N].
+    """
     text_id = rows[:, 0].long()
     if isinstance(labels[0], list | tuple):
         found = _word_labels(rows, texts, labels)
@@ -104,9 +103,7 @@ def _word_labels(rows: Tensor, texts: Sequence[str], labels: list[Any]) -> list[
 
 
 def recommend_layer(table: Table) -> tuple[str, str]:
-    """A hook point of probe_layers' table, and why. A start, not a verdict: what the labels do not ask for may live
-    elsewhere.
-    """
+    """A hook point of probe_layers' table, and why. A start, not a verdict: labels ask for little."""
     calm = [row for row in table if row["gamma"] <= GAMMA and row["outlier_frac"] <= OUTLIERS]
     left_out = (f"{len(table) - len(calm)} of {len(table)} left out for gamma over {GAMMA:g} or outlier rows; "
                 if len(calm) < len(table) else "")
@@ -120,60 +117,6 @@ def recommend_layer(table: Table) -> tuple[str, str]:
         reason = f"the first whose probe accuracy, {found:.3f}, is within {NEAR:g} of the best, {best:.3f}"
         return row["signature"], f"{left_out}{reason} (the most frequent class alone: {row['majority']:.3f})"
     row = max(calm, key=lambda row: row["participation"])
-    return row[
-        "signature"
-    ], f"{left_out}the most effective dimensions, {row['participation']:.1f}; with labels the advice is better"
+    reason = f"the most effective dimensions, {row['participation']:.1f}; with labels the advice is better"
+    return row["signature"], left_out + reason
 
-
-def sweep_k(
-    rows: Rows, settings: TrainSettings, ks: Sequence[int], recovered: Callable[[SAE], float] | None = None,
-    device: torch.device | str = "cpu"
-) -> Table:
-    """Two short trainings for each k, alike but for the seed; one dict a k.
-
-    settings: those of the trainings, whose top_k and seed are replaced. recovered: an SAE -> share of the
-    language-model loss recovered. Columns: k; ev, l0_mean, dead_pct, held out, of the first SAE; loss_recovered, if
-    asked for; neighbours, the mean |cosine| between two directions of one dictionary (arXiv 2508.16560 takes its lowest
-    point for the right k; on the embedded stories it only falls); seeds, the mean over latents of the largest cosine to
-    a direction of the other seed's dictionary.
-    """
-    table = []
-    for k in tqdm(ks, desc="sweeping k", unit="k"):
-        pair = [train_sae(rows, replace(settings, top_k=k, seed=seed), None, device, progress=False)[0]
-                for seed in (settings.seed, settings.seed + 1)]
-        numbers = score(pair[0], sample_rows(rows, validation=True))
-        row = {"k": k, **{name: numbers[name] for name in ("ev", "l0_mean", "dead_pct")}}
-        if recovered is not None:
-            row["loss_recovered"] = recovered(pair[0])
-        table.append(row | {"neighbours": mean_cosine(pair[0].W_dec), "seeds": agreement(pair[0].W_dec, pair[1].W_dec)})
-    return table
-
-
-def mean_cosine(W: Tensor, chunk: int = 1024) -> float:
-    """Mean |cosine| over all pairs of different rows of W [F, D], unit rows; never holds F x F."""
-    total = sum(float((part @ W.T).abs().sum(1).cpu().double().sum()) for part in W.split(chunk))
-    return (total - float(W.square().sum())) / (len(W) * (len(W) - 1))
-
-
-def agreement(A: Tensor, B: Tensor, chunk: int = 1024) -> float:
-    """Mean over the rows of A [F, D] of the largest cosine to a row of B [G, D], unit rows; 1: the same directions."""
-    return float(torch.cat([(part @ B.T).max(1).values for part in A.split(chunk)]).cpu().double().mean())
-
-
-def recommend_k(table: Table) -> tuple[int, str]:
-    """A k of sweep_k's table, and why: of those that rebuild enough, the one whose directions two seeds agree on most.
-
-    Directions that come back from another start are more likely to be the data's than the seed's. Among k that agree
-    within NEAR the largest is taken, because it rebuilds most.
-    """
-    name, measure = ("loss_recovered", "loss recovered") if "loss_recovered" in table[0] else ("ev", "EV")
-    enough = [row for row in table if row[name] >= ENOUGH]
-    if not enough:
-        row = max(table, key=lambda row: row[name])
-        return row[
-            "k"
-        ], f"no k reaches a {measure} of {ENOUGH:g}; this one comes closest: more latents, tokens or epochs"
-    best = max(row["seeds"] for row in enough)
-    row = max((row for row in enough if row["seeds"] >= best - NEAR), key=lambda row: row["k"])
-    agreed = f"two seeds agree on its directions to {row['seeds']:.3f}, within {NEAR:g} of the best, {best:.3f}"
-    return row["k"], f"of the k with a {measure} of at least {ENOUGH:g} the largest for which {agreed}"

@@ -1,22 +1,18 @@
-"""Help in choosing a layer and k: numbers in closed form, labels of words and texts, recommendations, the two
-scripts.
-"""
+"""Which layer? Numbers in closed form, labels of words and texts, recommendations, the script."""
 import json
 
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
-from test_verify_scripts import SMALL, script, source  # noqa: F401  (two fixtures)
+from test_verify_scripts import script, source  # noqa: F401  (two fixtures)
 
-from checks.layers import _word_labels, agreement, mean_cosine, probe_layers, recommend_k, recommend_layer, sweep_k
+from checks.layers import _word_labels, probe_layers, recommend_layer
 from lib import plots
 from lib.activations import SaveSettings, block_rows, preflight
-from lib.batches import rows_of_tensor
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.metrics.layers import layer_statistics, linear_probe
 from lib.texts import tokenise
-from lib.training import TrainSettings
 
 MANY = [TEXTS[i % len(TEXTS)] for i in range(40)]
 
@@ -40,7 +36,7 @@ def test_a_model_whose_weights_are_not_numbers_is_refused():
         model.model.layers[1].mlp.up_proj.weight[3, 2] = float("inf")
     points = [resolve(model, f"resid_post:{i}") for i in range(2)]
     with pytest.raises(InputError, match="not finite, because model.layers.1.mlp.up_proj.weight"):
-        probe_layers(model, word_tokenizer(), points, MANY, SaveSettings())
+        probe_layers(model, word_tokenizer(), points, MANY, settings=SaveSettings())
 
 
 def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
@@ -66,16 +62,16 @@ def test_a_probe_of_all_layers_in_one_pass(probed):
     model, tokenizer, points = probed
     labels = [[1 if word == "cat" else 2 if word == "dog" else 0 for word in text.split() if word.isalpha()]
               for text in MANY]
-    table = probe_layers(*probed, MANY, SaveSettings(), labels)
+    table = probe_layers(*probed, MANY, settings=SaveSettings(), labels=labels)
     assert [row["signature"] for row in table] == [point.signature for point in points]
-    before = preflight(model, tokenizer, points, MANY, SaveSettings())
+    before = preflight(model, tokenizer, points, MANY, settings=SaveSettings())
     for row, alone in zip(table, before):
         assert all(row[name] == pytest.approx(alone[name])
                    for name in ("median_norm", "gamma", "participation", "outlier_frac"))
         assert row["gb_per_million"] == pytest.approx(0.064)
     assert table[0]["probe_accuracy"] > 0.95 > table[0]["majority"]
     assert 0 < table[0]["seconds_per_million"] < table[1]["seconds_per_million"] < table[2]["seconds_per_million"]
-    assert "probe_accuracy" not in probe_layers(*probed, MANY, SaveSettings())[0]
+    assert "probe_accuracy" not in probe_layers(*probed, MANY, settings=SaveSettings())[0]
     signature, _ = recommend_layer(table)
     assert {plots.layers(table, signature).get_axes()[3].get_title(), signature} == {"Linear probe on the labels",
                                                                                      table[0]["signature"]}
@@ -93,13 +89,13 @@ def test_labels_of_words_are_at_the_token_that_ends_them(probed):
 
 def test_labels_of_texts_and_labels_that_are_too_few(probed):
     labels = ["pet" if "cat" in text.split() else "none" for text in MANY]
-    assert probe_layers(*probed, MANY, SaveSettings(), labels)[0]["probe_accuracy"] > 0.9
+    assert probe_layers(*probed, MANY, settings=SaveSettings(), labels=labels)[0]["probe_accuracy"] > 0.9
     with pytest.raises(InputError, match="at least two classes and five texts"):
-        probe_layers(*probed, MANY, SaveSettings(), ["one"] * len(MANY))
+        probe_layers(*probed, MANY, settings=SaveSettings(), labels=["one"] * len(MANY))
     with pytest.raises(InputError, match="at least two classes and five texts"):
-        probe_layers(*probed, MANY[:3], SaveSettings(), [0, 1, 0])
+        probe_layers(*probed, MANY[:3], settings=SaveSettings(), labels=[0, 1, 0])
     with pytest.raises(InputError, match="no text yields a token"):
-        probe_layers(*probed, ["", ""], SaveSettings())
+        probe_layers(*probed, ["", ""], settings=SaveSettings())
 
 
 def layer(name, **numbers):
@@ -117,35 +113,7 @@ def test_recommended_layers():
     assert signature == "b" and "SKIP_FIRST=1" in reason
 
 
-def test_cosines_in_closed_form():
-    W = torch.eye(3)[[0, 1, 2, 0]]
-    assert mean_cosine(W) == pytest.approx(2 / 12) and mean_cosine(W, chunk=1) == pytest.approx(2 / 12)
-    assert agreement(W, W, chunk=2) == 1 and agreement(torch.eye(4)[:2], torch.eye(4)[1:]) == pytest.approx(0.5)
-
-
-def test_recommended_k():
-    def rows(*columns):
-        return [{"k": k, "ev": 0.5, "loss_recovered": recovered, "seeds": seeds} for k, recovered, seeds in columns]
-
-    assert recommend_k(rows((2, 0.95, 0.80), (4, 0.97, 0.795), (8, 0.99, 0.6)))[0] == 4
-    assert recommend_k(rows((2, 0.80, 0.80), (4, 0.97, 0.5), (8, 0.99, 0.6)))[0] == 8
-    k, reason = recommend_k(rows((2, 0.1, 0.8), (4, 0.2, 0.7)))
-    assert k == 4 and "no k reaches a loss recovered of 0.9" in reason
-    assert "EV" in recommend_k([{"k": 2, "ev": 0.1, "seeds": 1.0}])[1]
-
-
-def test_a_planted_dictionary_is_found_by_two_seeds_at_its_own_k():
-    g = torch.Generator().manual_seed(0)
-    truth = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=1)
-    chosen = torch.rand(12_000, 24, generator=g).topk(2, dim=1).indices
-    codes = torch.zeros(12_000, 24).scatter_(1, chosen, 1 + torch.rand(12_000, 2, generator=g))
-    rows = rows_of_tensor(codes @ truth, torch.arange(12_000) % 10 == 0)
-    table = sweep_k(rows, TrainSettings(24, 1, epochs=8, batch_size=256, precision="float32"), (2, 8), lambda sae: 1.0)
-    assert [row["k"] for row in table] == [2, 8] and table[0]["ev"] > 0.9 and table[0]["l0_mean"] <= 2
-    assert table[0]["seeds"] > table[1]["seeds"] and recommend_k(table)[0] == 2
-
-
-def test_the_scripts(script, source, own_store, tmp_path):  # noqa: F811
+def test_the_script(script, source, own_store, tmp_path):  # noqa: F811
     folder = own_store / "verify_sae_training"
     code, out, _ = script("00_probe_layers.py", *source)
     assert (code == 0 and "recommended: LAYER_SIGNATURE=llamaforcausallm_model_layers_" in out
@@ -160,10 +128,3 @@ def test_the_scripts(script, source, own_store, tmp_path):  # noqa: F811
                            ("POINTS=resid", "resid")):
         code, _, err = script("00_probe_layers.py", *source, wrong)
         assert code == 2 and message in err and err.count("\n") == 1
-    assert script("01_save_activations.py", *source, *SMALL)[0] == 0
-    code, out, _ = script("choose_k.py", "KS=1,3", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64",
-                          "N_TEXTS=5")
-    assert (code == 0 and "loss_recovered" in out
-            and json.loads((folder / "choose_k.json").read_text())["recommended"] in (1, 3))
-    code, _, err = script("choose_k.py", "KS=4,9999")
-    assert code == 2 and "KS=(4, 9999) must be at most the number of latents" in err
