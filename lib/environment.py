@@ -1,6 +1,4 @@
-"""The ground every script stands on: its device, its log, and how it ends: with one line, never with a traceback of
-ours.
-"""
+"""What every script needs: a device, a log, and an end in one line where a user can put the cause right."""
 import errno
 import logging
 import os
@@ -31,18 +29,18 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
+    """Whether an error says that the disk is full, or the user's quota on it."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a device, or of the machine, is full."""
-    torch = sys.modules.get("torch")  # an error of torch's has imported it
-    ours = (MemoryError, torch.OutOfMemoryError) if torch and hasattr(torch, "OutOfMemoryError") else MemoryError
-    return isinstance(error, ours) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    """Whether an error says that a device or the machine is out of memory."""
+    torch = sys.modules.get("torch")  # whoever raised an error of torch has imported it
+    kinds = (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
-# What an error of the operating system means; any other is told in its own words.
+# What an error of the operating system means; any other is reported in its own words.
 MEANING = {
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
@@ -60,7 +58,7 @@ MEANING = {
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """What to tell the user about an error that is not a fault of the program; None for any other."""
+    """What to tell the user about an error that is no bug of the program; None for any other error."""
     if isinstance(error, InputError):
         return str(error)
     if is_disk_full(error):
@@ -70,16 +68,15 @@ def in_one_line(error: BaseException) -> str | None:
                 "or use a smaller model")
     if isinstance(error, OSError):
         place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        said = MEANING.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
-        store = os.environ.get("STORE_DIR")
-        advice = ("; set STORE_DIR to a folder that you can write" if store
-                  and place.startswith(os.path.expanduser(store)) else "")
-        return f"{place}: {said}{advice}" if place else said
+        line = MEANING.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
+        store = os.path.expanduser(os.environ.get("STORE_DIR", ""))
+        advice = "; set STORE_DIR to a folder that you can write" if store and place.startswith(store) else ""
+        return f"{place}: {line}{advice}" if place else line
     return None
 
 
 def end(error: BaseException) -> None:
-    """Leave the process with one line for what a user can put right, and for Ctrl-C; returns if it is neither."""
+    """End the process with one line for what a user can put right, and for Ctrl-C; return for anything else."""
     cause: BaseException | None = error
     while cause is not None:  # what an import raises may hide a Ctrl-C
         if isinstance(cause, KeyboardInterrupt):
@@ -91,19 +88,19 @@ def end(error: BaseException) -> None:
         return
     try:
         sys.stdout.flush()
-    except (OSError, AttributeError):  # what is still unwritten has nowhere to go
+    except (OSError, AttributeError):  # what is still unwritten can go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if quiet:
         sys.exit(141)
     line = " ".join(line.split("\n"))
-    if len(line) > LONGEST:  # a path or a name of thousands of characters
+    if len(line) > LONGEST:  # it holds a path or a name of thousands of characters
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads this process's output any more: `| head` has what it wanted."""
+    """Whether nobody reads this process's output any more, as when `| head` has seen enough."""
     if not hasattr(select, "poll"):
         return True
     poll = select.poll()
@@ -112,9 +109,9 @@ def _reader_left() -> bool:
 
 
 def guard_imports() -> None:
-    """For the time from a script's first line to run(): errors and Ctrl-C in the imports end it with one line.
+    """Until run() takes over, end the script with one line for errors and Ctrl-C during its imports.
 
-    Also makes a console that is not UTF-8 show what it lacks as escapes instead of failing.
+    Also lets a console without UTF-8 show escapes for the characters it lacks, where it would fail otherwise.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -131,15 +128,15 @@ def guard_imports() -> None:
 
 
 def _stop_at_once(*_: Any) -> None:
-    """Nothing is written yet; an exception could be swallowed or dressed up by whatever is being imported."""
+    """No cleaning up: nothing is written yet, and what is being imported could swallow an exception."""
     os.write(2, b"\nstopped; rerun the same command to resume\n")
     os._exit(130)
 
 
 def run(main: Callable[[], None], parallel: bool = False) -> None:
-    """Run a script's main(); what a user can put right ends with one line and exit code 2, Ctrl-C with 130.
+    """Run a script's main(). What a user can put right ends it with one line and exit code 2, Ctrl-C with 130.
 
-    parallel: torchrun may start it as several processes that share the work; any other script refuses that.
+    parallel: whether torchrun may start the script as several processes that share the work.
     """
     sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is _stop_at_once:
@@ -147,8 +144,7 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
     try:
         from .distributed import ranks
 
-        if not parallel and (os.environ.get("WORLD_SIZE") or "1") != "1":
-            raise InputError(f"{Path(sys.argv[0]).name} runs in one process; start it without torchrun")
+        _check_torchrun(parallel)
         with ranks():
             main()
         print(end="", flush=True)
@@ -157,8 +153,23 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
         raise
 
 
+def _check_torchrun(parallel: bool) -> None:
+    """Raise InputError if torchrun started what runs in one process, or if only part of its variables is set."""
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
+        return
+    if not parallel:
+        raise InputError(f"{Path(sys.argv[0]).name} runs in one process; start it without torchrun")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            raise InputError(f"{name}={os.environ.get(name, '')} must be a number where WORLD_SIZE is set; start the "
+                             "script with torchrun, or unset WORLD_SIZE")
+    if not os.environ.get("MASTER_ADDR") or int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise InputError("MASTER_ADDR is missing, or RANK is not below WORLD_SIZE; start the script with torchrun, or "
+                         "unset WORLD_SIZE")
+
+
 def say_next(script: str, **constants: Any) -> None:
-    """Tell the command of the next step, a script or notebook beside this one, as it can be typed here."""
+    """Print the command of the next step, a script or notebook beside this one, as it can be typed here."""
     from .distributed import rank
 
     given = [f"{name}={shlex.quote(str(value))}" for name, value in constants.items() if value is not None]
@@ -169,15 +180,13 @@ def say_next(script: str, **constants: Any) -> None:
 
 
 def log_to(path: Path) -> None:
-    """Send the log to the console and append it to the file `path`; with several ranks only rank 0 does, the others
-    only warn.
-    """
+    """Send the log to the console and append it to a file. With several ranks only rank 0 logs; the others warn."""
     from .distributed import rank
 
     if rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    logging.raiseExceptions = False  # a full disk costs the log its lines, not the run
+    logging.raiseExceptions = False  # a full disk loses lines of the log, but does not end the run
     log.setLevel(logging.INFO)
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -189,7 +198,7 @@ def log_to(path: Path) -> None:
 
 
 def choose_device(wanted: str = "auto") -> "torch.device":
-    """The device named by `wanted`, or for "auto" CUDA, then MPS, then the CPU; logs the choice.
+    """The device named `wanted`; for "auto" the first of CUDA, MPS and CPU that is available, and the log says which.
 
     Raises InputError if `wanted` is not available here.
     """
@@ -199,14 +208,10 @@ def choose_device(wanted: str = "auto") -> "torch.device":
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
-        available.insert(0, "cuda")
+        available = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *available]
     if wanted == "auto":
         log.info("device: %s (auto; available: %s)", available[0], ", ".join(available))
-        return torch.device(available[0])  # of several GPUs the one that lib.distributed gave this rank
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise InputError(f"DEVICE={wanted!r} must be one of auto, {', '.join(available)}") from None
-    if device.type not in available or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        return torch.device(available[0])  # "cuda" is the GPU that lib.distributed gave to this rank
+    if wanted not in available:
         raise InputError(f"DEVICE={wanted!r} is not available here; use one of auto, {', '.join(available)}")
-    return device
+    return torch.device(wanted)

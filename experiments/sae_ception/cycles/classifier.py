@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from cycles.sharding import shard_weights, shared_like, whole
 from cycles.tasks import Task
-from lib.distributed import add_up, own_part, shard, shared_like, whole
+from lib.distributed import add_up, own_part
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
 
@@ -86,7 +87,7 @@ class TextClassifier(nn.Module):
         stack = blocks(self.lm)[1]
         others = [child for child in self.lm.base_model.children()
                   if child is not stack and any(True for _ in child.parameters())]
-        shard(self, [*stack, *others])
+        shard_weights(self, [*stack, *others])
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Train mode for the trained modules only, so that what is frozen is the same in every pass."""

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from cycles import schemas
 from cycles.classifier import Entries, auxiliary_loss, load_trained, make_batch, outputs, own_examples, trained_state
 from cycles.labels import draw
+from cycles.sharding import is_sharded, shared_like, whole
 from cycles.tasks import Task
-from lib.distributed import add_up, agree, is_sharded, rank, shared_like, whole, world_size
+from lib.distributed import add_up, agree, rank, world_size
 from lib.environment import InputError, first_line
 from lib.files import fingerprint, read_torch, write_torch
 from lib.outputs import is_current
