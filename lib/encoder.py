@@ -74,7 +74,8 @@ class Encoder(NamedTuple):
         (item,) = tokenise(self.tokenizer, [text], 0, limit + 1, skip_first=skip_first)
         if len(item.ids) > limit:
             raise InputError(f"the text is longer than the {limit} tokens that the model reads; encode it in parts")
-        _, (x,) = block_rows(self.model, [self.point], [item], filler_id(self.tokenizer), SaveSettings())
+        _, (x,) = block_rows(self.model, [self.point], [item], pad_id=filler_id(self.tokenizer),
+                              settings=SaveSettings())
         if not any(item.keep):
             x = torch.zeros(0, len(self.sae.mean))
         codes, latents = (part.cpu() for part in self.sae.encode(x.to(self.sae.mean)))
@@ -98,7 +99,7 @@ def load_encoder(
     saved = sae.config.get("model", {})
     source = model or _model_in_file(path, saved)
     loaded = load_model(source, sae.mean.device, choose_dtype(saved.get("dtype", "auto"), sae.mean.device),
-                        trust_remote_code)
+                        trust_remote_code=trust_remote_code)
     if model is None:
         require_same_model(loaded, saved)
     point = resolve(loaded, hook or sae.config["hook"])

@@ -14,8 +14,7 @@ from torch import nn
 from .blocks import blocks, input_device, n_embeddings
 from .environment import PROJECT, InputError, first_line, is_disk_full, is_out_of_memory, log
 from .files import fingerprint
-from .hooks import HookPoint, resolve
-from .store import Run, store_root
+from .store import store_root
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -23,9 +22,9 @@ huggingface_hub.utils.logging.set_verbosity_error()  # a hub out of reach is one
 
 
 def local_path(name: str) -> Path | None:
-    """The file or directory that `name` means, seen from the working directory, then from the project.
+    """The file or directory `name`, looked for in the working directory, then in the project.
 
-    None if `name` can only be a hub name ("gpt2", "user/model"). Raises InputError for a path that is not there.
+    None if `name` can only be a hub name ("gpt2", "user/model"). Raises InputError for a path that does not exist.
     """
     for path in (Path(name).expanduser(), PROJECT / name):
         if path.exists():
@@ -42,22 +41,21 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if wanted not in choices:
-        raise InputError(f"{wanted!r} is no precision; use auto, {', '.join(choices)}")
+        raise InputError(f"{wanted!r} is not a precision; use auto, {', '.join(choices)}")
     return choices[wanted]
 
 
 def load_model(
-    name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False, bits: int | None = None,
+    name: str, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False, bits: int | None = None,
     device_map: str | None = None, whole_modules: tuple[str, ...] = (),
 ) -> Any:
     """Load the model that the checkpoint's config names (causal LM, classifier, encoder ...), in eval mode.
 
-    name: hub name or directory. bits: 8 or 4 quantises the linear layers, but for `whole_modules` (dotted paths).
+    name: hub name or directory. bits: 8 or 4 quantises the linear layers, except `whole_modules` (dotted paths).
     device_map: "auto" spreads the model over all GPUs, then memory, then disk; "disk" leaves every block on the disk
-    and loads it when it runs, so that memory holds one block and what stands outside the blocks.
-    Of an encoder and decoder (T5, BART) the encoder is loaded.
-    Raises InputError if the model can't be reached, is damaged or incomplete, reads no text, or needs a package that is
-    not installed.
+    and loads it when it runs, so that memory holds one block at a time and whatever is outside the blocks.
+    An encoder-decoder (T5, BART) gives its encoder. Raises InputError if the model can't be reached, is damaged or
+    incomplete, does not read text, or needs a package that is not installed.
     """
     if bits not in (None, 4, 8):
         raise InputError(f"LOAD_BITS={bits} must be None, 4 or 8")
@@ -66,7 +64,7 @@ def load_model(
     source = str(local_path(name) or name)
     if local_path(name) is None:
         log.info("asking the hub for %s", name)
-    # Shapes that differ are refused below, with their names; transformers would only say that there are some.
+    # _check_complete names the shapes that differ; transformers would only say that there are some.
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -79,7 +77,10 @@ def load_model(
         if bits or device_map:
             places: Any = device_map or {"": device}
             if device_map == "disk":
-                places = blocks_on_disk(_empty(kind, config, trust_remote_code), device)
+                with torch.device("meta"):  # no weights
+                    empty = (kind(config) if issubclass(kind, transformers.PreTrainedModel)
+                             else kind.from_config(config, trust_remote_code=trust_remote_code))
+                places = blocks_on_disk(empty, device)
             options |= {"device_map": places, "offload_folder": store_root() / "offload"}
         model, info = kind.from_pretrained(source, config=config, output_loading_info=True, **options)
     except InputError:
@@ -87,7 +88,7 @@ def load_model(
     except ImportError as error:
         how = "; for LOAD_BITS and DEVICE_MAP: pip install bitsandbytes accelerate" if bits or device_map else ""
         raise InputError(f"MODEL={name} needs a package that is missing ({first_line(error)}){how}") from None
-    except Exception as error:  # transformers, safetensors and torch raise many kinds for what is damaged or unknown
+    except Exception as error:  # whatever transformers, safetensors and torch raise for damaged or unknown files
         if is_out_of_memory(error) or is_disk_full(error):
             raise
         raise InputError(_reach(f"MODEL={name}", error)) from None
@@ -104,14 +105,13 @@ def load_model(
         if found.device.type != device.type:
             raise RuntimeError(f"the model is on {found.device}, not on {device}")
     model.eval()
-    size = f"{model.num_parameters():,}"
-    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, size, model.dtype,
-             input_device(model))
+    log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, f"{model.num_parameters():,}",
+             model.dtype, input_device(model))
     return model
 
 
 def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:
-    """The class of model that the config names. Raises InputError if it names none that fits."""
+    """The class of model that the config names. Raises InputError if it is unknown or does not fit."""
     if trust_remote_code and hasattr(config, "auto_map"):
         return transformers.AutoModelForCausalLM
     named = (getattr(config, "architectures", None) or [None])[0]
@@ -119,9 +119,8 @@ def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:
         return transformers.AutoModel
     kind = getattr(transformers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        version = f"transformers {transformers.__version__}"
-        raise InputError(f"MODEL={name} has the architecture {named}, which {version} does not know; update it, or use "
-                         "another model")
+        raise InputError(f"MODEL={name} has the architecture {named}, which transformers {transformers.__version__} "
+                         "does not know; update it, or use another model")
     expected = getattr(kind, "config_class", None)
     if expected is not None and not isinstance(config, expected):
         raise InputError(f"MODEL={name}: config.json is of a {config.model_type}, but names the architecture {named}; "
@@ -129,19 +128,10 @@ def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:
     return kind
 
 
-def _empty(kind: Any, config: Any, trust_remote_code: bool) -> Any:
-    """The model without its weights."""
-    with torch.device("meta"):
-        if issubclass(kind, transformers.PreTrainedModel):
-            return kind(config)
-        return kind.from_config(config, trust_remote_code=trust_remote_code)
-
-
 def _check_complete(name: str, kind: str, info: dict[str, Any]) -> None:
-    """Raise InputError if a weight is not in the checkpoint, or in another shape: it would have been drawn at random.
+    """Raise InputError if a weight is missing from the checkpoint or has another shape: it would be random.
 
-    A pooler is not missed: nothing reads it, and encoders are often saved without. What the files hold beyond the model
-    is logged.
+    A pooler may be missing: nothing reads it, and encoders are often saved without one. Surplus weights are logged.
     """
     missing = sorted(key for key in info["missing_keys"] if not re.search(r"(^|\.)pooler\.", key))
     if missing:
@@ -159,7 +149,7 @@ def _check_complete(name: str, kind: str, info: dict[str, Any]) -> None:
 
 
 def blocks_on_disk(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """accelerate's device map that leaves the transformer blocks on the disk and puts everything else on the device."""
+    """accelerate's device map that leaves the blocks on the disk and puts everything else on the device."""
     path, stack = blocks(model)
     weights = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     others = {name.rpartition(".")[0] for name, _ in weights if not name.startswith(f"{path}.")}
@@ -170,18 +160,17 @@ def blocks_on_disk(model: nn.Module, device: torch.device) -> dict[str, Any]:
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load a fast tokenizer (character offsets need one); a missing pad token becomes EOS.
 
-    Without EOS it stays missing: any other token is a real one, and as "pad" would be taken for a special one
-    (lib.texts.filler_id gives an id to fill batches with).
+    Without EOS it stays missing, because any other token is a real one (lib.texts.filler_id fills batches).
     """
     source = str(local_path(name) or name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, use_fast=True,
                                                                trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises many kinds, bare Exception among them, for files that are damaged
+    except Exception as error:  # tokenizers raises bare Exception, among others, for damaged files
         raise InputError(_reach(f"the tokenizer of MODEL={name}", error)) from None
     if not tokenizer.is_fast:
-        raise InputError(f"the tokenizer of {name} has no fast version, so no character offsets; use a model that has "
-                         "one")
+        raise InputError(f"the tokenizer of {name} has no fast version, so it gives no character offsets; use a model "
+                         "that has one")
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -193,9 +182,7 @@ def _reach(what: str, error: Exception) -> str:
 
 
 def model_identity(model: Any, name: str) -> dict[str, Any]:
-    """What tells this model from another one: name, place, revision, class, precision, a hash over all values of its
-    weights.
-    """
+    """What identifies a model: name, place, revision, class, precision, hashes of all its weights and its config."""
     path = local_path(name)
     return {
         "name": name,
@@ -211,7 +198,7 @@ def model_identity(model: Any, name: str) -> dict[str, Any]:
 def weights_of(model: nn.Module) -> str:
     """Sixteen hex digits over every value of every parameter and stored buffer; 0.7 s a GB on the CPU.
 
-    Weights that lie on the disk are read one module at a time.
+    Weights on the disk are read one module at a time.
     """
     digest, seen = hashlib.sha256(), set()
     for path, module in model.named_modules():
@@ -230,18 +217,15 @@ def weights_of(model: nn.Module) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
-    """What tells this tokenizer from another one: its class, and a hash of its whole state (vocabulary, merges, rules,
-    special tokens).
-    """
+    """What identifies a tokenizer: its class, and a hash of its vocabulary, merges, rules and special tokens."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # these change with every call
-    state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
+    del state["truncation"], state["padding"]  # they change with every call
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {"class": type(tokenizer).__name__, "fingerprint": fingerprint([state, special])}
 
 
 def require_same_model(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Raise InputError if the model's weights are others than those of `saved`, a run's meta["model"]."""
+    """Raise InputError if the model's weights differ from those of `saved`, a run's meta["model"]."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if "weights" not in saved:
         raise InputError("the run was saved before all weights were compared; run step 1 again")
@@ -251,10 +235,9 @@ def require_same_model(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def source_of_run(saved: dict[str, Any]) -> str:
-    """What to load for a run's meta["model"] (or ["dataset"]): a hub name, or the path where it lay or lies in this
-    project.
+    """What to load for a run's meta["model"] or ["dataset"]: its hub name, or the path where it lay or now lies.
 
-    Raises InputError for a directory that is gone: its name must not become that of somebody's repository.
+    Raises InputError for a directory that is gone: its name must not be taken for somebody's repository on the hub.
     """
     if saved.get("path") is None:
         return saved["name"]
@@ -263,38 +246,3 @@ def source_of_run(saved: dict[str, Any]) -> str:
             return str(path)
     raise InputError(f"{saved['name']} lay in {saved['path']} when the run was saved and is gone; put it back, or run "
                      "step 1 again")
-
-
-def model_of_run(
-    run: Run, hook: str, device: torch.device | str, trust_remote_code: bool = False
-) -> tuple[Any, Any, HookPoint]:
-    """The model and tokenizer that a run was saved from, and its hook point of that name, in any spelling of step 1.
-
-    trust_remote_code: of the user, not of the run: whoever wrote the store could have set that. Raises InputError if
-    they can't be reached, have changed since, or come with code that is not trusted.
-    """
-    saved, constants = run.meta.get("model"), run.meta.get("constants", {})
-    if not isinstance(saved, dict) or "MODEL_DTYPE" not in constants:
-        raise InputError(f"{run.path / 'meta.json'} names no model; run 01_save_activations.py again")
-    if constants.get("TRUST_REMOTE_CODE") and not trust_remote_code:
-        raise InputError(f"the run was saved with code that comes with {saved['name']}; set TRUST_REMOTE_CODE=True if "
-                         "you trust its author")
-    source, device = source_of_run(saved), torch.device(device)
-    dtype = choose_dtype(constants["MODEL_DTYPE"], device)
-    model = load_model(source, device, dtype, trust_remote_code, constants.get("LOAD_BITS"),
-                       constants.get("DEVICE_MAP"))
-    require_same_model(model, saved)
-    tokenizer = load_tokenizer(source, trust_remote_code)
-    if tokenizer_identity(tokenizer) != run.meta.get("tokenizer"):
-        raise InputError(f"the tokenizer of {saved['name']} has changed since its activations were saved; run step 1 "
-                         "again")
-    point = hook_of_run(run, run.hook(hook))
-    return model, tokenizer, resolve(model, point.path, point.point)
-
-
-def hook_of_run(run: Run, hook: str) -> HookPoint:
-    """The hook point of that name, as the run's meta.json tells it."""
-    saved = next((point for point in run.meta["hooks"] if point["signature"] == hook), None)
-    if saved is None:
-        raise InputError(f"{run.path / 'meta.json'} does not tell where {hook} is; run 01_save_activations.py again")
-    return HookPoint(saved["path"], saved["point"], saved["signature"])

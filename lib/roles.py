@@ -13,7 +13,7 @@ wrong.
 """
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -109,22 +109,6 @@ def roles(model: nn.Module, index: int) -> dict[str, Place | str]:
             found[role] = place if isinstance(place, str) else (f"{prefix}.{place[0]}", place[1])
         known[index] = {role: found[role] for role in ROLES}
     return known[index]
-
-
-def short_names(model: nn.Module) -> list[dict[str, Any]]:
-    """One dict a role: role; blocks, the numbers of those that have it; width, of the stream; example, a place;
-    refused, why the other blocks have none."""
-    path, stack = blocks(model)
-    table = []
-    for role in ROLES:
-        places = [roles(model, i)[role] for i in range(len(stack))]
-        found = {i: place for i, place in enumerate(places) if not isinstance(place, str)}
-        refused = list(dict.fromkeys(place for place in places if isinstance(place, str)))
-        first = next(iter(found), None)
-        width = None if first is None else trial(model).widths.get(f"{path}.{first}")
-        example = "" if first is None else ":".join(found[first])
-        table.append({"role": role, "blocks": list(found), "width": width, "example": example, "refused": refused})
-    return table
 
 
 def _by_name(block: nn.Module) -> dict[str, Place | str]:

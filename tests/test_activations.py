@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lib.activations as activations
+import lib.saving as saving
 from lib.activations import SaveSettings, preflight, save_activations
 from lib.environment import InputError
 from lib.files import write_text
@@ -25,8 +26,8 @@ def save(folder, model=None, tokenizer=None, texts=MANY, names=("resid_post:1",)
     model = model or tiny_model("llama")
     points = [resolve(model, name, point) for name in names]
     settings = SaveSettings(**{"shard_rows": 64, **settings})
-    return save_activations(folder, model, tokenizer or word_tokenizer(), points, texts,
-                            split_texts(len(texts), 0.2, 0), settings, {})
+    return save_activations(folder, model, tokenizer or word_tokenizer(), points, texts=texts,
+                            splits=split_texts(len(texts), 0.2, 0), settings=settings)
 
 
 def stored(run, hook=None):
@@ -127,7 +128,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, afte
     settings = {"batch_tokens": 40, "shard_rows": 50, "max_norm_multiple": norm}
     save(tmp_path / "whole", names=names, **settings)
     written = []
-    real = activations.write_tensors
+    real = saving.write_tensors
 
     def fail_later(path, *args, **options):
         if len(written) >= after:
@@ -135,10 +136,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, afte
         written.append(path)
         real(path, *args, **options)
 
-    monkeypatch.setattr(activations, "write_tensors", fail_later)
+    monkeypatch.setattr(saving, "write_tensors", fail_later)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "killed", names=names, **settings)
-    monkeypatch.setattr(activations, "write_tensors", real)
+    monkeypatch.setattr(saving, "write_tensors", real)
     save(tmp_path / "killed", names=names, **settings)
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
@@ -150,7 +151,7 @@ def test_outlier_rows_are_dropped_at_every_point(tmp_path):
     limit = 1.05
     cut = save(tmp_path / "cut", model, names=("resid_post:0", "resid_post:1"), max_norm_multiple=limit)
     assert 0 < cut.n_rows < whole.n_rows
-    sample = preflight(model, word_tokenizer(), [resolve(model, "resid_post:0")], MANY, SaveSettings())
+    sample = preflight(model, word_tokenizer(), [resolve(model, "resid_post:0")], MANY, settings=SaveSettings())
     assert stored(cut, cut.hooks[0]).norm(dim=1).max() <= limit * sample[0]["median_norm"] < norms.max()
 
 
@@ -306,7 +307,7 @@ def test_weights_that_are_not_numbers_are_named(tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 2] = float("nan")
     with pytest.raises(InputError, match="not finite, because model.layers.0.mlp.up_proj.weight"):
-        preflight(model, word_tokenizer(), [resolve(model, "resid_post:0")], MANY, SaveSettings())
+        preflight(model, word_tokenizer(), [resolve(model, "resid_post:0")], MANY, settings=SaveSettings())
     with pytest.raises(InputError, match="not finite, because model.layers.0.mlp.up_proj.weight"):
         save(tmp_path / "run", model)
 

@@ -33,8 +33,8 @@ def run(tmp_path, model):
     texts = [" ".join(TEXTS[(i + j) % len(TEXTS)] for j in range(1 + i % 3)) for i in range(30)]
     points = [resolve(model, "resid_post:1")]
     settings = SaveSettings(shard_rows=100)
-    return save_activations(tmp_path / "run", model, word_tokenizer(), points, texts, split_texts(30, 0.2, 0), settings,
-                            {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), points, texts=texts,
+                            splits=split_texts(30, 0.2, 0), settings=settings)
 
 
 @pytest.fixture

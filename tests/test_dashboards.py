@@ -33,8 +33,8 @@ def model():
 def run(tmp_path, model):
     meta = {"model": {"name": "some/model"}, "dataset": {"name": "stories", "split": "train", "field": "text"}}
     point = resolve(model, "resid_post:1")
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], TEXTS * 4, split_texts(24, 0.2, 0),
-                            SaveSettings(shard_rows=50), meta)
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], texts=TEXTS * 4,
+                            splits=split_texts(24, 0.2, 0), settings=SaveSettings(shard_rows=50), meta=meta)
 
 
 @pytest.fixture

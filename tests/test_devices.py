@@ -46,8 +46,8 @@ def language_model():
 def run(tmp_path):
     model = language_model()
     points = [resolve(model, "resid_post:1")]
-    return save_activations(tmp_path / "run", model, word_tokenizer(), points, TEXTS * 4, split_texts(24, 0.2, 0),
-                            SETTINGS, {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), points, texts=TEXTS * 4,
+                            splits=split_texts(24, 0.2, 0), settings=SETTINGS)
 
 
 def test_the_device_refuses_what_a_real_one_refuses():
@@ -83,7 +83,8 @@ def test_training_and_scoring(kind, tmp_path):
 
 def test_activations_codes_and_scores(run):
     model, sae = language_model(), random_sae()
-    assert preflight(model, word_tokenizer(), [resolve(model, "resid_post:1")], TEXTS, SETTINGS)[0]["width"] == 16
+    assert preflight(model, word_tokenizer(), [resolve(model, "resid_post:1")], TEXTS,
+                     settings=SETTINGS)[0]["width"] == 16
     hook = run.hook()
     scores = [row_scores(there, run, hook, run.is_val) for there in (sae, sae.to(DEVICE))]
     assert ev(scores[1]) == pytest.approx(ev(scores[0]), rel=1e-5)

@@ -7,11 +7,11 @@ import pandas
 import pytest
 import torch
 from conftest import tiny_model, word_tokenizer
+from streaming import stream_texts
 
-from lib.activations import SaveSettings, save_activations
+from lib.activations import save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
-from lib.streaming import stream_texts
 from lib.texts import load_documents
 
 GOOD = ["the cat sat", "a dog ran", "it was sad", "the blue bird"]
@@ -66,10 +66,10 @@ def test_a_parquet_column_of_other_values_is_refused(tmp_path, column):
 def test_a_stream_tells_what_it_leaves_out(tmp_path, caplog):
     path = jsonl(tmp_path / "x.jsonl", [GOOD[0], None, *GOOD[1:]])
     with caplog.at_level(logging.WARNING, "workbench"):
-        assert list(stream_texts(path, "train", "text", None, tmp_path / "copy.jsonl")) == GOOD
+        assert list(stream_texts(path, tmp_path / "copy.jsonl")) == GOOD
     assert "1 of 5 rows have no text in 'text'; the first is row 2" in caplog.text
     with pytest.raises(InputError, match="2 of 2 rows"):
-        stream_texts(jsonl(tmp_path / "y.jsonl", [None, None]), "train", "text", None, tmp_path / "other.jsonl")
+        stream_texts(jsonl(tmp_path / "y.jsonl", [None, None]), tmp_path / "other.jsonl")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -85,6 +85,6 @@ def test_activations_that_are_all_alike_are_refused_and_leave_no_run(tmp_path, t
         model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[5]
     splits = ["val"] + ["train"] * (len(texts) - 1)
     with pytest.raises(InputError, match="same activation at .*, so there is nothing to learn"):
-        save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_pre:0")], texts, splits,
-                         SaveSettings(), {})
+        save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_pre:0")], texts=texts,
+                         splits=splits)
     assert not (tmp_path / "run" / "manifest.json").exists()

@@ -30,8 +30,8 @@ def model():
 @pytest.fixture
 def run(tmp_path, model):
     point = resolve(model, "resid_post:1")
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], TEXTS * 4, split_texts(24, 0.2, 0),
-                            SaveSettings(shard_rows=50), {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], texts=TEXTS * 4,
+                            splits=split_texts(24, 0.2, 0), settings=SaveSettings(shard_rows=50))
 
 
 def test_firings_are_drawn_evenly_where_the_latent_fires(run):

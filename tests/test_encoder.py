@@ -10,7 +10,7 @@ from conftest import PROJECT, TEXTS, row_text, tiny_model
 
 from concepts.codes import encode_run
 from lib import load_encoder, load_sae
-from lib.activations import SaveSettings, save_activations
+from lib.activations import save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.models import load_tokenizer, model_identity
@@ -22,8 +22,7 @@ def trained(tmp_path, saved_model):
     """A run of the texts, and an SAE of random weights in sae_model/topk_sae.pt with a name for each even latent."""
     model, tokenizer = tiny_model("llama"), load_tokenizer(str(saved_model[0]))
     point = resolve(model, "resid_post:1")
-    run = save_activations(tmp_path / "run", model, tokenizer, [point], TEXTS, ["train"] * 5 + ["val"], SaveSettings(),
-                           {})
+    run = save_activations(tmp_path / "run", model, tokenizer, [point], texts=TEXTS, splits=["train"] * 5 + ["val"])
     W = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     config = {"hook": point.signature, "model": model_identity(model, str(saved_model[0]))}
     sae = make_sae(W, torch.zeros(40), W, torch.zeros(16), 4.0, 3, config)

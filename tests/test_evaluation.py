@@ -24,8 +24,8 @@ def model():
 @pytest.fixture
 def run(tmp_path, model):
     texts = TEXTS * 6
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts,
-                            split_texts(len(texts), 0.2, 0), SaveSettings(shard_rows=100), {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts=texts,
+                            splits=split_texts(len(texts), 0.2, 0), settings=SaveSettings(shard_rows=100))
 
 
 def exact_sae(n_inputs):

@@ -101,7 +101,7 @@ def test_a_batch_too_large_for_the_memory_is_halved_with_a_word(monkeypatch, cap
     model, tokenizer = tiny_model("llama"), word_tokenizer()
     points, settings = [resolve(model, "resid_post:1")], SaveSettings(batch_tokens=1000)
     tokens = tokenise(tokenizer, ["the cat sat", "a dog ran", "it was sad", "the blue bird", "a cat"], 0, 128)
-    expected = block_rows(model, points, tokens, 0, settings)
+    expected = block_rows(model, points, tokens, pad_id=0, settings=settings)
 
     def small_memory(model, points, batch, *rest):
         if len(batch) > 2:
@@ -110,7 +110,7 @@ def test_a_batch_too_large_for_the_memory_is_halved_with_a_word(monkeypatch, cap
 
     monkeypatch.setattr(activations, "forward", small_memory)
     with caplog.at_level(logging.WARNING, "workbench"):
-        rows, states = block_rows(model, points, tokens, 0, settings)
+        rows, states = block_rows(model, points, tokens, pad_id=0, settings=settings)
     assert torch.equal(rows, expected[0])
     torch.testing.assert_close(states, expected[1])
     assert "5 texts are too many for the memory, trying 2" in caplog.text
@@ -123,8 +123,8 @@ def test_a_text_too_large_for_the_memory_is_named(monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr(activations, "forward", no_memory)
     with pytest.raises(InputError, match="a text of 4 tokens is too large for the memory; lower MAX_LENGTH"):
-        block_rows(model, [resolve(model, "resid_post:1")], tokenise(word_tokenizer(), ["the cat sat"], 0, 128), 0,
-                   SaveSettings())
+        block_rows(model, [resolve(model, "resid_post:1")], tokenise(word_tokenizer(), ["the cat sat"], 0, 128),
+                   pad_id=0, settings=SaveSettings())
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),

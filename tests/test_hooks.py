@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 
-from lib.activations import SaveSettings, save_activations
+from lib.activations import save_activations
 from lib.environment import InputError
 from lib.hooks import capture, edit, layer_signatures, resolve, resolve_all
 from lib.texts import split_texts
@@ -174,8 +174,8 @@ def test_places_without_activations_are_refused_in_one_line(name, message):
 def test_a_run_is_asked_for_its_layers_in_any_spelling(tmp_path):
     model, texts = tiny_model("llama"), TEXTS * 3
     points = resolve_all(model, "resid_post:0,resid_mid:2")
-    run = save_activations(tmp_path / "run", model, word_tokenizer(), points, texts, split_texts(len(texts), 0.2, 0),
-                           SaveSettings(), {})
+    run = save_activations(tmp_path / "run", model, word_tokenizer(), points, texts=texts,
+                           splits=split_texts(len(texts), 0.2, 0))
     first, mid = run.hooks
     for spelling in (None, "resid_post:0", "resid_post:-3", "blocks.0.hook_resid_post", "model.layers.0",
                      "model.layers.0:output", first):

@@ -15,6 +15,7 @@ from conftest import PROJECT
 from forked import contents
 from reports import up_to_date
 from safetensors.torch import save
+from saved_model import hook_of_run
 
 from checks.layers import LAYERS
 from checks.verification import VERIFICATION
@@ -29,7 +30,6 @@ from lib.checking import Misfit, check, check_tensors
 from lib.checkpoints import read_checkpoint
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
-from lib.models import hook_of_run
 from lib.sae import load_sae, require_trained_on
 from lib.store import open_run, store_root
 from lib.training import TrainSettings, train_sae

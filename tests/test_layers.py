@@ -80,7 +80,7 @@ def test_a_probe_of_all_layers_in_one_pass(probed):
 def test_labels_of_words_are_at_the_token_that_ends_them(probed):
     model, tokenizer, points = probed
     texts = ["the cat sat .", "dog , dog"]
-    rows, _ = block_rows(model, points[:1], tokenise(tokenizer, texts, 0, 99), 0, SaveSettings())
+    rows, _ = block_rows(model, points[:1], tokenise(tokenizer, texts, 0, 99), pad_id=0, settings=SaveSettings())
     found = _word_labels(rows, texts, [[0, "animal", None], ["animal", "pet"]])
     assert [(texts[rows[i, 0]][rows[i, 3] : rows[i, 4]], int(rows[i, 1]), label) for i, label in found] == [
         ("cat", 2, "animal"), ("dog", 1, "animal"), ("dog", 3, "pet")

@@ -9,7 +9,7 @@ import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from lib.activations import SaveSettings, save_activations
+from lib.activations import save_activations
 from lib.environment import InputError
 from lib.hooks import capture, resolve
 from lib.models import load_model, load_tokenizer, model_identity
@@ -29,8 +29,8 @@ def test_blocks_on_the_disk_give_the_bytes_of_the_model_in_memory(folder, tmp_pa
     for device_map in (None, "disk"):
         model = load_model(str(folder), CPU, torch.float32, device_map=device_map)
         points = [resolve(model, name) for name in ("resid_post:0", "resid_pre:2", "resid_post:2")]
-        run = save_activations(tmp_path / str(device_map), model, word_tokenizer(), points, texts,
-                               split_texts(len(texts), 0.2, 0), SaveSettings(), {})
+        run = save_activations(tmp_path / str(device_map), model, word_tokenizer(), points, texts=texts,
+                               splits=split_texts(len(texts), 0.2, 0))
         stored.append({hook: torch.cat(run.shards(hook)) for hook in run.hooks})
     on_disk = [p for block in range(3)
                for p in model.get_submodule(resolve(model, f"resid_post:{block}").path).parameters()]

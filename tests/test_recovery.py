@@ -26,8 +26,8 @@ from lib.training import TrainSettings
 def run(tmp_path):
     model, texts = tiny_model("llama"), TEXTS * 24
     settings = SaveSettings(shard_rows=100)
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts,
-                            split_texts(len(texts), 0.2, 0), settings, {})
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [resolve(model, "resid_post:1")], texts=texts,
+                            splits=split_texts(len(texts), 0.2, 0), settings=settings)
 
 
 def one_token(n):
@@ -159,8 +159,8 @@ def story_run(tmp_path, stories):
     model, texts = tiny_model("llama"), [story["text"] for story in stories]
     meta = {"dataset": {"name": str(tmp_path / "stories.jsonl"), "limit": None}}
     point = resolve(model, "resid_post:1")
-    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], texts, split_texts(len(texts), 0.5, 0),
-                            SaveSettings(), meta)
+    return save_activations(tmp_path / "run", model, word_tokenizer(), [point], texts=texts,
+                            splits=split_texts(len(texts), 0.5, 0), meta=meta)
 
 
 STORIES = [

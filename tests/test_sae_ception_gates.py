@@ -16,7 +16,7 @@ from cycles.classifier import (
     trained_state,
 )
 from cycles.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe, probe_ids
-from cycles.targets import derangement
+from cycles.sharpening import derangement
 from cycles.tasks import Task
 from lib.batches import rows_of_tensor
 from lib.environment import InputError
@@ -126,19 +126,18 @@ def test_an_example_without_target_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pooled_position_both_sides(kind):
-    """Left and right padding give the same h and logits, read at a real token: the last one, or the first for BERT."""
+def test_pooled_position_in_a_padded_batch(kind):
+    """Alone or in a padded batch, an example has the same h and logits, read at its last token, or BERT's first."""
     model, task = text_model(kind).eval(), text_task()
     ids = torch.arange(6)
-    right, left = task.batch(ids), task.batch(ids, "left")
-    assert not torch.equal(right["input_ids"], left["input_ids"])
+    batch = task.batch(ids)
+    assert not batch["attention_mask"].all()
     with torch.no_grad():
-        for a, b in zip(model(right), model(left)):
-            assert torch.allclose(a, b, atol=1e-5)
-    for batch in (right, left):
-        at = model.position(batch["attention_mask"])
-        read = batch["input_ids"][torch.arange(6), at].tolist()
-        assert read == [task.tokens[i].ids[0 if kind == "bert" else -1] for i in range(6)]
+        alone = [model(task.batch(ids[i : i + 1])) for i in range(6)]
+        for together, apart in zip(model(batch), zip(*alone)):
+            assert torch.allclose(together, torch.cat(apart), atol=1e-5)
+    read = batch["input_ids"][ids, model.position(batch["attention_mask"])].tolist()
+    assert read == [task.tokens[i].ids[0 if kind == "bert" else -1] for i in range(6)]
 
 
 def test_position_equals_the_task_heads():

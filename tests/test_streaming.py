@@ -4,12 +4,12 @@ import json
 import datasets
 import pandas
 import pytest
+import streaming
 from conftest import run_script
+from streaming import TextFile, fingerprint_texts, stream_texts
 
-import lib.streaming as streaming
 from lib.environment import InputError
 from lib.files import fingerprint
-from lib.streaming import TextFile, fingerprint_texts, stream_texts
 from lib.texts import drawn_from_stream, drawn_rows, load_documents
 
 SAVE = "experiments/verify_sae_training/01_save_activations.py"
@@ -32,8 +32,7 @@ def in_memory(source, limit):
 
 @pytest.mark.parametrize("limit", [None, 20, 1000])
 def test_streamed_texts_are_those_of_memory(source, tmp_path, limit):
-    texts, expected = stream_texts(str(source), "train", "text", limit, tmp_path / "copy.jsonl"), in_memory(source,
-                                                                                                            limit)
+    texts, expected = stream_texts(str(source), tmp_path / "copy.jsonl", limit=limit), in_memory(source, limit)
     assert list(texts) == expected and len(texts) == len(expected)
     assert texts[3:15] == expected[3:15] and texts[-1] == expected[-1] and texts[100_000:] == []
     assert fingerprint_texts(texts) == fingerprint(expected)
@@ -42,12 +41,12 @@ def test_streamed_texts_are_those_of_memory(source, tmp_path, limit):
 def test_a_copy_that_was_killed_goes_on(source, tmp_path, monkeypatch):
     """Killed after any block, or within a line, the copy ends with the same bytes and reads no document twice."""
     monkeypatch.setattr(streaming, "COPY_TEXTS", 4)
-    stream_texts(str(source), "train", "text", 50, tmp_path / "whole.jsonl")
+    stream_texts(str(source), tmp_path / "whole.jsonl", limit=50)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     for cut in range(0, len(whole), 97):
         part = tmp_path / f"{cut}.jsonl.part"
         part.write_bytes(whole[:cut])
-        stream_texts(str(source), "train", "text", 50, tmp_path / f"{cut}.jsonl")
+        stream_texts(str(source), tmp_path / f"{cut}.jsonl", limit=50)
         assert (tmp_path / f"{cut}.jsonl").read_bytes() == whole and not part.exists()
 
 
@@ -63,27 +62,27 @@ def test_an_interrupted_copy_leaves_whole_blocks(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "tqdm", stop)
         with pytest.raises(KeyboardInterrupt):
-            stream_texts(str(source), "train", "text", None, tmp_path / "copy.jsonl")
+            stream_texts(str(source), tmp_path / "copy.jsonl")
     assert not (tmp_path / "copy.jsonl").exists()
     assert len((tmp_path / "copy.jsonl.part").read_text().split("\n")) - 1 == 28
-    assert list(stream_texts(str(source), "train", "text", None, tmp_path / "copy.jsonl")) == in_memory(source, None)
+    assert list(stream_texts(str(source), tmp_path / "copy.jsonl")) == in_memory(source, None)
 
 
 def test_a_finished_copy_is_not_made_again(source, tmp_path):
-    stream_texts(str(source), "train", "text", 10, tmp_path / "copy.jsonl")
+    stream_texts(str(source), tmp_path / "copy.jsonl", limit=10)
     before = in_memory(source, 10)
     source.unlink()
-    assert list(stream_texts(str(source), "train", "text", 10, tmp_path / "copy.jsonl")) == before
+    assert list(stream_texts(str(source), tmp_path / "copy.jsonl", limit=10)) == before
 
 
 def test_what_cant_be_streamed_is_named(source, tmp_path):
     with pytest.raises(InputError, match="no field 'story'.*n, text"):
-        stream_texts(str(source), "train", "story", None, tmp_path / "a.jsonl")
+        stream_texts(str(source), tmp_path / "a.jsonl", text_field="story")
     (tmp_path / "texts.csv").write_text("text\nhello\n")
     with pytest.raises(InputError, match="STREAM=False for texts.csv"):
-        stream_texts(str(tmp_path / "texts.csv"), "train", "text", None, tmp_path / "b.jsonl")
-    with pytest.raises(InputError, match="can't be streamed"):
-        stream_texts("nobody/nothing-of-this-name", "train", "text", None, tmp_path / "c.jsonl")
+        stream_texts(str(tmp_path / "texts.csv"), tmp_path / "b.jsonl")
+    with pytest.raises(InputError, match="can't be read"):
+        stream_texts("nobody/nothing-of-this-name", tmp_path / "c.jsonl")
 
 
 def test_lines_that_are_no_text_are_left_out(tmp_path):

@@ -12,10 +12,10 @@ import lib.training as training
 from checks.evaluation import shuffled, untrained_sae
 from lib.batches import Rows, rows_of_tensor, sample_rows, shuffled_batches
 from lib.environment import InputError
-from lib.finishing import write_stats
 from lib.metrics.reconstruction import explained_variance
 from lib.sae import make_sae
 from lib.sae_step import whitening
+from lib.saving import write_stats
 from lib.training import TrainSettings, score, train_sae
 
 SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5, "precision": "float32"}

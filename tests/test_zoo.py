@@ -220,8 +220,8 @@ def run_of(model_of, tmp_path_factory):
         folder, settings = tmp_path_factory.mktemp(f"{name}_run"), SaveSettings(max_length=MAX_LENGTH, batch_tokens=40,
                                                                                 shard_rows=64)
         splits = ["val" if i % 4 == 1 else "train" for i in range(len(STEP_TEXTS))]
-        return save_activations(folder / "run", model, word_tokenizer(bos=False), points, STEP_TEXTS, splits, settings,
-                                {}), points
+        return save_activations(folder / "run", model, word_tokenizer(bos=False), points, texts=STEP_TEXTS,
+                                splits=splits, settings=settings), points
 
     return save
 
@@ -244,7 +244,8 @@ def test_rows_do_not_depend_on_batch_padding_or_order(name, model_of, run_of):
             for point, alone in zip(points, read(model, *points, ids=torch.tensor([ids]))):
                 close(stored[point.signature][mine], alone[0])
     other = SaveSettings(max_length=MAX_LENGTH, batch_tokens=10**6)
-    rows, states = block_rows(model, points, tokenise(tokenizer, STEP_TEXTS[::-1], 0, MAX_LENGTH), 7, other)
+    rows, states = block_rows(model, points, tokenise(tokenizer, STEP_TEXTS[::-1], 0, MAX_LENGTH), pad_id=7,
+                              settings=other)
     order = torch.cat([(rows[:, 0] == len(STEP_TEXTS) - 1 - i).nonzero()[:, 0] for i in range(len(STEP_TEXTS))])
     for point, x in zip(points, states):
         close(x[order], stored[point.signature])

@@ -190,7 +190,8 @@ def text_model(name):
 
 def table():
     """Lines of a table in Markdown: for each family and role the blocks that have it, or why none has."""
-    from lib.roles import ROLES, short_names
+    from lib.roles import ROLES
+    from list_layers import short_names
 
     def reason(clause):
         for words, short in (("in parallel", "no: parallel"), ("no norm", "no: no norm there"),

@@ -91,8 +91,8 @@ def save(name: str, folder: Path, device_map: str | None, n_texts: int, batch_to
     settings = SaveSettings(batch_tokens=batch_tokens, store_dtype="bfloat16")
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         start = time.perf_counter()
-        saved = save_activations(Path(out), model, tokenizer, [resolve(model, SHAPES[name][1])], texts,
-                                 split_texts(n_texts, 0.2, 0), settings, {})
+        saved = save_activations(Path(out), model, tokenizer, [resolve(model, SHAPES[name][1])], texts=texts,
+                                 splits=split_texts(n_texts, 0.2, 0), settings=settings)
         seconds = time.perf_counter() - start
     n = sum(p.numel() for p in model.parameters())
     return {"parameters": n, "device_map": device_map, "tokens": saved.n_rows, "seconds": seconds,

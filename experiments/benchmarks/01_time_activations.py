@@ -64,8 +64,8 @@ def naive(model, tokenizer, texts: list[str], folder: Path) -> int:
 def ours(model, tokenizer, texts: list[str], folder: Path) -> Run:
     points = [resolve(model, f"resid_post:{LAYER}")]
     splits = ["val" if i % 10 == 0 else "train" for i in range(len(texts))]
-    return save_activations(folder / "run", model, tokenizer, points, texts, splits,
-                            SaveSettings(max_length=CONTEXT, skip_special=False), {})
+    return save_activations(folder / "run", model, tokenizer, points, texts=texts, splits=splits,
+                            settings=SaveSettings(max_length=CONTEXT, skip_special=False))
 
 
 def sae_lens(directory: Path, texts: Path, n_tokens: int, folder: Path) -> dict:

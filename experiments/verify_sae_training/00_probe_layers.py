@@ -79,7 +79,7 @@ def show(table):
 def main():
     folder, device = experiment_dir("verify_sae_training"), choose_device(DEVICE)
     texts, field, labels = read_texts()
-    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE)
+    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), trust_remote_code=TRUST_REMOTE_CODE)
     tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
     points = resolve_all(model, ",".join(f"{kind.strip()}:*" for kind in POINTS.split(",")))
     points.sort(key=lambda point: int(point.names[0].rpartition(":")[2]))  # by depth

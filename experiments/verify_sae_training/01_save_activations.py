@@ -76,32 +76,20 @@ PRESETS: Presets = {
 }
 CONSTANTS = override(globals(), PRESETS)
 
+from list_layers import every_block, list_layers
+from streaming import fingerprint_texts, stream_texts
+
 from lib.activations import STORE_DTYPES, SaveSettings, preflight, save_activations
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run, say_next
 from lib.files import fingerprint, write_text
-from lib.hooks import every, layer_signatures, resolve_all
+from lib.hooks import resolve_all
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity, tokenizer_identity
 from lib.outputs import differences, in_use, require_room
-from lib.roles import short_names
 from lib.store import experiment_dir, open_run, provenance
-from lib.streaming import fingerprint_texts, stream_texts
 from lib.texts import load_documents, split_texts
 
 FOLDER = experiment_dir("verify_sae_training")
-
-
-def list_layers(model):
-    """Print the short names with their widths, then every module's path, signature and class."""
-    for row in short_names(model) if every_block(model) else []:
-        where = (f"{', '.join(map(str, row['blocks']))}   width {row['width']}   such as {row['example']}"
-                 if row["blocks"] else "")
-        why = f"refused: {'; '.join(row['refused'])}" if row["refused"] else ""
-        print(f"{row['role'] + ':N':<13}", "   ".join(part for part in (where and f"N = {where}", why) if part))
-    print()
-    for signature, paths in layer_signatures(model).items():
-        for path in paths:
-            print(f"{path:<44} {signature:<64} {type(model.get_submodule(path)).__name__}")
 
 
 def load_texts() -> Sequence[str]:
@@ -112,15 +100,8 @@ def load_texts() -> Sequence[str]:
     version = [path.stat().st_size, path.stat().st_mtime] if path else None
     key = fingerprint([DATASET, version, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT])
     with in_use(FOLDER / "texts"):
-        return stream_texts(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT, FOLDER / "texts" / f"{key}.jsonl")
-
-
-def every_block(model):
-    """resid_post of every block; none where the model has no list of blocks."""
-    try:
-        return every(model, "resid_post")
-    except InputError:
-        return []
+        return stream_texts(DATASET, FOLDER / "texts" / f"{key}.jsonl", split=DATA_SPLIT, text_field=TEXT_FIELD,
+                            limit=DATA_LIMIT)
 
 
 def report(model, tokenizer, points, texts, settings):
@@ -128,9 +109,9 @@ def report(model, tokenizer, points, texts, settings):
     the size.
     """
     others = every_block(model) if PREFLIGHT else []
-    chosen = preflight(model, tokenizer, points, texts, settings)
+    chosen = preflight(model, tokenizer, points, texts, settings=settings)
     others = [point for point in others if point not in points]
-    table = chosen + (preflight(model, tokenizer, others, texts, settings) if others else [])
+    table = chosen + (preflight(model, tokenizer, others, texts, settings=settings) if others else [])
     log.info("%-64s %6s %8s %6s %9s %8s", "hook point (* to be saved)", "width", "|x| med", "gamma", "outliers",
              "eff.dim")
     for row in table:
@@ -169,7 +150,8 @@ def say_what_changed(meta, run_id):
 def main():
     log_to(FOLDER / "01_save_activations.log")
     device = choose_device(DEVICE)
-    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), TRUST_REMOTE_CODE, LOAD_BITS, DEVICE_MAP)
+    model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), trust_remote_code=TRUST_REMOTE_CODE,
+                       bits=LOAD_BITS, device_map=DEVICE_MAP)
     if LAYER_SIGNATURE == "?":
         return list_layers(model) if rank() == 0 else None
     points = resolve_all(model, LAYER_SIGNATURE, HOOK_POINT)
@@ -189,7 +171,8 @@ def main():
     run_id = f"{points[0].path.replace('.', '_')}-{fingerprint([what, *contents_of(meta)])[:8]}"
     folder = FOLDER / "runs" / run_id
     settings = SaveSettings(
-        MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, STORE_DTYPE, SHARD_ROWS, SKIP_SPECIAL, SKIP_FIRST, MAX_NORM_MULTIPLE
+        max_length=MAX_LENGTH, batch_tokens=BATCH_SIZE_SAVE * MAX_LENGTH, store_dtype=STORE_DTYPE,
+        shard_rows=SHARD_ROWS, skip_special=SKIP_SPECIAL, skip_first=SKIP_FIRST, max_norm_multiple=MAX_NORM_MULTIPLE,
     )
     if (folder / "manifest.json").exists():
         saved = open_run("verify_sae_training", run_id)
@@ -200,8 +183,8 @@ def main():
         with in_use(folder):
             saved_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             require_room(folder, size - saved_bytes)
-            saved = save_activations(folder, model, tokenizer, points, texts, split_texts(len(texts), VAL_FRAC, SEED),
-                                     settings, meta)
+            saved = save_activations(folder, model, tokenizer, points, texts=texts, settings=settings, meta=meta,
+                                     splits=split_texts(len(texts), VAL_FRAC, SEED))
     if rank() == 0:
         write_text(FOLDER / "run_id.txt", run_id + "\n")
     log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}",

@@ -31,13 +31,13 @@ SEED: Seed = 0
 CONSTANTS = override(globals())
 
 import torch
+from saved_model import model_of_run
 
 from concepts.dictionary import read_concepts
 from concepts.directions import direct_view, promoted_ids
 from concepts.firings import read_latent_stats
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
-from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.steering import Edit, skipped_ids, sweep
 from lib.store import experiment_dir, open_run

@@ -25,6 +25,7 @@ SEED: Seed = 0                            # draws the tokens and the random late
 CONSTANTS = override(globals())
 
 import torch
+from saved_model import model_of_run
 from scipy.stats import wilcoxon
 
 from checks.controls import control_saes
@@ -35,7 +36,6 @@ from lib import schemas
 from lib.batches import read_rows
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
-from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
 from lib.training import TrainSettings

@@ -25,12 +25,13 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 SEED: Seed = 0                            # of the first training; the second takes the next number
 CONSTANTS = override(globals())
 
+from saved_model import model_of_run
+
 from checks.evaluation import loss_recovered
 from checks.sparsity import recommend_k, sweep_k
 from lib.batches import rows_of_run
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
-from lib.models import model_of_run
 from lib.store import experiment_dir, open_run
 from lib.training import TrainSettings
 

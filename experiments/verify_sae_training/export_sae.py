@@ -30,6 +30,7 @@ TRUST_REMOTE_CODE = False                 # run code that comes with a hub model
 CONSTANTS = override(globals())
 
 import torch
+from saved_model import model_of_run
 
 from concepts.codes import encode_run
 from concepts.dictionary import read_concepts
@@ -42,7 +43,6 @@ from exchange.formats import FORMATS, formats_for, write_foreign
 from exchange.hub import push, write_card
 from exchange.neuronpedia import Latents, place_of, write_neuronpedia
 from lib.environment import InputError, run
-from lib.models import model_of_run
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
 

@@ -116,7 +116,7 @@ class TextClassifier(nn.Module):
 
     def states(self, batch: dict[str, Tensor]) -> Tensor:
         """The model's final hidden states [B, T, D]."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         mixed = any(p.dtype != torch.float32 for p in self.lm.parameters())
         with ExitStack() as stack:
             if mixed:

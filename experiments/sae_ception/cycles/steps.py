@@ -171,8 +171,8 @@ def train_cycle_sae(session: Session, arm: str, cycle: int, sae_seed: int = 0) -
         texts = [task.texts[i] for i in ids.tolist()]
         splits = ["val" if v else "train" for v in is_val.tolist()]
         meta = {"model": {"name": c["MODEL"], "key": session.key("model", arm, cycle)}}
-        run = save_activations(work, session.model.lm, session.tokenizer, [session.model.target], texts, splits,
-                               SaveSettings(max_length=c["MAX_LENGTH"]), meta)
+        run = save_activations(work, session.model.lm, session.tokenizer, [session.model.target], texts=texts,
+                               splits=splits, settings=SaveSettings(max_length=c["MAX_LENGTH"]), meta=meta)
         rows = rows_of_run(run, run.hooks[0])
     else:
         h, _ = outputs(session.model, task, ids, c["BATCH_SIZE"], session.entries)

@@ -59,16 +59,13 @@ class Task:
         """P, the pixels of an image; 0 for texts."""
         return 0 if self.images is None else self.images.shape[1]
 
-    def batch(self, ids: Tensor, side: str = "right") -> dict[str, Tensor]:
+    def batch(self, ids: Tensor) -> dict[str, Tensor]:
         """The examples `ids` as a model takes them: y, ids, and x [B, P] or input_ids, attention_mask [B, T]."""
         batch = {"y": self.y[ids], "ids": ids}
         if self.images is not None:
             return batch | {"x": self.images[ids]}
-        input_ids, mask = pad([self.tokens[i] for i in ids.tolist()], self.pad_id, side)
-        batch |= {"input_ids": input_ids, "attention_mask": mask}
-        if side == "left":  # models with learnt positions would otherwise count the padding
-            batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return batch
+        input_ids, mask = pad([self.tokens[i] for i in ids.tolist()], self.pad_id)
+        return batch | {"input_ids": input_ids, "attention_mask": mask}
 
     def sample(self, ids: Tensor, limit: int | None, seed: int, name: str) -> Tensor:
         """`limit` of the ids, drawn by seed with each class's share (cycles.labels.draw); the log tells once what was

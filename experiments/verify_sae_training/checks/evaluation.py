@@ -101,8 +101,9 @@ def loss_recovered(
     settings: max_length, skip_special, skip_first of the run. max_tokens: of one forward pass.
     """
     device = input_device(model)
-    tokens = [t for t in tokenise(tokenizer, texts, 0, settings["max_length"], settings["skip_special"],
-                                  settings["skip_first"]) if len(t.ids) > 1]
+    tokens = tokenise(tokenizer, texts, 0, settings["max_length"], skip_special=settings["skip_special"],
+                      skip_first=settings["skip_first"])
+    tokens = [t for t in tokens if len(t.ids) > 1]
     changes: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,
         "spliced": lambda x: sae.decode(*sae.encode(x)),

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib.activations import SaveSettings, block_rows, check_finite
+from lib.activations import SaveSettings, block_rows
 from lib.checking import Schema, Text
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.metrics.layers import layer_statistics, linear_probe
-from lib.texts import filler_id, tokenise
+from lib.texts import filler_id
 
 LAYERS = Schema({
     "constants": {"MODEL": str}, "layers": [{"signature": str, Text("[a-z_]+"): float}], "recommended": str,
@@ -46,12 +46,12 @@ def probe_layers(
 
     The sample's activations at all points are in memory at once.
     """
-    tokens = tokenise(tokenizer, list(texts), 0, settings.max_length, settings.skip_special, settings.skip_first)
-    block_rows(model, points, tokens[:4], filler_id(tokenizer), settings)  # the first pass pays for set-up
+    tokens = settings.tokens(tokenizer, list(texts))
+    pad_id = filler_id(tokenizer)
+    block_rows(model, points, tokens[:4], pad_id=pad_id, settings=settings)  # the first pass pays for set-up
     start = time.perf_counter()
-    rows, states = block_rows(model, points, tokens, filler_id(tokenizer), settings)
+    rows, states = block_rows(model, points, tokens, pad_id=pad_id, settings=settings)
     seconds = time.perf_counter() - start
-    check_finite(model, rows, states, points, torch.float32)
     if not len(rows):
         raise InputError("no text yields a token (all are empty or special tokens); check TEXT_FIELD and SKIP_FIRST")
     labelled = None if labels is None else _labelled_rows(rows, texts, labels)

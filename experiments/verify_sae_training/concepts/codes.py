@@ -15,7 +15,7 @@ from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.sae import SAE
 from lib.store import ROW_COLUMNS, Run
-from lib.texts import filler_id, tokenise
+from lib.texts import filler_id
 
 Batches = Iterator[tuple[int, Tensor, Tensor]]
 
@@ -78,8 +78,8 @@ def live_codes(
     settings: those of the run that the SAE was trained on (run.meta["settings"]), so that a text gets the codes it has
     in the stored run. Raises InputError if no token is left to encode.
     """
-    block = tokenise(tokenizer, texts, 0, settings.max_length, settings.skip_special, settings.skip_first)
-    rows, (x,) = block_rows(model, [point], block, filler_id(tokenizer), settings)
+    block = settings.tokens(tokenizer, texts)
+    rows, (x,) = block_rows(model, [point], block, pad_id=filler_id(tokenizer), settings=settings)
     if not len(rows):
         raise InputError("these texts have no tokens to show: they are empty, or only special tokens")
     values, indices = sae.encode(x.to(STORE_DTYPES[settings.store_dtype]).float().to(sae.mean.device))

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from saved_model import hook_of_run
+
 from lib.environment import PROJECT
 from lib.files import safe_name
-from lib.models import hook_of_run
 from lib.sae import SAE, sae_hash
 from lib.store import Run
 

@@ -1,15 +1,15 @@
-"""Texts that are more than memory holds: copied from a stream to a file once, and read from there by number.
+"""Texts that don't fit into memory: copied once from a stream to a file, then read from it by number.
 
-    texts = stream_texts("HuggingFaceFW/fineweb", "train", "text", 10_000_000, folder / "texts.jsonl")
+    texts = stream_texts("HuggingFaceFW/fineweb", folder / "texts.jsonl", limit=10_000_000)
     texts[5], texts[512:1024], len(texts)
 
-The copy is a thousandth of the activations that it will give, so that the store, not the data set, has to fit the disk.
+The copy takes about a thousandth of the room that the activations will take.
 """
 import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -18,30 +18,27 @@ import numpy as np
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from .distributed import rank, wait_for_all
-from .environment import InputError, first_line, log
-from .files import atomic_write
-from .models import local_path
-from .texts import drawn_from_stream, drawn_rows, tell_left_out
+from lib.distributed import rank, wait_for_all
+from lib.environment import InputError, log
+from lib.models import local_path
+from lib.texts import drawn_from_stream, drawn_rows, readable, require_field, tell_left_out
 
-COPY_TEXTS = 1000  # documents that are written together
+COPY_TEXTS = 1000  # documents written together
 
 
 class TextFile(Sequence[str]):
-    """The strings of a file with one JSON value a line; in memory is only where each begins. Other values are left
-    out.
-    """
+    """The strings of a file with one JSON value a line; other values are left out. Memory holds only their offsets."""
 
     def __init__(self, path: Path):
         self.path, self.starts, self.n_lines = path, array("q"), 0
-        self.left_out = 0  # number of the first line without a string, from 1; 0: there is none
+        self.first_left_out = 0  # number of the first line without a string, from 1; 0: there is none
         with open(path, "rb") as file:
             at = 0
             for self.n_lines, line in enumerate(file, 1):
                 if line.startswith(b'"'):
                     self.starts.append(at)
                 else:
-                    self.left_out = self.left_out or self.n_lines
+                    self.first_left_out = self.first_left_out or self.n_lines
                 at += len(line)
 
     def __len__(self) -> int:
@@ -63,27 +60,24 @@ class TextFile(Sequence[str]):
         return json.loads(file.readline())
 
 
-def stream_texts(dataset: str, split: str, text_field: str, limit: int | None, path: Path) -> TextFile:
-    """The texts of `limit` documents (None: all), drawn as load_documents draws them, copied to `path` a block at a
-    time if they are not there yet.
+def stream_texts(
+    dataset: str, copy: Path, *, split: str = "train", text_field: str = "text", limit: int | None = None
+) -> TextFile:
+    """The texts that load_documents draws, read from `copy`, which is written first if it is missing.
 
-    dataset: a hub name, or a local .jsonl or .parquet file. A copy that was interrupted goes on where it was.
-    Of several ranks the first one copies. Raises InputError if the data can't be reached or read, or lacks the field.
+    dataset: a hub name, or a local .jsonl or .parquet file. An interrupted copy is resumed. With several ranks, only
+    rank 0 copies. Raises InputError if the data can't be reached or read, or lacks the field.
     """
-    if rank() == 0 and not path.exists():
-        try:
-            _copy(_drawn(dataset, _open_stream(dataset, split), limit), dataset, text_field, limit, path)
-        except (InputError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # datasets raises many kinds for what can't be reached or read
-            raise InputError(f"DATASET={dataset} can't be streamed ({first_line(error)}); "
-                             "set a local file, or a hub name that this machine can reach") from None
+    if rank() == 0 and not copy.exists():
+        with readable(dataset):
+            _copy(_drawn(dataset, _open_stream(dataset, split), limit), copy, dataset, text_field, total=limit)
     wait_for_all()
-    texts = TextFile(path)
+    texts = TextFile(copy)
     if not texts.n_lines:
         raise InputError(f"DATASET={dataset} is empty")
-    if texts.left_out:
-        tell_left_out(dataset, text_field, texts.n_lines, texts.n_lines - len(texts), texts.left_out)
+    if texts.first_left_out:
+        tell_left_out(dataset, text_field, f"row {texts.first_left_out:,} of these",
+                      n_missing=texts.n_lines - len(texts), n_rows=texts.n_lines)
     return texts
 
 
@@ -101,9 +95,7 @@ def _open_stream(dataset: str, split: str) -> Any:
 
 
 def _drawn(dataset: str, stream: Any, limit: int | None) -> Any:
-    """The documents that the limit leaves: of a file, whose length can be known, the very ones that load_documents
-    draws.
-    """
+    """The documents that the limit leaves: from a file, whose length is known, exactly those of load_documents."""
     path = local_path(dataset)
     if limit is None:
         return stream
@@ -119,19 +111,17 @@ def _drawn(dataset: str, stream: Any, limit: int | None) -> Any:
     return (document for document, keep in zip(stream, wanted) if keep)
 
 
-def _copy(documents: Any, dataset: str, text_field: str, limit: int | None, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def _copy(documents: Any, copy: Path, dataset: str, text_field: str, *, total: int | None) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    part = copy.with_name(copy.name + ".part")
     done = _whole_lines(part)
     if done:
-        log.info("continuing after document %s of the stream", f"{done:,}")
+        log.info("resuming after document %s of the stream", f"{done:,}")
     documents = documents.skip(done) if hasattr(documents, "skip") else islice(documents, done, None)
     with open(part, "a", encoding="utf-8") as file:
         lines = []
-        for document in tqdm(documents, initial=done, total=limit, unit="text", desc="copying the texts"):
-            if text_field not in document:
-                raise InputError(f"DATASET={dataset} has no field {text_field!r}; it has "
-                                 f"{', '.join(map(str, document))}: set TEXT_FIELD")
+        for document in tqdm(documents, initial=done, total=total, unit="text", desc="copying the texts"):
+            require_field(dataset, document, text_field)
             lines.append(json.dumps(document[text_field] if isinstance(document[text_field], str) else None) + "\n")
             if len(lines) == COPY_TEXTS:
                 file.writelines(lines)
@@ -139,11 +129,11 @@ def _copy(documents: Any, dataset: str, text_field: str, limit: int | None, path
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+    os.replace(part, copy)
 
 
 def _whole_lines(path: Path) -> int:
-    """How many lines of an unfinished copy are whole; the rest of one that is not is cut off."""
+    """How many whole lines an unfinished copy holds; a broken last line is cut off."""
     if not path.exists():
         return 0
     count = end = 0
@@ -162,17 +152,3 @@ def fingerprint_texts(texts: Iterable[str]) -> str:
         digest.update(((", " if i else "") + json.dumps(text)).encode())
     digest.update(b"]")
     return digest.hexdigest()[:16]
-
-
-def write_texts(path: Path, texts: Sequence[str], splits: list[str]) -> None:
-    """Write a run's texts.jsonl, a line at a time."""
-
-    def lines() -> Iterator[str]:
-        for i, (text, split) in enumerate(zip(texts, splits)):
-            yield json.dumps({"text_id": i, "text": text, "split": split}, ensure_ascii=False) + "\n"
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(lines())
-
-    atomic_write(path, write)
