@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 import urllib.parse
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from test_naming import GOOD, KEY, contexts, names_and_verdicts, openai, serve  
 
 from concepts import chat_servers
 from concepts.chat_models import ask_json, find_json, open_chat
-from concepts.chat_names import check_name, check_verdict, name_with, score_people
+from concepts.chat_names import check_name, check_verdict, judge_all, name_with, score_people
 from concepts.chat_servers import NoAnswer, Secret
 from lib.environment import InputError
 
@@ -106,7 +107,7 @@ def test_a_broken_server_costs_one_name_and_not_the_run(serve, contexts, tmp_pat
     monkeypatch.setattr(chat_servers, "PATIENCE", 2.0)
     monkeypatch.setattr(chat_servers, "RETRIES", 1)
     start = time.monotonic()
-    named = name_with(open_chat("openai"), contexts, [0, 2, 0], tmp_path, progress=False)
+    named = name_with(open_chat("openai"), contexts, [0, 2, 0], tmp_path)
     assert list(named) == [0] and time.monotonic() - start < 8 and "latent 2 keeps its offline name: " in caplog.text
 
 
@@ -126,17 +127,17 @@ def test_a_server_that_stops_answering_keeps_what_was_named(serve, contexts, tmp
     good = names_and_verdicts(lambda n: [1])
     server = serve(lambda number, *rest: good(number, *rest) if number <= 2 else (503, {}, {}))
     chat = open_chat("openai")
-    assert list(name_with(chat, contexts, [0, 2, 2, 2, 2, 2], tmp_path, progress=False)) == [0]
+    assert list(name_with(chat, contexts, [0, 2, 2, 2, 2, 2], tmp_path)) == [0]
     assert len(server.seen) == 2 + 3 * 3 and "no answer for 3 latents in a row" in caplog.text
     with pytest.raises(NoAnswer, match="answers 503"):  # one that never answered ends the run
-        name_with(open_chat("openai"), contexts, [2, 0], tmp_path / "other", progress=False)
+        name_with(open_chat("openai"), contexts, [2, 0], tmp_path / "other")
 
 
 def test_a_judge_that_stops_answering_leaves_names_unscored(serve, contexts, tmp_path, caplog):
     good = names_and_verdicts(lambda n: [1])
     serve(lambda number, *rest: good(number, *rest) if number == 1 else (503, {}, {}))
     people = {i: {"name": name, "source": "human"} for i, name in ((0, "dogs"), (2, "cats"))}
-    scored = score_people(people, contexts.codes, contexts.is_val, open_chat("openai"), contexts, tmp_path)
+    scored = score_people(people, partial(judge_all, open_chat("openai"), contexts, cache=tmp_path))
     assert list(scored) == [0] and "1 names by people stay without a score" in caplog.text
 
 

@@ -11,8 +11,8 @@ from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
 from concepts.codes import Codes, codes_at, encode_run, live_codes
 from concepts.directions import closest_directions, promoted_tokens
 from concepts.firings import collect_firings, read_top_texts, write_top_texts
-from concepts.names import candidate_patterns, describe, name_latents, predict, score_rule
-from concepts.patterns import find_patterns
+from concepts.names import candidate_patterns, name_latents, patterns_of, predict, score_rule
+from concepts.patterns import describe, find_patterns
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
@@ -231,7 +231,7 @@ def test_planted_rules_are_named_and_scored():
         lambda s, i: 0.0,
     ]
     codes, is_val = planted(rules, TEXTS * 12)
-    named = name_latents(codes, is_val, range(3), progress=False)
+    named = name_latents(codes, patterns_of(codes), is_val, range(3))
     assert named[0]["name"] == "dog, bird" and named[0]["rule"] == [["word", "dog"], ["word", "bird"]]
     assert named[1]["name"] == "after “the”"
     assert 2 not in named
@@ -240,13 +240,13 @@ def test_planted_rules_are_named_and_scored():
             "precision"
         ] == named[latent]["recall"] == named[latent]["f1"] == 1
     assert 0.5 < named[1]["baseline"] < 1
-    assert named == name_latents(codes, is_val, range(3), progress=False)
+    assert named == name_latents(codes, patterns_of(codes), is_val, range(3))
 
 
 def test_a_name_groups_its_patterns_by_kind():
     rules = [lambda s, i: s[i] in ("dog", "red") or (i > 0 and s[i - 1] in ("under", "on"))]
     codes, is_val = planted(rules, TEXTS * 12)
-    entry = name_latents(codes, is_val, [0], progress=False)[0]
+    entry = name_latents(codes, patterns_of(codes), is_val, [0])[0]
     assert entry["score"] == 1 and "; " in entry["name"]
     assert sorted(entry["name"].split("; ")) in (["after “on”, “under”", "dog, red"],
                                                  ["after “under”, “on”", "dog, red"])
@@ -258,8 +258,8 @@ def test_the_score_is_of_held_out_texts():
     (start, values, indices), rows = next(iter(codes)), codes.rows
     dog = torch.tensor([codes.slice(i) == "dog" for i in range(len(codes))])
     values[is_val, 0] = dog[is_val].float()
-    entry = name_latents(Codes(codes.texts, rows, 1, lambda: iter([(start, values, indices)])), is_val, [0],
-                         progress=False)[0]
+    shuffled = Codes(codes.texts, rows, 1, lambda: iter([(start, values, indices)]))
+    entry = name_latents(shuffled, patterns_of(shuffled), is_val, [0])[0]
     assert entry["name"] == "cat" and entry["recall"] == 0 and entry["score"] < 0.5
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -28,13 +29,14 @@ from concepts.chat_names import (
     check_verdict,
     cost_estimate,
     judge,
+    judge_all,
     name_with,
     score_people,
     with_scores,
 )
 from concepts.dictionary import concepts_from_csv, read_concepts, write_concepts
 from concepts.formats import concepts_to_csv
-from concepts.names import score_words
+from concepts.names import patterns_of, score_words
 from lib.environment import InputError
 
 KEY = "sk-test-0123456789"
@@ -155,7 +157,7 @@ def test_a_context_stays_within_its_text(contexts):
 @pytest.mark.parametrize(("fires", "score"), [(lambda n: list(range(1, n + 1)), 0.5), (lambda n: [], 0.5)])
 def test_verdicts_that_tell_nothing_score_chance(serve, contexts, tmp_path, fires, score):
     serve(names_and_verdicts(fires))
-    named = name_with(open_chat("openai"), contexts, [0, 1, 2], tmp_path, progress=False)
+    named = name_with(open_chat("openai"), contexts, [0, 1, 2], tmp_path)
     assert sorted(named) == [0, 2] and all(entry["score"] == score for entry in named.values())
     assert named[0]["name"] == "dogs" and named[0]["source"] == "llm" and named[0]["backend"] == "openai"
     assert named[0]["judge"] == named[0]["model"] == "tiny" and named[0]["confidence"] == 0.9
@@ -166,7 +168,7 @@ def test_verdicts_are_scored_against_the_truth(serve, contexts, tmp_path):
     wrong = int(np.flatnonzero(~fires)[0])
     lines = [int(i) + 1 for i in np.flatnonzero(fires)[1:]] + [wrong + 1]  # one miss, one false alarm
     serve(lambda number, path, headers, body: openai(json.dumps({"fires": lines})))
-    result = judge(open_chat("openai"), contexts, 0, "dogs", "", tmp_path)
+    result = judge(open_chat("openai"), contexts, 0, {"name": "dogs"}, cache=tmp_path)
     assert result["score"] == result["precision"] == result["recall"] == result["f1"] == 0.9
 
 
@@ -174,23 +176,23 @@ def test_the_cache_answers_the_second_time(serve, contexts, tmp_path):
     server = serve(names_and_verdicts(lambda n: [1]))
     chat = open_chat("openai")
     before = cost_estimate(chat, contexts, [0, 2], tmp_path)
-    first = name_with(chat, contexts, [0, 2], tmp_path, progress=False)
+    first = name_with(chat, contexts, [0, 2], tmp_path)
     assert len(server.seen) == 4 and chat.calls == 4 and (chat.tokens_in, chat.tokens_out) == (400, 28)
     assert "4 questions" in before and "400 tokens read and 28 written in 4 calls" in chat.spent()
     again = open_chat("openai")
-    assert name_with(again, contexts, [0, 2], tmp_path, progress=False) == first
+    assert name_with(again, contexts, [0, 2], tmp_path) == first
     assert len(server.seen) == 4 and again.cached == 4 and again.calls == 0
     assert "0 questions" in cost_estimate(again, contexts, [0, 2], tmp_path)
     for path in tmp_path.iterdir():  # damaged: asked again
         path.write_text("{")
-    assert name_with(again, contexts, [0, 2], tmp_path, progress=False) == first and len(server.seen) == 8
+    assert name_with(again, contexts, [0, 2], tmp_path) == first and len(server.seen) == 8
 
 
 def test_another_model_is_asked_anew(serve, contexts, tmp_path, monkeypatch):
     server = serve(names_and_verdicts(lambda n: []))
-    name_with(open_chat("openai"), contexts, [0], tmp_path, progress=False)
+    name_with(open_chat("openai"), contexts, [0], tmp_path)
     monkeypatch.setenv("NAMING_MODEL", "other")
-    name_with(open_chat("openai"), contexts, [0], tmp_path, progress=False)
+    name_with(open_chat("openai"), contexts, [0], tmp_path)
     assert len(server.seen) == 4 and server.seen[-1][2]["model"] == "other"
 
 
@@ -206,7 +208,7 @@ def test_bad_answers_are_asked_again_and_told_why(serve, tmp_path):
 
 def test_a_model_that_never_answers_well_is_given_up(serve, contexts, tmp_path):
     server = serve(lambda number, path, headers, body: openai("I would rather not."))
-    assert name_with(open_chat("openai"), contexts, [0, 2], tmp_path, progress=False) == {}
+    assert name_with(open_chat("openai"), contexts, [0, 2], tmp_path) == {}
     assert len(server.seen) == 6 and list(tmp_path.iterdir()) == []
 
 
@@ -336,7 +338,7 @@ def test_the_key_is_sent_and_kept_nowhere(serve, contexts, tmp_path, caplog, cap
 
     server = serve(reply)
     chat = open_chat("openai")
-    named = name_with(chat, contexts, [0], tmp_path, progress=True)
+    named = name_with(chat, contexts, [0], tmp_path)
     assert server.seen[0][1]["Authorization"] == f"Bearer {KEY}"
     said = capsys.readouterr()
     everything = [json.dumps(named), caplog.text, said.out, said.err, repr(chat), chat.spent()]
@@ -344,37 +346,44 @@ def test_the_key_is_sent_and_kept_nowhere(serve, contexts, tmp_path, caplog, cap
     assert named[0]["description"] == "dog Bearer [key]" and not any(KEY in text for text in everything)
 
 
+def by_words(contexts):
+    patterns, is_val = patterns_of(contexts.codes), torch.from_numpy(contexts.is_val)
+    return lambda concepts: score_words(contexts.codes, patterns, is_val, concepts)
+
+
 def test_a_name_without_a_rule_is_scored_by_its_words(contexts):
-    scored = score_words(contexts.codes, torch.from_numpy(contexts.is_val), {0: "Dog or bird?", 2: "a beast", 1: "dog"})
+    names = {0: {"name": "Dog or bird?"}, 2: {"name": "a beast"}, 1: {"name": "dog"}}
+    scored = by_words(contexts)(names)
     assert scored[0]["score"] == 1 and scored[0]["judge"] == "words" and scored[1]["score"] is None
     assert scored[2]["recall"] == 0 and scored[2]["score"] < 0.5
 
 
 def test_what_a_person_wrote_stays_and_gets_a_score(serve, contexts, tmp_path):
-    path, is_val = tmp_path / "concepts.json", torch.from_numpy(contexts.is_val)
+    path, words = tmp_path / "concepts.json", by_words(contexts)
     old = {"name": "dog", "description": "d", "source": "offline", "score": 0.9, "scored_name": "dog",
            "rule": [["word", "dog"]], "notes": ""}
     concepts = write_concepts(path, HEADER, {0: old, 2: old | {"name": "cat", "scored_name": "cat"}})
-    assert score_people(concepts, contexts.codes, is_val, None, None, tmp_path) == {}
+    assert score_people(concepts, words) == {}
     concepts_to_csv(concepts, tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace("0,dog,d,", "0,dogs and birds,d,"))
     concepts = write_concepts(path, HEADER, concepts_from_csv(tmp_path / "t.csv", concepts))
-    new = score_people(concepts, contexts.codes, is_val, None, None, tmp_path)
+    new = score_people(concepts, words)
     assert (list(new) == [0] and new[0]["name"] == "dogs and birds" and new[0]["judge"] == "words"
             and "rule" not in new[0])
     assert new[0]["score"] == 0.5  # its words are plurals, which the texts do not have
     serve(names_and_verdicts(lambda n: [1]))
     cache, chat = tmp_path / "cache", open_chat("openai")
-    judged = score_people(concepts, contexts.codes, is_val, chat, contexts, cache)[0]
+    chat_judge = partial(judge_all, chat, contexts, cache=cache)
+    judged = score_people(concepts, chat_judge)[0]
     assert judged["judge"] == "tiny" and judged["name"] == "dogs and birds" and judged["source"] == "human"
-    named = name_with(chat, contexts, [0, 2], cache, progress=False)
+    named = name_with(chat, contexts, [0, 2], cache)
     meanwhile = concepts[0] | {"notes": "seen"}
     assert with_scores(named | {0: meanwhile}, {0: judged})[0] == judged | {"notes": "seen"}
     assert with_scores({0: meanwhile | {"name": "other"}}, {0: judged}) == {0: meanwhile | {"name": "other"}}
     concepts = write_concepts(path, HEADER, named | {0: judged})
     assert write_concepts(path, HEADER, named) == concepts == read_concepts(path)["concepts"]
     assert [concepts[i]["name"] for i in (0, 2)] == ["dogs and birds", "dogs"]
-    assert score_people(concepts, contexts.codes, is_val, chat, contexts, cache) == {}
+    assert score_people(concepts, chat_judge) == {}
 
 
 def test_the_notebook_names_with_a_server_and_without(script, source, serve, monkeypatch, own_store, capsys):
@@ -423,7 +432,7 @@ def chat_model(tmp_path_factory):
 
 def check_protocol(backend, contexts, cache):
     chat = open_chat(backend)
-    entry = name_with(chat, contexts, [0], cache, progress=False)[0]
+    entry = name_with(chat, contexts, [0], cache)[0]
     _, fires = contexts.for_judge(0)
     hits = fires[[0, 2]].sum()
     assert entry["name"] == "dogs" and entry["score"] == pytest.approx((hits / 10 + 1 - (2 - hits) / 10) / 2)

@@ -5,11 +5,11 @@
     print(cost_estimate(chat, contexts, latents, cache))
     named = name_with(chat, contexts, latents, cache)         # latent -> an entry of concepts.json
 
-The model sees contexts from training texts, strong and weak ones and some where the latent is silent, and answers with
-a name and a description. Then it is its own judge: shown the name and held-out contexts, half of them silent, it says
-in which the latent fires (the detection score of Bills et al. 2023 and Paulo et al. 2024, one token a context). The
-contexts are drawn evenly from all held-out tokens, so the score estimates what the rule of an offline name is scored
-by on all of them: the two can be compared, though one latent's estimate from 20 contexts is off by about 0.1.
+The model sees contexts from training texts, in which the latent fires strongly, weakly or not at all, and answers with
+a name and a description. Then it judges: shown the name and held-out contexts, half of them silent, it says in which
+the latent fires (the detection score of Bills et al. 2023 and Paulo et al. 2024, one token per context). The contexts
+are drawn evenly from all held-out tokens, so this score estimates what an offline name's rule scores on all of them.
+The two can be compared, though one latent's estimate from 20 contexts is off by about 0.1.
 """
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,13 +23,13 @@ from concepts.chat_models import Chat, ask_json, question_key
 from concepts.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN, NoAnswer
 from concepts.codes import Codes
 from concepts.formats import EDITABLE, STALE, Concepts
-from concepts.names import codes_matrix, score_rule, score_words, used_rows
+from concepts.names import codes_matrix, score_rule, used_rows
 from lib.environment import log
 
-N_FIRING, N_SILENT = 10, 6  # contexts from which a name is made
-N_JUDGED = 10  # held-out contexts that fire, and as many silent ones, by which it is scored
+N_FIRING, N_SILENT = 10, 6  # contexts that a name is made from
+N_JUDGED = 10  # held-out contexts that fire, and as many silent ones, that it is scored on
 WINDOW = (16, 6)  # tokens before and after the marked one
-GIVE_UP = 3  # latents in a row without an answer, after which a server is not asked any more
+GIVE_UP = 3  # latents in a row without an answer, after which the server is not asked again
 MAX_NAME, MAX_DESCRIPTION = 80, 400  # characters
 NAME = """A unit inside a language model fires on some tokens of a text and is silent on the others.
 In each line one token is marked <<like this>>. The unit has read the text up to that token only.
@@ -53,7 +53,7 @@ Answer with one JSON object and nothing else, the numbers of those lines: {{"fir
 
 
 class Contexts:
-    """Tokens of each latent in their surroundings, drawn for prompts; the same latent gets the same ones.
+    """Tokens of each latent in their surroundings, for prompts; a latent always gets the same ones.
 
     Drawn from the rows that offline names are made from (concepts.names.used_rows).
     """
@@ -67,7 +67,7 @@ class Contexts:
         self.text_id = codes.rows["text_id"].numpy()
 
     def firing(self, latent: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and codes where the latent fires, on training or on held-out texts, in order of rows."""
+        """Rows, ascending, and codes where the latent fires on training or on held-out texts."""
         span = slice(*self.strength.indptr[latent : latent + 2])
         rows, values = self.row_of[self.strength.indices[span]], self.strength.data[span]
         order = np.argsort(rows)
@@ -76,7 +76,7 @@ class Contexts:
         return rows[chosen], values[chosen]
 
     def silent(self, latent: int, held_out: bool, n: int) -> np.ndarray:
-        """n rows where the latent does not fire (fewer if there are not so many), drawn evenly."""
+        """Up to n rows where the latent does not fire, drawn evenly."""
         open_rows = self.use & (self.is_val == held_out)
         open_rows[self.firing(latent, held_out)[0]] = False
         pool = np.flatnonzero(open_rows)
@@ -87,7 +87,7 @@ class Contexts:
         rows, values = self.firing(latent, held_out=False)
         if not len(rows):
             return None
-        # Squared steps down the codes: most of the contexts are strong ones, the last is the weakest.
+        # Squared steps down the codes: most contexts are strong, the last is the weakest.
         ranks = np.unique(np.round((len(rows) - 1) * np.linspace(0, 1, N_FIRING) ** 2).astype(int))
         chosen = np.argsort(-values, kind="stable")[ranks]
         strengths = np.ceil(10 * values[chosen] / values.max()).astype(int)
@@ -96,7 +96,7 @@ class Contexts:
         return NAME.format(firing="\n".join(firing), silent="\n".join(silent))
 
     def for_judge(self, latent: int) -> tuple[list[int], np.ndarray]:
-        """Held-out rows in the order in which they are shown, and which of them fire: bool [n]."""
+        """Held-out rows in the order to show them, and which of them fire: bool [n]."""
         rows, _ = self.firing(latent, held_out=True)
         draw = np.random.default_rng([latent, 2])
         fires = draw.permutation(rows)[:N_JUDGED]
@@ -105,7 +105,7 @@ class Contexts:
         return shown[order].tolist(), (order < len(fires))
 
     def context(self, row: int) -> str:
-        """The token of a row, marked, with its neighbours, on one line."""
+        """The token of a row, marked, and its neighbours, on one line."""
         columns, text = self.codes.rows, self.codes.texts[self.text_id[row]]
         near = range(max(0, row - WINDOW[0]), min(len(self.codes), row + WINDOW[1] + 1))
         inside = [r for r in near if self.text_id[r] == self.text_id[row]]
@@ -115,17 +115,15 @@ class Contexts:
         return " ".join(f"{left}<<{text[start:end]}>>{right}".split())
 
 
-def name_with(
-    chat: Chat, contexts: Contexts, latents: Iterable[int], cache: Path, progress: bool = True
-) -> Concepts:
+def name_with(chat: Chat, contexts: Contexts, latents: Iterable[int], cache: Path) -> Concepts:
     """Ask for the name of each latent and score it; latent -> an entry of concepts.json.
 
-    A latent for which no valid answer came is left out, and so are those that remain after GIVE_UP latents in a row
-    without any answer. Started again, it takes from `cache` what was answered before. NoAnswer if none ever came.
+    Leaves out latents without a valid answer, and all that remain after GIVE_UP latents in a row got none at all. When
+    it is run again, what was answered before comes from `cache`. Raises NoAnswer if there never was an answer.
     """
     named: Concepts = {}
     failed = 0
-    for latent in tqdm(list(latents), desc=f"naming by {chat.model}", unit="latent", disable=not progress):
+    for latent in tqdm(list(latents), desc=f"naming by {chat.model}", unit="latent"):
         question = contexts.for_name(latent)
         if question is None:
             continue
@@ -133,7 +131,7 @@ def name_with(
             answer = ask_json(chat, question, check_name, cache)
             if answer is None:
                 continue
-            scores = judge(chat, contexts, latent, answer["name"], answer["description"], cache)
+            scores = judge(chat, contexts, latent, answer, cache=cache)
             failed = 0
         except NoAnswer as error:
             if not chat.calls + chat.cached:
@@ -141,42 +139,30 @@ def name_with(
             failed += 1
             log.warning("latent %d keeps its offline name: %s", latent, error)
             if failed == GIVE_UP:
-                log.warning("no answer for %d latents in a row: all that remain keep their offline names", failed)
+                log.warning("no answer for %d latents in a row; the rest keep their offline names", failed)
                 break
             continue
         named[latent] = answer | scores | {
             "backend": chat.backend, "model": chat.model, "prompt_hash": question_key(chat, question),
-            "n_examples": len(contexts.firing(latent, held_out=False)[0]), "source": "llm", "edited_by": None,
-            "notes": "",
+            "n_examples": len(contexts.firing(latent, held_out=False)[0]),
+            "source": "llm", "edited_by": None, "notes": "",
         }
     return named
 
 
-def score_people(
-    concepts: Concepts, codes: Codes, is_val: Tensor, chat: Chat | None, contexts: Contexts | None, cache: Path
-) -> Concepts:
-    """The names that people gave and that have no score yet, scored: by the chat model, or without one by their words.
+def score_people(concepts: Concepts, score: Callable[[Concepts], Concepts]) -> Concepts:
+    """The people's names that have no score yet, scored; everything that a person wrote in them stays as it is.
 
-    Returns the scored entries only; everything that a person wrote in them stays as it is.
+    score: entries to score -> scores by latent, such as judge_all or names.score_words.
     """
     new = {i: e for i, e in concepts.items() if e["source"] == "human" and e.get("scored_name") != e["name"]}
-    scores: Concepts = {}
-    if chat is None or contexts is None:
-        scores = score_words(codes, is_val, {i: entry["name"] for i, entry in new.items()}) if new else {}
-    else:
-        try:
-            for i, e in new.items():
-                scores[i] = judge(chat, contexts, i, e["name"], e.get("description") or "", cache)
-        except NoAnswer as error:
-            log.warning("%d names by people stay without a score: %s", len(new) - len(scores), error)
+    scores = score(new) if new else {}
     fresh = {i: {key: value for key, value in new[i].items() if key not in STALE} for i in scores}
     return {i: entry | {"scored_name": entry["name"]} | scores[i] for i, entry in fresh.items()}
 
 
 def with_scores(concepts: Concepts, scored: Concepts) -> Concepts:
-    """The concepts with what score_people returned, maybe after hours: a name that was changed meanwhile stays
-    unscored.
-    """
+    """The concepts with what score_people returned, maybe hours later: a name changed meanwhile stays unscored."""
     now = dict(concepts)
     for latent, entry in scored.items():
         if now.get(latent, {}).get("name") == entry["scored_name"]:
@@ -184,12 +170,25 @@ def with_scores(concepts: Concepts, scored: Concepts) -> Concepts:
     return now
 
 
-def judge(chat: Chat, contexts: Contexts, latent: int, name: str, description: str, cache: Path) -> dict[str, Any]:
-    """Detection score of a name, whoever gave it: score (None without held-out firings or a valid verdict), score_kind,
-    precision, recall and F1 on contexts half of which fire, judge."""
+def judge_all(chat: Chat, contexts: Contexts, concepts: Concepts, cache: Path) -> Concepts:
+    """The detection scores of these entries, as far as the server answers."""
+    scores: Concepts = {}
+    try:
+        for latent, entry in concepts.items():
+            scores[latent] = judge(chat, contexts, latent, entry, cache=cache)
+    except NoAnswer as error:
+        log.warning("%d names by people stay without a score: %s", len(concepts) - len(scores), error)
+    return scores
+
+
+def judge(chat: Chat, contexts: Contexts, latent: int, entry: dict[str, Any], *, cache: Path) -> dict[str, Any]:
+    """Detection score of an entry's name and description, with precision, recall and F1 on the contexts shown.
+
+    score is None without held-out firings or a valid verdict.
+    """
+    name, description = entry["name"], entry.get("description") or ""
     rows, fires = contexts.for_judge(latent)
-    kind = (f"balanced accuracy of the model's verdicts on {len(rows)} held-out tokens, half of them silent; "
-            "0.5 is chance")
+    kind = f"balanced accuracy of the model's verdicts on {len(rows)} held-out tokens, half of them silent"
     scores: dict[str, Any] = {"balanced_accuracy": None, "precision": None, "recall": None, "f1": None}
     if rows:
         question = _judge_question(contexts, rows, name, description)
@@ -197,7 +196,7 @@ def judge(chat: Chat, contexts: Contexts, latent: int, name: str, description: s
         if verdict is not None:
             says = np.isin(np.arange(1, len(rows) + 1), verdict["fires"])
             scores = score_rule(says, fires)
-    scored = {"scored_name": name, "score": scores.pop("balanced_accuracy"), "score_kind": kind}
+    scored = {"scored_name": name, "score": scores.pop("balanced_accuracy"), "score_kind": f"{kind}; 0.5 is chance"}
     return scored | {"judge": chat.model, **scores}
 
 
@@ -207,14 +206,14 @@ def _judge_question(contexts: Contexts, rows: list[int], name: str, description:
 
 
 def check_name(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer's name, description and confidence (None if it gives none); ValueError says what is wrong."""
+    """The answer's name, description and confidence (None if not given); ValueError says what is wrong."""
     texts = {}
     for key, limit in (("name", MAX_NAME), ("description", MAX_DESCRIPTION)):
         value = answer.get(key)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f'"{key}" must be a text')
         if len(value) > limit:
-            raise ValueError(f'"{key}" has {len(value)} characters, at most {limit} are allowed')
+            raise ValueError(f'"{key}" has {len(value)} characters, more than {limit}')
         texts[key] = " ".join(value.split())
     confidence = answer.get("confidence")
     number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
@@ -236,7 +235,7 @@ def check_verdict(n: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def cost_estimate(chat: Chat, contexts: Contexts, latents: Iterable[int], cache: Path) -> str:
-    """One line for people: what naming these latents will take at most, by the length of the questions."""
+    """What naming these latents will take, judged by the length of the questions, in one line."""
     latents, calls, characters = list(latents), 0, 0
     for latent in latents:
         question = contexts.for_name(latent)
@@ -244,6 +243,5 @@ def cost_estimate(chat: Chat, contexts: Contexts, latents: Iterable[int], cache:
             rows, _ = contexts.for_judge(latent)
             calls += 1 + bool(rows)
             characters += len(question) + (len(_judge_question(contexts, rows, "", "")) if rows else 0)
-    tokens = f"{characters // CHARS_PER_TOKEN:,} tokens to read, at most {calls * ANSWER_TOKENS:,} to write"
-    return (f"{chat.model}: {len(latents)} names, {calls} questions that are not in the cache: about {tokens} "
-            "(bad answers cost more)")
+    tokens = f"about {characters // CHARS_PER_TOKEN:,} tokens to read, at most {calls * ANSWER_TOKENS:,} to write"
+    return f"{chat.model}: {len(latents)} names, {calls} questions not in the cache: {tokens} (bad answers cost more)"
