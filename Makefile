@@ -25,6 +25,7 @@ check = $(if $(call unknown,$(1)),$(error there is no constant $(call unknown,$(
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q --no-deps overcomplete==0.3.0
 	touch $@
 
 # Saves activations, trains an SAE, executes the notebooks into HTML pages, prints the verification.

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # imported where it is needed: constants are checked before anything heavy is loaded
     import torch
 
-PROJECT = Path(__file__).resolve().parent.parent
+_BESIDE = Path(__file__).resolve().parents[1]
+INSTALLED = not (_BESIDE / "experiments" / "verify_sae_training").is_dir()
+# The checkout's root; installed there is none, and the working directory takes its place.
+PROJECT = Path.cwd() if INSTALLED else _BESIDE
 LONGEST = 1000  # characters of an error's line
 log = logging.getLogger("workbench")
 

@@ -71,10 +71,13 @@ class SAE:
     def overcomplete(self) -> nn.Module:
         """overcomplete's TopKSAE on x', in eval mode, without gradients; it shares the memory of these weights.
 
-        Raises InputError for an SAE with thresholds, which that class does not have.
+        Raises InputError where overcomplete is not installed, and for an SAE with thresholds, which that class does
+        not have.
         """
-        from overcomplete.sae import TopKSAE  # encode and decode do without it
-
+        try:
+            from overcomplete.sae import TopKSAE  # encode and decode do without it
+        except ImportError as error:
+            raise InputError(f"overcomplete is missing ({error}); pip install --no-deps overcomplete==0.3.0") from None
         if self.threshold is not None:
             raise InputError("overcomplete's TopKSAE has no thresholds; use encode and decode")
         n_inputs, device = self.W_dec.shape[1], str(self.W_dec.device)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import schemas
-from .environment import PROJECT, InputError
+from .environment import INSTALLED, PROJECT, InputError
 from .files import fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
 from .outputs import check_files
 
@@ -35,9 +35,10 @@ ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")
 
 
 def store_root() -> Path:
-    """The folder of all outputs: the environment variable STORE_DIR, else store/ in the project.
+    """The folder of all outputs: the environment variable STORE_DIR, else store/ in the checkout, or in the working
+    directory where the package is installed.
 
-    Raises InputError for a STORE_DIR in the home of nobody.
+    Raises InputError for a STORE_DIR in the home of an unknown user.
     """
     path = os.path.expanduser(os.environ.get("STORE_DIR") or PROJECT / "store")
     if str(path).startswith("~"):
@@ -51,21 +52,33 @@ def experiment_dir(experiment: str) -> Path:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and code revision (None without git) that an output is stamped with. No time: equal runs give equal
-    bytes.
+    """What an output is stamped with: versions (None: not installed) and code revision (None without git).
+
+    No time: equal runs give equal bytes.
     """
     packages = ("torch", "transformers", "datasets", "overcomplete", "numpy", "scikit-learn")
-    try:
-        git = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty"], capture_output=True,
-                             text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        git = ""
     return {
-        "git": git or None,
+        "git": None if INSTALLED else _revision(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
+
+
+def _revision() -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty"], capture_output=True,
+                              text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

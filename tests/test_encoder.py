@@ -25,7 +25,7 @@ def trained(tmp_path, saved_model):
     run = save_activations(tmp_path / "run", model, tokenizer, [point], texts=TEXTS, splits=["train"] * 5 + ["val"])
     W = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     config = {"hook": point.signature, "model": model_identity(model, str(saved_model[0]))}
-    sae = make_sae(W, torch.zeros(40), W, torch.zeros(16), 4.0, 3, config)
+    sae = make_sae(W, torch.zeros(40), W, torch.zeros(16), scale=4.0, top_k=3, config=config)
     save_sae(sae, tmp_path / "sae_model" / "topk_sae.pt", probe=run.shards(run.hooks[0])[0])
     names = {"sae_hash": sae_hash(sae), "concepts": {str(i): {"name": f"concept {i}"} for i in range(0, 40, 2)}}
     (tmp_path / "concepts.json").write_text(json.dumps(names))

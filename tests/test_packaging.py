@@ -1,22 +1,32 @@
-"""What an installation needs: every import declared, every data file in the wheel; and that make passes on what it is
-given.
+"""What an installation needs: every import declared, a wheel that works without the checkout; and that make passes on
+what it is given.
 """
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+import torch
+import yaml
+from conftest import PROJECT, tiny_model
+
+from lib.models import model_identity
+from lib.sae import make_sae, save_sae
 
 NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}  # distribution -> module, where they differ
-PEERS = {"dictionary_learning", "sae_lens", "sae_bench", "sparsify", "transformer_lens"}  # run in an environment of
-                                                                                          # their own (make peers)
-FROM_TORCH = {"tensorboard"}  # imported as torch.utils.tensorboard
+# Run in an environment of their own (make peers).
+PEERS = {"dictionary_learning", "sae_lens", "sae_bench", "sparsify", "transformer_lens"}
+WITHOUT_ITS_OWN = {"overcomplete"}  # installed with --no-deps
+FOR_THOSE = {"einops"}  # what it needs of them
 SETTINGS = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+REQUIREMENTS = (PROJECT / "requirements.txt").read_text()
 
 
 def modules_of(requirements):
@@ -25,8 +35,7 @@ def modules_of(requirements):
 
 
 def test_every_third_party_import_is_declared():
-    declared = modules_of(SETTINGS["project"]["dependencies"])
-    optional = modules_of(sum(SETTINGS["project"]["optional-dependencies"].values(), []))
+    declared, extras = modules_of(SETTINGS["project"]["dependencies"]), SETTINGS["project"]["optional-dependencies"]
     files = [*(PROJECT / "lib").rglob("*.py"), *(PROJECT / "experiments").rglob("*.py")]
     own = {"lib"} | {path.stem for path in files} | {path.parent.name for path in files}
     imported = set()
@@ -36,31 +45,70 @@ def test_every_third_party_import_is_declared():
                      else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
             imported |= {name.partition(".")[0] for name in names if name}
     needed = imported - own - set(sys.stdlib_module_names) - PEERS
-    assert needed - declared - optional == set()
-    assert declared - needed == set()  # and nothing is declared that nobody imports
-    pinned = modules_of(line for line in (PROJECT / "requirements.txt").read_text().splitlines()
-                        if line and not line.startswith(("#", "-")))
-    assert {"torch", "transformers", "datasets", "overcomplete", "numba", "sklearn"} <= pinned & declared
+    assert needed - declared - modules_of(sum(extras.values(), [])) == WITHOUT_ITS_OWN
+    assert declared - needed == FOR_THOSE  # and nothing is declared that nobody imports
+    pinned = modules_of(line for line in REQUIREMENTS.splitlines() if line and not line.startswith("#"))
+    assert pinned == declared | modules_of(extras["chat"] + extras["notebooks"] + extras["dev"])
 
 
-def test_the_wheel_holds_every_file_of_lib():
-    """By setuptools' own list, which is what a wheel is made from."""
-    code = ("from setuptools.dist import Distribution; d = Distribution({'script_name': 'setup.py'}); "
-            "d.parse_config_files(); "
-            "c = d.get_command_obj('build_py'); c.build_lib = 'x'; c.ensure_finalized(); "
-            "print(*c.get_outputs(include_bytecode=False), sep='\\n')")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
-    listed = {str(Path(line).relative_to("x/sae_workbench")) for line in done.stdout.splitlines()
-              if line.startswith("x")}
-    there = {str(path.relative_to(PROJECT / "lib")) for path in (PROJECT / "lib").rglob("*")
+def test_overcomplete_is_installed_alike_everywhere():
+    """Its version is said where pip is called, and where a reader or an error tells how."""
+    for name in ("requirements.txt", "pyproject.toml", "Makefile", "lib/sae.py"):
+        assert "--no-deps overcomplete==0.3.0" in (PROJECT / name).read_text(), name
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel, built offline from a copy of what it is made from."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(PROJECT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, folder / name)
+    code = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.splitlines()[-1]
+
+
+def test_the_wheel_holds_every_file_of_lib_and_nothing_called_lib(wheel):
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    there = {path.relative_to(PROJECT / "lib").as_posix() for path in (PROJECT / "lib").rglob("*")
              if path.is_file() and "__pycache__" not in path.parts}
-    assert there == listed, done.stderr
+    assert held == {f"sae_workbench/{name}" for name in there}
+
+
+USE = """
+import importlib.util, os, sys
+import sae_workbench
+assert "torch" not in sys.modules and importlib.util.find_spec("lib") is None
+from sae_workbench import load_encoder
+from sae_workbench.store import provenance, store_root
+print(load_encoder(sys.argv[1]).encode("the cat sat").tokens, os.path.relpath(store_root()), provenance()["git"])
+"""
+
+
+def test_the_wheel_works_without_the_checkout(wheel, saved_model, tmp_path):
+    """In an environment that has nothing but it and what it depends on."""
+    W = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    config = {"hook": "resid_post:1", "model": model_identity(tiny_model("llama"), str(saved_model[0]))}
+    sae = make_sae(W, torch.zeros(40), W, torch.zeros(16), scale=4.0, top_k=3, config=config)
+    save_sae(sae, tmp_path / "topk_sae.pt", probe=torch.randn(64, 16))
+    venv.create(tmp_path / "venv", symlinks=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    (packages / "others.pth").write_text("\n".join(place for place in sys.path if place.endswith("site-packages")))
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "STORE_DIR")}
+    done = subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", USE, tmp_path / "topk_sae.pt"],
+                          capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout.splitlines()[-1:] == ["['the', 'cat', 'sat'] store None"], done.stderr
 
 
 def test_the_metadata_says_what_it_is():
-    project = SETTINGS["project"]
+    project, citation = SETTINGS["project"], yaml.safe_load((PROJECT / "CITATION.cff").read_text())
     assert (project["description"] and (PROJECT / project["readme"]).exists() and project["license"] == "MIT"
             and (PROJECT / "LICENSE").exists())
+    assert (citation["title"], citation["version"]) == (project["name"], project["version"])
+    assert citation["authors"] == project["authors"]
 
 
 @pytest.fixture
