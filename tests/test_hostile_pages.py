@@ -71,7 +71,7 @@ def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, sh
         log.removeHandler(handler)
     sae = load_sae(own_store / "verify_sae_training" / "sae_model" / "topk_sae.pt")
     run = open_run("verify_sae_training")
-    truth = ground_truth(run, folder)
+    truth = ground_truth(run)
     assert {LEAVES[0]["path"], "how it ends: $\\frac$"} <= {concept.name for concept in truth.concepts}
     rows = [{"concept": concept.name, "context": number % 2, "latent": {"f1": 0.5}}
             for number, concept in enumerate(truth.concepts)]
@@ -113,5 +113,5 @@ def test_a_concepts_file_of_another_project_is_ignored_in_one_line(tmp_path, cap
     (tmp_path / "concepts.json").write_text("{" if content == "not JSON" else json.dumps(content))
     meta = {"dataset": {"name": str(tmp_path / "texts.jsonl"), "split": "train", "field": "text", "limit": None}}
     run = type("Run", (), {"meta": meta, "texts": [{"text": "the cat sat"}]})
-    assert ground_truth(run, tmp_path) is None
+    assert ground_truth(run) is None
     assert len(caplog.records) == 1 and "ignored" in caplog.text and str(tmp_path) not in caplog.text

@@ -172,7 +172,7 @@ STORIES = [
 
 def test_what_the_stories_say_of_their_tokens(tmp_path):
     run = story_run(tmp_path, STORIES)
-    truth = ground_truth(run, tmp_path)
+    truth = ground_truth(run)
     where = {concept.name: truth.labels[:, i] for i, concept in enumerate(truth.concepts)}
 
     def tokens(name):
@@ -195,21 +195,21 @@ def test_the_truth_goes_by_the_text_not_by_its_place(tmp_path):
     """A run of a sample of the stories, in another order, has the same labels."""
     run = story_run(tmp_path, STORIES)
     lines = (tmp_path / "stories.jsonl").read_text().splitlines()
-    before = ground_truth(run, tmp_path)
+    before = ground_truth(run)
     (tmp_path / "stories.jsonl").write_text("\n".join(reversed(lines)) + "\n")
-    after = ground_truth(run, tmp_path)
+    after = ground_truth(run)
     assert before.concepts == after.concepts and torch.equal(before.labels, after.labels)
     (tmp_path / "stories.jsonl").write_text(lines[0] + "\n")
     with pytest.raises(InputError, match="1 texts of run"):
-        ground_truth(run, tmp_path)
+        ground_truth(run)
 
 
 def test_a_data_set_that_has_moved_leaves_the_run_without_truth(tmp_path, caplog):
     run = story_run(tmp_path, STORIES)
     run.meta["dataset"]["path"] = str(tmp_path / "stories.jsonl")
-    assert ground_truth(run, tmp_path)
+    assert ground_truth(run)
     (tmp_path / "stories.jsonl").rename(tmp_path / "elsewhere.jsonl")
-    assert ground_truth(run, tmp_path) is None and "is gone; put it back" in caplog.text
+    assert ground_truth(run) is None and "is gone; put it back" in caplog.text
 
 
 def test_every_word_with_two_senses_in_the_shipped_stories_is_asked_for():

@@ -56,7 +56,7 @@ def found_concepts(run_id, sae):
 
 def draw_tokens(saved, rows):
     """(row of the run, number of the concept) of up to SAMPLES held-out tokens of each concept, int64 [M] each."""
-    truth, generator = ground_truth(saved, FOLDER), torch.Generator().manual_seed(SEED)
+    truth, generator = ground_truth(saved), torch.Generator().manual_seed(SEED)
     if truth is None:
         raise InputError(f"run {saved.run_id} has no ground truth any more: concepts.json beside its data set is "
                          "missing")

@@ -1,11 +1,11 @@
-"""SAEs without what training finds, which a trained one has to beat in whatever is said of its latents.
+"""SAEs that lack what training finds: whatever is claimed of a trained SAE's latents, it has to beat these.
 
     saes = control_saes(run, hook, settings, folder)     # {"untrained", "frozen_decoder", "frozen_encoder"}
 
-The untrained one is the start of the training itself. The frozen ones (arXiv 2602.14111) are trained on the same rows,
-for as many steps, with the same k and number of latents, but their decoder (or encoder) stays at its random start. They
-get neither whitening nor an aligned encoder, which would shape the frozen part after the data. A trained control is
-kept in `folder` under a name that stands for its settings and data, so that it is trained once.
+The untrained one is the start of the training itself. The frozen ones (arXiv 2602.14111) are trained on the same rows
+for as many steps, with the same k and number of latents, but their decoder (or encoder) stays at its random start.
+They have neither whitening nor an aligned encoder, which would fit the frozen part to the data. Each is trained once
+and kept in `folder`, named by its settings and data.
 """
 import shutil
 from dataclasses import asdict, replace
@@ -27,7 +27,7 @@ CONTROL_RATES = {"decoder": 1.0, "encoder": 0.1}
 
 
 def control_settings(settings: TrainSettings, frozen: str, n_train: int) -> TrainSettings:
-    """What the control with its "decoder" or "encoder" frozen is trained with. n_train: rows of one epoch."""
+    """The settings of the control with a frozen "decoder" or "encoder". n_train: rows of one epoch."""
     rate = CONTROL_RATES[frozen] * learning_rate(settings.n_latents, settings.epochs * n_train)
     return replace(settings, kind="topk", lr=rate, whiten=0, aligned=False, frozen=frozen)
 
@@ -35,10 +35,9 @@ def control_settings(settings: TrainSettings, frozen: str, n_train: int) -> Trai
 def control_saes(
     run: Run, hook: str, settings: TrainSettings, folder: Path, device: torch.device | str = "cpu"
 ) -> dict[str, SAE]:
-    """Kind -> SAE; those that `folder` does not hold yet are trained, which takes about as long as the SAE itself for
-    each.
+    """Kind -> SAE; trains those that `folder` does not hold yet, each in about the time of the SAE itself.
 
-    settings: those of the trained SAE. All controls are TopK, also where the SAE is of another kind.
+    settings: those of the trained SAE. All controls are TopK, whatever kind the SAE is.
     """
     rows = rows_of_run(run, hook)
     found = {"untrained": untrained_sae(rows, settings).to(device)}
@@ -58,8 +57,6 @@ def control_saes(
 
 
 def relative_change(sae: SAE, start: SAE) -> dict[str, float]:
-    """How far dictionary and encoder moved from `start`, in units of the start's norm; 0 for what was frozen, but for
-    rounding.
-    """
+    """How far dictionary and encoder moved from `start`, relative to its norm; a frozen one only by rounding."""
     pairs = {"dictionary": (sae.W_dec, start.W_dec), "encoder": (sae.W_enc, start.W_enc)}
     return {name: float((now.cpu() - then.cpu()).norm() / then.norm()) for name, (now, then) in pairs.items()}

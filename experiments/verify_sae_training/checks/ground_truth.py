@@ -1,15 +1,13 @@
-"""What the embedded stories say of every token: the concept of its word, the sense of a word that has two, the state of
-its story.
+"""What the embedded stories know of every token: its word's concept, which sense of two it has, its story's state.
 
-    concepts, labels = ground_truth(run, folder)     # labels bool [n_rows, C]; None where the data set says nothing
+    truth = ground_truth(run)     # None for a data set without concepts
 
-A concept's `part` is "leaf" or "node" of the concept tree, "sense" or "state". A sense is asked for among its word's
-own tokens only (`word`), where the token itself says nothing; everything else among all tokens.
+A concept's `part` is "leaf" or "node" of the concept tree, "sense" or "state". A sense is sought among its word's own
+tokens only (`word`), where the token itself tells nothing; everything else among all tokens.
 """
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +39,7 @@ class Concept(NamedTuple):
     part: str
     """leaf, node, sense or state."""
     word: str | None = None
-    """Of a sense: the word among whose tokens it is asked for."""
+    """Of a sense: the word among whose tokens it is sought."""
 
 
 class Truth(NamedTuple):
@@ -54,12 +52,12 @@ class Truth(NamedTuple):
     """Word of a sense -> its rows, bool [n_rows]."""
 
 
-def ground_truth(run: Run, folder: Path) -> Truth | None:
-    """The concepts that the embedded stories carry; None where the data set has none, see concept_tree().
+def ground_truth(run: Run) -> Truth | None:
+    """The concepts of a run's tokens; None for a data set without, see concept_tree().
 
-    folder: where the data set's name is looked for last. Raises InputError if a text of the run is not in the data set.
+    Raises InputError if a text of the run is not in the data set.
     """
-    tree = concept_tree(run, folder)
+    tree = concept_tree(run)
     if tree is None:
         return None
     try:
@@ -69,18 +67,17 @@ def ground_truth(run: Run, folder: Path) -> Truth | None:
         return None
 
 
-def concept_tree(run: Run, folder: Path) -> dict[str, Any] | None:
-    """The concepts.json beside a data set: leaves (number, path, words), topics, moods. None where there is none.
-
-    One of another shape belongs to some other project, and a data set may have moved since; the log says so.
+def concept_tree(run: Run) -> dict[str, Any] | None:
+    """The concepts.json beside a data set: leaves (number, path, words), topics, moods. None, with a warning, if the
+    data set has moved or the file has another shape, as some other project's would.
     """
     try:
         source = source_of_run(run.meta["dataset"])
     except InputError as error:
         log.warning("no ground truth: %s", error)
         return None
-    found = (local_path(source) or folder).parent / "concepts.json"
-    if not found.exists():
+    path = local_path(source)
+    if path is None or not (found := path.parent / "concepts.json").exists():
         return None
     try:
         tree = read_json(found, TRUTH)
@@ -89,16 +86,16 @@ def concept_tree(run: Run, folder: Path) -> dict[str, Any] | None:
             return tree
     except InputError:
         pass
-    log.warning("the concepts.json beside the data set is no tree of concepts with their words; it is ignored")
+    log.warning("the concepts.json beside the data set holds no tree of concepts with their words; it is ignored")
     return None
 
 
 def _labelled(run: Run, tree: dict[str, Any]) -> Truth:
-    """What the stories of a run say of its tokens. Raises KeyError and the like where they say it in another way."""
+    """What the stories of a run know of its tokens. Raises KeyError and the like for stories of another form."""
     paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
     by_text = {story["text"]: story for story in load_documents(source_of_run(run.meta["dataset"]))}
     if missing := sum(text["text"] not in by_text for text in run.texts):
-        raise InputError(f"{missing} texts of run {run.run_id} are not in its data set any more; run "
+        raise InputError(f"{missing} texts of run {run.run_id} are no longer in its data set; run "
                          "01_save_activations.py again")
     stories = [by_text[text["text"]] for text in run.texts]
     senses = _senses(stories, paths)
@@ -125,7 +122,7 @@ def _above(path: str) -> list[str]:
 
 
 def _senses(stories: list[dict[str, Any]], paths: dict[int, str]) -> dict[str, str]:
-    """Word -> the rarer one of its two commonest senses, "" for none, of every word that has more than one."""
+    """For every word with several senses, the rarer of its two commonest ones; "" is the sense without a concept."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for story in stories:
         for match, leaf in zip(WORD.finditer(story["text"]), story["concepts"]):

@@ -1,6 +1,6 @@
 """Checks that say whether an SAE learnt something: a number, its thresholds, and PASS, WARN or FAIL."""
 import math
-from collections.abc import Callable
+import operator
 from typing import Any, NamedTuple
 
 from lib.checking import Number, Schema
@@ -19,75 +19,66 @@ VERIFICATION = Schema({
 
 
 class Rule(NamedTuple):
-    """What a check asks for."""
+    """What a check asks for; thresholds like ">= 0.5"."""
 
     meaning: str
     """What the number is."""
-    passes: Callable[[float], bool]
-    warns: Callable[[float], bool]
-    text: str
-    """The thresholds in words: for PASS; for WARN."""
+    passes: str
+    warns: str | None = None
+    """None: what does not pass fails."""
     kind: str = "evidence"
-    """evidence, or sanity: what holds by construction, so that anything but PASS means that something is broken."""
-
-
-def _at_least(good: float, fair: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
-    return lambda v: v >= good, lambda v: v >= fair, f">= {good:g}; >= {fair:g}"
-
-
-def _at_most(good: float, fair: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
-    return lambda v: v <= good, lambda v: v <= fair, f"<= {good:g}; <= {fair:g}"
-
-
-def _below(good: float, fair: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
-    return lambda v: v < good, lambda v: v < fair, f"< {good:g}; < {fair:g}"
-
-
-def _above_zero(good: float) -> tuple[Callable[[float], bool], Callable[[float], bool], str]:
-    return lambda v: v >= good, lambda v: v > 0, f">= {good:g}; > 0"
+    """sanity: it holds by construction, so anything but PASS means that something is broken."""
 
 
 RULES = {
-    "loss_fell": Rule("last loss / first loss", *_at_most(0.7, 0.95)),
+    "loss_fell": Rule("last loss / first loss", "<= 0.7", "<= 0.95"),
     "weights_moved": Rule("relative change of dictionary and encoder since the start (the smaller)",
-                          *_at_least(0.05, 0.01)),
-    "l0_cap": Rule("most codes on one token, minus k", *_at_most(0, 0), "sanity"),
-    "l0_mean": Rule("mean codes per token / k", *_at_least(0.9, 0.5), "sanity"),
-    "ev": Rule("explained variance, held out", *_above_zero(0.5)),
-    "ev_pca": Rule("EV minus that of PCA with k components", lambda v: v > 0, lambda v: False, "> 0"),
-    "ev_random": Rule("EV minus that of the untrained SAE", *_above_zero(0.1)),
-    "ev_frozen": Rule("EV minus that of the better SAE with a part frozen at random", *_above_zero(0.1)),
-    "ev_shuffled": Rule("EV minus that on activations whose dimensions are shuffled", *_above_zero(0.1)),
-    "ev_trim": Rule("change of EV without the 1 % largest rows", *_at_most(0.1, 0.3)),
-    "gap": Rule("training EV minus held-out EV", *_at_most(0.05, 0.15)),
-    "dead": Rule("% of latents that never fire on training + held-out tokens", *_below(10, 50)),
-    "dense": Rule("% of latents that fire on more than 10 % of tokens", *_below(1, 5)),
-    "duplicates": Rule("% of latents with a decoder cosine over 0.95 to another", *_below(1, 10)),
-    "units": Rule("largest deviation of x' from mean 0 and mean squared norm 1", *_at_most(0.05, 0.2), "sanity"),
-    "reload": Rule("difference of codes after saving and loading / what float32 rounding explains", *_at_most(1, 1),
-                   "sanity"),
-    "ce_recovered": Rule("share of the language-model loss recovered with the SAE spliced in", *_at_least(0.9, 0.7)),
+                          ">= 0.05", ">= 0.01"),
+    "l0_cap": Rule("most codes on one token, minus k", "<= 0", kind="sanity"),
+    "l0_mean": Rule("mean codes per token / k", ">= 0.9", ">= 0.5", kind="sanity"),
+    "ev": Rule("explained variance, held out", ">= 0.5", "> 0"),
+    "ev_pca": Rule("EV minus that of PCA with k components", "> 0"),
+    "ev_random": Rule("EV minus that of the untrained SAE", ">= 0.1", "> 0"),
+    "ev_frozen": Rule("EV minus that of the better SAE with a part frozen at random", ">= 0.1", "> 0"),
+    "ev_shuffled": Rule("EV minus that on activations whose dimensions are shuffled", ">= 0.1", "> 0"),
+    "ev_trim": Rule("change of EV without the 1 % largest rows", "<= 0.1", "<= 0.3"),
+    "gap": Rule("training EV minus held-out EV", "<= 0.05", "<= 0.15"),
+    "dead": Rule("% of latents that never fire on training + held-out tokens", "< 10", "< 50"),
+    "dense": Rule("% of latents that fire on more than 10 % of tokens", "< 1", "< 5"),
+    "duplicates": Rule("% of latents with a decoder cosine over 0.95 to another", "< 1", "< 10"),
+    "units": Rule("largest deviation of x' from mean 0 and mean squared norm 1", "<= 0.05", "<= 0.2", kind="sanity"),
+    "reload": Rule("difference of codes after saving and loading / what float32 rounding explains", "<= 1",
+                   kind="sanity"),
+    "ce_recovered": Rule("share of the language-model loss recovered with the SAE spliced in", ">= 0.9", ">= 0.7"),
     "concept_gain": Rule("word concepts: mean F1 of latents minus that of the best other kind of unit",
-                         *_above_zero(0.1)),
+                         ">= 0.1", "> 0"),
     "context_gain": Rule("context concepts: mean F1 of latents minus that of the best other kind of unit",
-                         *_above_zero(0.1)),
-    "context_table": Rule("context concepts: mean F1 of latents minus that of the token table", *_above_zero(0.05)),
+                         ">= 0.1", "> 0"),
+    "context_table": Rule("context concepts: mean F1 of latents minus that of the token table", ">= 0.05", "> 0"),
 }
+COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+
+def _holds(value: float, threshold: str | None) -> bool:
+    if threshold is None:
+        return False
+    sign, bound = threshold.split()
+    return COMPARE[sign](value, float(bound))
 
 
 def check(name: str, value: float) -> Check:
     """One verdict. A value that is not finite fails."""
     rule = RULES[name]
     finite = math.isfinite(value)
-    verdict = "PASS" if finite and rule.passes(value) else "WARN" if finite and rule.warns(value) else "FAIL"
-    return {"check": name, "value": value if finite else None, "verdict": verdict, "threshold": rule.text,
+    verdict = ("PASS" if finite and _holds(value, rule.passes) else
+               "WARN" if finite and _holds(value, rule.warns) else "FAIL")
+    threshold = "; ".join(filter(None, (rule.passes, rule.warns)))
+    return {"check": name, "value": value if finite else None, "verdict": verdict, "threshold": threshold,
             "meaning": rule.meaning, "kind": rule.kind}
 
 
 def format_table(checks: list[Check]) -> str:
-    """The checks as aligned text, thresholds as "PASS; WARN", what is evidence first, with a count of verdicts for each
-    part.
-    """
+    """The checks as aligned text, evidence first, with a count of verdicts for each part."""
     lines = [f"{'check':<14} {'value':>9}  {'verdict':<7}  {'PASS; WARN':<18}  meaning"]
     for kind, title in KINDS.items():
         part = [row for row in checks if row["kind"] == kind]

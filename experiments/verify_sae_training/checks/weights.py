@@ -1,4 +1,4 @@
-"""The weights of an SAE as the language model's own activations meet them, and how its latents lie to each other."""
+"""The weights of an SAE on the language model's own activations, and the angles between its latents."""
 from typing import NamedTuple
 
 import torch
@@ -18,19 +18,17 @@ class RawWeights(NamedTuple):
     decoder: Tensor
     """[F, D]: raw activation units for each unit of code."""
     offset: Tensor
-    """[D]: what an empty code stands for, raw activation units."""
+    """[D]: the reconstruction of an empty code, raw activation units."""
 
 
 def raw_weights(sae: SAE) -> RawWeights:
-    """The SAE's weights with the centring and the scale of its inputs folded in; codes stay as they are."""
+    """The SAE's weights with the centring and scale of its inputs folded in; the codes stay the same."""
     encoder = sae.W_enc / sae.scale
     return RawWeights(encoder, sae.b_enc - encoder @ sae.mean, sae.scale * sae.W_dec, sae.mean)
 
 
 def nearest_rows(W: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """For each row of W [F, D] (unit rows) its largest cosine with another row, and that row's number; never holds F x
-    F.
-    """
+    """For each unit row of W [F, D] its largest cosine with another row and that row's number; never holds F x F."""
     cosines, numbers = [], []
     for start in range(0, len(W), chunk):
         here = W[start : start + chunk] @ W.T
@@ -42,14 +40,15 @@ def nearest_rows(W: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
 
 
 def inspect_weights(sae: SAE, start: SAE | None = None) -> dict[str, Tensor]:
-    """One number for each latent, [F] each.
+    """One number for each latent, [F] each:
 
-    encoder_norm: of the raw encoder row, code units for each unit of raw activation. bias: pre-activation on the mean
-    activation, code units; below 0 the latent needs evidence to fire. alignment: cosine of encoder and dictionary row.
-    gain: what a latent reads when one unit of its own code is added to the activation. nearest: largest cosine of the
-    dictionary row with another one, neighbour: that latent. With `start`, the SAE that training began from:
-    moved_dictionary, distance of the unit rows (0 same, 1.41 unrelated), and moved_encoder, relative to the row's
-    length there.
+        encoder_norm         of the raw encoder row: code units for each unit of raw activation
+        bias                 pre-activation on the mean activation, code units; below 0 firing takes evidence
+        alignment            cosine of encoder and dictionary row
+        gain                 what the latent reads when one unit of its own code is added to the activation
+        nearest, neighbour   largest cosine of the dictionary row with another one, and that latent
+        moved_dictionary     distance of the unit row from `start`, where training began (0 same, 1.41 unrelated)
+        moved_encoder        distance of the encoder row from `start`, relative to its length there
     """
     nearest, neighbour = nearest_rows(sae.W_dec)
     found = {
