@@ -43,7 +43,6 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/sae_ception/cycles/session.py": 3,
     "experiments/sae_ception/cycles/steps.py": 5,
     "experiments/verify_sae_training/01_save_activations.py": 1,
-    "experiments/verify_sae_training/02_train_sae.py": 1,
     "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
     "experiments/verify_sae_training/04_name_sae_concepts.ipynb": 1,
     "experiments/verify_sae_training/05_show_concepts.ipynb": 4,

@@ -1,8 +1,8 @@
-"""Train overcomplete's TopKSAE by its own loop and defaults on the tokens of step 2, and print both side by side.
+"""Train overcomplete's TopKSAE with its own loop and defaults on the tokens of step 2, and print both results.
 
     python compare_with_overcomplete.py          # after 02_train_sae.py, whose sizes, epochs and batches it takes
 
-Raw activations, overcomplete's default encoder, its train_sae with plain MSE and Adam: nothing centred, tied or
+Raw activations, overcomplete's default encoder, its train_sae with plain MSE and Adam: nothing is centred, tied or
 revived.
 
 Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training_history.json
@@ -14,7 +14,7 @@ from lib.constants import override
 from lib.ranges import Rate, Seed, Size
 
 LR: Rate = 1e-3                           # of the reference experiment
-EPOCHS: Size | None = None                # None: as many as step 2 made
+EPOCHS: Size | None = None                # None: as many as in step 2
 SEED: Seed = 0                            # start of the weights and order of the tokens
 CONSTANTS = override(globals())
 
@@ -36,7 +36,7 @@ FOLDER = experiment_dir("verify_sae_training")
 
 def train_theirs(x, settings):
     """overcomplete's model after its own training loop on rows x [N, D]."""
-    torch.manual_seed(SEED)  # it draws from the global stream
+    torch.manual_seed(SEED)  # overcomplete draws from the global stream
     model = TopKSAE(x.shape[1], nb_concepts=settings["n_latents"], top_k=settings["top_k"])
     loader = DataLoader(TensorDataset(x), batch_size=settings["batch_size"], shuffle=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
@@ -46,7 +46,7 @@ def train_theirs(x, settings):
 
 
 def score_theirs(model, x, k):
-    """The same numbers by the same code as for ours."""
+    """The same numbers as for ours, by the same code."""
     sums = Reconstruction(model.nb_concepts)
     with torch.no_grad():
         for rows in x.split(4096):

@@ -1,4 +1,4 @@
-"""The SAE in sae_model/ with its training history; those it replaced, each with its own, in sae_model_<its hash>/."""
+"""The SAE in sae_model/ with its training history, and those it replaced, each kept in sae_model_<its hash>/."""
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ MODEL, HISTORY = "topk_sae.pt", "training_history.json"
 
 
 def history_of(sae: SAE, path: Path) -> dict[str, Any] | None:
-    """The training history at `path`, if it is this SAE's. Older ones have no hash: they tell by their constants."""
+    """The training history at `path`, if it is this SAE's. Older histories have no hash: constants tell whose they are.
+    """
     if not path.exists():
         return None
     history = read_json(path, schemas.HISTORY)
@@ -28,7 +29,7 @@ def made_from(config: dict[str, Any]) -> Parts:
 
 
 def is_trained(folder: Path, history: Path, now: Parts) -> bool:
-    """Whether the SAE in `folder` is the one that `now` gives and its training was finished: its history comes last."""
+    """Whether the SAE in `folder` is the one that `now` gives, and finished: its history is written last."""
     if not (folder / MODEL).exists():
         return False
     sae = load_sae(folder / MODEL)
@@ -45,7 +46,7 @@ def find(root: Path, now: Parts) -> Path | None:
             if not differences(made_from(about), now) and is_trained(folder, folder / HISTORY, now):
                 return folder
         except InputError as error:
-            log.warning("a kept SAE is passed over: %s", error)
+            log.warning("skipping a kept SAE: %s", error)
     return None
 
 
@@ -54,7 +55,7 @@ def keep(root: Path, now: Parts) -> None:
     path, history_path = root / "sae_model" / MODEL, root / HISTORY
     if path.exists():
         sae = load_sae(path)
-        # one that `now` gives was left by a run that was killed before it wrote the history
+        # One that `now` gives is no other SAE: a killed run left it before it wrote the history.
         if why := differences(made_from(sae.config), now):
             kept = root / f"sae_model_{sae_hash(sae)}"
             own = [] if history_of(sae, history_path) is None else [history_path]
@@ -69,7 +70,7 @@ def keep(root: Path, now: Parts) -> None:
 
 
 def put_back(root: Path, folder: Path) -> None:
-    """Make a kept SAE the one in sae_model again; its history comes last and makes it whole."""
+    """Make a kept SAE the one in sae_model again; its history comes last, and marks it as whole."""
     for name in (MODEL, Path(MODEL).with_suffix(".json").name):
         copy(folder / name, root / "sae_model" / name)
     copy(folder / HISTORY, root / HISTORY)
