@@ -9,11 +9,11 @@ from test_verify_scripts import FOLDER, SMALL, TRAIN, script  # noqa: F401  (a f
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from checks import figures
 from checks.ground_truth import ground_truth
 from concepts.codes import encode_run
 from concepts.dictionary import write_concepts
 from concepts.firings import collect_firings
-from lib import plots
 from lib.environment import log
 from lib.sae import load_sae, sae_hash
 from lib.store import open_run
@@ -75,7 +75,7 @@ def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, sh
     assert {LEAVES[0]["path"], "how it ends: $\\frac$"} <= {concept.name for concept in truth.concepts}
     rows = [{"concept": concept.name, "context": number % 2, "latent": {"f1": 0.5}}
             for number, concept in enumerate(truth.concepts)]
-    plots.recovery_examples(rows, {"latent": "latents"}).canvas.draw()
+    figures.recovery_examples(rows, {"latent": "latents"}).canvas.draw()
     store = own_store / "verify_sae_training"
     living = collect_firings(encode_run(run, run.hook(), sae)).fires.nonzero()[:, 0].tolist()
     header = {"sae_hash": sae_hash(sae), "run_id": "r", "n_latents": sae.n_latents}

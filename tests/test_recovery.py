@@ -2,17 +2,18 @@
 import json
 import re
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import PROJECT, TEXTS, row_text, tiny_model, word_tokenizer
 
+from checks import figures
 from checks.controls import control_saes, control_settings, relative_change
 from checks.evaluation import untrained_sae
 from checks.ground_truth import Concept, Truth, ground_truth, label_rows
 from checks.recovery import KINDS, compositions, gains, recover_concepts, recovery
 from checks.units import THRESHOLDS, table_scores
 from concepts.codes import Codes
-from lib import plots
 from lib.activations import SaveSettings, save_activations
 from lib.batches import rows_of_run
 from lib.environment import InputError
@@ -275,7 +276,7 @@ def test_the_figures_of_recovery_draw_whatever_concepts_there_are(parts):
         {"concept": f"c{i}", "context": context, **{kind: {"f1": 0.1 * i} for kind in KINDS}} for context in parts
         for i in range(9)
     ]
-    for figure in (plots.recovery_boxes(found, KINDS), plots.recovery_examples(found, KINDS)):
+    for figure in (figures.recovery_boxes(found, KINDS), figures.recovery_examples(found, KINDS)):
         figure.canvas.draw()
         assert len(figure.axes) == 2
-        plots.plt.close(figure)
+        plt.close(figure)

@@ -38,21 +38,24 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 CONSTANTS = override(globals())
 
+import pandas
+
+from checks import figures
 from checks.layers import probe_layers, recommend_layer
-from lib import plots
 from lib.activations import SaveSettings
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.hooks import resolve_all
 from lib.models import choose_dtype, load_model, load_tokenizer
+from lib.plots import style
 from lib.store import experiment_dir
 from lib.texts import load_documents
 
-COLUMNS = {  # of the printed table: name, head, format
-    "width": ("width", "{:>6d}"), "median_norm": ("|x| med", "{:>8.2f}"), "gamma": ("gamma", "{:>6.2f}"),
-    "outlier_frac": ("outl.row", "{:>8.2%}"), "outlier_dims": ("outl.dim", "{:>8d}"),
-    "participation": ("eff.dim", "{:>8.1f}"), "probe_accuracy": ("probe", "{:>7.3f}"),
-    "gb_per_million": ("GB/1M", "{:>7.2f}"), "seconds_per_million": ("s/1M", "{:>7.0f}"),
+COLUMNS = {  # of the table of checks.layers.probe_layers: heading and format
+    "width": ("width", "{:d}"), "median_norm": ("|x| med", "{:.2f}"), "gamma": ("gamma", "{:.2f}"),
+    "outlier_frac": ("outl.row", "{:.2%}"), "outlier_dims": ("outl.dim", "{:d}"),
+    "participation": ("eff.dim", "{:.1f}"), "probe_accuracy": ("probe", "{:.3f}"),
+    "gb_per_million": ("GB/1M", "{:.2f}"), "seconds_per_million": ("s/1M", "{:.0f}"),
 }
 
 
@@ -67,13 +70,12 @@ def read_texts():
     return [document[TEXT_FIELD] for document in documents], field, labels
 
 
-def show(table):
-    """Print one line a hook point."""
-    columns = {name: column for name, column in COLUMNS.items() if name in table[0]}
-    width = max(len(row["signature"]) for row in table)
-    print(" " * width, *(f"{head:>{len(form.format(table[0][name]))}}" for name, (head, form) in columns.items()))
-    for row in table:
-        print(f"{row['signature']:<{width}}", *(form.format(row[name]) for name, (_, form) in columns.items()))
+def print_layers(table):
+    """One line per hook point."""
+    frame = pandas.DataFrame(table).set_index("signature").rename_axis(None)
+    shown = [name for name in COLUMNS if name in frame]
+    print(frame[shown].to_string(header=[COLUMNS[name][0] for name in shown],
+                                 formatters={name: COLUMNS[name][1].format for name in shown}))
 
 
 def main():
@@ -86,13 +88,13 @@ def main():
     settings = SaveSettings(MAX_LENGTH, BATCH_SIZE_SAVE * MAX_LENGTH, skip_first=SKIP_FIRST)
     table = probe_layers(model, tokenizer, points, texts, settings=settings, labels=labels)
     signature, reason = recommend_layer(table)
-    show(table)
+    print_layers(table)
     print(f"recommended: LAYER_SIGNATURE={signature}\n  {reason}")
     write_json(folder / "layers.json",
                {"constants": CONSTANTS, "labels": field, "layers": table, "recommended": signature, "reason": reason})
-    plots.style()
+    style()
     (folder / "figures").mkdir(exist_ok=True)
-    plots.layers(table, signature).savefig(folder / "figures" / "layers.png", dpi=110)
+    figures.layers(table, signature).savefig(folder / "figures" / "layers.png")
     print(folder / "layers.json", "and", folder / "figures" / "layers.png")
     say_next("01_save_activations.py", MODEL=MODEL, DATASET=DATASET, LAYER_SIGNATURE=signature)
 

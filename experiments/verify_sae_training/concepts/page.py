@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.files import write_text
-from lib.plots import AS_TEXT
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MARGIN = 60  # characters of plain text shown before and after the coloured tokens
 Example = dict[str, Any]  # of top_texts.json
 Concept = dict[str, Any]  # of concepts.json
+# For an HTML tag: notebooks read a formula, which may hold a link, between two dollar signs.
+AS_TEXT = 'class="tex2jax_ignore mathjax_ignore"'
 COLOUR = "224, 123, 24"  # red, green, blue of a full code
 
 
