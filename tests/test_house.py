@@ -28,8 +28,6 @@ PARAMETERS: set[str] = {
 }
 BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/at_scale/01_large_shapes.py": 1,
-    "experiments/benchmarks/02_time_sae_training.py": 1,
-    "experiments/benchmarks/03_recover_known_features.py": 4,
     "experiments/benchmarks/saebench_core.py": 1,
     "experiments/embedded_default/02_train_story_model.py": 1,
     "experiments/embedded_default/stories.py": 2,

@@ -1,27 +1,27 @@
-"""Tokens per second of saving a layer's activations: the naive way, ours in both precisions, SAELens' runner, in turns.
+"""Tokens per second of saving a layer's activations: the naive way, ours in two precisions and SAELens', in turns.
 
     python 01_time_activations.py
     python 01_time_activations.py MODEL=path/to/a/model DATASET=texts.jsonl LAYER=3
 
-Each turn tokenises, runs the model and writes the activations; the model is loaded before. Tokens are real ones, not
-padding. What bfloat16 costs is printed as the relative error of the activations. `make peers` installs SAELens.
+A turn tokenises, runs the model, which is loaded before, and writes the activations. Padding does not count as tokens.
+What bfloat16 costs is printed as the relative error of the activations. `make peers` installs SAELens.
 Writes store/benchmarks/activations_speed.json
 """
 import json
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Location, NotNegative, Size, Threads
 
-MODEL: Location | None = None             # directory of a model; None: random weights of the shape below, with the
-                                          # embedded tokenizer
-WIDTH: Size = 288                         # of that model; this and the next three are the shape of a 15M Llama
+MODEL: Location | None = None             # directory of a model; None: random weights of the shape below
+WIDTH: Size = 288                         # this and the next four: the shape of a 15M Llama
 DEPTH: Size = 6                           # its blocks
 HEADS: Size = 6                           # its attention heads per block
 MLP: Size = 768                           # width inside its blocks' MLPs
@@ -36,12 +36,12 @@ THREADS: Threads = 2
 CONSTANTS = override(globals())
 
 import torch
-from side_by_side import peers_python
+from side_by_side import ask_peers, peers_python
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.activations import SaveSettings, save_activations
 from lib.environment import run, say_next
-from lib.files import write_json
+from lib.files import write_json, write_text
 from lib.hooks import resolve
 from lib.models import load_model, load_tokenizer
 from lib.store import Run, experiment_dir, provenance
@@ -49,7 +49,8 @@ from lib.texts import load_documents
 
 
 def naive(model, tokenizer, texts: list[str], folder: Path) -> int:
-    """All batches padded to the context, the whole model with its head, every layer kept, one file a batch."""
+    """All batches padded to the context, the whole model with its head, every layer's output kept, one file per batch.
+    """
     n_tokens = 0
     for i in range(0, len(texts), NAIVE_BATCH):
         batch = tokenizer(texts[i : i + NAIVE_BATCH], padding="max_length", truncation=True, max_length=CONTEXT,
@@ -69,14 +70,10 @@ def ours(model, tokenizer, texts: list[str], folder: Path) -> Run:
 
 
 def sae_lens(directory: Path, texts: Path, n_tokens: int, folder: Path) -> dict:
-    """SAELens' CacheActivationsRunner in the peers' environment; {"tokens", "seconds"} of its run()."""
-    order = {"model": str(directory), "texts": str(texts), "layer": LAYER, "tokens": n_tokens, "context": CONTEXT,
-             "batch": NAIVE_BATCH, "threads": THREADS, "folder": str(folder)}
-    script = Path(__file__).with_name("cache_activations.py")
-    done = subprocess.run([str(peers_python()), str(script), json.dumps(order)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"SAELens' runner failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    """SAELens' CacheActivationsRunner; {"tokens", "seconds"} of its run()."""
+    return ask_peers("cache_activations.py", {
+        "model": str(directory), "texts": str(texts), "layer": LAYER, "tokens": n_tokens, "context": CONTEXT,
+        "batch": NAIVE_BATCH, "threads": THREADS, "folder": str(folder)})
 
 
 def make_model(tokenizer, folder: Path) -> Path:
@@ -91,41 +88,49 @@ def make_model(tokenizer, folder: Path) -> Path:
     return folder / "model"
 
 
+def take_turns(tokenizer, texts: list[str], folder: Path) -> tuple[dict, dict, float]:
+    """Tokens of each way, seconds of each of its turns, and the relative error of bfloat16 activations."""
+    directory = make_model(tokenizer, folder)
+    float32, bfloat16 = (load_model(str(directory), torch.device("cpu"), dtype)
+                         for dtype in (torch.float32, torch.bfloat16))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    write_text(folder / "texts" / "train.jsonl", lines)
+    target = folder / "out"
+    ways: dict[str, Callable[[], Any]] = {
+        "naive": lambda: naive(float32, tokenizer, texts, target),
+        "ours, float32": lambda: ours(float32, tokenizer, texts, target),
+        "ours, bfloat16": lambda: ours(bfloat16, tokenizer, texts, target),
+        "SAELens": lambda: sae_lens(directory, folder / "texts", tokens["naive"], target),
+    }
+    tokens: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    saved: dict[str, torch.Tensor] = {}
+    for _ in range(ROUNDS):
+        for way, save in ways.items():
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            start = time.perf_counter()
+            found = save()
+            took = time.perf_counter() - start
+            if isinstance(found, Run):
+                tokens[way] = found.n_rows
+                saved[way] = torch.cat(found.shards(found.hooks[0])).float()
+            elif way == "SAELens":  # its process also loads the model, outside of its own seconds
+                tokens[way], took = found["tokens"], found["seconds"]
+            else:
+                tokens[way] = found
+            seconds[way].append(took)
+    exact, low = saved["ours, float32"], saved["ours, bfloat16"]
+    return tokens, seconds, float((low - exact).norm() / (exact - exact.mean(0)).norm())
+
+
 def main() -> None:
     peers_python()  # refuses now what would only fail after the first round
     torch.set_num_threads(THREADS)
     tokenizer = load_tokenizer(MODEL or "store/embedded/model")
     texts = [str(document["text"]) for document in load_documents(DATASET, limit=N_TEXTS)]
-    seconds: dict[str, list[float]] = {}
-    tokens: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        directory = make_model(tokenizer, folder)
-        models = {name: load_model(str(directory), torch.device("cpu"), getattr(torch, name))
-                  for name in ("float32", "bfloat16")}
-        (folder / "texts").mkdir()
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / "texts" / "train.jsonl").write_text(lines, encoding="utf-8")
-        saved: dict[str, torch.Tensor] = {}
-        for _ in range(ROUNDS):
-            for way in ("naive", "ours, float32", "ours, bfloat16", "SAELens"):
-                target = folder / "out"
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir()
-                start = time.perf_counter()
-                if way == "naive":
-                    tokens[way] = naive(models["float32"], tokenizer, texts, target)
-                elif way == "SAELens":
-                    found = sae_lens(directory, folder / "texts", tokens["naive"], target)
-                    tokens[way] = found["tokens"]
-                else:
-                    kept = ours(models[way.split()[-1]], tokenizer, texts, target)
-                    tokens[way] = kept.n_rows
-                    saved[way] = torch.cat(kept.shards(kept.hooks[0])).float()
-                took = found["seconds"] if way == "SAELens" else time.perf_counter() - start
-                seconds.setdefault(way, []).append(took)
-    exact, low = saved["ours, float32"], saved["ours, bfloat16"]
-    error = float((low - exact).norm() / (exact - exact.mean(0)).norm())
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, seconds, error = take_turns(tokenizer, texts, Path(folder))
     rates = {way: tokens[way] / statistics.median(taken) for way, taken in seconds.items()}
     for way, rate in rates.items():
         print(f"{way:15s} {rate:10,.0f} tokens/s, {rate / rates['naive']:5.1f} x naive, {tokens[way]:,} tokens")

@@ -3,8 +3,8 @@
     python 02_time_sae_training.py                          # every shape; about half an hour on two cores
     python 02_time_sae_training.py SHAPES="((288, 1152, 8, 1024),)" THREADS=1
 
-A step is forward, backward and optimiser on synthetic activations, AuxK on with nothing dead. Time of the wall is what
-a user feels, on an idle machine; processor time also compares where other work runs. `make peers` installs the peers.
+A step is forward, backward and optimiser on synthetic activations, with AuxK on and no dead latents. On an idle machine
+wall time is what a user feels; processor time also holds on a busy one. `make peers` installs the peers.
 Writes store/benchmarks/sae_training_speed.json
 """
 import statistics
@@ -28,6 +28,7 @@ SECONDS: Positive = 1.0                   # of one turn, at least one step
 THREADS: Threads = 2                      # processor cores each may use
 CONSTANTS = override(globals())
 
+import pandas
 import torch
 from safetensors.torch import save_file
 from side_by_side import Trainer, sparse_features
@@ -39,7 +40,7 @@ from lib.workspace import choose_precision
 
 
 def encoder_floor(n_latents: int, width: int, batch: int) -> float:
-    """Seconds of the encoder product of one step in bfloat16: what no step that forms it can go below."""
+    """Seconds of one step's encoder product in bfloat16: the least that a step which forms it can take."""
     x, w = torch.randn(batch, width).bfloat16(), torch.randn(n_latents, width).bfloat16()
     out = torch.empty(batch, n_latents, dtype=torch.bfloat16)
     times = []
@@ -51,10 +52,11 @@ def encoder_floor(n_latents: int, width: int, batch: int) -> float:
 
 
 def time_shape(shape: tuple, folder: Path) -> dict:
-    """Median seconds and processor seconds of a step for each trainer, all of them in turn, and of the floor."""
+    """Median seconds and processor seconds of each trainer's step, the trainers taking turns, and of the floor."""
     width, n_latents, k, batch = shape
     rows = folder / "rows.safetensors"
-    save_file({"x": sparse_features(16 * batch, 0, width, 4 * width, k, seed=0).x}, rows)
+    drawn = sparse_features(n_rows=16 * batch, n_held_out=0, width=width, n_features=4 * width, l0=k, seed=0)
+    save_file({"x": drawn.x}, rows)
     settings = {"n_latents": n_latents, "k": k, "batch": batch, "lr": 1e-3, "n_steps": 10_000, "seed": 0,
                 "threads": THREADS, "dead_after": 10_000_000}
     trainers = [Trainer(name, rows, settings) for name in TRAINERS]
@@ -76,16 +78,15 @@ def time_shape(shape: tuple, folder: Path) -> dict:
 
 
 def print_shape(timed: dict) -> None:
-    batch, ours = timed["shape"][3], timed["per_step"].get("ours")
+    batch, step = timed["shape"][3], pandas.DataFrame(timed["per_step"]).T
+    table = pandas.DataFrame({
+        "tokens/s": batch / step["seconds"], "x floor": step["seconds"] / timed["floor"],
+        "per processor second": batch / step["cpu_seconds"],
+    })
+    if "ours" in step.index:
+        table[["x ours", "x ours, processor"]] = step / step.loc["ours"]
     print("D {}, F {}, k {}, batch {}:".format(*timed["shape"]), f"floor {batch / timed['floor']:,.0f} tokens/s")
-    for name, step in timed["per_step"].items():
-        rate, floors = batch / step["seconds"], step["seconds"] / timed["floor"]
-        line = f"  {name:20s} {rate:10,.0f} tokens/s, {floors:6.1f} x floor"
-        line += f", {batch / step['cpu_seconds']:10,.0f} per processor second"
-        if ours:
-            line += "; ours in {:.1f} x less time, {:.1f} x less processor time".format(*(step[k] / ours[k]
-                                                                                          for k in ours))
-        print(line, flush=True)
+    print(table.to_string(float_format="{:,.1f}".format), flush=True)
 
 
 def main() -> None:

@@ -7,10 +7,9 @@
 
 Ours takes its learning rate and its silence before AuxK from its rules. Each peer gets the best of LEARNING_RATES by
 FVU on the draw CHOOSE_SEED, which reports nothing. Held-out rows come from the same draw. `make peers` installs the
-peers; what one of them reached is kept, so that an interrupted run goes on and only ours is trained again.
+peers. Their results are kept: rerun the same command to resume, or after a change of ours to train only ours again.
 Writes store/benchmarks/known_features_<preset>.json
 """
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,11 +20,11 @@ from lib.ranges import Count, Positive, Rate, Seed, Size, Threads, at_least, at_
 
 Trained = Literal["ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens"]
 PRESET = "small"                          # small, wide or synth_sae_bench
-SOURCE: Literal["features", "synth_sae_bench"] = "features"  # features: independent ones; synth_sae_bench:
-                                          # hierarchical and correlated ones, made by SAELens
+SOURCE: Literal["features", "synth_sae_bench"] = "features"  # independent features, or SAELens' hierarchical and
+                                          # correlated ones
 WIDTH: Size = 288                         # dimensions of the activations
 N_FEATURES: Size = 1000                   # that they are made of
-L0: Positive = 8.0                        # features on a row, on average
+L0: Positive = 8.0                        # features on a row, on average; synth_sae_bench: about 34, not a choice
 N_LATENTS: Size = 1152
 TOP_K: Size = 8
 N_ROWS: Count = 819_200                   # training rows, one pass
@@ -41,18 +40,27 @@ THREADS: Threads = 2
 PRESETS = {
     "small": {},
     "wide": {"WIDTH": 768, "N_FEATURES": 4000, "L0": 32.0, "N_LATENTS": 6144, "TOP_K": 32, "N_ROWS": 204_800,
-             "N_HELD_OUT": 20_000,
-             "LEARNING_RATES": (1e-3, 2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
+             "N_HELD_OUT": 20_000, "LEARNING_RATES": (1e-3, 2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
     "synth_sae_bench": {"SOURCE": "synth_sae_bench", "WIDTH": 768, "N_FEATURES": 16_384, "L0": 34.0, "N_LATENTS": 4096,
-                        "TOP_K": 25,
-                        "N_ROWS": 204_800, "N_HELD_OUT": 10_000,
+                        "TOP_K": 25, "N_ROWS": 204_800, "N_HELD_OUT": 10_000,
                         "TRAINERS": ("ours", "sparsify", "dictionary_learning", "sae_lens"),
                         "LEARNING_RATES": (2e-3, 4e-3, 8e-3), "REPORT_SEEDS": (0, 1, 2)},
 }
 CONSTANTS = override(globals(), PRESETS)
 
+import pandas
 from safetensors.torch import save_file
-from side_by_side import Draw, Trainer, quality, sparse_features, synth_sae_bench
+from side_by_side import (
+    SHOWN,
+    Draw,
+    Trainer,
+    chosen_rate,
+    quality,
+    quality_table,
+    reported,
+    sparse_features,
+    synth_sae_bench,
+)
 from tqdm.auto import tqdm
 
 from lib.checking import Schema
@@ -61,17 +69,15 @@ from lib.files import fingerprint, read_json, write_json
 from lib.outputs import differences
 from lib.schemas import CONSTANTS as ANY_CONSTANTS
 from lib.schemas import SHORT_HASH
-from lib.statistics import interval
+from lib.statistics import paired
 from lib.store import experiment_dir, provenance
 
-SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "mean max cosine", "found_pct": "found % (> .9)",
-         "mcc": "MCC", "f1": "F1"}
 KNOWN_FEATURES = Schema({"settings": ANY_CONSTANTS | {"key": SHORT_HASH},
                          "runs": [{"trainer": str, "lr": (float, None), "seed": int}]})
 NOT_OF_A_RUN = ("PRESET", "TRAINERS", "LEARNING_RATES", "REPORT_SEEDS", "CHOOSE_SEED", "THREADS")
 
 
-def train(name: str, lr: float | None, seed: int, rows: Path, drawn: Draw) -> dict:
+def train(name: str, lr: float | None, seed: int, *, rows: Path, drawn: Draw) -> dict:
     """Quality of one trainer's weights on the held-out rows, with the seconds that its steps took."""
     settings = {"n_latents": N_LATENTS, "k": TOP_K, "batch": BATCH_SIZE, "lr": lr, "n_steps": N_ROWS // BATCH_SIZE,
                 "seed": seed, "threads": THREADS, "dead_after": None if name == "ours" else DEAD_AFTER}
@@ -83,68 +89,61 @@ def train(name: str, lr: float | None, seed: int, rows: Path, drawn: Draw) -> di
 
 
 class Results:
-    """Every run's result by (trainer, learning rate, draw), written after each; peers' results are trained once."""
+    """The results so far, written after each training. Those of the peers are read back; ours are trained anew."""
 
     def __init__(self, path: Path):
-        self.path, self.settings = path, {k: v for k, v in CONSTANTS.items() if k not in NOT_OF_A_RUN}
-        self.runs: list[dict] = []
-        found = read_json(path, KNOWN_FEATURES) if path.exists() else None
-        if found and not differences(found["settings"], self.settings | {"key": self.key}):
-            self.runs = [run for run in found["runs"] if run["trainer"] != "ours"]
+        self.path = path
+        trainers = Path(__file__).with_name("trainers.py").read_text()
+        settings = {name: value for name, value in CONSTANTS.items() if name not in NOT_OF_A_RUN}
+        self.settings = settings | {"key": fingerprint([settings, trainers])}
+        found = read_json(path, KNOWN_FEATURES) if path.exists() else {"settings": {}, "runs": []}
+        kept = [] if differences(found["settings"], self.settings) else found["runs"]
+        self.runs: list[dict] = [run for run in kept if run["trainer"] != "ours"]
 
-    @property
-    def key(self) -> str:
-        return fingerprint([self.settings, Path(__file__).with_name("trainers.py").read_text()])
-
-    def get(self, name: str, lr: float | None, seed: int, rows: Path, drawn: Draw) -> dict:
-        for done in self.runs:
-            if (done["trainer"], done["lr"], done["seed"]) == (name, lr, seed):
-                return done
-        self.runs.append(train(name, lr, seed, rows, drawn))
-        write_json(self.path, {"settings": self.settings | {"key": self.key}, "constants": CONSTANTS,
-                               "made_with": provenance(), "runs": self.runs})
-        return self.runs[-1]
+    def add(self, name: str, lr: float | None, seed: int, *, rows: Path, drawn: Draw) -> None:
+        """Train where no result is kept."""
+        if any((run["trainer"], run["lr"], run["seed"]) == (name, lr, seed) for run in self.runs):
+            return
+        self.runs.append(train(name, lr, seed, rows=rows, drawn=drawn))
+        write_json(self.path, {"settings": self.settings, "constants": CONSTANTS, "made_with": provenance(),
+                               "runs": self.runs})
 
 
 def draw(seed: int, folder: Path) -> tuple[Path, Draw]:
     """The training rows on disk for the trainers, and the draw."""
-    make = synth_sae_bench if SOURCE == "synth_sae_bench" else sparse_features
-    drawn = make(N_ROWS, N_HELD_OUT, WIDTH, N_FEATURES, L0, seed)
+    sizes = {"n_rows": N_ROWS, "n_held_out": N_HELD_OUT, "width": WIDTH, "n_features": N_FEATURES, "seed": seed}
+    drawn = sparse_features(**sizes, l0=L0) if SOURCE == "features" else synth_sae_bench(folder, **sizes)
     rows = folder / "rows.safetensors"
     save_file({"x": drawn.x}, rows)
     return rows, drawn
 
 
-def print_table(reported: dict[str, list[dict]]) -> None:
-    for name, runs in reported.items():
-        at = f"lr {runs[0]['lr']:g}" if runs[0]["lr"] else "lr by rule"
-        columns = [(title, interval([run[key] for run in runs])) for key, title in SHOWN.items()]
-        print(f"{name:20s} {at:12s} " + ", ".join(f"{title} {x.mean:.4g} ± {x.half:.2g}" for title, x in columns))
-    peers = [name for name in reported if name != "ours"]
-    if "ours" in reported and peers:
-        for key, better in (("fvu", min), ("found_pct", max), ("f1", max)):
-            best = better(peers, key=lambda name: statistics.mean(run[key] for run in reported[name]))
-            differences = [mine[key] - theirs[key] for mine, theirs in zip(reported["ours"], reported[best])]
-            found = interval(differences)
-            print(f"ours - {best}, {SHOWN[key]}: {found.mean:+.4g} ± {found.half:.2g}")
+def print_results(found: dict[str, list[dict]]) -> None:
     print(f"mean and 95 % interval over {len(REPORT_SEEDS)} draws, {N_ROWS:,} tokens each, held-out rows")
+    print(quality_table(found).to_string(index=False))
+    scores = {name: pandas.DataFrame(runs).set_index("seed") for name, runs in found.items()}
+    ours = scores.pop("ours", None)
+    if ours is None or not scores:
+        return
+    for key, best_of in (("fvu", min), ("found_pct", max), ("f1", max)):
+        best = best_of(scores, key=lambda name: scores[name][key].mean())
+        gap = paired(ours[key], scores[best][key])
+        print(f"ours - {best}, {SHOWN[key]}: {gap['mean']:+.4g} ± {gap['high'] - gap['mean']:.2g}")
 
 
 def main() -> None:
     results = Results(experiment_dir("benchmarks") / f"known_features_{PRESET}.json")
-    rates: dict[str, float | None] = {"ours": None}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows, drawn = draw(CHOOSE_SEED, folder)
-        for peer in tqdm([t for t in TRAINERS if t != "ours"], desc="choosing learning rates"):
-            tried = [results.get(peer, lr, CHOOSE_SEED, rows, drawn) for lr in LEARNING_RATES]
-            rates[peer] = min(tried, key=lambda run: run["fvu"])["lr"]
-        reported: dict[str, list[dict]] = {name: [] for name in TRAINERS}
+        for peer in tqdm([name for name in TRAINERS if name != "ours"], desc="choosing learning rates"):
+            for lr in LEARNING_RATES:
+                results.add(peer, lr, CHOOSE_SEED, rows=rows, drawn=drawn)
         for seed in tqdm(REPORT_SEEDS, desc="draws that report"):
             rows, drawn = draw(seed, folder)
             for trainer in TRAINERS:
-                reported[trainer].append(results.get(trainer, rates[trainer], seed, rows, drawn))
-    print_table(reported)
+                results.add(trainer, chosen_rate(results.runs, trainer, CONSTANTS), seed, rows=rows, drawn=drawn)
+    print_results(reported(results.runs, CONSTANTS))
     say_next("04_show_benchmarks.ipynb")
 
 

@@ -1,13 +1,13 @@
-"""What 02 and 03 share: synthetic activations with known features, and trainers as processes that take turns."""
+"""What 02, 03 and 04 share: activations with known features, trainers as processes that take turns, and scores."""
 import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import torch
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
 from lib.environment import PROJECT, InputError
+from lib.statistics import interval
 
 PEERS_PYTHON = PROJECT / ".venv-peers" / "bin" / "python"
+SHOWN = {"fvu": "FVU", "dead_pct": "dead %", "l0": "L0", "cosine": "max cosine", "found_pct": "found %", "mcc": "MCC",
+         "f1": "F1", "cpu_seconds": "processor s"}
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Draw:
     x: Tensor
     """[n_rows, width], centred, with mean squared norm 1."""
     held_out: Tensor
-    """[n_held_out, width], alike."""
+    """[n_held_out, width], centred and scaled by the same numbers."""
     features: Tensor
     """[n_features, width]."""
     fires: csr_matrix
@@ -40,7 +43,7 @@ def _normalised(x: Tensor, n_rows: int, features: Tensor, fires: csr_matrix) -> 
     return Draw(x[:n_rows].contiguous(), x[n_rows:], features, fires)
 
 
-def sparse_features(n_rows: int, n_held_out: int, width: int, n_features: int, l0: float, seed: int) -> Draw:
+def sparse_features(*, n_rows: int, n_held_out: int, width: int, n_features: int, l0: float, seed: int) -> Draw:
     """Sparse sums of random unit features that fire independently.
 
     Feature i fires with probability proportional to 1 / (i + 10), l0 of them on average and none on more than half
@@ -66,16 +69,13 @@ def sparse_features(n_rows: int, n_held_out: int, width: int, n_features: int, l
     return _normalised(x, n_rows, features, vstack(fires, "csr"))
 
 
-def synth_sae_bench(n_rows: int, n_held_out: int, width: int, n_features: int, l0: float, seed: int) -> Draw:
-    """The benchmark that SAELens ships, see synth_sae_bench.py; its L0 follows from its probabilities, l0 is not
-    used.
-    """
-    order = {"n_rows": n_rows, "n_held_out": n_held_out, "width": width, "n_features": n_features, "seed": seed}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.safetensors"
-        script = Path(__file__).with_name("synth_sae_bench.py")
-        subprocess.run([str(peers_python()), str(script), str(path), json.dumps(order)], check=True)
-        found = load_file(path)
+def synth_sae_bench(folder: Path, *, n_rows: int, n_held_out: int, width: int, n_features: int, seed: int) -> Draw:
+    """The benchmark that SAELens ships, made by synth_sae_bench.py; `folder` holds its rows for a moment."""
+    path = folder / "synth_sae_bench.safetensors"
+    ask_peers("synth_sae_bench.py", {"path": str(path), "n_rows": n_rows, "n_held_out": n_held_out, "width": width,
+                                     "n_features": n_features, "seed": seed})
+    found = load_file(path)
+    path.unlink()
     row, feature = found["fires"].long().T.numpy()
     fires = csr_matrix((np.ones(len(row), bool), (row, feature)), shape=(n_held_out, n_features))
     return _normalised(found["x"], n_rows, found["features"], fires)
@@ -88,8 +88,21 @@ def peers_python() -> Path:
     return PEERS_PYTHON
 
 
+def ask_peers(script: str, order: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a script of this folder, the last line it prints, to an order; it runs with the peers' Python."""
+    command = [str(peers_python()), str(Path(__file__).with_name(script)), json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{script} ended with code {done.returncode}: {last_line(done.stderr)}")
+    return json.loads(last_line(done.stdout))
+
+
+def last_line(output: str) -> str:
+    return (output.strip().splitlines() or ["no output"])[-1]
+
+
 class Trainer:
-    """A process of trainers.py; `ours` runs in this environment, the peers in theirs (make peers)."""
+    """A process of trainers.py: `ours` with this Python, the peers with theirs."""
 
     def __init__(self, name: str, rows: Path, settings: dict[str, Any]):
         python = Path(sys.executable) if name == "ours" else peers_python()
@@ -101,9 +114,7 @@ class Trainer:
                                         text=True)
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """Send one order and wait for the answer; InputError with the exit code and the last line of output if it
-        failed.
-        """
+        """The answer to one order; InputError with the exit code and the last line of output if the process died."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
@@ -112,8 +123,8 @@ class Trainer:
         except (BrokenPipeError, json.JSONDecodeError):
             self.process.kill()
             self.log.seek(0)
-            lines = self.log.read().strip().splitlines() or ["no output"]
-            raise InputError(f"{self.name} ended with code {self.process.wait()}: {lines[-1]}") from None
+            said = last_line(self.log.read())
+            raise InputError(f"{self.name} ended with code {self.process.wait()}: {said}") from None
 
     def close(self) -> None:
         self.process.communicate()
@@ -150,3 +161,31 @@ def quality(weights: Path, drawn: Draw, k: int) -> dict[str, float]:
         "cosine": float(cosine.mean()), "found_pct": 100 * float((cosine > 0.9).float().mean()),
         "mcc": float(similar.numpy()[matched].mean()), "f1": float((2 * both / np.maximum(either, 1)).mean()),
     }
+
+
+def chosen_rate(runs: list[dict], trainer: str, constants: dict[str, Any]) -> float | None:
+    """The learning rate with the lowest FVU on the draw CHOOSE_SEED; None for ours, which takes it from its rule."""
+    tried = [run for run in runs if (run["trainer"], run["seed"]) == (trainer, constants["CHOOSE_SEED"])
+             and run["lr"] in constants["LEARNING_RATES"]]
+    return min(tried, key=lambda run: run["fvu"])["lr"] if tried else None
+
+
+def reported(runs: list[dict], constants: dict[str, Any]) -> dict[str, list[dict]]:
+    """trainer -> its runs on REPORT_SEEDS at its chosen learning rate; a trainer without any is left out."""
+    found = {}
+    for trainer in constants["TRAINERS"]:
+        lr = chosen_rate(runs, trainer, constants)
+        found[trainer] = [run for run in runs if (run["trainer"], run["lr"]) == (trainer, lr)
+                          and run["seed"] in constants["REPORT_SEEDS"]]
+    return {trainer: of_trainer for trainer, of_trainer in found.items() if of_trainer}
+
+
+def quality_table(found: dict[str, list[dict]]) -> pandas.DataFrame:
+    """One row per trainer of `reported`: mean ± half its 95 % t interval over the draws."""
+    rows = []
+    for trainer, runs in found.items():
+        rows.append({"trainer": trainer, "draws": len(runs), "lr": runs[0]["lr"] or "rule"})
+        for key, title in SHOWN.items():
+            of_draws = interval([run[key] for run in runs])
+            rows[-1][title] = f"{of_draws.mean:.4g} ± {of_draws.half:.2g}"
+    return pandas.DataFrame(rows)

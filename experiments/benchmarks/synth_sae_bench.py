@@ -1,12 +1,13 @@
 """Rows of the synthetic benchmark that SAELens ships (SynthSAEBench, arXiv 2602.14687), run by the peers' Python.
 
-    python synth_sae_bench.py OUT.safetensors '{"n_rows": 1000, "n_held_out": 100, "width": 768, ...}'
+    python synth_sae_bench.py '{"path": "OUT.safetensors", "n_rows": 1000, "n_held_out": 100, "width": 768,
+                                "n_features": 16384, "seed": 0}'
 
-Writes x [n_rows + n_held_out, width], features [n_features, width] and, for the held-out rows, the pairs (row, feature)
-that fire. The model is drawn here with the paper's structure, because its own weights lie on a hub: Zipfian firing
-probabilities of exponent 0.5 from 0.4 to 5e-4, 128 trees of branching 4 and depth 3 with exclusive siblings,
-correlations of rank 25. Magnitudes are this script's choice, and so is leaving the directions random: 20 steps of its
-orthogonalisation took four minutes and lowered their overlap by 1 %.
+Writes to `path` x [n_rows + n_held_out, width], features [n_features, width] and, for the held-out rows, the pairs
+(row, feature) that fire; prints {}. The paper's own weights lie on a hub, so the model is drawn here with its
+structure: Zipfian firing probabilities of exponent 0.5 from 0.4 to 5e-4, 128 trees of branching 4 and depth 3 with
+exclusive siblings, correlations of rank 25. The magnitudes are this script's choice. The directions stay random:
+20 steps of the paper's orthogonalisation took four minutes and lowered their overlap by 1 %.
 """
 import json
 import sys
@@ -26,7 +27,7 @@ BATCH = 1024
 
 
 def main() -> None:
-    path, order = sys.argv[1], json.loads(sys.argv[2])
+    order = json.loads(sys.argv[1])
     torch.manual_seed(order["seed"])  # the generator of rows draws from the global stream
     model = SyntheticModel(SyntheticModelConfig(
         num_features=order["n_features"], hidden_dim=order["width"],
@@ -47,8 +48,9 @@ def main() -> None:
         pairs.append(found[found[:, 0] >= 0])
         done += len(x)
     features = model.feature_dict.feature_vectors.detach().float()
-    save_file({"x": torch.cat(parts), "features": features.contiguous(), "fires": torch.cat(pairs).int().contiguous()},
-              path)
+    fires = torch.cat(pairs).int()
+    save_file({"x": torch.cat(parts), "features": features.contiguous(), "fires": fires.contiguous()}, order["path"])
+    print("{}")
 
 
 if __name__ == "__main__":

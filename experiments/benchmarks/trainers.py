@@ -1,14 +1,15 @@
-"""Ours and the peers' TopK training steps behind one door, each run as a process of its own by 02 and 03.
+"""TopK training steps of ours and of each peer behind one interface; 02 and 03 run one process per trainer.
 
-    python trainers.py NAME ROWS.safetensors '{"n_latents": 1152, "k": 8, "batch": 1024, "lr": 1e-3, ...}'
+    python trainers.py NAME ROWS.safetensors '{"n_latents": 1152, "k": 8, "batch": 1024, "lr": 1e-3, "n_steps": 800,
+                                               "seed": 0, "threads": 2, "dead_after": 10000}'
 
-then, a line of JSON each on standard input: {"steps": 5} trains on the next 5 batches and answers
-{"seconds": 0.1, "cpu_seconds": 0.2};
-{"save": "weights.safetensors"} writes W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of
-codes = TopK(ReLU((x - b_dec) W_enc^T + b_enc)), x_hat = codes W_dec + b_dec, for every trainer alike.
+Orders come on standard input, one line of JSON each:
+    {"steps": 5}                      trains on the next 5 batches and answers {"seconds": 0.1, "cpu_seconds": 0.2}
+    {"save": "weights.safetensors"}   writes W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D], for every trainer, of
+                                      codes = TopK(ReLU((x - b_dec) W_enc^T + b_enc)), x_hat = codes W_dec + b_dec
 
-The peers run their own code as installed. Rows are centred, with mean squared norm 1, which each of them does or asks
-for.
+The peers run their own code as installed. Rows are centred and have a mean squared norm of 1, as every trainer does
+itself or expects. Ours takes "lr" and "dead_after" from its rules where they are null.
 """
 import json
 import os
@@ -19,9 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if sys.argv[1:2] == ["ours"]:
-    import lib  # noqa: F401  (before torch, as in every script: it decides how idle threads wait)
+    import lib  # noqa: F401  (before torch: it decides how idle threads wait)
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+
+# A trainer takes the rows x [N, D] and the settings s, and returns step(i, rows) and weights().
 
 
 def ours(x, s):
@@ -34,7 +37,7 @@ def ours(x, s):
     state = init_state(transform, s["n_latents"], s["seed"])
     rate = s["lr"] or learning_rate(s["n_latents"], s["n_steps"] * s["batch"])
     dead_after = s["dead_after"] or aux_after(s["n_latents"], s["k"], s["batch"])
-    work = Workspace(state, s.get("precision", "auto"))
+    work = Workspace(state)
     print(work.choice, file=sys.stderr)
 
     def step(i, rows):
@@ -48,13 +51,13 @@ def ours(x, s):
 
 
 def overcomplete(x, s):
-    """Its train_sae with Adam and squared error, its defaults otherwise: no AuxK, gradient clipping at 1."""
+    """Its train_sae with Adam and squared error, otherwise at its defaults: no AuxK, gradients clipped at 1."""
     import lib.environment  # noqa: F401, I001  (first: it keeps the vision half of overcomplete out)
     from overcomplete.sae import TopKSAE, train_sae
 
     torch.manual_seed(s["seed"])
     sae = TopKSAE(x.shape[1], nb_concepts=s["n_latents"], top_k=s["k"], device="cpu")
-    optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"] or 1e-3)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"])
 
     def error(x, x_hat, pre_codes, codes, dictionary):
         return (x - x_hat).square().mean()
@@ -82,13 +85,13 @@ def dictionary_learning(x, s):
 
 
 def sparsify(x, s):
-    """Its SparseCoder with the steps of its Trainer, which itself needs a language model."""
+    """Its SparseCoder with its Trainer's steps: the Trainer itself needs a language model."""
     from sparsify import SparseCoder, SparseCoderConfig
     from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(s["seed"])
     sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=s["n_latents"], k=s["k"]))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"] or 2e-4 / (s["n_latents"] / 2**14) ** 0.5)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"])
     scheduler = get_linear_schedule_with_warmup(optimizer, s["n_steps"] // 20, s["n_steps"])
     silent = torch.zeros(s["n_latents"], dtype=torch.long)
 
@@ -119,12 +122,11 @@ def sae_lens(x, s):
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(s["seed"])
-    grow, rate = x.shape[1] ** 0.5, s["lr"] or 3e-4
+    grow = x.shape[1] ** 0.5
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=s["n_latents"], k=s["k"], device="cpu"))
     config = SAETrainerConfig(
-        total_training_samples=s["n_steps"] * s["batch"], train_batch_size_samples=s["batch"], lr=rate,
-        lr_end=rate / 10,
-        lr_warm_up_steps=s["n_steps"] // 20, lr_decay_steps=s["n_steps"] // 5,
+        total_training_samples=s["n_steps"] * s["batch"], train_batch_size_samples=s["batch"], lr=s["lr"],
+        lr_end=s["lr"] / 10, lr_warm_up_steps=s["n_steps"] // 20, lr_decay_steps=s["n_steps"] // 5,
         dead_feature_window=max(1, s["dead_after"] // s["batch"]))
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
 
@@ -145,7 +147,7 @@ TRAINERS = {f.__name__: f for f in (ours, overcomplete, dictionary_learning, spa
 def main():
     name, path, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print goes to the log
+    os.dup2(2, 1)  # what the libraries print goes to the log
     torch.set_num_threads(settings["threads"])
     x, batch = load_file(path)["x"], settings["batch"]
     step, weights = TRAINERS[name](x, settings)
