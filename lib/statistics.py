@@ -10,7 +10,7 @@ BOOTSTRAP_BELOW = 6  # pairs under which a bootstrap interval stands beside the 
 
 
 class Interval(NamedTuple):
-    """A mean and its two-sided 95 % t interval; the bounds of fewer than two values are nan."""
+    """A mean and its two-sided 95 % t interval; nan where there are too few values: two for bounds, one for a mean."""
 
     mean: float
     low: float
@@ -24,7 +24,8 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float] | np.ndarray | pandas.Series) -> Interval:
     """The mean of independent values with its interval."""
-    mean, n = float(np.mean(values)), len(values)
+    n = len(values)
+    mean = float(np.mean(values)) if n else float("nan")
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
     return Interval(mean, mean - half, mean + half)
 
@@ -36,10 +37,7 @@ def paired(a: pandas.Series, b: pandas.Series) -> dict[str, float]:
     0, that of the sign test where all differences are equal, and nan for fewer than two pairs.
     """
     difference = (a - b).dropna().to_numpy()
-    n = len(difference)
-    if not n:
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "p": float("nan"), "n": 0}
-    found = interval(difference)
+    n, found = len(difference), interval(difference)
     result = {**found._asdict(), "p": float("nan"), "n": n}
     if n < 2:
         return result

@@ -17,7 +17,7 @@ def test_interval_in_closed_form():
     found = interval([1.0, 3.0])
     assert found.mean == 2 and found.half == pytest.approx(12.706, abs=1e-3)  # Student's t with one degree of freedom
     assert found.low == -found.high + 4 and interval([5.0]).mean == 5 and math.isnan(interval([5.0]).half)
-    assert interval([2.0, 2.0]) == (2, 2, 2)
+    assert interval([2.0, 2.0]) == (2, 2, 2) and math.isnan(interval([]).mean)
 
 
 def test_paired_equals_scipy():

@@ -110,6 +110,7 @@ TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, 
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
+import pandas
 from tqdm.auto import tqdm
 
 from cycles.arms import definition
@@ -147,35 +148,33 @@ def against_lambda0(session: Session) -> dict[tuple[str, int, int], float]:
 def print_pulls(table) -> None:
     """How hard each arm was pulled: one lambda does not make arms pull equally hard."""
     for cycle in range(1, CYCLES + 1):
-        print(f"\n{'arm':<24}{'cycle':>6}{'cosine':>9}{'lambda0':>9}{'loss ratio':>12}{'grad ratio':>12}")
-        for row in pulls(table, list(ARMS), cycle).to_dict("records"):
-            numbers = (f"{row['cos_end']:>9.3f}{row['cos_lambda0']:>9.3f}"
-                       f"{row['loss_ratio']:>12.3f}{row['grad_ratio']:>12.3f}")
-            print(f"{row['arm']:<24}{cycle:>6}{numbers}  {row['verdict']}")
+        found = pulls(table, list(ARMS), cycle)
+        if len(found):
+            print(f"\ncycle {cycle}: the pull of each arm")
+            shown = found[["arm", "cos_end", "cos_lambda0", "loss_ratio", "grad_ratio", "verdict"]]
+            print(shown.to_string(index=False, float_format="{:.3f}".format))
 
 
 def print_table(table) -> None:
-    """Test means over seeds, with half of the 95 % t interval for the accuracy and the primary metrics."""
-    names = [f"{name:>17}" for name in WITH_INTERVAL.values()] + [f"{name:>9}" for name in MEANS.values()]
-    print(f"\n{'arm':<18}{'cycle':>6}" + "".join(names))
+    """Test means over seeds; for accuracy and the primary metrics ± half the 95 % t interval."""
+    rows = []
     for arm in ("baseline", *ARMS):
         for cycle in [0] if arm == "baseline" else range(1, CYCLES + 1):
-            cells = []
-            for key in (*WITH_INTERVAL, *MEANS):
-                values = by_seed(table, arm, cycle, key, "test").to_numpy()
-                mean, low, _ = interval(values) if len(values) else (float("nan"),) * 3
-                cells.append(f"{f'{mean:.4f} +- {mean - low:.4f}':>17}" if key in WITH_INTERVAL else f"{mean:>9.3f}")
-            print(f"{arm:<18}{cycle:>6}" + "".join(cells))
+            rows.append({"arm": arm, "cycle": cycle})
+            for key, name in (WITH_INTERVAL | MEANS).items():
+                found = interval(by_seed(table, arm, cycle, key, "test"))
+                rows[-1][name] = f"{found.mean:.4f} ± {found.half:.4f}" if key in WITH_INTERVAL else found.mean
+    print("\n" + pandas.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
 
 
 def print_comparison(found) -> None:
     print(f"\n{found['arm']} at cycle {found['chosen_cycle']} (chosen on validation) minus each control, test, "
           f"{found['n_seeds']} seeds")
-    for row in (*found["primary"], *found["accuracy"]):
-        bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
-        print(f"  {row['metric']:<24}{row['control']:<18}{row['mean']:+.4f}  {bounds}  Holm p = {row['p_holm']:.3f}")
+    frame = pandas.DataFrame([*found["primary"], *found["accuracy"]])
+    print(frame[["metric", "control", "mean", "low", "high", "p_holm"]].to_string(
+        index=False, float_format="{:+.4f}".format, formatters={"p_holm": "{:.3f}".format}))
     if found["n_seeds"] < 3:
-        print("  fewer than 3 seeds: no claim can be made")
+        print("fewer than 3 seeds: no claim can be made")
 
 
 def main():

@@ -24,6 +24,7 @@ DEVICE: Device = "auto"
 SEED: Seed = 0                            # draws the tokens and the random latents
 CONSTANTS = override(globals())
 
+import pandas
 import torch
 from saved_model import model_of_run
 from scipy.stats import wilcoxon
@@ -121,20 +122,19 @@ def report(rows, count, means, lengths, sae):
          "kl": dict(zip(names, line.tolist()))}
         for row, n, line in zip(rows, count, means)
     ]
-    print(f"{'concept':<40} {'latent':>6} {'tokens':>6} {'ablated':>9} {'random':>9}   KL of the next token, nats")
-    for row in sorted(table, key=lambda row: row["concept"]):
-        print(f"{row['concept']:<40} {row['latent']:>6} {row['n_tokens']:>6} {row['kl']['latent']:>9.4f} "
-              f"{row['kl']['random']:>9.4f}")
-    print(f"\n{'over ' + str(len(table)) + ' concepts':<30} {'mean KL':>8} {'length':>7} {'latent moves more in':>21} "
-          f"{'p':>8}")
+    print("KL of the next token in nats: the concept's latent ablated, and as much taken along a random latent's row")
+    shown = pandas.DataFrame({"concept": row["concept"], "latent": row["latent"], "tokens": row["n_tokens"],
+                              "ablated": row["kl"]["latent"], "random": row["kl"]["random"]} for row in table)
+    print(shown.sort_values("concept").to_string(index=False, float_format="{:.4f}".format))
     summary = {}
     for i, name in enumerate(names):
-        more = int((means[:, 0] > means[:, i]).sum())
         p = float(wilcoxon(means[:, 0], means[:, i], alternative="greater").pvalue) if i else None
-        summary[name] = {"mean_kl": float(means[:, i].mean()), "mean_length": lengths[name], "latent_larger": more,
-                         "p_value": p}
-        print(f"{name:<30} {means[:, i].mean():>8.4f} {lengths[name]:>7.3f}"
-              + ("" if p is None else f" {more:>21} {p:>8.2g}"))
+        summary[name] = {"mean_kl": float(means[:, i].mean()), "mean_length": lengths[name],
+                         "latent_larger": int((means[:, 0] > means[:, i]).sum()), "p_value": p}
+    print(f"over {len(table)} concepts; latent_larger: concepts in which the latent moves more")
+    print(pandas.DataFrame(summary).T.to_string(na_rep="", formatters={
+        "mean_kl": "{:.4f}".format, "mean_length": "{:.3f}".format, "latent_larger": "{:.0f}".format,
+        "p_value": "{:.2g}".format}))
     print("p: Wilcoxon signed-rank test over the concepts, one-sided, uncorrected")
     write_json(FOLDER / "causality.json", {"schema_version": 2, "sae_hash": sae_hash(sae), "constants": CONSTANTS,
                                            "arms": summary, "concepts": table})

@@ -25,6 +25,7 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 SEED: Seed = 0                            # of the first training; the second takes the next number
 CONSTANTS = override(globals())
 
+import pandas
 from saved_model import model_of_run
 
 from checks.evaluation import loss_recovered
@@ -57,9 +58,7 @@ def main():
     settings = TrainSettings(n_latents, KS[0], epochs=EPOCHS, batch_size=BATCH_SIZE_TRAIN, seed=SEED)
     table = sweep_k(rows, settings, KS, recovered_by(saved, hook, rows.mean, device), device=device)
     k, reason = recommend_k(table)
-    print("      " + "".join(f"{name:>16}" for name in table[0] if name != "k"))
-    for row in table:
-        print(f"k={row['k']:<4}" + "".join(f"{value:>16.4f}" for name, value in row.items() if name != "k"))
+    print(pandas.DataFrame(table).to_string(index=False, float_format="{:.4f}".format))
     print(f"recommended: TOP_K={k}\n  {reason}")
     write_json(folder / "choose_k.json", {"constants": CONSTANTS, "run_id": saved.run_id, "hook": hook, "ks": table,
                                           "recommended": k, "reason": reason})
