@@ -1,11 +1,10 @@
-"""What large shapes need: memory and tokens/s of saving activations and of SAE steps, with random weights on this
-machine.
+"""Memory and tokens/s that large shapes take on this machine, for saving activations and for SAE steps.
 
     python 01_large_shapes.py                       # Bielik-1.5B whole, three layers of GPT-NeoX-20B, two SAEs: 10 GB
     python 01_large_shapes.py MODELS="('bielik_1.5b',)" SAES="()"
 
-Each measurement runs in a process of its own, so that its peak memory is its own. The models are of the true shapes and
-in bfloat16; their activations mean nothing, what they cost does.
+Each measurement runs in its own process, so that peak memory is its own. The models have the true shapes, random
+weights and bfloat16: their activations mean nothing, but cost as much.
 Writes store/at_scale/measured.json and the random models in store/at_scale/models/
 """
 import multiprocessing
@@ -49,8 +48,7 @@ SHAPES = {
     # speakleash/Bielik-1.5B-v3.0-Instruct; activations are saved in the middle, as by PRESET=bielik
     "bielik_1.5b": (
         transformers.LlamaConfig(hidden_size=1536, intermediate_size=8960, num_hidden_layers=32, num_attention_heads=12,
-                                 num_key_value_heads=2,
-                                 vocab_size=32000, max_position_embeddings=8192),
+                                 num_key_value_heads=2, vocab_size=32000, max_position_embeddings=8192),
         "resid_mid:16",
     ),
     # EleutherAI/gpt-neox-20b has 44 such layers
@@ -62,20 +60,20 @@ SHAPES = {
 }
 
 
-def fresh(function, *arguments):
-    """What a function returns in a new process; with a dict also "peak_gb", the most memory that the process held."""
+def fresh(function, **arguments):
+    """The dict that a function returns in a new process, with "peak_gb": the most memory that the process held."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(with_peak, function, *arguments).result()
+        return pool.submit(with_peak, function, arguments).result()
 
 
-def with_peak(function, *arguments):
-    found = function(*arguments)
+def with_peak(function, arguments):
+    found = function(**arguments)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
     return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def build(name: str, folder: Path) -> dict:
-    """Write a model of that shape with random weights, in bfloat16."""
+    """Write a model of that shape with random weights in bfloat16."""
     config, _ = SHAPES[name]
     kind = transformers.LlamaForCausalLM if config.model_type == "llama" else transformers.GPTNeoXForCausalLM
     torch.set_default_dtype(torch.bfloat16)
@@ -84,7 +82,7 @@ def build(name: str, folder: Path) -> dict:
 
 
 def save(name: str, folder: Path, device_map: str | None, n_texts: int, batch_tokens: int) -> dict:
-    """Save the activations of some stories; tokens/s include the reading of weights that lie on the disk."""
+    """Save the activations of some stories; tokens/s include reading what weights lie on disk."""
     model = load_model(str(folder), torch.device("cpu"), torch.bfloat16, device_map=device_map)
     tokenizer = load_tokenizer("store/embedded/model")
     texts = [document["text"] for document in load_documents("store/embedded/stories/train.jsonl", limit=n_texts)]
@@ -100,7 +98,7 @@ def save(name: str, folder: Path, device_map: str | None, n_texts: int, batch_to
 
 
 def train(width: int, n_latents: int, k: int, batch: int, n_steps: int) -> dict:
-    """Steps of an SAE of that shape on normal rows."""
+    """Time the steps of an SAE of that shape on normally distributed rows."""
     state = init_state(torch.eye(width), n_latents, seed=0)
     work = Workspace(state)
     x = torch.randn(batch, width) / width**0.5
@@ -115,22 +113,21 @@ def train(width: int, n_latents: int, k: int, batch: int, n_steps: int) -> dict:
 
 def main():
     root = experiment_dir("at_scale")
-    threads = torch.get_num_threads()
-    measured: dict = {"threads": threads, "models": {}, "saes": []}
+    measured: dict = {"threads": torch.get_num_threads(), "models": {}, "saes": []}
     for name in MODELS:
         folder = root / "models" / name
         if not (folder / "config.json").exists():
-            fresh(build, name, folder)
+            fresh(build, name=name, folder=folder)
         for device_map in (None, "disk"):
-            found = fresh(save, name, folder, device_map, N_TEXTS, BATCH_TOKENS)
+            found = fresh(save, name=name, folder=folder, device_map=device_map, n_texts=N_TEXTS,
+                          batch_tokens=BATCH_TOKENS)
             measured["models"][f"{name}{' from disk' if device_map else ''}"] = found
-            print(f"{name:<22} {'blocks on disk' if device_map else 'in memory':<15} {found['parameters'] / 1e9:5.2f} "
-                  "B parameters "
-                  f"{found['tokens']:6,} tokens {found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB",
-                  flush=True)
+            where = "blocks on disk" if device_map else "in memory"
+            print(f"{name:<22} {where:<15} {found['parameters'] / 1e9:5.2f} B parameters {found['tokens']:6,} tokens "
+                  f"{found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)
         shutil.rmtree(folder)
-    for shape in SAES:
-        found = fresh(train, *shape, SAE_BATCH, SAE_STEPS)
+    for width, n_latents, k in SAES:
+        found = fresh(train, width=width, n_latents=n_latents, k=k, batch=SAE_BATCH, n_steps=SAE_STEPS)
         measured["saes"].append(found)
         print(f"SAE {found['width']} -> {found['n_latents']}, k={found['top_k']}, {found['precision']:<9} "
               f"{found['tokens_per_s']:8.1f} tokens/s  peak {found['peak_gb']:5.2f} GB", flush=True)

@@ -1,13 +1,12 @@
-"""What a run of a million, a billion or a trillion tokens needs: bytes, and time on this machine, one GPU, one node,
-many nodes.
+"""Bytes and time for a million, a billion and a trillion tokens: on this machine, one GPU, one node, many nodes.
 
     python 01_large_shapes.py && python 02_plan.py
     python 02_plan.py PEAK_FLOPS=3.12e14 HBM_BYTES_PER_S=2e12    # an A100
 
-This machine's times come from the rates that step 1 measured on this machine, at d = 1536; wider models are scaled by
-their floating-point operations. The GPUs' times are an estimate from arithmetic, not a measurement: operations over
-peak times utilisation, for an SAE step also the bytes of weights, gradients and moments over the memory's bandwidth,
-and the bytes of the store over the disks' bandwidth; the slowest counts.
+This machine's times come from the rates that step 1 measured at d = 1536, scaled to wider models by floating-point
+operations. The GPUs' times are arithmetic, not a measurement. Each is the slowest of: operations over peak times
+utilisation; for an SAE step, the bytes of weights, gradients and moments over memory bandwidth; the store's bytes over
+disk bandwidth.
 Reads store/at_scale/measured.json
 """
 from typing import Annotated, Literal
@@ -18,8 +17,7 @@ from lib.ranges import Count, Positive, Size, above, at_least, at_most
 
 Efficiency = Annotated[float, above(0), at_most(1)]
 TOKENS: tuple[Annotated[int, at_least(1), at_most(10**18)], ...] = (10**6, 10**9, 10**12)
-# width: parameters of a language model of that width; half of them are below the middle layer, where activations are
-# saved
+# width: parameters of a language model of that width. Half lie below the middle layer, where activations are saved.
 MODELS: dict[Size, Positive] = {1536: 1.6e9, 4096: 8.0e9, 12288: 1.75e11}
 N_LATENTS_MULTIPLIER: Size = 4            # latents per dimension of the SAE
 BYTES_PER_NUMBER: Literal[1, 2, 4, 8] = 2  # of the store: bfloat16
@@ -47,25 +45,25 @@ MEASURED = Schema({"models": {"bielik_1.5b": RATE}, "saes": [RATE | {"width": PO
 
 
 def flops_to_save(width: int) -> float:
-    """Of one token: twice the parameters below the middle."""
+    """Per token: two for each parameter below the middle layer, which are half of all."""
     return MODELS[width]
 
 
 def flops_to_train(width: int) -> float:
-    """Of one token in one pass: the encoder's product; what the k chosen latents cost is small beside it."""
+    """Per token and pass: the encoder's product, beside which the k active latents cost little."""
     return 2 * N_LATENTS_MULTIPLIER * width**2
 
 
 def gpu_seconds(width: int) -> tuple[float, float]:
-    """(saving, one pass of SAE training) of one token on one GPU."""
-    # Dictionary and encoder, each with gradient and two moments, float32: 16 bytes read and 16 written for each weight.
+    """Per token on one GPU: saving, one pass of SAE training."""
+    # Dictionary and encoder, each with gradient and two moments in float32: 16 bytes read and 16 written per weight.
     weight_bytes = 32 * 2 * N_LATENTS_MULTIPLIER * width**2
     train = max(flops_to_train(width) / PEAK_FLOPS, weight_bytes / GPU_BATCH / HBM_BYTES_PER_S) / USE_OF_PEAK_SAE
     return flops_to_save(width) / (PEAK_FLOPS * USE_OF_PEAK_SAVING), train
 
 
 def own_seconds(width: int, measured: dict) -> tuple[float, float]:
-    """(saving, one pass of SAE training) of one token on the machine of step 1."""
+    """Per token on the machine of step 1: saving, one pass of SAE training."""
     save = 1 / measured["models"]["bielik_1.5b"]["tokens_per_s"]
     train = next((1 / found["tokens_per_s"] for found in measured["saes"] if found["width"] == 1536), None)
     if train is None:
@@ -101,18 +99,21 @@ def place(n_bytes: float) -> str:
 def main():
     measured = read_json(experiment_dir("at_scale") / "measured.json", MEASURED)
     print("time to save one layer + time of one pass of SAE training; the GPU columns are estimates")
-    columns = ("tokens", "d", "store", "this machine", "1 GPU", f"1 node of {NODE_GPUS}", f"{MANY_NODES} nodes",
-               "where the store lies")
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    speeds = ((1, 1), (NODE_GPUS * EFFICIENCY_NODE, 1), (NODE_GPUS * MANY_NODES * EFFICIENCY_NODES, MANY_NODES))
+    speeds = {"1 GPU": (1, 1), f"1 node of {NODE_GPUS}": (NODE_GPUS * EFFICIENCY_NODE, 1),
+              f"{MANY_NODES} nodes": (NODE_GPUS * MANY_NODES * EFFICIENCY_NODES, MANY_NODES)}
+    rows = []
     for tokens in TOKENS:
         for width in MODELS:
             size = tokens * width * BYTES_PER_NUMBER
-            cells = [" + ".join(duration(tokens * s) for s in own_seconds(width, measured))]
-            for speed, nodes in speeds:
+            row = {"tokens": f"{tokens:,}", "d": width, "store": in_words(size),
+                   "this machine": " + ".join(duration(tokens * s) for s in own_seconds(width, measured))}
+            for name, (speed, nodes) in speeds.items():
                 disk = size / DISK_BYTES_PER_S / nodes
-                cells.append(" + ".join(duration(max(tokens * s / speed, disk)) for s in gpu_seconds(width)))
-            print("| " + " | ".join([f"{tokens:,}", str(width), in_words(size), *cells, place(size)]) + " |")
+                row[name] = " + ".join(duration(max(tokens * s / speed, disk)) for s in gpu_seconds(width))
+            rows.append(row | {"where the store lies": place(size)})
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
 
 
 if __name__ == "__main__":
