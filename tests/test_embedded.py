@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.environment import InputError
+from lib.files import sha256
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = PROJECT / "experiments" / "embedded_default"
@@ -84,6 +85,8 @@ def test_shipped_stories_are_what_the_script_writes(shipped):
     assert [script.write_story(i, script.SEED, taken) for i in range(200)] == shipped["val"][:200]
     assert (len(shipped["val"]), len(shipped["test"])) == (n_val, n_test)
     assert sum(map(len, shipped.values())) == script.N_STORIES
+    stated = json.loads((SHIPPED / "stories" / "report.json").read_text())  # else the script would write them again
+    assert stated["grammar"] == [sha256(SCRIPTS / name) for name in ("grammar.py", "stories.py")]
 
 
 def test_every_concept_number_stands_on_a_word_of_its_leaf(shipped, concepts):

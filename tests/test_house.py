@@ -27,10 +27,7 @@ PARAMETERS: set[str] = {
     "lib/steering.py:sweep",
 }
 BY_POSITION: dict[str, int] = {  # calls of each file
-    "experiments/at_scale/01_large_shapes.py": 1,
     "experiments/benchmarks/saebench_core.py": 1,
-    "experiments/embedded_default/02_train_story_model.py": 1,
-    "experiments/embedded_default/stories.py": 2,
     "experiments/sae_ception/04_train_cycle.py": 2,
     "experiments/sae_ception/05_compare_cycles.ipynb": 12,
     "experiments/sae_ception/06_interpret_features.ipynb": 2,

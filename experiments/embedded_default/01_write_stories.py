@@ -4,11 +4,10 @@
     python experiments/embedded_default/01_write_stories.py N_STORIES=500 SEED=1
 
 Writes under store/embedded/stories/ (the root of the store is the environment variable STORE_DIR, if set)
-    train.jsonl, val.jsonl, test.jsonl   {"text", "mood": 0|1, "topic": 0-3, "concepts": [0, 14, ...]}:
-                                         for each word, [A-Za-z]+, in order, the number of its leaf, 0 for none
+    train.jsonl, val.jsonl, test.jsonl   {"text", "mood": 0|1, "topic": 0-3, "concepts": [0, 14, ...]}: for each
+                                         word, [A-Za-z]+, in order, the number of its leaf, 0 for none
     concepts.json                        the concept tree: leaf number -> path and words
-    report.json                          constants, counts, and how far single words and bags of words give the mood
-    away
+    report.json                          constants, counts, and how well words without their order tell the mood
 """
 import json
 import random
@@ -24,7 +23,7 @@ TEST_FRAC: Share = 0.08                   # share of the stories in test.jsonl
 MIN_WORDS: Count = 40                     # a story with fewer words is written again
 MAX_WORDS: Count = 90                     # and one with more
 SAME_MOOD_FRAC: Part = 0.3                # stories that end in the mood they began in; in the others order decides
-OTHER_TOPIC_FRAC: Part = 0.3              # stories with one sentence out of another topic
+OTHER_TOPIC_FRAC: Part = 0.3              # stories with one sentence on another topic
 SEED: Seed = 0
 CONSTANTS = override(globals())
 if MIN_WORDS > MAX_WORDS:
@@ -46,16 +45,16 @@ from lib.files import sha256, write_json, write_text
 from lib.outputs import in_use, list_files
 from lib.store import experiment_dir
 
-ATTEMPTS = 10_000            # to write one story; the longest of the default settings takes some dozens
+ATTEMPTS = 10_000  # to write one story; with the default settings some dozens are enough
 
 
 def write_story(number: int, seed: int, taken: set[str]) -> dict:
-    """Story `number`, unlike all in `taken`; its own generator makes it independent of the others."""
+    """Story `number`, unlike all in `taken`. It has a generator of its own, so it does not depend on the others."""
     rng = random.Random(f"{seed}/{number}")
     mood, topic = number % 2, number // 2 % len(grammar.TOPICS)
     for _ in range(ATTEMPTS):
-        text, numbers = stories.join(stories.sentences(stories.new_story(rng, topic), mood == 1, SAME_MOOD_FRAC,
-                                                       OTHER_TOPIC_FRAC))
+        story = stories.new_story(rng, topic)
+        text, numbers = stories.join(stories.sentences(story, mood == 1, SAME_MOOD_FRAC, OTHER_TOPIC_FRAC))
         if MIN_WORDS <= len(numbers) <= MAX_WORDS and text not in taken:
             taken.add(text)
             return {"text": text, "mood": mood, "topic": topic, "concepts": numbers}
@@ -64,9 +63,7 @@ def write_story(number: int, seed: int, taken: set[str]) -> dict:
 
 
 def mood_baselines(train: list[dict], test: list[dict]) -> dict[str, float]:
-    """Accuracy on `test` of what reads no order: the commoner mood, the best single word, words, and words and
-    pairs.
-    """
+    """Accuracy on `test` of the commoner mood, the best single word, bags of words, and bags of words and pairs."""
     y_train, y_test = [s["mood"] for s in train], [s["mood"] for s in test]
     result = {"majority": max(sum(y_test), len(y_test) - sum(y_test)) / len(y_test)}
     for name, span in (("bag_of_words", (1, 1)), ("bag_of_words_and_pairs", (1, 2))):
@@ -84,7 +81,7 @@ def mood_baselines(train: list[dict], test: list[dict]) -> dict[str, float]:
 
 
 def describe_concepts() -> dict:
-    """The content of concepts.json: the leaves by number, from 1, and which words have two senses."""
+    """The content of concepts.json: the leaves, numbered from 1, and the words with two senses."""
     leaves = [{"number": i + 1, "path": leaf,
                "words": sorted({form.lower() for forms in stories.FORMS[leaf] for form in forms})}
               for i, leaf in enumerate(stories.LEAVES)]
@@ -109,7 +106,7 @@ def main() -> None:
 
 
 def write(out: Path, names: tuple[str, ...], made_from: dict) -> dict:
-    """Write all files; the report, which makes them complete, comes last and is returned."""
+    """Write all files and return the report, which comes last: it marks them complete."""
     taken: set[str] = set()
     written = [write_story(i, SEED, taken) for i in tqdm(range(N_STORIES), desc="stories", unit="story")]
     n_val, n_test = int(N_STORIES * VAL_FRAC), int(N_STORIES * TEST_FRAC)

@@ -5,9 +5,9 @@
 
 Reads  store/embedded/stories/ (the root of the store is the environment variable STORE_DIR, if set)
 Writes store/embedded/model/   config.json, model.safetensors, tokenizer.json ...: a folder for from_pretrained
-                               report.json: constants, perplexity on the test stories beside unigram and bigram, mood
-                               probe
-A run that was stopped resumes from its last checkpoint and ends with the same bytes, given the same THREADS.
+                               report.json: constants, perplexity on the test stories (also of a unigram and a
+                               bigram), accuracy of the mood probe
+A stopped run resumes from its last checkpoint and ends with the same bytes, given the same THREADS.
 """
 import json
 import math
@@ -30,7 +30,7 @@ LR: Rate = 4e-3                           # peak of a schedule that rises over W
 WARMUP: Size = 100                        # steps
 WEIGHT_DECAY: Amount = 1.0                # on all matrices, embeddings too: words used alike become alike
 SAVE_EVERY: Count = 100                   # steps between checkpoints
-THREADS: Threads = 1                      # CPU threads; sums, and so the last digits, depend on it
+THREADS: Threads = 1                      # CPU threads; the last digits depend on it
 PROBE_TOKENS: Size = 20                   # last tokens of a story that the mood probe reads
 SEED: Seed = 0
 CONSTANTS = override(globals())
@@ -67,15 +67,15 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, num_hidden_layers=LAYERS,
-                         num_attention_heads=HEADS,
-                         intermediate_size=MLP_WIDTH, max_position_embeddings=512, tie_word_embeddings=True, **ids)
+                         num_attention_heads=HEADS, intermediate_size=MLP_WIDTH, max_position_embeddings=512,
+                         tie_word_embeddings=True, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, checkpoint: Path, stamp: str) -> None:
-    """Train in place; `checkpoint` is written every SAVE_EVERY steps and continued if it carries the same stamp."""
+def train(model: LlamaForCausalLM, encoded: Encoded, pad: int, *, checkpoint: Path, stamp: str) -> None:
+    """Train in place, from `checkpoint` if it carries the same stamp; it is written every SAVE_EVERY steps."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -128,13 +128,13 @@ def main() -> None:
 
 
 def make(folder: Path, splits: dict[str, list[dict]], made_from: dict) -> dict:
-    """Tokenizer, training and scores; the report, which makes the model complete, comes last and is returned."""
+    """Make tokenizer, model and scores, and return the report, which comes last: it marks the model complete."""
     out = folder / "model"
     tokenizer = story_model.build_tokenizer([s["text"] for s in splits["train"]], N_MERGES, MIN_WORD_COUNT)
-    encoded, pad = {split: story_model.encode(tokenizer, stories)
-                    for split, stories in splits.items()}, tokenizer.pad_token_id
-    model, checkpoint = new_model(tokenizer), folder / "checkpoints" / "story_model.pt"
-    train(model, encoded["train"], pad, checkpoint, json.dumps(made_from, sort_keys=True))
+    encoded = {split: story_model.encode(tokenizer, stories) for split, stories in splits.items()}
+    pad, model = tokenizer.pad_token_id, new_model(tokenizer)
+    train(model, encoded["train"], pad, checkpoint=folder / "checkpoints" / "story_model.pt",
+          stamp=json.dumps(made_from, sort_keys=True))
     model.eval()
     test = {"model": story_model.perplexity(model, encoded["test"], pad)}
     test |= story_model.ngram_perplexity(encoded["train"], encoded["val"], encoded["test"], len(tokenizer))

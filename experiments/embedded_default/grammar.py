@@ -1,4 +1,4 @@
-"""The words, the concept tree and the sentences of the stories: data, read by stories.py.
+"""The stories' concept tree, words and sentences: data, read by stories.py.
 
 CONCEPTS maps a leaf of the tree to its words. Forms of one word are joined by "/": a noun is
 singular/plural, a verb past/base/-ing. A word under two leaves means two things by context.
@@ -8,14 +8,14 @@ Sentences use a small notation:
     *bark          in CONCEPTS: a word that is never drawn, only written out in a sentence
     [fruit]        a word of the leaf "fruit" (the last part of its path), or of any leaf below an inner node
     [fruit.s]      its plural; [fast.v] a verb's base form, [fast.ing] its -ing form
-    bark@call      this very word, in the sense given; needed where a word has two; @none: in none of them
+    bark@call      this word, in the sense given; required where a word has two senses; @none: in neither
     <where>        one of the alternatives of RULES["where"]; <act_pet> those for this story's animal (act_dog ...)
     {hero} {friend} {S} {he} {him} {his}   the people; {S} is the hero's name or pronoun
-    {pet} {pets} {item} {food} {place}     what the story is about; {pet} is a fresh word for a dog, cat or rabbit
-                                           at each mention, the others stay the same word
+    {pet} {pets} {item} {food} {place}     what the story is about; a dog, cat or rabbit gets a new word at each
+                                           mention, everything else keeps its word
     <plus> <minus>                         a feeling of the present mood, and of the opposite one
 
-Capitals after a full stop or an opening quote and "an" before a vowel are put right by stories.py.
+stories.py puts in capitals after a full stop or an opening quote, and "an" before a vowel.
 """
 
 CONCEPTS = {
@@ -113,11 +113,10 @@ CONCEPTS = {
     "weather/foul": "cold rainy wet stormy windy snowy",
 }
 
-# Words of a leaf that also stand in sentences in a sense that is no concept (came back, so, light as a feather ...):
-# there they are written word@leaf or word@none, and so is every word that two leaves list.
+# Words of a leaf that sentences also use in a sense without a concept (came back, so, light as a feather ...).
+# Sentences write them word@leaf or word@none, like every word that two leaves list.
 PLAIN_SENSES = ("back", "bright", "cold", "cross", "duck", "fish", "hand", "hot", "kind", "left", "light", "like",
-                "long",
-                "looked", "made", "make", "park", "pass", "ran", "ring", "rose", "second", "so", "top", "warm")
+                "long", "looked", "made", "make", "park", "pass", "ran", "ring", "rose", "second", "so", "top", "warm")
 
 TOPICS = ("animals", "food", "things", "trips")
 MOODS = ("bad end", "good end")
@@ -126,14 +125,13 @@ RULES = {
     # small parts
     "was": ["was", "was", "felt"],
     "in_house": ["in the [indoor]", "inside the [indoor]", "on the [furniture]", "under the [furniture]",
-                 "behind the [furniture]",
-                 "in the [container]", "beside the [container]"],
+                 "behind the [furniture]", "in the [container]", "beside the [container]"],
     "outside": ["in the [outdoor]", "across the [outdoor]", "by the [water]", "near the [water]", "under the [tree]",
                 "beside the [tree]", "behind the [tree.s]", "in the [ground]", "near the [town]", "at the [town]"],
     "where": ["<in_house>", "<outside>", "<outside>", "on the [vehicle]"],
     "goal": ["to the [outdoor]", "across the [outdoor]", "down to the [water]", "to the [water]", "to the [town]",
-             "to the [town]",
-             "inside the [indoor]", "into the [indoor]", "home", "past the [tree.s]", "to the [vehicle]"],
+             "to the [town]", "inside the [indoor]", "into the [indoor]", "home", "past the [tree.s]",
+             "to the [vehicle]"],
     "move": ["[fast]", "[fast]", "[slow]", "[slow]", "[go]", "[jump]"],
     "adj": ["[size]", "[colour]", "[pretty]", "[age]", "[material]", "[small] [colour]", "[big] [colour]",
             "[pretty] [colour]"],
@@ -197,26 +195,23 @@ RULES = {
     ],
     "act_dog": [
         "the {pet} [call] at the [job].", "the {pet} wagged its tail and [fast] after a [toy].",
-        "the {pet} hid a bone in the [ground].",
-        "the {pet} [call] at a [wild] <outside>.", "{S} threw a [toy], and the {pet} [take] it.",
-        "the {pet} wagged its tail and [call].",
+        "the {pet} hid a bone in the [ground].", "the {pet} [call] at a [wild] <outside>.",
+        "{S} threw a [toy], and the {pet} [take] it.", "the {pet} wagged its tail and [call].",
     ],
     "act_cat": [
         "the {pet} purred and [sleep] on the [furniture].", "the {pet} drank [drink] from a bowl.",
-        "the {pet} licked its paws <in_house>.",
-        "the {pet} caught a mouse in the [indoor].", "{S} [give] the {pet} some [drink], and it purred.",
-        "the {pet} purred and licked its paws.",
+        "the {pet} licked its paws <in_house>.", "the {pet} caught a mouse in the [indoor].",
+        "{S} [give] the {pet} some [drink], and it purred.", "the {pet} purred and licked its paws.",
     ],
     "act_rabbit": [
         "the {pet} [jump] across the [outdoor].", "the {pet} [eat] a [vegetable].",
-        "the {pet} dug a hole in the [ground].",
-        "{S} [give] the {pet} a [vegetable], and it [jump].", "the {pet} [jump] over a [flower].",
-        "the {pet} [jump] and wiggled its long@none ears.",
+        "the {pet} dug a hole in the [ground].", "{S} [give] the {pet} a [vegetable], and it [jump].",
+        "the {pet} [jump] over a [flower].", "the {pet} [jump] and wiggled its long@none ears.",
     ],
     "act_farm": [
         "the {pet} stood in the barn and ate hay.", "the {pet} pulled a [vehicle] full of hay.",
-        "the farmer fed the {pet}.",
-        "the {pet} [eat] hay and [slow] around the [outdoor].", "{S} rode on the {pet} to the barn.",
+        "the farmer fed the {pet}.", "the {pet} [eat] hay and [slow] around the [outdoor].",
+        "{S} rode on the {pet} to the barn.",
     ],
     "act_bird": [
         "the {pet} [air] to the [tree].", "the {pet} sang in its nest.", "the {pet} [air] over the [water].",
@@ -248,18 +243,18 @@ RULES = {
     ],
     "act_vegetable": [
         "{S} dug {food} out of the [ground].", "{S} washed {food} and cut them for the [dish].",
-        "{food} grew in rows in the [ground].",
-        "<elder> put {food} into a pot of [dish].", "{S} pulled {food} out of the [ground].",
+        "{food} grew in rows in the [ground].", "<elder> put {food} into a pot of [dish].",
+        "{S} pulled {food} out of the [ground].",
     ],
     "act_pastry": [
         "{S} mixed flour and sugar and [cook] {food}.", "<elder> [cook] {food} with sugar and cream.",
-        "{food} with cream stood in the oven.",
-        "{S} put sugar and cream on {food}.", "the baker [cook] {food} with [fruit.s].",
+        "{food} with cream stood in the oven.", "{S} put sugar and cream on {food}.",
+        "the baker [cook] {food} with [fruit.s].",
     ],
     "act_dish": [
         "<elder> [cook] a hot@none bowl of {food}.", "{S} blew on {his} bowl of {food}.",
-        "{S} ate a bowl of {food} with a spoon.",
-        "there was a pot of {food} on the stove.", "<elder> [cook] a pot of {food} on the stove.",
+        "{S} ate a bowl of {food} with a spoon.", "there was a pot of {food} on the stove.",
+        "<elder> [cook] a pot of {food} on the stove.",
     ],
     "intro2": [
         "{S} had a [colour] {item}.",
@@ -287,23 +282,19 @@ RULES = {
     ],
     "act_clothes": [
         "{S} wore the {item} in the [falling].", "the {item} was made@none of wool.",
-        "{S} wore the {item}, because it was [foul].",
-        "{S} wore the {item} made@none of wool.",
+        "{S} wore the {item}, because it was [foul].", "{S} wore the {item} made@none of wool.",
     ],
     "act_jewel": [
-        "the {item} was worth a lot and glittered.", "a king once wore the {item}.",
-        "the {item} glittered in the sun.",
+        "the {item} was worth a lot and glittered.", "a king once wore the {item}.", "the {item} glittered in the sun.",
         "a king had lost the {item}.",
     ],
     "act_lamp": [
         "{S} lit the {item} in the dark.", "the {item} glowed in the dark [indoor].",
-        "at night the {item} glowed in the dark.",
-        "<elder> lit the {item} at night.",
+        "at night the {item} glowed in the dark.", "<elder> lit the {item} at night.",
     ],
     "act_container": [
         "{S} filled the {item} with [fruit.s].", "the lid of the {item} was open.",
-        "{S} filled the {item} with [flower.s] and shut the lid.",
-        "{S} opened the lid of the {item}.",
+        "{S} filled the {item} with [flower.s] and shut the lid.", "{S} opened the lid of the {item}.",
     ],
     "intro3": [
         "{S} [want] to see the {place}.",
@@ -328,111 +319,98 @@ RULES = {
     ],
     "act_water": [
         "they swam in the {place}, and waves splashed them.", "{S} washed {his} [body.s] in the {place}.",
-        "a boat sailed on the {place}.",
-        "waves splashed on the {place}.",
+        "a boat sailed on the {place}.", "waves splashed on the {place}.",
     ],
     "act_town": [
         "{S} bought [pastry.s] at the {place}.", "the [job] worked at the {place}.",
-        "there were many people at the {place}.",
-        "many people bought things at the {place}.",
+        "there were many people at the {place}.", "many people bought things at the {place}.",
     ],
 
     # things that happen, by topic and by the feeling they lead to
     "event0_good": [
         "{S} [find] the {pet} <where>.", "the {pet} [fast] up to {him} and licked {his} [body].",
-        "<other> [give] the {pet} back@none to {him}.",
-        "the {pet} [jump] into {his} arms.", "the {pet} was safe <where>.", "{S} [hold] the {pet} in {his} arms.",
-        "<elder> let {him} keep the {pet}.", "the doctor made@none the {pet} well.",
-        "the {pet} had [number] babies <in_house>.",
+        "<other> [give] the {pet} back@none to {him}.", "the {pet} [jump] into {his} arms.",
+        "the {pet} was safe <where>.", "{S} [hold] the {pet} in {his} arms.", "<elder> let {him} keep the {pet}.",
+        "the doctor made@none the {pet} well.", "the {pet} had [number] babies <in_house>.",
         "the {pet} learned a trick and [jump] over a [container].",
     ],
     "event0_sad": [
         "{S} could not find the {pet}.", "<elder> did not let {him} keep the {pet}.",
-        "the {pet} was ill and did not eat.",
-        "the {pet} [fast] away and got lost <outside>.", "the {pet} hurt its [body] and could not [jump.v].",
-        "the {pet} was gone, and nobody [see] it.",
+        "the {pet} was ill and did not eat.", "the {pet} [fast] away and got lost <outside>.",
+        "the {pet} hurt its [body] and could not [jump.v].", "the {pet} was gone, and nobody [see] it.",
     ],
     "event0_afraid": [
         "a [wild] with sharp teeth [fast] after the {pet}.", "a [wild] [call] at the {pet} in the dark.",
-        "the {pet} [drop] into the deep [water].",
-        "there was thunder, and the {pet} hid.", "{S} and the {pet} were alone in the dark [outdoor].",
+        "the {pet} [drop] into the deep [water].", "there was thunder, and the {pet} hid.",
+        "{S} and the {pet} were alone in the dark [outdoor].",
     ],
     "event0_angry": [
         "<pal> [take] the {pet} away.", "<pal> hit the {pet} with a [tool].",
-        "<pal> was rude and pulled the {pet} by the [body].",
-        "the {pet} [break] the best [toy] of {hero}.", "<pal> did not share the {pet} with {him}.",
+        "<pal> was rude and pulled the {pet} by the [body].", "the {pet} [break] the best [toy] of {hero}.",
+        "<pal> did not share the {pet} with {him}.",
     ],
     "event1_good": [
         "{food} tasted [degree] good.", "<other> [give] {him} some {food}.", "they [eat] {food} together <where>.",
-        "<other> [cook] more {food} for {him}.",
-        "there was plenty of {food} for all of them.", "{S} [find] more {food} <in_house>.",
-        "<elder> let {him} have {food} and [pastry.s].",
+        "<other> [cook] more {food} for {him}.", "there was plenty of {food} for all of them.",
+        "{S} [find] more {food} <in_house>.", "<elder> let {him} have {food} and [pastry.s].",
         "{S} won a prize for {his} {food}.", "everyone [like] {his} {food}.", "<pal> shared {food} with {him}.",
     ],
     "event1_sad": [
         "{food} tasted [degree] bad.", "{food} [drop] into the [ground].", "{S} could not find any {food}.",
-        "nobody [like] {his} {food}.",
-        "{S} burned {food}, and it all smelled bad.", "<elder> did not let {him} have {food}.",
+        "nobody [like] {his} {food}.", "{S} burned {food}, and it all smelled bad.",
+        "<elder> did not let {him} have {food}.",
     ],
     "event1_afraid": [
         "a [wild] with sharp teeth smelled {food}.", "there was fire in the oven, and smoke in the [indoor].",
-        "something moved in the dark beside {food}.",
-        "a [wild] [call] near {food}.", "{S} was alone with {food}, and there was thunder.",
+        "something moved in the dark beside {food}.", "a [wild] [call] near {food}.",
+        "{S} was alone with {food}, and there was thunder.",
     ],
     "event1_angry": [
         "<pal> [take] all of {his} {food}.", "<pal> was rude and [eat] all of {his} {food}.",
-        "<pal> did not share {food} with {him}.",
-        "<pal> threw {food} at {him}.", "<pal> hit {him} and [take] {food}.",
+        "<pal> did not share {food} with {him}.", "<pal> threw {food} at {him}.", "<pal> hit {him} and [take] {food}.",
     ],
     "event2_good": [
         "{S} [find] the {item} <where>.", "<other> [make] the {item} as good as new.",
-        "<other> [give] the {item} to {him}.",
-        "<elder> [give] {him} a new {item}.", "the {item} worked again.",
-        "{S} got the {item} back@none from <other>.",
-        "<pal> shared the {item} with {him}.", "{S} won a prize with the {item}.",
-        "<elder> bought {him} the [colour] {item}.",
-        "everyone [like] the {item}.",
+        "<other> [give] the {item} to {him}.", "<elder> [give] {him} a new {item}.", "the {item} worked again.",
+        "{S} got the {item} back@none from <other>.", "<pal> shared the {item} with {him}.",
+        "{S} won a prize with the {item}.", "<elder> bought {him} the [colour] {item}.", "everyone [like] the {item}.",
     ],
     "event2_sad": [
         "{S} lost the {item} <where>.", "the {item} [break] in {his} hands.",
-        "the {item} was gone, and {he} could not find it.",
-        "the {item} did not work.", "<elder> did not let {him} have the {item}.",
-        "the {item} [drop] into the [water].",
+        "the {item} was gone, and {he} could not find it.", "the {item} did not work.",
+        "<elder> did not let {him} have the {item}.", "the {item} [drop] into the [water].",
     ],
     "event2_afraid": [
         "something moved in the dark behind the {item}.", "there was thunder, and the {item} shook.",
-        "a [wild] with sharp teeth sat beside the {item}.",
-        "{S} was alone in the dark with the {item}.", "a [wild] [call] and [fast] after the {item}.",
+        "a [wild] with sharp teeth sat beside the {item}.", "{S} was alone in the dark with the {item}.",
+        "a [wild] [call] and [fast] after the {item}.",
     ],
     "event2_angry": [
         "<pal> [take] the {item} from {him}.", "<pal> [break] the {item} and was rude.",
-        "<pal> did not share the {item} with {him}.",
-        "<pal> hit {him} with the {item}.", "<pal> threw the {item} at {him}.",
+        "<pal> did not share the {item} with {him}.", "<pal> hit {him} with the {item}.",
+        "<pal> threw the {item} at {him}.",
     ],
     "event3_good": [
         "the sun [go] out, and it was [fair].", "they got to the {place} in time.",
-        "{S} [see] the {place} behind the [tree.s].",
-        "the [vehicle] [go], and they got on.", "at the {place}, <other> [give] them {food}.",
-        "<other> showed {him} the way to the {place}.",
+        "{S} [see] the {place} behind the [tree.s].", "the [vehicle] [go], and they got on.",
+        "at the {place}, <other> [give] them {food}.", "<other> showed {him} the way to the {place}.",
         "{S} [see] a [pretty] rainbow over the {place}.", "a [kind] [job] [take] {him} to the {place}.",
-        "the [falling] stopped, and they played at the {place}.",
-        "they sang and danced at the {place}.",
+        "the [falling] stopped, and they played at the {place}.", "they sang and danced at the {place}.",
     ],
     "event3_sad": [
         "the [falling] did not stop, and it was [foul].", "they did not get to the {place} in time.",
-        "{S} could not see the {place}.",
-        "the [vehicle] did not come.", "the {place} was closed, and nobody was there.",
-        "{friend} did not come to the {place}.",
+        "{S} could not see the {place}.", "the [vehicle] did not come.",
+        "the {place} was closed, and nobody was there.", "{friend} did not come to the {place}.",
     ],
     "event3_afraid": [
         "there was thunder over the {place}.", "{S} was alone in the dark at the {place}.",
-        "a [wild] with sharp teeth lived at the {place}.",
-        "{S} [drop] into the deep [water] at the {place}.", "something moved in the dark at the {place}.",
+        "a [wild] with sharp teeth lived at the {place}.", "{S} [drop] into the deep [water] at the {place}.",
+        "something moved in the dark at the {place}.",
     ],
     "event3_angry": [
         "<pal> hit {him} at the {place}.", "<pal> [take] {food} from {him} at the {place}.",
-        "<pal> was rude to {him} at the {place}.",
-        "<pal> did not share the [vehicle] with {him}.", "<pal> threw [ground] at {him} on the way to the {place}.",
+        "<pal> was rude to {him} at the {place}.", "<pal> did not share the [vehicle] with {him}.",
+        "<pal> threw [ground] at {him} on the way to the {place}.",
     ],
 
     # how the hero feels; <plus> belongs to the present mood, <minus> to the other one
@@ -461,23 +439,19 @@ RULES = {
     ],
     "react_good": [
         "{S} [smile] <tail>.", "{S} [jump] up and down and [smile].", "{S} sang and [smile] at <other>.",
-        "\"hooray!\" [loud] {hero}.",
-        "{S} [smile] and [hold] <elder>.",
+        "\"hooray!\" [loud] {hero}.", "{S} [smile] and [hold] <elder>.",
     ],
     "react_sad": [
         "{S} [cry] <tail>.", "tears ran@none down {his} [body].", "{S} [cry] and wiped {his} tears.",
-        "\"oh dear,\" [whisper] {hero}.",
-        "{S} sat <where> and [cry].",
+        "\"oh dear,\" [whisper] {hero}.", "{S} sat <where> and [cry].",
     ],
     "react_afraid": [
         "{S} [tremble] <tail>.", "{S} hid <where> and [tremble].", "\"help!\" [loud] {hero}.",
-        "{S} [tremble] and [hold] <elder>.",
-        "{S} shut {his} eyes and [tremble].",
+        "{S} [tremble] and [hold] <elder>.", "{S} shut {his} eyes and [tremble].",
     ],
     "react_angry": [
         "{S} [stamp] in the [ground].", "{S} [stamp] and [loud] at <pal>.", "\"that is not fair!\" [loud] {hero}.",
-        "{S} [stamp] <tail>.",
-        "{S} turned {his} back@body on <pal> and [stamp].",
+        "{S} [stamp] <tail>.", "{S} turned {his} back@body on <pal> and [stamp].",
     ],
 
     # sentences of any mood, between the events
@@ -587,15 +561,13 @@ RULES = {
         "\"hand@give me the [container],\" {friend} [say].",
     ],
     "then": ["[then], ", "[then], ", "but [then] ", "but in the [day] ", "after a [span], ",
-             "after [number] [span.s], ", "suddenly, ",
-             "but on [weekday] ", "at last, ", "but "],
+             "after [number] [span.s], ", "suddenly, ", "but on [weekday] ", "at last, ", "but "],
     "close": [
         "they [go] home in the [day].", "<elder> [hold] {his} hand@body.", "{S} [sleep] in {his} bed that [day].",
         "{S} thought about it all [day].", "[then], {S} and {friend} ate <edible>.",
-        "\"let us go home,\" [say] <elder>.",
-        "{S} never forgot that [day].", "they [slow] home in the [falling].", "the [sky] was over the [outdoor].",
-        "{S} told <elder> about it.", "<other> [hold] {his} hand@body all the way home.",
-        "{friend} [look] at {him} and said nothing.",
+        "\"let us go home,\" [say] <elder>.", "{S} never forgot that [day].", "they [slow] home in the [falling].",
+        "the [sky] was over the [outdoor].", "{S} told <elder> about it.",
+        "<other> [hold] {his} hand@body all the way home.", "{friend} [look] at {him} and said nothing.",
         "and it was [season] again.",
     ],
 }

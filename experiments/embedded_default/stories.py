@@ -1,4 +1,4 @@
-"""Reads grammar.py: from rules and word lists to one story, with the concept of every word."""
+"""From the rules and word lists of grammar.py to one story, with the concept of every word."""
 import random
 import re
 
@@ -19,7 +19,7 @@ PRONOUNS = {gender: dict(zip(("he", "him", "his"), zip(words, ("pronoun/subject"
             for gender, words in (("girl", ("she", "her", "her")), ("boy", ("he", "him", "his")))}
 BAD_FEELINGS = ("sad", "afraid", "angry")
 SHOWN_BY = {"good": "smile", "sad": "cry", "afraid": "tremble", "angry": "stamp"}
-ONCE = ("middle", "feel")  # rules that don't give one story the same sentence twice
+ONCE = ("middle", "feel")  # rules that give a story no sentence twice while they have others
 Piece = tuple[str, str | None]  # text, leaf
 
 
@@ -36,9 +36,7 @@ def draw(rng: random.Random, node: str, form: str = "") -> Piece:
 
 
 def literal(word: str, tag: str | None) -> Piece:
-    """A word written out in a sentence, with its leaf. ValueError if it could be two things and has no tag, or the
-    reverse.
-    """
+    """A word written out in a sentence, with its leaf. ValueError for two senses without a tag, or a needless tag."""
     senses = [leaf for leaf in SENSES.get(word.lower(), []) if tag in (None, leaf.split("/")[-1])]
     if (tag is not None) != (word.lower() in AMBIGUOUS):
         raise ValueError(f"grammar: {word!r} "
@@ -49,21 +47,23 @@ def literal(word: str, tag: str | None) -> Piece:
 
 
 def new_story(rng: random.Random, topic: int) -> dict:
-    """The people and things of one story: (word forms, leaf) under each name, and which bad feelings may come."""
+    """The people and things of one story, each as (word forms, leaf) under its name, and its bad feeling."""
     gender = rng.choice(["girl", "boy"])
-    def one(*nodes: str) -> tuple[list[str], str]:
-        leaf = rng.choice([leaf for node in nodes for leaf in below(node)])
+
+    def one(nodes: str) -> tuple[list[str], str]:
+        leaf = rng.choice([leaf for node in nodes.split() for leaf in below(node)])
         return rng.choice(DRAWN[leaf]), leaf
+
     return {
         "rng": rng, "topic": topic, "gender": gender, "told": set(), "met": False, "minus": rng.choice(BAD_FEELINGS),
         "hero": one(gender), "friend": one("boy" if gender == "girl" else "girl"),
-        "pet": one("pet", "pet", "farm", "bird", "wild"), "food": one("fruit", "vegetable", "pastry", "dish"),
-        "item": one("toy", "tool", "clothes", "jewel", "lamp", "container"), "place": one("outdoor", "water", "town"),
+        "pet": one("pet pet farm bird wild"), "food": one("fruit vegetable pastry dish"),
+        "item": one("toy tool clothes jewel lamp container"), "place": one("outdoor water town"),
     }
 
 
 def someone(name: str, story: dict) -> list[Piece]:
-    """What {hero}, {S}, {him}, {pet} ... stand for in this story."""
+    """The words for {hero}, {S}, {him}, {pet} ... in this story."""
     rng, pronouns = story["rng"], PRONOUNS[story["gender"]]
     if name == "S":
         name = rng.choice(["hero", "hero", "he", "he", "he"])
@@ -75,7 +75,7 @@ def someone(name: str, story: dict) -> list[Piece]:
             return [pronouns["his"], (" ", None), ("friend", None), (" ", None),
                     (story["friend"][0][0], story["friend"][1])]
     forms, leaf = story["pet" if name == "pets" else name]
-    if leaf.startswith("animal/pet/"):  # its words mean the same, so each mention may take another
+    if leaf.startswith("animal/pet/"):  # its words are synonyms, so each mention may take another
         forms = rng.choice(DRAWN[leaf])
     return [(forms[min(int(name in ("pets", "food")), len(forms) - 1)], leaf)]
 
@@ -91,7 +91,7 @@ def feeling(rule: str, story: dict, mood: str) -> Piece:
 
 
 def expand(template: str, story: dict, mood: str) -> list[Piece]:
-    """Replace rules, slots and people in a sentence until only words are left. mood: good, sad, afraid or angry."""
+    """Replace rules, slots and people until only words are left. mood: good, sad, afraid or angry."""
     rng, pieces = story["rng"], []
     for rule, node, form, name, word, tag, other in PIECE.findall(template):
         if rule in ("plus", "minus", "feeling", "plus_show", "minus_show"):
@@ -117,7 +117,8 @@ def expand(template: str, story: dict, mood: str) -> list[Piece]:
 def sentences(story: dict, good: bool, same_mood_frac: float, other_topic_frac: float) -> list[list[Piece]]:
     """The sentences of one story with a good or a bad end.
 
-    same_mood_frac: chance that it began in that mood; other_topic_frac: chance of one sentence of another topic.
+    same_mood_frac: chance that it begins in the mood it ends in; other_topic_frac: chance of one sentence on another
+    topic.
     """
     rng, topic = story["rng"], story["topic"]
     act = ("<act_pet>", "<act_food>", "<act_item>", "<act_place>")
@@ -126,8 +127,8 @@ def sentences(story: dict, good: bool, same_mood_frac: float, other_topic_frac: 
     story["minus"] = next((mood for mood in (first, last) if mood != "good"), story["minus"])
     stranger = rng.choice([t for t in range(len(grammar.TOPICS)) if t != topic])
     plan = [("<open>", first), (f"<intro{topic}>", first)] + [(act[topic], first)] * (rng.random() < 0.7)
-    plan += [(f"<event{topic}_{first}>", first),
-             ("<feel>", first)] + [(f"<react_{first}>", first)] * (rng.random() < 0.3)
+    plan += [(f"<event{topic}_{first}>", first), ("<feel>", first)]
+    plan += [(f"<react_{first}>", first)] * (rng.random() < 0.3)
     plan += [("<middle>", first)] * rng.randint(1, 2)
     plan += [(rng.choice([f"<intro{stranger}>", act[stranger]]), first)] * (rng.random() < other_topic_frac)
     plan += [(f"<then><event{topic}_{last}>", last), ("<feel>", last)]
@@ -136,7 +137,7 @@ def sentences(story: dict, good: bool, same_mood_frac: float, other_topic_frac: 
 
 
 def join(parts: list[list[Piece]]) -> tuple[str, list[int]]:
-    """The text, and the leaf number of each of its words, with capitals and "an" put right."""
+    """The text, with capitals and "an" put in, and the leaf number of each of its words."""
     text, numbers, quoted = "", [], False
     for part in parts:
         text, capital = text + (" " if text else ""), True

@@ -1,4 +1,4 @@
-"""What 02_train_story_model.py is made of: the tokenizer, batches, and how a language model is judged."""
+"""The parts of 02_train_story_model.py: tokenizer, batches, and scores of a language model."""
 import json
 from collections import Counter
 
