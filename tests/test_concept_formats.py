@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_dictionary import HEADER, MADE, dictionary
 
-from concepts.dictionary import concepts_from_csv, export_concepts, merge_concepts, read_concepts
-from concepts.formats import concepts_to_csv, load, read_table
+from concepts.dictionary import export_concepts, merge_concepts, read_concepts
+from concepts.formats import load
+from concepts.tables import concepts_from_csv, concepts_to_csv, read_table
 from lib.environment import InputError
 
 FORMULAS = ["=cmd|'/C calc'!A0", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "'=1",
@@ -63,7 +64,7 @@ def test_tables_as_spreadsheets_save_them(tmp_path, save):
     (b"latent,name\n1, \n", "a latent's number and a name"),
     (b"latent,name\n-1,x\n", "a latent's number"),
     (b"latent,name\n1" + b"0" * 5000 + b",x\n", "a latent's number"),
-    (b"latent,name\n1,a\n1,b\n", "latent 1 stands there twice"),
+    (b"latent,name\n1,a\n1,b\n", "latent 1 appears twice"),
     (b"latent,name\n1," + b"x" * 200_000 + b"\n", "field larger than field limit"),
     (b'latent,name\n1,"x\n2,y\n', "unexpected end of data"),
     (b"latent,name\n1,a,b\n", "more cells than columns"),
@@ -71,7 +72,7 @@ def test_tables_as_spreadsheets_save_them(tmp_path, save):
     (b"number,title\n1,x\n", "must name the columns"),
     (b"\x00\x01\x02", "must name the columns"),
     (b"\xff\xfelatent", "must name the columns|is not UTF-8"),
-    (b"latent,name\n1,gr?n ? blau\n", "characters of latent 1 were lost"),
+    (b"latent,name\n1,gr?n ? blau\n", "latent 1 lost characters"),
 ])
 def test_tables_that_are_none(tmp_path, content, message):
     (tmp_path / "t.csv").write_bytes(content)
@@ -92,13 +93,13 @@ def laughs(levels):
     ("c.yaml", "a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
     ("c.yaml", "a: 2026-99-99", "month must be"),
     ("c.yaml", "a: 2026-01-01", "put a text in quotes"), ("c.yaml", "a: .nan", "the number nan"),
-    ("c.yaml", "1: a\n'1': b", "stands there twice"),
-    ("c.yaml", "? [a]\n: b", "is no concept dictionary"), ("c.yaml", "a: " + "9" * 5000, "Exceeds the limit"),
+    ("c.yaml", "1: a\n'1': b", "appears twice"),
+    ("c.yaml", "? [a]\n: b", "is not a concept dictionary"), ("c.yaml", "a: " + "9" * 5000, "Exceeds the limit"),
     ("c.yaml", "a: \ud800", "not UTF-8"),
-    ("c.yaml", "a: !!binary aGVsbG8=", "read as a bytes"), ("c.json", '{"a": 1, "a": 2}', "stands there twice"),
+    ("c.yaml", "a: !!binary aGVsbG8=", "read as a bytes"), ("c.json", '{"a": 1, "a": 2}', "appears twice"),
     ("c.json", '{"a": "\\ud83d"}', "half a character"),
     ("c.json", '{"a": NaN}', "NaN"), ("c.json", '{"a": 1e999}', "the number inf"),
-    ("c.json", "null", "is no concept dictionary"),
+    ("c.json", "null", "is not a concept dictionary"),
     ("c.json", '{"schema_version": 1, "sae_hash": "../../x", "n_latents": 8, "concepts": {}}', "sae_hash"),
     ("c.json", json.dumps(dictionary({"1\n": MADE})), "concepts"),
     ("c.json", json.dumps(dictionary({"1" * 5000: MADE})), "concepts"),

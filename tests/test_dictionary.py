@@ -7,7 +7,6 @@ import torch
 from test_verify_scripts import script  # noqa: F401  (a fixture)
 
 from concepts.dictionary import (
-    concepts_from_csv,
     edit_concepts,
     export_concepts,
     merge_concepts,
@@ -15,7 +14,8 @@ from concepts.dictionary import (
     search_concepts,
     write_concepts,
 )
-from concepts.formats import SCHEMA, concepts_to_csv
+from concepts.formats import SCHEMA
+from concepts.tables import concepts_from_csv, concepts_to_csv
 from lib.environment import InputError
 from lib.files import read_json, write_tensors
 
@@ -94,7 +94,7 @@ def test_a_table_comes_back_without_a_change(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("c.yaml", "a: [", "is damaged or not YAML"), ("c.yaml", "- 1", "is no concept dictionary"),
+    ("c.yaml", "a: [", "is damaged or not YAML"), ("c.yaml", "- 1", "is not a concept dictionary"),
     ("c.json", "{", "is damaged"), ("gone.yaml", None, "is missing"),
 ])
 def test_files_that_are_none(tmp_path, name, content, message):
@@ -298,8 +298,8 @@ def test_eight_people_at_once_lose_nothing(tmp_path):
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("t.csv", "latent,name\n99999,mine\n", "names latent 99999, but the SAE has latents 0 to 7"),
     ("t.csv", "latent,name\n5,mine\n", "names latent 5, which never fires"),
-    ("t.json", json.dumps(dictionary({"9": MADE}, n_latents=10)), "of 8 and of 10 latents"),
-    ("t.json", json.dumps(dictionary({"1": MADE | {"score": float("nan")}})), "NaN is not a number that JSON has"),
+    ("t.json", json.dumps(dictionary({"9": MADE}, n_latents=10)), "8 and 10 latents"),
+    ("t.json", json.dumps(dictionary({"1": MADE | {"score": float("nan")}})), "NaN is not a JSON number"),
     ("t.json", json.dumps(dictionary({"1": MADE}, sae_hash="bb")), "different SAEs"),
 ])
 def test_a_merge_is_checked_before_anything_is_written(script, own_store, tmp_path, name, text, message):  # noqa: F811

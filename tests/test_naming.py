@@ -34,9 +34,9 @@ from concepts.chat_names import (
     score_people,
     with_scores,
 )
-from concepts.dictionary import concepts_from_csv, read_concepts, write_concepts
-from concepts.formats import concepts_to_csv
+from concepts.dictionary import read_concepts, write_concepts
 from concepts.names import patterns_of, score_words
+from concepts.tables import concepts_from_csv, concepts_to_csv
 from lib.environment import InputError
 
 KEY = "sk-test-0123456789"

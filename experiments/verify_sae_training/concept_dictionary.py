@@ -5,7 +5,7 @@
     python concept_dictionary.py MERGE=concepts.yaml             # an edited one back, or a colleague's
 
 What a person edited in any of them becomes that person's, with or without `source: human`. Of two names for one latent
-a person's is kept, else the one that is there; every difference is told. A file that is there is never overwritten.
+a person's is kept, else the present one; every difference is reported. An existing file is never overwritten.
 
 Reads and writes store/verify_sae_training/concepts.json
 """
@@ -22,7 +22,6 @@ LIMIT: Count = 20                         # concepts that a search shows
 CONSTANTS = override(globals())
 
 from concepts.dictionary import (
-    concepts_from_csv,
     edit_concepts,
     export_concepts,
     merge_concepts,
@@ -32,12 +31,13 @@ from concepts.dictionary import (
 )
 from concepts.firings import read_latent_stats
 from concepts.formats import check, to_write
+from concepts.tables import concepts_from_csv
 from lib.environment import run
 from lib.store import experiment_dir
 
 
 def merge(path, other, n_latents):
-    """Merge the file `other` into the dictionary at `path`; returns what it now holds. Checks all before it writes."""
+    """Merge the file `other` into the dictionary at `path`, all or nothing; returns what it now holds."""
     stats = path.with_name("latent_stats.safetensors")
     fires = read_latent_stats(stats, n_latents)["fires"] if stats.exists() else None
     dead = [] if fires is None else (fires == 0).nonzero()[:, 0].tolist()
@@ -58,7 +58,7 @@ def merge(path, other, n_latents):
     content = edit_concepts(path, change, dead)
     for conflict in conflicts:
         print(f"{conflict.latent}: kept {conflict.kept}, dropped {conflict.dropped} ({conflict.reason})")
-    print(f"merged {other}: {changed} concepts changed or new, {len(conflicts)} differences; {path}")
+    print(f"merged {other} into {path}: {changed} concepts changed or new, {len(conflicts)} differences")
     return content
 
 

@@ -4,46 +4,34 @@
     edit_concepts(path, lambda content: ...)         # what a person wants
     content = read_concepts(path, sae_hash(sae))
 
-A dictionary is about one SAE, told by its sae_hash. Beside it stands the same as a table, concepts.csv, which people
-edit: before anything is written the edits in it are taken in. Formats and checks: concepts/formats.py.
+A dictionary is about one SAE, identified by its sae_hash. The table concepts.csv beside it holds the same for people to
+edit; their edits are read before anything is written. Formats and checks: concepts/formats.py and tables.py.
 """
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 
-from concepts.formats import (
-    EDITABLE,
-    YAML_ENDINGS,
-    Concepts,
-    Line,
-    as_read,
-    as_yaml,
-    check,
-    concepts_to_csv,
-    digest,
-    load,
-    read_table,
-    to_write,
-)
+from concepts.formats import YAML_ENDINGS, Concepts, as_read, as_yaml, check, digest, load, to_write
+from concepts.tables import Conflict, concepts_to_csv, read_table, with_edits
 from lib.environment import InputError, log
 from lib.files import write_json, write_text
 
 ENDINGS = (".json", *YAML_ENDINGS, ".csv")
-PATIENCE = 120  # seconds that one process waits for another one's change of the same dictionary
+PATIENCE = 120  # seconds to wait while another process changes the same dictionary
 
 
 def write_concepts(path: Path, header: dict[str, Any], named: Concepts, dead: Iterable[int] = ()) -> Concepts:
-    """Write concepts.json and concepts.csv, and return what they now hold.
+    """Write concepts.json and concepts.csv, and return the concepts that they now hold.
 
     header: sae_hash, run_id, model_id, hook, n_latents.
 
-    Names by people stay: those in the files that are there, unless `named` has a person's own for the same latent, and
-    those in concepts_<sae_hash>.json, where the dictionary of an SAE is kept while concepts.json is about another one.
+    People's names stay: those in the existing files, unless `named` has a person's for the same latent, and those in
+    concepts_<sae_hash>.json, where an SAE's dictionary is kept while concepts.json is about another one.
     """
     with _alone(path):
         kept: Concepts = {}
@@ -68,7 +56,7 @@ def write_concepts(path: Path, header: dict[str, Any], named: Concepts, dead: It
 def edit_concepts(
     path: Path, change: Callable[[dict[str, Any]], Concepts], dead: Iterable[int] = ()
 ) -> dict[str, Any]:
-    """Replace the concepts of a dictionary by change(content); two processes do so one after the other.
+    """Replace the concepts of a dictionary by change(content), one process at a time.
 
     The result is checked before anything is written. Returns what the file now holds, as read_concepts does.
     """
@@ -83,16 +71,15 @@ def edit_concepts(
 def read_concepts(path: Path, sae_hash: str | None = None, dead: Iterable[int] = ()) -> dict[str, Any]:
     """Read and check a dictionary, .json or .yaml; the keys of "concepts" become int.
 
-    An entry that was edited since a step wrote it comes with source "human". Raises InputError for a missing or damaged
-    file, anything that breaks the schema, a latent the SAE does not have, a file about another SAE than `sae_hash`, and
-    a name for a latent in `dead`.
+    Entries edited since a step wrote them get the source "human". Raises InputError if the file is missing or damaged,
+    and where check() does.
     """
     return as_read(check(load(path), path, sae_hash, dead))
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold a dictionary for this process, so that nothing is written between its reading and its writing."""
+    """Lock a dictionary, so that no other process writes between our reading and our writing."""
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=PATIENCE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,20 +95,20 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _present(path: Path, dead: Iterable[int] = (), sae_hash: str | None = None) -> dict[str, Any]:
-    """The dictionary at `path` with what a person edited in the table beside it. dead: of `sae_hash`, if it says so.
+    """The dictionary at `path` with a person's edits in the table beside it. dead: of the SAE `sae_hash`, if given.
 
-    A table whose edits can't be taken in is kept under another name; the log says so.
+    A table whose edits can't be used is kept under another name, and the log says so.
     """
     content, table = read_concepts(path), path.with_suffix(".csv")
     if not table.exists():
         return content
     try:
         lines = read_table(table)
-        edited, conflicts = _edited(content["concepts"], lines, content["sae_hash"], table)
+        edited, conflicts = with_edits(content["concepts"], lines, content["sae_hash"], table)
         if edited != content["concepts"] and not any(line.made for line in lines):
             raise InputError(f"{table} has no column stamp, which tells edits from old names; set MERGE to it")
-        check(to_write({**content, "concepts": {}}, edited), table,
-              dead=dead if sae_hash in (None, content["sae_hash"]) else ())
+        its_dead = dead if sae_hash in (None, content["sae_hash"]) else ()
+        check(to_write({**content, "concepts": {}}, edited), table, dead=its_dead)
         if conflicts:
             raise InputError(f"{table} and {path.name} were both edited at latent {conflicts[0].latent}")
     except InputError as error:
@@ -129,12 +116,12 @@ def _present(path: Path, dead: Iterable[int] = (), sae_hash: str | None = None) 
         return content
     changed = sum(content["concepts"].get(latent) != entry for latent, entry in edited.items())
     if changed:
-        log.warning("%d concepts were edited in %s; they are now in %s, as a person's", changed, table.name, path.name)
+        log.warning("%d concepts were edited in %s; %s now has them as a person's", changed, table.name, path.name)
     return content | {"concepts": edited}
 
 
 def _keep_edited(table: Path) -> None:
-    """Keep a table without a dictionary under another name, if a person edited it."""
+    """Keep a table that has no dictionary under another name, if a person edited it."""
     try:
         if table.exists() and any(line.made != digest(line.latent, line.new) for line in read_table(table)):
             _keep(table, f"{table} was edited, and the concepts.json that it belongs to is gone")
@@ -149,12 +136,12 @@ def _keep(table: Path, why: str) -> None:
 
 
 def _aside(path: Path, sae_hash: str) -> Path:
-    """Where the dictionary of an SAE is kept while the file at `path` is about another one."""
+    """Where an SAE's dictionary is kept while the file at `path` is about another one."""
     return path.with_name(f"{path.stem}_{sae_hash}.json")
 
 
 def _with_aside(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The content with the people's names that were set aside for its SAE; a file that disagrees gets a free name."""
+    """The content with the people's names set aside for its SAE; a file that disagrees is renamed and kept."""
     aside = _aside(path, content["sae_hash"])
     if not aside.exists():
         return content
@@ -172,7 +159,7 @@ def _by_people(concepts: Concepts) -> Concepts:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or with a number if there is one already."""
+    """`path`, with a number if it exists."""
     numbered = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
     return path if not path.exists() else next(other for other in numbered if not other.exists())
 
@@ -185,7 +172,7 @@ def _write(path: Path, content: dict[str, Any], dead: Iterable[int] = ()) -> Non
 def export_concepts(content: dict[str, Any], path: Path) -> None:
     """Write a dictionary (what read_concepts returns) as .json, .yaml or .csv, by the path's ending.
 
-    Raises InputError for another ending and for a file that is there: somebody may have edited it.
+    Raises InputError for another ending, and for a file that exists: somebody may have edited it.
     """
     require_new(path)
     if path.suffix == ".csv":
@@ -205,62 +192,16 @@ def require_new(path: Path) -> None:
         raise InputError(f"{path} already exists; choose another name, or move it away")
 
 
-def concepts_from_csv(
-    path: Path | str, concepts: Concepts, sae_hash: str | None = None, conflicts: list["Conflict"] | None = None
-) -> Concepts:
-    """The concepts with a table's edits: where name, description or notes differ, the source becomes "human".
-
-    A line that nobody edited since it was exported changes nothing. conflicts: gets the latents that another person has
-    renamed since the export; their names stay. Raises InputError for a table that is damaged or about another SAE.
-    """
-    changed, found = _edited(concepts, read_table(Path(path)), sae_hash, Path(path))
-    if conflicts is not None:
-        conflicts.extend(found)
-    return changed
-
-
-def _edited(
-    concepts: Concepts, lines: list[Line], sae_hash: str | None, path: Path
-) -> tuple[Concepts, list["Conflict"]]:
-    changed, conflicts = dict(concepts), []
-    for line in lines:
-        if line.sae_hash and sae_hash and line.sae_hash != sae_hash:
-            raise InputError(f"{path} names the latents of another SAE ({line.sae_hash}, not {sae_hash})")
-        entry = concepts.get(line.latent, {})
-        old = {key: entry.get(key) or "" for key in EDITABLE}
-        if line.made == digest(line.latent, line.new) or old | line.new == old:
-            continue
-        lossy = {key: text.encode("cp1252", "replace").decode("cp1252") for key, text in old.items()}
-        if any(old[key] != value == lossy[key] for key, value in line.new.items()):
-            lost = f"characters of latent {line.latent} were lost"
-            raise InputError(f"{path}: {lost}; save it in UTF-8 (in Excel: CSV UTF-8)")
-        if line.made and entry.get("source") == "human" and line.made != digest(line.latent, entry):
-            reason = "renamed since that table was exported"
-            conflicts.append(Conflict(line.latent, entry["name"], line.new["name"], reason))
-        else:
-            changed[line.latent] = entry | line.new | {"source": "human"}
-    return changed, conflicts
-
-
-class Conflict(NamedTuple):
-    """One latent that two dictionaries name differently."""
-
-    latent: int
-    kept: str
-    dropped: str
-    reason: str
-
-
 def merge_concepts(mine: dict[str, Any], other: dict[str, Any]) -> tuple[Concepts, list[Conflict]]:
     """The concepts of two dictionaries of one SAE, and where their names differ.
 
-    A person's entry wins over one that was made; otherwise `mine` wins. Raises InputError for another SAE's dictionary.
+    A person's entry wins over one that a step made; otherwise `mine` wins. Raises InputError if the SAEs differ.
     """
     if mine["sae_hash"] != other["sae_hash"]:
         raise InputError(f"the dictionaries name different SAEs ({mine['sae_hash']} and {other['sae_hash']})")
     if mine["n_latents"] != other["n_latents"]:
-        sizes = f"{mine['n_latents']} and of {other['n_latents']}"
-        raise InputError(f"the dictionaries are of {sizes} latents; one is damaged")
+        sizes = f"{mine['n_latents']} and {other['n_latents']}"
+        raise InputError(f"the dictionaries have {sizes} latents; one is damaged")
     merged, conflicts = other["concepts"] | mine["concepts"], []
     for latent in sorted(mine["concepts"].keys() & other["concepts"].keys()):
         first, second = mine["concepts"][latent], other["concepts"][latent]
@@ -269,14 +210,16 @@ def merge_concepts(mine: dict[str, Any], other: dict[str, Any]) -> tuple[Concept
         merged[latent] = kept
         if kept["name"] != dropped["name"]:
             by_person = (kept["source"] == "human") != (dropped["source"] == "human")
-            reason = "a person's name" if by_person else "the first dictionary's"
-            conflicts.append(Conflict(latent, kept["name"], dropped["name"], reason))
+            conflicts.append(Conflict(latent, kept=kept["name"], dropped=dropped["name"],
+                                      reason="a person's name" if by_person else "the first dictionary's"))
     return dict(sorted(merged.items())), conflicts
 
 
 def search_concepts(concepts: Concepts, query: str) -> list[int]:
-    """Latents whose name, description or notes have all words of the query, whatever the case: those whose name has
-    them first, then by score."""
+    """Latents whose name, description or notes hold all words of the query, ignoring case.
+
+    Those whose name holds them come first, then by score.
+    """
     words = query.lower().split()
     found = []
     for latent, entry in concepts.items():
