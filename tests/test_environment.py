@@ -1,6 +1,7 @@
 """How a script starts and ends, whatever it meets: other packages, Ctrl-C, a full disk, a closed pipe, the wrong
 lib.
 """
+import ast
 import errno
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from conftest import PROJECT
 from forked import TRAIN, VERIFY
@@ -221,14 +223,45 @@ def test_a_console_without_unicode_shows_escapes(tmp_path):
     assert done.returncode == 0 and "\\u017b\\xf3\\u0142w" in done.stdout
 
 
-def test_a_copy_of_the_project_uses_its_own_lib(tmp_path):
-    """Whatever lib this environment has on its path."""
+@pytest.fixture
+def other_clone(tmp_path):
+    """A copy of the project, used with this one's environment, and this one's lib on the path."""
     other = tmp_path / "other"
-    shutil.copytree(PROJECT / "lib", other / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(PROJECT / VERIFY, other / VERIFY)
+    for folder in ("lib", VERIFY):
+        shutil.copytree(PROJECT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run(*command):
+        return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {"PYTHONPATH": str(PROJECT)})
+
+    return other, run
+
+
+def test_a_script_of_another_clone_uses_its_own_lib(other_clone):
+    other, run = other_clone
     ranges = other / "lib" / "ranges.py"
     ranges.write_text(ranges.read_text().replace('"a whole number"', '"a number of the copy"'))
-    command = [sys.executable, str(other / VERIFY / "02_train_sae.py"), "TOP_K=x"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(PROJECT)},
-                          cwd=tmp_path)
+    done = run(other / VERIFY / "02_train_sae.py", "TOP_K=x")
     assert done.returncode == 2 and done.stderr == "error: TOP_K=x must be a number of the copy\n"
+
+
+def test_a_notebook_of_another_clone_uses_its_own_lib(other_clone):
+    """Up to `import checkout`, as each notebook has it, then a look at where lib is."""
+    other, run = other_clone
+    path = other / VERIFY / "05_show_concepts.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source = first.source.partition("import checkout")[0] + "import checkout, lib; print('lib:', lib.__file__)"
+    notebook.cells = [first]
+    nbformat.write(notebook, path)
+    done = run("-m", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--execute", "--stdout", path)
+    assert f"lib: {other / 'lib' / '__init__.py'}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "experiments").glob("*/*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_finds_its_checkout_before_it_imports_the_project(path):
+    """And before torch, whose idle threads wait as lib says."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+             for node in ast.walk(ast.parse("\n".join(cells))) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert next(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names) == "checkout"
