@@ -37,7 +37,6 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/sae_ception/cycles/fine_tuning.py": 7,
     "experiments/sae_ception/cycles/session.py": 3,
     "experiments/sae_ception/cycles/steps.py": 5,
-    "experiments/verify_sae_training/01_save_activations.py": 1,
     "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
     "experiments/verify_sae_training/05_show_concepts.ipynb": 4,
     "experiments/verify_sae_training/06_steer_model.py": 1,
