@@ -1,4 +1,4 @@
-"""The blocks of a transformer, what goes in and out of modules, and one trial pass that shows how a model runs."""
+"""Where a model's blocks are, which tensors are the input and output of a module, and a trial pass of the model."""
 import inspect
 import re
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ Arguments = tuple[tuple, dict[str, Any]]
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and modules of the text model's blocks, which may be of several classes.
 
-    With a transformers config: the list as long as the config says, outside any other list (experts, parts of a block)
-    and any part with another config (a vision tower). Without: the longest list of modules of one class.
-    Raises InputError if there is none, as in ALBERT, which runs one block over and over, or in XLM, whose attentions
-    and MLPs stand in lists of their own.
+    With a transformers config: the list that is as long as the config says, outside any other list (experts, parts of a
+    block) and any part with a config of its own (a vision tower). Without: the longest list of modules of one class.
+    Raises InputError if there is none, as in ALBERT, which runs one block repeatedly, or in XLM, which lists its
+    attentions and its MLPs apart.
     """
     lists = [(path, module) for path, module in model.named_modules()
              if isinstance(module, nn.ModuleList) and len(module)]
@@ -46,6 +46,15 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, stack
 
 
+def block_list(model: nn.Module) -> tuple[str | None, int]:
+    """Path and length of the list of blocks; (None, 0) for a model without one."""
+    try:
+        path, modules = blocks(model)
+    except InputError:
+        return None, 0
+    return path, len(modules)
+
+
 def _config_at(model: nn.Module, path: str) -> Any:
     """The config of the innermost module on the way to `path` that has one."""
     found, module = getattr(model, "config", None), model
@@ -56,16 +65,14 @@ def _config_at(model: nn.Module, path: str) -> Any:
 
 
 def hidden_of(value: Any) -> Tensor | None:
-    """The hidden states in what a module gives: the tensor itself, or the first item of a tuple or model output."""
-    first = (value if isinstance(value, Tensor) else value[0] if isinstance(value, tuple | list | dict) and len(value)
-             else None)
-    return first if isinstance(first, Tensor) else None
+    """The hidden states in a module's output: the tensor itself, or the first item of a tuple or model output."""
+    if isinstance(value, tuple | list | dict) and len(value):
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
 
 
 def hidden_argument(args: tuple, kwargs: dict[str, Any]) -> tuple[str | int, Tensor] | None:
-    """Name or number of the argument that carries the hidden states, and its value: the first tensor of numbers with a
-    width.
-    """
+    """Key and value of the argument that carries the hidden states: the first floating-point tensor with a width."""
     numbered: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in numbered:
         if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point():
@@ -84,7 +91,7 @@ def with_hidden(args: tuple, kwargs: dict[str, Any], new: Tensor) -> Arguments:
 
 
 def with_output(output: Any, new: Tensor) -> Any:
-    """What a module gives, with `new` in place of the hidden states."""
+    """A module's output with `new` in place of the hidden states."""
     if isinstance(output, Tensor):
         return new
     if isinstance(output, dict):  # transformers' model outputs
@@ -93,9 +100,9 @@ def with_output(output: Any, new: Tensor) -> Any:
 
 
 def as_texts(value: Tensor, texts: tuple[int, ...]) -> Tensor:
-    """Hidden states [B * T, D] as [B, T, D], texts = (B, T): OPT's blocks flatten them half-way. Others as they are."""
-    return (value.view(*texts, -1) if value.ndim == 2 and len(texts) == 2 and len(value) == texts[0] * texts[1]
-            else value)
+    """Hidden states as [B, T, D], with texts = (B, T): OPT's blocks flatten them to [B * T, D] half-way."""
+    is_flat = value.ndim == 2 and len(texts) == 2 and len(value) == texts[0] * texts[1]
+    return value.view(*texts, -1) if is_flat else value
 
 
 def _embedding(model: Any) -> Any:
@@ -106,7 +113,7 @@ def _embedding(model: Any) -> Any:
 
 
 def n_embeddings(model: Any) -> int | None:
-    """How many token ids the model knows; None for a model that does not read token ids."""
+    """How many token ids the model has embeddings for; None for a model that does not read token ids."""
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
     embedding = _embedding(model)
@@ -115,14 +122,14 @@ def n_embeddings(model: Any) -> int | None:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids and masks go: the device of the embedding; a model over several devices moves the rest itself."""
+    """Where token ids and masks go: the embedding's device. A model on several devices moves the rest itself."""
     weight = getattr(_embedding(model), "weight", None)
     device = next(model.parameters()).device if weight is None else weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def max_positions(model: Any) -> int | None:
-    """How many tokens a text may have for this model; None where nothing limits it (recurrent models, ALiBi, T5)."""
+    """How many tokens of a text the model can read; None: any number (recurrent models, ALiBi, T5)."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         return None
@@ -132,7 +139,7 @@ def max_positions(model: Any) -> int | None:
         named = re.search(r"(^|\.)(wpe|\w*position\w*)$", path)
         if (named and isinstance(module, nn.Embedding)
             and isinstance(_config_at(model, path), (type(text), type(config)))):
-            # RoBERTa counts from behind its padding id, OPT and BART from 2.
+            # RoBERTa counts from its padding id + 1, OPT and BART from 2.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(module.num_embeddings - getattr(module, "offset", first))
     limits = [limit for limit in found if isinstance(limit, int) and limit > 0]
@@ -148,21 +155,21 @@ def require_positions(model: Any, max_length: int) -> None:
 
 
 class Trial(NamedTuple):
-    """What one pass of a few tokens through the whole model showed."""
+    """What a pass of a few tokens through the whole model showed."""
 
     calls: dict[str, int]
     """How often each module ran, by its dotted path."""
     arguments: list[Arguments]
-    """What each block was called with."""
+    """The arguments of each block."""
     widths: dict[str, int]
-    """Size of the last dimension of what each module gave."""
+    """Size of the last dimension of each module's output."""
 
 
 _trials: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 
 
 def can_run(model: nn.Module) -> bool:
-    """Whether a trial pass is possible: a model that reads token ids and has its weights, in memory or on the disk."""
+    """Whether a trial pass is possible: the model reads token ids and has its weights, in memory or on the disk."""
     empty = (any(p.is_meta for p in model.parameters())
              and not any(hasattr(module, "_hf_hook") for module in model.modules()))
     return hasattr(model, "get_input_embeddings") and not empty
@@ -170,7 +177,7 @@ def can_run(model: nn.Module) -> bool:
 
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients; afterwards each module is as it was."""
+    """Eval mode and no gradients inside the block; every module's mode is restored after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -182,7 +189,7 @@ def quietly(model: nn.Module) -> Iterator[None]:
 
 
 def trial(model: Any) -> Trial:
-    """The trial pass of a model, made once. Raises InputError if the model can't run on token ids alone."""
+    """The model's trial pass, made once. Raises InputError if the model can't run on token ids alone."""
     if model in _trials:
         return _trials[model]
     calls: dict[str, int] = {}
@@ -205,18 +212,15 @@ def trial(model: Any) -> Trial:
     with ExitStack() as stack:
         for path, module in model.named_modules():
             stack.callback(module.register_forward_hook(note(path)).remove)
-        try:
-            stack_of_blocks = blocks(model)[1]
-        except InputError:
-            stack_of_blocks = nn.ModuleList()
-        for block in stack_of_blocks:
+        stack_path = block_list(model)[0]
+        for block in [] if stack_path is None else model.get_submodule(stack_path):
             keep = block.register_forward_pre_hook(lambda _, args, kwargs: arguments.append(copied(args, kwargs)),
                                                    with_kwargs=True)
             stack.callback(keep.remove)
         stack.enter_context(quietly(model))
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(model))
-        except Exception as error:  # another architecture's own complaint
+        except Exception as error:  # whatever the architecture raises
             raise InputError(f"{type(model).__name__} can't run on token ids alone ({first_line(error)}); "
                              "use a language model or a text encoder") from None
     _trials[model] = Trial(calls, arguments, widths)
@@ -224,7 +228,7 @@ def trial(model: Any) -> Trial:
 
 
 def copied(args: tuple, kwargs: dict[str, Any]) -> Arguments:
-    """The arguments with a copy of the hidden states: a block may work in place."""
+    """The arguments, with the hidden states copied: a block may change them in place."""
     found = hidden_argument(args, kwargs)
     return (args, kwargs) if found is None else with_hidden(args, kwargs, found[1].clone())
 

@@ -162,8 +162,8 @@ def test_numbers_from_the_end_and_all_blocks():
         resolve(model, "resid_post:*")
 
 
-@pytest.mark.parametrize("name, message", [("model.layers", "does not run"), ("model:input", "no tensor"),
-                                           ("model.embed_tokens:input", "no tensor")])
+@pytest.mark.parametrize("name, message", [("model.layers", "does not run"), ("model:input", "not a tensor"),
+                                           ("model.embed_tokens:input", "not a tensor")])
 def test_places_without_activations_are_refused_in_one_line(name, message):
     model = tiny_model("llama")
     with pytest.raises(InputError, match=message) as error:

@@ -14,11 +14,7 @@ FILES: set[str] = {
     "experiments/sae_ception/cycles/fine_tuning.py",
     "experiments/sae_ception/cycles/session.py",
     "experiments/sae_ception/cycles/tasks.py",
-    "experiments/verify_sae_training/concepts/dictionary.py",
-    "experiments/verify_sae_training/concepts/formats.py",
     "lib/files.py",
-    "lib/hooks.py",
-    "lib/roles.py",
     "lib/steering.py",
 }
 PARAMETERS: set[str] = {

@@ -31,7 +31,7 @@ from lib.blocks import blocks
 from lib.environment import InputError
 from lib.hooks import capture, edit, resolve, resolve_all
 from lib.models import load_model
-from lib.roles import ROLES
+from lib.residual_stream import ROLES
 from lib.steering import continue_texts
 from lib.texts import tokenise
 from lib.training import TrainSettings, train_sae

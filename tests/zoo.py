@@ -190,7 +190,7 @@ def text_model(name):
 
 def table():
     """Lines of a table in Markdown: for each family and role the blocks that have it, or why none has."""
-    from lib.roles import ROLES
+    from lib.residual_stream import ROLES
     from list_layers import short_names
 
     def reason(clause):

@@ -6,7 +6,7 @@ from torch import nn
 from lib.blocks import blocks, trial
 from lib.environment import InputError
 from lib.hooks import HookPoint, every, layer_signatures
-from lib.roles import ROLES, roles
+from lib.residual_stream import ROLES, roles
 
 
 def list_layers(model: nn.Module) -> None:

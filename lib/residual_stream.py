@@ -1,15 +1,14 @@
-"""Which modules of a transformer block hold the residual stream, and what attention and MLP add to it.
+"""Where the residual stream of a block is, and what attention and MLP add to it: resid_pre, attn_out, ... resid_post.
 
-    roles(model, 2)["mlp_out"]      # ("model.layers.2.mlp", "output"), or a sentence that says why there is none
+    roles(model, 2)["mlp_out"]      # ("model.layers.2.mlp", "output"), or a clause that says why there is none
 
-Roles are defined by sums, not by names of modules:
+Roles are defined by sums, not by the names of modules:
 
     resid_mid = resid_pre + attn_out        resid_post = resid_mid + mlp_out
 
-and each is confirmed by running the block: the sums must hold, and a change made there must arrive in the sum as it is.
-A module that normalises or scales before the sum, or adds the stream itself, is passed over for the one that gives the
-summand; where no module does, the role is refused. So an architecture that nobody has looked at can't be silently
-wrong.
+Each is confirmed by running the block: the sums must hold, and a change made there must reach the sum unchanged. A
+module that normalises or scales before the sum, or adds the stream itself, is passed over for the part that gives the
+summand; if there is none, the role is refused. So no architecture, not even one unseen so far, can be silently wrong.
 """
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -39,18 +38,16 @@ _found: WeakKeyDictionary[nn.Module, dict[int, dict[str, Place | str]]] = WeakKe
 
 
 class _Pass(NamedTuple):
-    """What was seen when one block ran."""
+    """Hidden states seen while one block ran; only parts that ran once, in that order."""
 
     inputs: dict[str, Tensor]
-    """Hidden states that went into each part of the block, in the order of running; parts that ran once."""
     outputs: dict[str, Tensor]
-    """... and those that came out."""
     result: Tensor | None
-    """What the block gave."""
+    """The output of the whole block."""
 
 
 def _run_block(block: nn.Module, arguments: Arguments, edits: dict[Place, Callable[[Tensor], Tensor]]) -> _Pass:
-    """Run the block with its stored arguments; `edits` replace what goes into or comes out of its parts."""
+    """Run the block on its stored arguments; `edits` replace inputs or outputs of its parts."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     repeated: set[str] = set()
@@ -95,9 +92,9 @@ def _run_block(block: nn.Module, arguments: Arguments, edits: dict[Place, Callab
 
 
 def roles(model: nn.Module, index: int) -> dict[str, Place | str]:
-    """For each role the place in block `index` that holds it, or one clause that says why there is none.
+    """For each role the place in block `index` that holds it, or a clause that says why there is none.
 
-    A model without weights (a skeleton) can't be run: its parts are told by their names alone.
+    A model without weights can't be run: its parts are recognised by name alone.
     """
     path, modules = blocks(model)
     prefix, block = f"{path}.{index}", modules[index]
@@ -115,8 +112,8 @@ def _by_name(block: nn.Module) -> dict[str, Place | str]:
     names = [name for name, _ in block.named_children()]
     attention = next((name for name in names if "att" in name and not _is_norm(block, name)), None)
     mlp = next((name for name in names if any(part in name for part in ("mlp", "feed_forward", "ffn"))), None)
-    norm = next((name for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2") if name in names),
-                None)
+    norms = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
+    norm = next((name for name in norms if name in names), None)
     unknown = f"{type(block).__name__} has no part known by name"
     return {
         "resid_mid": (norm, "input") if norm else unknown,
@@ -130,7 +127,7 @@ def _is_norm(block: nn.Module, name: str) -> bool:
 
 
 def _is_attention(block: nn.Module, name: str) -> bool:
-    """Whether a part of the block is attention or belongs to it."""
+    """Whether a part of the block is attention, or inside it."""
     parts = name.split(".")
     above = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(
@@ -141,7 +138,7 @@ def _is_attention(block: nn.Module, name: str) -> bool:
 
 
 def _confirmed(model: nn.Module, block: nn.Module, index: int) -> dict[str, Place | str]:
-    """resid_mid, attn_out and mlp_out of a block, each found among its parts and confirmed by running it."""
+    """resid_mid, attn_out and mlp_out of a block, found among its parts and confirmed by running it."""
     kind = type(block).__name__
     plain = f"{kind} adds no sum to the stream that can be read; use resid_pre or resid_post"
     everywhere: dict[str, Place | str] = dict.fromkeys(("resid_mid", "attn_out", "mlp_out"), plain)
@@ -153,7 +150,7 @@ def _confirmed(model: nn.Module, block: nn.Module, index: int) -> dict[str, Plac
 
 
 class _Confirm:
-    """One block, run on its stored arguments with changes here and there."""
+    """Runs one block on its stored arguments, with edits, and compares."""
 
     def __init__(self, block: nn.Module, arguments: Arguments):
         self.block, self.arguments = block, arguments
@@ -162,7 +159,7 @@ class _Confirm:
         self.x, self.clean = found[1], self.run({})
         fits = lambda states: [name for name, value in states.items() if value.shape == self.x.shape]  # noqa: E731
         self.read, self.given = fits(self.clean.inputs), fits(self.clean.outputs)
-        # A module and the last part of it often give the same; the name that is shortest is the module.
+        # A module and its last part often give the same output; the shorter name is the module's.
         self.given.sort(key=lambda name: name.count("."))
         generator = torch.Generator().manual_seed(0)
         self.delta = torch.randn(self.x.shape, generator=generator).to(self.x)
@@ -171,9 +168,9 @@ class _Confirm:
         return _run_block(self.block, self.arguments, edits)
 
     def same(self, a: Tensor, b: Tensor, *terms: Tensor) -> bool:
-        """Equal up to rounding, number by number, against the size of the terms that a and b are sums of.
+        """Whether a and b are equal up to rounding, relative to the size of the terms that they are sums of.
 
-        A few numbers may be off by more: a product over other rows is summed in another order.
+        A few numbers may be further off: matrix products over different rows are summed in a different order.
         """
         a, b = a.float(), b.float()
         size = torch.stack([x.float().to(a.device).abs() for x in (a, b, *terms)]).sum(0)
@@ -186,23 +183,20 @@ class _Confirm:
             return {}
         norm = next((name for name in reversed(self.read) if _is_norm(self.block, name) and self.is_mid(name)), None)
         attention, mlp = self.summands(norm)
-        found: dict[str, Place | str] = {}
-        found["attn_out"] = (attention,
-                             "output") if attention else f"no part of {kind} gives what attention adds to the stream"
-        found["mlp_out"] = (mlp, "output") if mlp else f"no part of {kind} gives what the MLP adds to the stream"
-        found["resid_mid"] = f"{kind} has no norm between attention and MLP that reads the stream; use resid_post"
-        if norm:
-            found["resid_mid"] = (norm, "input")
-        elif attention and mlp and self.is_parallel(attention, mlp):
-            found[
-                "resid_mid"
-            ] = f"{kind} runs attention and MLP in parallel, so there is no stream between them; use resid_post"
-        return found
+        no_mid = f"{kind} has no norm between attention and MLP that reads the stream; use resid_post"
+        if not norm and attention and mlp and self.is_parallel(attention, mlp):
+            no_mid = f"{kind} runs attention and MLP in parallel, so there is no stream between them; use resid_post"
+        nothing = f"no part of {kind} gives what {{}} adds to the stream"
+        return {
+            "attn_out": (attention, "output") if attention else nothing.format("attention"),
+            "mlp_out": (mlp, "output") if mlp else nothing.format("the MLP"),
+            "resid_mid": (norm, "input") if norm else no_mid,
+        }
 
     def is_mid(self, name: str) -> bool:
-        """Whether all that the block does after it reads `name` depends on that alone, and is added to it.
+        """Whether the rest of the block depends on the input of `name` alone, and is added to it.
 
-        With the two texts exchanged there, and the difference added to the block's result, the result is exchanged.
+        If so, swapping the two texts there, and adding the difference to the block's result, swaps the result.
         """
         stream, result = self.clean.inputs[name], self.clean.result
         assert result is not None
@@ -210,18 +204,18 @@ class _Confirm:
             return False
         moved = self.run({(name, "input"): lambda m: m.flip(0)}).result
         difference = stream.flip(0) - stream
-        # Tokens that are alike in both texts tell nothing: Longformer pads its texts to whole windows.
+        # Tokens that are alike in both texts say nothing: Longformer pads its texts to whole windows.
         tells = difference.abs().amax(-1) > 0.01 * stream.abs().amax(-1)
         if moved is None or not tells.any():
             return False
         return self.same(*(x[tells] for x in (moved + difference, result.flip(0), stream, stream.flip(0))))
 
     def summands(self, norm: str | None) -> tuple[str | None, str | None]:
-        """The parts whose outputs are what attention adds and what the MLP adds; None where no part is."""
+        """The parts whose outputs attention and the MLP add to the stream; None where there is no such part."""
         attentive = [name for name in self.given if _is_attention(self.block, name)]
         if not attentive and norm is None:
             return None, None
-        # What comes out of a norm after attention may be the summand of attention, and of the MLP just as well.
+        # The output of a norm may be what attention adds, or what the MLP adds.
         norms = [name for name in self.given if _is_norm(self.block, name)]
         others = [name for name in self.given if name not in attentive]
         x, clean = self.x, self.clean
@@ -243,9 +237,7 @@ class _Confirm:
         return None, None
 
     def arrives(self, name: str, where: Callable[[_Pass], Tensor | None]) -> bool:
-        """Whether something added to the output of `name` comes out at `where` as it is, neither scaled nor
-        normalised.
-        """
+        """Whether something added to the output of `name` reaches `where` neither scaled nor normalised."""
         delta = self.delta * max(float(self.clean.outputs[name].abs().max()), float(self.x.abs().max()))
         before, after = where(self.clean), where(self.run({(name, "output"): lambda a: a + delta.to(a)}))
         return before is not None and after is not None and self.same(after - before, delta, before, after)
