@@ -23,7 +23,6 @@ PARAMETERS: set[str] = {
     "lib/steering.py:sweep",
 }
 BY_POSITION: dict[str, int] = {  # calls of each file
-    "experiments/benchmarks/saebench_core.py": 1,
     "experiments/sae_ception/04_train_cycle.py": 2,
     "experiments/sae_ception/05_compare_cycles.ipynb": 12,
     "experiments/sae_ception/06_interpret_features.ipynb": 2,

@@ -8,7 +8,7 @@
 #SBATCH --time=12:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# A job that is pre-empted and requeued runs the same commands, which go on where they were.
+# A job that is pre-empted and requeued runs the same commands again, and they resume.
 set -euo pipefail
 export STORE_DIR=${STORE_DIR:?a folder on the shared file system}
 cd "$SLURM_SUBMIT_DIR/experiments/verify_sae_training"

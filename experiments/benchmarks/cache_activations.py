@@ -1,10 +1,9 @@
-"""SAELens' own way of saving activations, its CacheActivationsRunner; 01_time_activations.py runs this in the peers'
-environment.
+"""SAELens' own way of saving activations, its CacheActivationsRunner; 01 runs this with the peers' Python.
 
     python cache_activations.py '{"model": DIRECTORY, "texts": DIRECTORY, "layer": 3, "tokens": 100000, "context": 256,
                                   "batch": 32, "threads": 2, "folder": DIRECTORY}'
 
-Prints {"tokens", "seconds"} of its run(), which packs texts into whole contexts. The model was loaded before.
+Prints {"tokens", "seconds"} of its run(), which packs texts into whole contexts; the model is loaded before.
 """
 import json
 import sys
@@ -23,8 +22,7 @@ runner = CacheActivationsRunner(CacheActivationsRunnerConfig(
     dataset_path=order["texts"], model_name=order["model"], model_class_name="AutoModelForCausalLM", d_in=width,
     hook_name=f"model.layers.{order['layer']}", context_size=order["context"], model_batch_size=order["batch"],
     training_tokens=n_tokens, buffer_size_gb=min(2.0, n_tokens * width * 4 / 2e9), device="cpu", shuffle=False,
-    prepend_bos=True,
-    new_cached_activations_path=order["folder"] + "/cached"))
+    prepend_bos=True, new_cached_activations_path=order["folder"] + "/cached"))
 start = time.perf_counter()
 dataset = runner.run()
 print(json.dumps({"tokens": len(dataset) * order["context"], "seconds": time.perf_counter() - start}))
