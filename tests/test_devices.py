@@ -130,7 +130,7 @@ def on_device(monkeypatch, constants):
     """Test scores of a baseline with everything on the device, and a model trained towards its targets."""
     # its list has MPS
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)
-    monkeypatch.setattr("cycles.evaluation.label_selectivity", lambda *_: {})  # slow here, and all of it on the CPU
+    monkeypatch.setattr("cycles.evaluation._label_selectivity", lambda *_: {})  # slow here, and all of it on the CPU
     monkeypatch.setattr("cycles.session.choose_device", lambda _: torch.device(DEVICE))
     session = cycles.Session(constants, 0)
     assert next(session.model.parameters()).device.type == DEVICE

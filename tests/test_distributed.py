@@ -20,8 +20,9 @@ from test_training import SMALL, make_rows
 
 import lib.checkpoints as checkpoints
 import lib.training as training
+from cycles.auxiliary import Targets
 from cycles.classifier import trained_state
-from cycles.fine_tuning import Targets, TuneSettings, fine_tune
+from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune
 from lib.batches import shuffled_batches
 from lib.distributed import add_up, own_part, rank, ranks, world_size
 from lib.environment import InputError
@@ -81,7 +82,7 @@ def tuning(folder: Path, shards: bool = False) -> dict[str, torch.Tensor]:
         if record["epoch"] == die + 1 and rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    history = fine_tune(model, task, settings, targets, checkpoint=folder / "unfinished.pt", log=stop)
+    history = fine_tune(model, task, settings, targets, checkpoint=Checkpoint(folder / "unfinished.pt"), log=stop)
     curve = [[record[name] for name in ("loss", "aux_loss", "val_loss")] for record in history["epochs"]]
     return trained_state(model) | {"curve": torch.tensor(curve), "aux": torch.tensor(list(history["aux"].values()))}
 

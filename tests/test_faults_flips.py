@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from cycles.session import finished
+from cycles.stamps import finished
 from lib.batches import rows_of_run
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch

@@ -22,7 +22,7 @@ from checks.verification import VERIFICATION
 from concepts.codes import encode_run
 from concepts.firings import read_top_texts
 from cycles import schemas as cycle_schemas
-from cycles.session import finished
+from cycles.stamps import finished
 from kept_saes import find
 from lib import schemas
 from lib.batches import rows_of_run, rows_of_tensor

@@ -10,28 +10,15 @@ from house import File, broken_import_rules, circles, floors, imported, long_lin
 # Not mended yet. Imports: the sentences of broken_import_rules.
 IMPORTS: set[str] = set()
 FILES: set[str] = {
-    "experiments/sae_ception/cycles/classifier.py",
-    "experiments/sae_ception/cycles/fine_tuning.py",
-    "experiments/sae_ception/cycles/session.py",
-    "experiments/sae_ception/cycles/tasks.py",
     "lib/files.py",
     "lib/steering.py",
 }
 PARAMETERS: set[str] = {
-    "experiments/sae_ception/cycles/fine_tuning.py:_one_epoch",
-    "experiments/sae_ception/cycles/fine_tuning.py:fine_tune",
     "lib/steering.py:sweep",
 }
 BY_POSITION: dict[str, int] = {  # calls of each file
-    "experiments/sae_ception/04_train_cycle.py": 2,
-    "experiments/sae_ception/05_compare_cycles.ipynb": 12,
-    "experiments/sae_ception/06_interpret_features.ipynb": 2,
+    "experiments/sae_ception/05_compare_cycles.ipynb": 4,
     "experiments/sae_ception/cycles/classifier.py": 1,
-    "experiments/sae_ception/cycles/comparison.py": 12,
-    "experiments/sae_ception/cycles/evaluation.py": 13,
-    "experiments/sae_ception/cycles/fine_tuning.py": 7,
-    "experiments/sae_ception/cycles/session.py": 3,
-    "experiments/sae_ception/cycles/steps.py": 5,
     "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
     "experiments/verify_sae_training/05_show_concepts.ipynb": 4,
     "experiments/verify_sae_training/06_steer_model.py": 1,

@@ -12,13 +12,13 @@ from cycles.comparison import (
     by_seed,
     choose_cycle,
     compare,
-    match_latents,
     pulls,
     result_table,
     summary,
     trend,
     verdict,
 )
+from cycles.matching import match_latents
 from lib.environment import InputError
 from lib.files import write_json
 
@@ -39,17 +39,17 @@ def make_results(root, accuracies):
             meta = {"arm": arm, "cycle": cycle, "seed": seed, "key": "0" * 16}
             found = {"meta": meta, "val": val, "test": dict(val), "other_sae_seeds": [other]}
             write_json(folder / f"results_cycle_{cycle}.json", found, sealed=True)
-    return result_table(root, ("lambda0", "per_class"), (0, 1, 2), 3)
+    return result_table(root, ("lambda0", "per_class"), seeds=(0, 1, 2), cycles=3)
 
 
 def test_table_and_averages_over_sae_seeds(tmp_path):
     table = make_results(tmp_path, (0.9, 0.9, 0.9))
     assert list(table.columns) == list(COLUMNS) and set(table.sae_seed) == {0, 1}
-    assert by_seed(table, "per_class", 2, "sae_features_u", "test").tolist() == pytest.approx([0.31] * 3)
-    assert by_seed(table, "anything", 0, "base_u", "test").tolist() == pytest.approx([0.05, 0.051, 0.052])
+    assert by_seed(table, "per_class", 2, "sae_features_u").tolist() == pytest.approx([0.31] * 3)
+    assert by_seed(table, "anything", 0, "base_u").tolist() == pytest.approx([0.05, 0.051, 0.052])
     (tmp_path / "lambda0/seed_1/results_cycle_2.json").unlink()
     with pytest.raises(InputError, match="missing"):
-        result_table(tmp_path, ("lambda0", "per_class"), (0, 1, 2), 3)
+        result_table(tmp_path, ("lambda0", "per_class"), seeds=(0, 1, 2), cycles=3)
 
 
 def test_the_cycle_is_chosen_on_validation_within_the_accuracy_limit(tmp_path):
@@ -61,7 +61,7 @@ def test_the_cycle_is_chosen_on_validation_within_the_accuracy_limit(tmp_path):
 
 def test_comparison_and_summary(tmp_path):
     table = make_results(tmp_path, (0.9, 0.9, 0.9))
-    frame = compare(table, "per_class", ["lambda0", "baseline"], ("base_u",), 2)
+    frame = compare(table, "per_class", ["lambda0", "baseline"], ("base_u",), cycle=2)
     assert frame["mean"].tolist() == pytest.approx([0.25, 0.25]) and (frame["p_holm"] >= frame["p"]).all()
     found = summary(table, ("lambda0", "per_class"), 3)
     assert found["chosen_cycle"] == 2 and found["n_seeds"] == 3
@@ -117,25 +117,25 @@ ABOVE = {"base_u": 0.34, "sae_features_u_weighted": 0.24}
     ({"class_mean": {}, "per_class": ABOVE}, "no verdict: per_class and lambda0"),
 ])
 def test_the_verdict(means, said):
-    assert re.search(said, verdict(table_of(means), "per_class", list(means), "base_u", 1))
+    assert re.search(said, verdict(table_of(means), "per_class", list(means), "base_u", cycle=1))
 
 
 def test_no_verdict_from_two_seeds_nor_from_a_point_estimate():
     assert verdict(table_of(ALL | {"per_class": ABOVE}, seeds=2), "per_class", [*ALL, "per_class"], "base_u",
-                   1) == "no verdict: fewer than 3 seeds"
+                   cycle=1) == "no verdict: fewer than 3 seeds"
     noisy = table_of(ALL | {"per_class": {"base_u": 0.31, "task_accuracy": 0.88}}, noise=0.03)
-    assert verdict(noisy, "per_class", [*ALL, "per_class"], "base_u", 1).startswith("no effect shown")
+    assert verdict(noisy, "per_class", [*ALL, "per_class"], "base_u", cycle=1).startswith("no effect shown")
 
 
 def test_trends_are_judged_by_intervals():
     table = table_of({"lambda0": {},
                       "per_class": {"base_u": 0.34, "sae_features_u_weighted": 0.15, "task_accuracy": 0.905}})
-    assert trend(table, "per_class", "lambda0", "base_u", 1)[0] == "PASS"
-    assert trend(table, "per_class", "lambda0", "sae_features_u_weighted", 1)[0] == "FAIL"
-    assert trend(table, "per_class", "lambda0", "sae_explained_variance", 1)[0] == "WARN"
-    assert [trend(table, "per_class", "lambda0", "task_accuracy", 1, margin)[0]
+    assert trend(table, "per_class", "lambda0", "base_u", cycle=1)[0] == "PASS"
+    assert trend(table, "per_class", "lambda0", "sae_features_u_weighted", cycle=1)[0] == "FAIL"
+    assert trend(table, "per_class", "lambda0", "sae_explained_variance", cycle=1)[0] == "WARN"
+    assert [trend(table, "per_class", "lambda0", "task_accuracy", cycle=1, margin=margin)[0]
             for margin in (0.02, 0.005, 0.001)] == ["PASS", "WARN", "FAIL"]
-    assert trend(table, "per_class", "lambda0", "nothing", 1)[0] == "WARN"
+    assert trend(table, "per_class", "lambda0", "nothing", cycle=1)[0] == "WARN"
 
 
 def test_a_pull_is_judged_against_lambda0():

@@ -12,12 +12,13 @@ from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
 import cycles.arms
 import cycles.steps
-from cycles.classifier import TextClassifier, outputs
-from cycles.evaluation import GROUPS
-from cycles.fine_tuning import probe_ids
-from cycles.session import AUX_ONLY, EVAL_ONLY, RUN_ONLY, SAE_ONLY, Session, stage_constants
+from cycles.auxiliary import probe_ids
+from cycles.classifier import TextClassifier
+from cycles.metrics import OPTIONAL
+from cycles.session import Session
+from cycles.sources import load_task, read_idx
+from cycles.stamps import AUX_ONLY, EVAL_ONLY, SAE_ONLY, SCOPE_ONLY, stage_constants
 from cycles.steps import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
-from cycles.tasks import load_task, read_idx
 from lib.environment import InputError
 from lib.files import read_json, read_tensors
 
@@ -151,7 +152,7 @@ def test_lambda0s_cosine_and_the_saes_seeds(digits):
     assert torch.equal(stored["centre"], session.sae("baseline", 0).mean)
     session.load("lambda0", 1)
     ids = probe_ids(session.task)
-    h, _ = outputs(session.model, session.task, ids, 64)
+    h, _ = session.outputs(ids)
     t = stored["t"][torch.isin(stored["example_id"], ids)]
     expected = torch.nn.functional.cosine_similarity(h - stored["centre"], t - stored["centre"], dim=1).mean().item()
     found = lambda0_cosine(session, "class_mean", 1)
@@ -174,7 +175,7 @@ def test_the_centre_is_the_mean_of_the_position_that_is_pulled(defaults, tmp_pat
             train_cycle_sae(session, arm, n)
     centre = read_tensors(session.root / "per_class/seed_0/targets_cycle_0.safetensors")["centre"]
     session.load("baseline", 0)
-    h, _ = outputs(session.model, session.task, session.task.splits["train"], 16, session.entries)
+    h, _ = session.outputs(session.task.splits["train"])
     assert torch.allclose(centre, h.mean(0), atol=1e-5)
     assert (centre - session.sae("baseline", 0).mean).norm() > 0.1 * h.std(0).norm()
 
@@ -213,7 +214,7 @@ def test_provenance(defaults):
     constants, _ = defaults
     covered = set().union(*(stage_constants(constants | {"LABEL_GROUPS": None}, stage, "per_class")
                             for stage in ("model", "sae", "aux", "eval")))
-    assert covered | RUN_ONLY | {"ARM_CONSTANTS"} >= set(constants) and not covered & RUN_ONLY
+    assert covered | SCOPE_ONLY | {"ARM_CONSTANTS"} >= set(constants) and not covered & SCOPE_ONLY
     assert (SAE_ONLY | AUX_ONLY | EVAL_ONLY) - {"ARM_CONSTANTS"} <= covered
     for arm, expected in (("per_class", 1.0), ("class_mean@weak", 0.3)):
         aux = stage_constants(constants | {"ARM_CONSTANTS": {"class_mean@weak": {"AUX_WEIGHT": 0.3}}}, "aux", arm)
@@ -260,7 +261,7 @@ def test_resume_ends_with_the_same_bytes(digits, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         everything(tmp_path / "cut")
     monkeypatch.undo()
-    monkeypatch.setattr("cycles.fine_tuning.PROBE_EXAMPLES", 256)
+    monkeypatch.setattr("cycles.auxiliary.PROBE_EXAMPLES", 256)
     assert everything(tmp_path / "cut") == whole
 
 
@@ -287,7 +288,7 @@ def write_texts(folder, kind):
         "MODEL": str(folder / kind), "DATASET": str(folder / "train.jsonl"), "VAL_DATASET": str(folder / "val.jsonl"),
         "TEST_DATASET": str(folder / "test.jsonl"),
         "EPOCHS_PER_CYCLE": 1, "SAE_EPOCHS": 1, "BATCH_SIZE": 16, "SAE_BATCH_SIZE": 64, "ROBUST_LIMIT": 4,
-        "METRICS": GROUPS, "ABSORPTION_TOKENS": 200, "TOP_K": 4, "KEEP_PCT": 5.0,
+        "METRICS": OPTIONAL, "ABSORPTION_TOKENS": 200, "TOP_K": 4, "KEEP_PCT": 5.0,
         "DEVICE": "cpu", "DATA_LIMIT": None,
     }
 
@@ -429,7 +430,7 @@ def test_quantised_loading_skips_what_is_trained(defaults, tmp_path, monkeypatch
     """LOAD_BITS hands the library the device map and leaves the trained blocks out of the quantisation."""
     import transformers
 
-    from cycles.session import load_base
+    from cycles.classifier import load_base
 
     seen = {}
 

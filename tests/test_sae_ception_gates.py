@@ -5,17 +5,10 @@ import transformers
 from conftest import TEXTS, tiny_model, word_tokenizer
 from torch.nn.functional import cross_entropy
 
-from cycles.classifier import (
-    MLP,
-    Entries,
-    TextClassifier,
-    auxiliary_loss,
-    load_trained,
-    make_batch,
-    outputs,
-    trained_state,
-)
-from cycles.fine_tuning import Targets, TuneSettings, epoch_batches, fine_tune, learning_rate, probe, probe_ids
+from cycles.auxiliary import Targets, auxiliary_loss, probe, probe_ids
+from cycles.classifier import MLP, TextClassifier, load_trained, trained_state
+from cycles.examples import Entries, make_batch, outputs
+from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune, scheduled_lr, shuffled_batches
 from cycles.sharpening import derangement
 from cycles.tasks import Task
 from lib.batches import rows_of_tensor
@@ -112,7 +105,7 @@ def test_target_pairing():
     assert torch.equal(straight.at(ids, "cpu"), shuffled.at(ids, "cpu"))
     per_example = {}
     for seed in (0, 1):
-        for part in epoch_batches(task, ids, 7, seed, 0):
+        for part in shuffled_batches(task, ids, 7, seed=seed, epoch=0):
             rows = outputs(model, task, part, 7)[0]
             for i, loss in zip(part.tolist(), straight.loss(rows, part).tolist()):
                 assert per_example.setdefault(i, loss) == pytest.approx(loss, abs=1e-6)
@@ -254,13 +247,13 @@ def test_an_interrupted_training_ends_with_the_same_bits(kind, tmp_path):
     width = 16
     made = Targets(torch.arange(120), torch.randn(120, width, generator=torch.Generator().manual_seed(0)))
     model, task = start()
-    whole = fine_tune(model, task, settings, made, checkpoint=tmp_path / "a.pt")
+    whole = fine_tune(model, task, settings, made, checkpoint=Checkpoint(tmp_path / "a.pt"))
     expected = trained_state(model)
     model, _ = start()
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(model, task, settings, made, checkpoint=tmp_path / "b.pt", log=stop_after(3))
+        fine_tune(model, task, settings, made, checkpoint=Checkpoint(tmp_path / "b.pt"), log=stop_after(3))
     model, _ = start()
-    again = fine_tune(model, task, settings, made, checkpoint=tmp_path / "b.pt")
+    again = fine_tune(model, task, settings, made, checkpoint=Checkpoint(tmp_path / "b.pt"))
     assert again == whole
     assert all(torch.equal(expected[name], value) for name, value in trained_state(model).items())
 
@@ -318,7 +311,7 @@ def test_probe_says_how_strong_the_pull_is():
 
 def test_the_probe_draws_from_all_classes(monkeypatch):
     """Of training examples sorted by class not only the first class is looked at."""
-    monkeypatch.setattr("cycles.fine_tuning.PROBE_EXAMPLES", 12)
+    monkeypatch.setattr("cycles.auxiliary.PROBE_EXAMPLES", 12)
     task = image_task()
     task.splits["train"] = task.splits["train"][task.y[:80].argsort(stable=True)]
     assert torch.bincount(task.y[probe_ids(task)]).tolist() == [4, 4, 4]
@@ -326,8 +319,8 @@ def test_the_probe_draws_from_all_classes(monkeypatch):
 
 def test_learning_rate_schedule():
     settings = TuneSettings(1, lr=1.0, warmup_steps=4, decay=True)
-    assert [learning_rate(i, 12, settings) for i in (0, 3, 4, 8, 11)] == pytest.approx([0.25, 1, 1, 0.5, 0.125])
-    assert learning_rate(9, 12, TuneSettings(1, lr=1.0)) == 1
+    assert [scheduled_lr(i, 12, settings) for i in (0, 3, 4, 8, 11)] == pytest.approx([0.25, 1, 1, 0.5, 0.125])
+    assert scheduled_lr(9, 12, TuneSettings(1, lr=1.0)) == 1
 
 
 def test_trained_weights_only_go_into_their_own_model():

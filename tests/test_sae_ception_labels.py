@@ -12,10 +12,11 @@ import torch
 from conftest import TEXTS, word_tokenizer
 from test_sae_ception_cycles import defaults, digits, script, write_texts  # noqa: F401  (fixtures)
 
-from cycles.evaluation import letter_tokens
+from cycles.examples import make_batch
 from cycles.labels import classes, draw
+from cycles.language import letter_tokens
 from cycles.session import Session
-from cycles.tasks import load_task
+from cycles.sources import load_task
 from lib.environment import InputError
 
 WHERE = ["train", "train", "train", "test"]
@@ -106,8 +107,8 @@ def test_a_sorted_file_scores_as_a_shuffled_one_would(digits, monkeypatch):  # n
     for step in (train_model, train_cycle_sae):
         step(session, "baseline", 0)
     seen = []
-    monkeypatch.setattr("cycles.evaluation.robustness", lambda model, sae, task, ids, c,
-                        seed: seen.append(task.y[ids].unique().tolist()) or {})
+    monkeypatch.setattr("cycles.attacks.make_batch", lambda task, ids, _: seen.append(task.y[ids].unique().tolist()) or
+                        make_batch(task, ids, session.device))
     test = evaluate_cycle(session, "baseline", 0)["test"]
     assert (test["task_accuracy"] > 0.5 and 0.1 < test["base_u"] < 0.9 and test["base_csi"] < 0.9
             and seen == [list(range(10))])
@@ -118,11 +119,11 @@ def test_absorption_looks_at_the_examples_that_are_scored(labelled_texts, defaul
          | {name: str(labelled_texts / file)
             for name, file in (("MODEL", "llama"), ("DATASET", "train.jsonl"), ("VAL_DATASET", "val.jsonl"),
                                ("TEST_DATASET", "test.jsonl"))})
-    session = Session(c | {"DEVICE": "cpu", "DATA_LIMIT": None}, 0)
+    session = Session(c | {"DEVICE": "cpu", "DATA_LIMIT": None, "BATCH_SIZE": 8}, 0)
     asked = []
     real = session.task.batch
     session.task.batch = lambda ids, *rest: asked.extend(ids.tolist()) or real(ids, *rest)
-    letter_tokens(session.model, session.task, session.task.splits["test"], 60, 8, 0, None)
+    letter_tokens(session, session.task.splits["test"], 60)
     assert set(asked) <= set(session.task.splits["test"].tolist()) and asked != sorted(asked) and len(asked) < 30
 
 

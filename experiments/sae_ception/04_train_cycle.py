@@ -115,6 +115,7 @@ from tqdm.auto import tqdm
 
 from cycles.arms import definition
 from cycles.comparison import by_seed, pulls, result_table, summary
+from cycles.metrics import PRIMARY, REPORTED
 from cycles.session import Session, setting_root
 from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from lib.environment import log, log_to, run, say_next
@@ -122,11 +123,7 @@ from lib.files import write_json, write_text
 from lib.outputs import in_use
 from lib.statistics import interval
 
-WITH_INTERVAL = {"task_accuracy": "accuracy", "base_u": "base U", "sae_features_u_weighted": "SAE U"}
-MEANS = {"sae_features_u_label": "SAE U_y", "sae_features_csi": "SAE CSI", "sae_features_u_n_supported": "supp",
-         "clustering_ari": "ARI",
-         "probe_test_accuracy": "probe", "sparsity_l0_mean": "L0", "sae_explained_variance": "EV",
-         "sae_dead_features_pct": "dead %"}
+WITH_INTERVAL = ("task_accuracy", *PRIMARY)
 
 
 def train_and_evaluate(session: Session, arm: str, cycle: int) -> None:
@@ -137,7 +134,7 @@ def train_and_evaluate(session: Session, arm: str, cycle: int) -> None:
 
 
 def against_lambda0(session: Session) -> dict[tuple[str, int, int], float]:
-    """(arm, seed, cycle) -> the cosine of lambda0's model to the arm's targets, for what each arm's own is worth."""
+    """(arm, seed, cycle) -> the cosine of lambda0's model to the arm's targets: what the arm reaches unpulled."""
     if "lambda0" not in ARMS:
         return {}
     pulled = [arm for arm in ARMS if definition(arm).has_targets]
@@ -157,12 +154,13 @@ def print_pulls(table) -> None:
 
 def print_table(table) -> None:
     """Test means over seeds; for accuracy and the primary metrics ± half the 95 % t interval."""
+    columns = {key: metric.column for key, metric in REPORTED.items() if metric.column}
     rows = []
     for arm in ("baseline", *ARMS):
         for cycle in [0] if arm == "baseline" else range(1, CYCLES + 1):
             rows.append({"arm": arm, "cycle": cycle})
-            for key, name in (WITH_INTERVAL | MEANS).items():
-                found = interval(by_seed(table, arm, cycle, key, "test"))
+            for key, name in columns.items():
+                found = interval(by_seed(table, arm, cycle, key))
                 rows[-1][name] = f"{found.mean:.4f} ± {found.half:.4f}" if key in WITH_INTERVAL else found.mean
     print("\n" + pandas.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
 
@@ -189,7 +187,7 @@ def main():
                     train_and_evaluate(session, arm, cycle)
                     bar.update()
                 cosines |= against_lambda0(session)
-    table = result_table(root, tuple(ARMS), tuple(SEEDS), CYCLES, cosines)
+    table = result_table(root, tuple(ARMS), seeds=tuple(SEEDS), cycles=CYCLES, cosines=cosines)
     write_text(root / "results.csv", table.to_csv(index=False))
     found = summary(table, tuple(ARMS), CYCLES)
     write_json(root / "summary.json", drop_undefined(found), sealed=True)

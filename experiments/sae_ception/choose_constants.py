@@ -25,7 +25,7 @@ CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py
 from tqdm.auto import tqdm
 
 from cycles.arms import definition, unlabelled
-from cycles.comparison import MAX_ACCURACY_LOSS
+from cycles.metrics import MAX_ACCURACY_LOSS
 from cycles.session import Session
 from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 from lib.environment import log, log_to, run, say_next

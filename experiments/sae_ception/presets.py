@@ -4,6 +4,7 @@ constants may be.
 from typing import Annotated, Any, Literal, TypedDict
 
 from cycles.arms import ARMS, unlabelled
+from cycles.metrics import OPTIONAL
 from lib.ranges import Name, Percent, Rule, Seed, Size, at_least, at_most, like
 
 Arm = Annotated[
@@ -12,7 +13,7 @@ Arm = Annotated[
     like(r"[a-z0-9_]+(@[A-Za-z0-9_.\-]{1,100})?",
          "an arm's name, or that with a label of letters, digits, '_', '-' and '.'")._replace(shown=False),
 ]
-Metric = Literal["probes", "clustering", "robustness", "language"]
+Metric = Annotated[str, Rule(f"one of {', '.join(OPTIONAL)}", lambda group: group in OPTIONAL)]
 TargetLayer = Name  # "last", a block's number, or a layer signature: the model knows which there are
 Weight = Annotated[float, at_least(0), at_most(10**6)]
 
@@ -31,7 +32,6 @@ class ForArm(TypedDict, total=False):
 
 # SAE_LR: at a width of 16 the rule's 2e-2 leaves 88 % of 256 latents dead (EV .985); 3e-3 leaves 21 % (EV .978).
 
-_ALL = ("probes", "clustering", "robustness", "language")
 _MLP = {
     "MODEL": "mlp", "TARGET_LAYER": "layers.1", "LABEL_FIELD": "digit", "ATTRIBUTE_FIELD": None, "INIT": "scratch",
     "EPOCHS_PER_CYCLE": 20, "BATCH_SIZE": 64, "LR": 1e-3, "OPTIMIZER": "adam", "WEIGHT_DECAY": 0.0, "WARMUP_STEPS": 0,
@@ -40,7 +40,7 @@ _MLP = {
     "SAE_POSITIONS": "pooled",
     "AUX_WEIGHT": 1.0, "KEEP_PCT": 2.0, "CYCLES": 3, "SEEDS": tuple(range(10)), "N_SAE_SEEDS": 2, "EVAL_LIMIT": 10_000,
     "PROBE_LIMIT": 10_000,
-    "SILHOUETTE_ROWS": 2_000, "ROBUST_LIMIT": 2_000, "METRICS": _ALL, "ABSORPTION_TOKENS": 0, "DATA_LIMIT": None,
+    "SILHOUETTE_ROWS": 2_000, "ROBUST_LIMIT": 2_000, "METRICS": OPTIONAL, "ABSORPTION_TOKENS": 0, "DATA_LIMIT": None,
     "VAL_DATASET": None,
     "ARMS": ("new_seed", "lambda0", "per_class", "per_example", "full_recon", "random_unit", "permuted",
              "random_latents", "shuffled_labels",
@@ -54,7 +54,7 @@ _GPT2 = {
     "SAE_POSITIONS": "tokens",
     "KEEP_PCT": 1.0, "CYCLES": 3, "SEEDS": tuple(range(5)), "N_SAE_SEEDS": 2, "EVAL_LIMIT": 10_000,
     "PROBE_LIMIT": 10_000,
-    "SILHOUETTE_ROWS": 10_000, "ROBUST_LIMIT": 500, "METRICS": _ALL, "ABSORPTION_TOKENS": 20_000,
+    "SILHOUETTE_ROWS": 10_000, "ROBUST_LIMIT": 500, "METRICS": OPTIONAL, "ABSORPTION_TOKENS": 20_000,
 }
 _AG_NEWS = {"DATASET": "fancyzhx/ag_news", "TEST_DATASET": None, "TEST_SPLIT": "test", "TEXT_FIELD": "text",
             "LABEL_FIELD": "label", "MAX_LENGTH": 256}

@@ -1,6 +1,4 @@
-"""Constants of SAE-ception that only have a few right values, checked when a session is opened: before data and
-models.
-"""
+"""Constants of SAE-ception with few right values, checked when a session opens: before data and models are read."""
 import difflib
 from typing import Any
 
@@ -8,7 +6,7 @@ from transformers import AutoConfig
 
 from cycles.arms import ARMS, CONSTANTS, unlabelled
 from cycles.classifier import MLP, block_in_range
-from cycles.evaluation import GROUPS
+from cycles.metrics import OPTIONAL
 from lib.environment import InputError
 from lib.models import local_path
 
@@ -24,7 +22,7 @@ def check_choices(c: dict[str, Any]) -> None:
         if name in c:
             _one_of(name, c[name], allowed)
     for group in c.get("METRICS", ()):
-        _one_of("METRICS", group, GROUPS)
+        _one_of("METRICS", group, OPTIONAL)
     of_arms, arms = c.get("ARM_CONSTANTS", {}), c.get("ARMS", ())
     for name, values in (("ARMS", arms), ("ARM_CONSTANTS", of_arms), ("ARM", [c["ARM"]] if "ARM" in c else [])):
         for arm in values:

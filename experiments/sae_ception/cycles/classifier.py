@@ -1,28 +1,22 @@
-"""Classifiers whose activations at one layer can be read and pulled towards targets while they train.
+"""Classifiers whose activations at one layer can be read, and pulled towards targets while they train.
 
-    model = build_model(constants, task, tokenizer_model, seed)
+    model = MLP(task.n_pixels, task.n_classes, "layers.1", seed)     # or text_classifier(constants, ...)
     h, logits = model(task.batch(ids))       # h [B, D]: the target layer at the position that the head reads
-    history = fine_tune(model, task, settings, targets)
-
-L_total = L_task + weight * L_aux with L_task the cross-entropy and L_aux = mean(1 - cos(h_i, t_i)); h_i is live, so
-its gradient reaches the target layer and what stands below it, and t_i is a constant that belongs to example i.
 """
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from cycles.sharding import shard_weights, shared_like, whole
-from cycles.tasks import Task
-from lib.distributed import add_up, own_part
+from lib.blocks import require_positions
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
-
-COSINE_EPS = 1e-8  # rows with a smaller norm get no auxiliary gradient
+from lib.models import choose_dtype, load_model, local_path
+from lib.texts import filler_id
 
 
 class MLP(nn.Module):
@@ -44,9 +38,9 @@ class MLP(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """A transformers model with a linear head on its last real token (causal) or its first one (BERT and the like).
+    """A transformers model with a linear head on its last real token (causal models) or its first (BERT and the like).
 
-    Blocks below the target layer and the embeddings are frozen and stay in eval mode, unless train_below.
+    The embeddings and the blocks below the target layer are frozen and stay in eval mode, unless train_below.
     """
 
     def __init__(self, lm: Any, n_classes: int, target_layer: str, seed: int, train_below: bool = False):
@@ -78,10 +72,8 @@ class TextClassifier(nn.Module):
             for p in module.parameters():
                 p.requires_grad_(train_below or id(p) not in embeddings)
 
-    def shard(self) -> None:
-        """Keep only this rank's share of the weights. The language model's own head, which a classifier never runs,
-        goes.
-        """
+    def share_weights(self) -> None:
+        """Keep only this rank's share of the weights, and drop the language model's own head: no classifier uses it."""
         if self.lm.get_output_embeddings() is not None:
             self.lm.set_output_embeddings(nn.Identity())
         stack = blocks(self.lm)[1]
@@ -129,18 +121,16 @@ class TextClassifier(nn.Module):
 
     @torch.no_grad()
     def token_states(self, batch: dict[str, Tensor], point: HookPoint) -> list[Tensor]:
-        """The real tokens' states at a hook point, [T_i, D] for each example of the batch; deeper layers are not
-        run.
-        """
+        """The real tokens' states at a hook point, [T_i, D] for each example; deeper layers do not run."""
         with capture(self.lm, [point]) as seen:
             self.states(batch)
         return [row[mask.bool()] for row, mask in zip(seen[point.signature], batch["attention_mask"])]
 
 
 def block_in_range(target_layer: str, n_blocks: int) -> int | None:
-    """The block 0..n_blocks-1 that a TARGET_LAYER given as a number means, negative ones from the end; None for a name.
+    """The block 0..n_blocks-1 that a numeric TARGET_LAYER means, counting negative ones from the end; None for a name.
 
-    Raises InputError for a number that no block has.
+    Raises InputError for a number out of range.
     """
     digits = target_layer.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()):
@@ -175,7 +165,7 @@ def _block_number(point: HookPoint, path: str) -> int:
 
 @contextmanager
 def _skipped(frozen: list[nn.Module]) -> Iterator[None]:
-    """Let the blocks hand their input on: what the first trained block reads comes from a cache."""
+    """Make the blocks return their input: what the first trained block reads comes from a cache."""
     try:
         for block in frozen:
             block.forward = lambda hidden_states, *_args, **_keywords: hidden_states
@@ -196,86 +186,52 @@ def initialise(module: nn.Module, seed: int) -> None:
                     p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)
 
 
-def auxiliary_loss(h: Tensor, t: Tensor, centre: Tensor | None = None) -> Tensor:
-    """1 - cos(h_i, t_i) of each row of h [B, D], live, and t [B, D], constant: [B]; about `centre` [D] if given."""
-    t = t.detach()
-    if centre is not None:
-        h, t = h - centre, t - centre
-    return 1 - cosine_similarity(h, t, dim=1, eps=COSINE_EPS)
-
-
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that are trained, which is all that a checkpoint needs beside the base model."""
+    """Copies of the trained parameters: all that a checkpoint needs beside the base model."""
     return {name: whole(p.detach()).cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what trained_state took. Raises InputError if the parameters are others."""
+    """Put back what trained_state took. Raises InputError if it came from other parameters."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-        raise InputError("the checkpoint holds other parameters than this model trains; delete it and run its step "
-                         "again")
+        raise InputError("the checkpoint holds other parameters than this model trains; delete it and rerun its step")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(shared_like(state[name], p))
 
 
-@dataclass(frozen=True)
-class Entries:
-    """Cached states at the entry of the first trained block, so that an epoch costs only the trained layers."""
-
-    shards: list[Tensor]
-    """[tokens, D] each, memory-mapped."""
-    places: list[tuple[int, int, int]]
-    """example id -> shard, first row, end row."""
-
-    def batch(self, ids: Tensor, n_positions: int) -> Tensor:
-        """The entry states of the examples, right-padded with zeros to [B, n_positions, D]."""
-        parts = [self.shards[shard][start:end] for shard, start, end in (self.places[i] for i in ids.tolist())]
-        out = parts[0].new_zeros(len(parts), n_positions, parts[0].shape[1])
-        for row, part in zip(out, parts):
-            row[: len(part)] = part
-        return out
+def text_classifier(
+    c: dict[str, Any], n_classes: int, seed: int, *, tokenizer: Any, device: torch.device
+) -> TextClassifier:
+    """The classifier of the constants on a language model. Raises InputError if that can't be loaded."""
+    lm = load_base(c, device)
+    require_positions(lm, c["MAX_LENGTH"])
+    if lm.config.pad_token_id is None:
+        lm.config.pad_token_id = filler_id(tokenizer)
+    model = TextClassifier(lm, n_classes, c["TARGET_LAYER"], seed, train_below=c["TRAIN_BELOW"])
+    if c["GRADIENT_CHECKPOINTING"]:
+        # The reentrant kind would cut the graph of what the hooks capture.
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
-def make_batch(task: Task, ids: Tensor, device: torch.device, entries: Entries | None = None) -> dict[str, Tensor]:
-    """task.batch on the device, with the cached entry states where there are some."""
-    batch = task.batch(ids)
-    if entries is not None:
-        batch["entry"] = entries.batch(ids, batch["input_ids"].shape[1])
-    return {name: value.to(device) for name, value in batch.items()}
+def load_base(c: dict[str, Any], device: torch.device) -> Any:
+    """The language model of the constants. LOAD_BITS quantises its frozen blocks; what is trained can't be quantised.
 
-
-def own_examples(batch: Tensor) -> tuple[Tensor, int]:
-    """The examples of a batch [B] that this rank runs, and how many of them count.
-
-    A rank without one of its own runs the first, which does not count: sharded weights are gathered by all ranks
-    together.
+    Raises InputError if it can't be reached, or a package that these constants need is not installed.
     """
-    own = batch[own_part(len(batch))]
-    return (own if len(own) else batch[:1]), len(own)
-
-
-@torch.no_grad()
-def outputs(
-    model: nn.Module, task: Task, ids: Tensor, batch_size: int, entries: Entries | None = None
-) -> tuple[Tensor, Tensor]:
-    """h [N, D] and logits [N, C] of the examples, in the order of ids, on the CPU; the model in eval mode.
-
-    Several ranks share the work, and all of them get the whole.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    order = torch.arange(len(ids))
-    if task.tokens:  # like lengths together: less padding
-        order = torch.tensor([len(task.tokens[i].ids) for i in ids.tolist()]).argsort(stable=True)
-    found = []
-    for part in order.split(batch_size):
-        own, n = own_examples(part)
-        h, logits = model(make_batch(task, ids[own], device, entries))
-        found.append((own[:n], h[:n].float().cpu(), logits[:n].float().cpu()))
-    whole_h, whole_logits = (torch.zeros(len(ids), found[0][i].shape[1]) for i in (1, 2))
-    for own, h, logits in found:
-        whole_h[own], whole_logits[own] = h, logits
-    add_up(whole_h, whole_logits)
-    return whole_h, whole_logits
+    if c["DEVICE_MAP"] == "disk":
+        raise InputError("DEVICE_MAP=disk is for saving activations: blocks that train can't stay on disk; set auto, "
+                         "or FSDP=True under torchrun")
+    dtype = choose_dtype(c["MODEL_DTYPE"], device)
+    trained: tuple[str, ...] = ()
+    if c["LOAD_BITS"]:
+        with torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(local_path(c["MODEL"]) or c["MODEL"],
+                                                             trust_remote_code=False)
+            empty = transformers.AutoModelForCausalLM.from_config(config)
+            skeleton = TextClassifier(empty, 2, c["TARGET_LAYER"], 0, train_below=c["TRAIN_BELOW"])
+        path, stack = blocks(empty)
+        trained = tuple(f"{path}.{i}" for i in range(skeleton.first_trained, len(stack)))
+    return load_model(c["MODEL"], device, dtype, bits=c["LOAD_BITS"], device_map=c["DEVICE_MAP"], whole_modules=trained)

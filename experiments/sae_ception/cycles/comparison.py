@@ -1,37 +1,28 @@
-"""What the arms did, compared: results as one long table, paired differences over seeds, latents matched over
-cycles.
-"""
+"""What the arms did, compared: results as one long table, paired differences over seeds, and what they show."""
 from pathlib import Path
 from typing import Any
 
 import pandas
-import torch
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from cycles import schemas
 from cycles.arms import ARMS
-from lib.environment import InputError
+from cycles.metrics import MATCHED, MAX_ACCURACY_LOSS, PRIMARY
 from lib.files import read_json
 from lib.statistics import holm, interval, paired
 
 COLUMNS = ("setting", "arm", "seed", "sae_seed", "cycle", "split", "metric", "value")
-PRIMARY = ("base_u", "sae_features_u_weighted")  # all other metrics are secondary
-MAX_ACCURACY_LOSS = 0.005  # of validation accuracy against lambda0, for a cycle or a constant to be chosen
 CONTROLS = tuple(name for name, arm in ARMS.items() if arm.must_be_beaten)
-MATCHED = {"sae_explained_variance": 0.02, "sparsity_l0_mean": 0.5}  # how far an SAE may be from lambda0's: share,
-                                                                     # codes
-LIVE_BELOW, LIVE_RATIO = 0.99, 0.01  # cosine that lambda0 may have to the targets, and least ratio of gradients
+LIVE_BELOW, LIVE_RATIO = 0.99, 0.01  # a pull is live if lambda0's cosine is below the one, the gradient ratio above
 
 
 def result_table(
-    root: Path, arms: tuple[str, ...], seeds: tuple[int, ...], cycles: int,
-    cosines: dict[tuple[str, int, int], float] | None = None
+    root: Path, arms: tuple[str, ...], *, seeds: tuple[int, ...], cycles: int,
+    cosines: dict[tuple[str, int, int], float] | None = None,
 ) -> pandas.DataFrame:
     """results_cycle_<n>.json of these arms, seeds and cycles under `root`, one row for each number; COLUMNS.
 
     cosines: (arm, seed, cycle) -> that of lambda0's model to the arm's targets (cycles.steps), kept as aux_cos_lambda0.
-    Raises InputError where one is missing.
+    Raises InputError where a file is missing.
     """
     rows = []
     for seed in seeds:
@@ -47,23 +38,27 @@ def result_table(
     return pandas.DataFrame(rows, columns=list(COLUMNS))
 
 
-def by_seed(table: pandas.DataFrame, arm: str, cycle: int, metric: str, split: str) -> pandas.Series:
-    """The metric of each seed, averaged over SAE seeds. Cycle 0 is the baseline's."""
+def by_seed(table: pandas.DataFrame, arm: str, cycle: int, metric: str, *, split: str = "test") -> pandas.Series:
+    """The metric of each seed, averaged over SAE seeds. The baseline has cycle 0 only, whatever `cycle` says."""
     arm = "baseline" if cycle == 0 else arm
+    cycle = 0 if arm == "baseline" else cycle
     rows = table[(table.arm == arm) & (table.cycle == cycle) & (table.metric == metric) & (table.split == split)]
     return rows.groupby("seed").value.mean()
 
 
+def difference(
+    table: pandas.DataFrame, arm: str, reference: str, metric: str, *, cycle: int, split: str = "test"
+) -> dict[str, float]:
+    """arm minus reference at one cycle, paired by seed (lib.statistics.paired)."""
+    return paired(*(by_seed(table, name, cycle, metric, split=split) for name in (arm, reference)))
+
+
 def compare(
-    table: pandas.DataFrame, arm: str, controls: list[str], metrics: tuple[str, ...], cycle: int, split: str = "test"
+    table: pandas.DataFrame, arm: str, controls: list[str], metrics: tuple[str, ...], *, cycle: int
 ) -> pandas.DataFrame:
-    """arm minus each control at one cycle, for each metric, with Holm's correction over all of these tests."""
-    rows = []
-    for metric in metrics:
-        for control in controls:
-            at = 0 if control == "baseline" else cycle
-            found = paired(by_seed(table, arm, cycle, metric, split), by_seed(table, control, at, metric, split))
-            rows.append({"metric": metric, "control": control, **found})
+    """arm minus each control on test, for each metric, with Holm's correction over all of these tests."""
+    rows = [{"metric": metric, "control": control, **difference(table, arm, control, metric, cycle=cycle)}
+            for metric in metrics for control in controls]
     frame = pandas.DataFrame(rows)
     frame["p_holm"] = holm(frame["p"].tolist())
     return frame
@@ -72,46 +67,43 @@ def compare(
 def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
     """By validation: of the cycles whose accuracy is within 0.5 points of lambda0's, the one with the largest base_u.
 
-    Without lambda0 the baseline stands for it. If no cycle keeps the accuracy, the most accurate one.
+    The baseline stands in for lambda0 where that was not run. If no cycle keeps the accuracy, the most accurate one.
     """
     reference = "lambda0" if (table.arm == "lambda0").any() else "baseline"
-    accuracy = {n: by_seed(table, arm, n, "task_accuracy", "val").mean() for n in range(1, cycles + 1)}
-    needed = {n: by_seed(table, reference, n if reference == "lambda0" else 0, "task_accuracy", "val").mean()
-              for n in accuracy}
+    accuracy, needed = ({n: by_seed(table, name, n, "task_accuracy", split="val").mean() for n in range(1, cycles + 1)}
+                        for name in (arm, reference))
     fit = [n for n in accuracy if accuracy[n] >= needed[n] - MAX_ACCURACY_LOSS]
     if not fit:
         return max(accuracy, key=lambda n: accuracy[n])
-    return max(fit, key=lambda n: by_seed(table, arm, n, "base_u", "val").mean())
+    return max(fit, key=lambda n: by_seed(table, arm, n, "base_u", split="val").mean())
 
 
-def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, arm: str = "per_class") -> dict[str, Any]:
-    """Test mean and interval of every arm, cycle and metric, and `arm` against every other arm on the primary
-    metrics.
-    """
+def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, *, arm: str = "per_class") -> dict[str, Any]:
+    """Test mean and interval of every arm, cycle and metric; `arm` against every other arm on the primary metrics."""
     cells = []
     for (name, cycle, metric), part in table[table.split == "test"].groupby(["arm", "cycle", "metric"], sort=True):
-        of_seeds = interval(part.groupby("seed").value.mean().to_numpy())
-        cells.append({"arm": name, "cycle": int(cycle), "metric": metric, **of_seeds._asdict()})
+        mean, low, high = interval(part.groupby("seed").value.mean().to_numpy())
+        cells.append({"arm": name, "cycle": int(cycle), "metric": metric, "mean": mean, "low": low, "high": high})
     result: dict[str, Any] = {"n_seeds": int(table.seed.nunique()), "cells": cells}
     if arm in arms:
         cycle = choose_cycle(table, arm, cycles)
         controls = [other for other in arms if other != arm] or ["baseline"]
         result |= {"arm": arm, "chosen_cycle": cycle}
         for name, metrics in (("primary", PRIMARY), ("accuracy", ("task_accuracy",))):
-            result[name] = compare(table, arm, controls, metrics, cycle).to_dict("records")
+            result[name] = compare(table, arm, controls, metrics, cycle=cycle).to_dict("records")
     return result
 
 
 def pulls(table: pandas.DataFrame, arms: list[str], cycle: int) -> pandas.DataFrame:
-    """How hard each arm with targets was pulled in a cycle, means over seeds, one row an arm.
+    """How hard each arm with targets was pulled in a cycle: means over seeds, one row an arm.
 
     cos_end: mean cosine to its targets at the end, about the centre it was trained with; cos_lambda0: that of lambda0's
     model to the same targets; rise [low, high]: their paired difference; loss_ratio: lambda L_aux / L_task; grad_ratio.
-    verdict: PASS where the rise is shown, lambda0 is not there already, and the gradient is not negligible.
+    verdict: PASS where the rise is shown, lambda0 did not reach the targets anyway, and the gradient is not negligible.
     """
     rows = []
     for arm in arms:
-        found = {m: by_seed(table, arm, cycle, f"aux_{m}", "val")
+        found = {m: by_seed(table, arm, cycle, f"aux_{m}", split="val")
                  for m in ("cos_end", "cos_lambda0", "loss_ratio", "grad_ratio")}
         if not len(found["cos_end"]):
             continue
@@ -124,21 +116,20 @@ def pulls(table: pandas.DataFrame, arms: list[str], cycle: int) -> pandas.DataFr
         else:
             live = rise["low"] > 0 and row["grad_ratio"] > LIVE_RATIO
             verdict = "PASS" if live else "WARN: the pull is not shown"
-        rows.append({"arm": arm, **row, "rise": rise["mean"], "low": rise.get("low"), "high": rise.get("high"),
+        rows.append({"arm": arm, **row, "rise": rise["mean"], "low": rise["low"], "high": rise["high"],
                      "verdict": verdict})
     return pandas.DataFrame(rows)
 
 
 def trend(
-    table: pandas.DataFrame, arm: str, reference: str, metric: str, cycle: int, margin: float | None = None
+    table: pandas.DataFrame, arm: str, reference: str, metric: str, *, cycle: int, margin: float | None = None
 ) -> tuple[str, dict[str, float]]:
     """(PASS, FAIL or WARN, the paired difference to the reference on test).
 
-    PASS where the interval lies above 0 and FAIL where it lies below; with a margin where it lies within it and where
-    it lies outside. WARN: neither is shown.
+    PASS: the interval lies above 0; FAIL: below. With a margin, PASS: it lies within the margin; FAIL: outside.
+    WARN: neither is shown.
     """
-    at = 0 if reference == "baseline" else cycle
-    found = paired(by_seed(table, arm, cycle, metric, "test"), by_seed(table, reference, at, metric, "test"))
+    found = difference(table, arm, reference, metric, cycle=cycle)
     low, high = found["low"], found["high"]
     if margin is not None:
         shown, refuted = -margin < low and high < margin, high < -margin or low > margin
@@ -147,19 +138,18 @@ def trend(
     return "PASS" if shown else "FAIL" if refuted else "WARN", found
 
 
-def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, cycle: int) -> str:
-    """What the paired differences of `arm` say about one primary metric, on test; the rules of the notebook's last
-    section.
+def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, *, cycle: int) -> str:
+    """What the paired differences of `arm` say about one primary metric, on test.
 
-    An effect is an interval clear of 0 with a Holm-corrected p under .05 over all arms and primary metrics. Success
-    asks for one against each of CONTROLS, an accuracy whose interval excludes a loss of half a point, and an SAE as
+    An effect is an interval clear of 0 with a Holm-corrected p below .05 over all arms and primary metrics. Success
+    needs an effect against each of CONTROLS, an accuracy whose interval excludes a loss of half a point, and an SAE as
     good and as sparse as lambda0's (MATCHED, by intervals).
     """
     if table.seed.nunique() < 3:
         return "no verdict: fewer than 3 seeds"
     if "lambda0" not in arms or arm not in arms:
         return f"no verdict: {arm} and lambda0 must both be run"
-    frame = compare(table, arm, [a for a in arms if a != arm], PRIMARY, cycle)
+    frame = compare(table, arm, [a for a in arms if a != arm], PRIMARY, cycle=cycle)
     rows = frame[frame.metric == metric].set_index("control")
     first = rows.loc["lambda0"]
     against = f"{first['mean']:+.4f} [{first['low']:+.4f}, {first['high']:+.4f}] against lambda0"
@@ -168,46 +158,19 @@ def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, cyc
         return f"lower: {against}"
     if "lambda0" not in better:
         return f"no effect shown: {against}"
-    accuracy = trend(table, arm, "lambda0", "task_accuracy", cycle)[1]
+    accuracy = trend(table, arm, "lambda0", "task_accuracy", cycle=cycle)[1]
     mean, low, high = (100 * accuracy[key] for key in ("mean", "low", "high"))
     points = f"accuracy {mean:+.2f} points [{low:+.2f}, {high:+.2f}]"
     if accuracy["high"] < -MAX_ACCURACY_LOSS:
         return f"trade-off: {against}, {points}"
-    tied = [a for a in CONTROLS if a in rows.index and a not in better]
-    if tied:
+    if tied := [a for a in CONTROLS if a in rows.index and a not in better]:
         return f"an effect, not specific to the SAE: {against}; not shown against {', '.join(tied)}"
-    missing = [a for a in CONTROLS if a not in rows.index]
-    if missing:
+    if missing := [a for a in CONTROLS if a not in rows.index]:
         return f"an effect: {against}; no success without the controls that were not run: {', '.join(missing)}"
     if accuracy["low"] < -MAX_ACCURACY_LOSS:
         return f"an effect: {against}; that accuracy is kept is not shown: {points}"
-    unlike = [m for m, margin in MATCHED.items() if trend(table, arm, "lambda0", m, cycle, margin)[0] != "PASS"]
+    unlike = [m for m, margin in MATCHED.items()
+              if trend(table, arm, "lambda0", m, cycle=cycle, margin=margin)[0] != "PASS"]
     if unlike:
         return f"an effect: {against}; not shown at equal {' and '.join(unlike)}"
     return f"success: {against}, every control beaten, {points}"
-
-
-def match_latents(
-    a: Tensor, b: Tensor, alive_a: Tensor, alive_b: Tensor, kept_above: float = 0.9, moved_above: float = 0.5,
-    family_above: float = 0.7,
-) -> dict[str, Any]:
-    """Which latents of dictionary b [F_b, D] are those of dictionary a [F_a, D] (unit rows), one to one.
-
-    Hungarian matching of alive latents by the cosine of their dictionary rows. kept: cosine >= kept_above;
-    moved: >= moved_above; other latents of a died, of b were born. split: latents of a with two or more of b above
-    family_above; merged: latents of b with two or more of a above it. Returns pairs (a, b, cosine) and counts.
-    """
-    rows_a, rows_b = alive_a.nonzero()[:, 0], alive_b.nonzero()[:, 0]
-    if not len(rows_a) or not len(rows_b):
-        raise InputError("no latent is alive in one of the two SAEs: there is nothing to match")
-    cosine = a[rows_a].double() @ b[rows_b].double().T
-    i, j = linear_sum_assignment(-cosine.numpy())
-    found = cosine[torch.from_numpy(i), torch.from_numpy(j)]
-    pairs = [(int(rows_a[x]), int(rows_b[y]), float(c)) for x, y, c in zip(i, j, found) if c >= moved_above]
-    kept = sum(c >= kept_above for _, _, c in pairs)
-    close = cosine > family_above
-    return {
-        "pairs": sorted(pairs, key=lambda pair: -pair[2]), "kept": kept, "moved": len(pairs) - kept,
-        "died": len(rows_a) - len(pairs), "born": len(rows_b) - len(pairs),
-        "split": int((close.sum(1) >= 2).sum()), "merged": int((close.sum(0) >= 2).sum()),
-    }

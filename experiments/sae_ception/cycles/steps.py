@@ -1,4 +1,4 @@
-"""The steps of one SAE-ception cycle and what they leave on disk.
+"""The steps of one SAE-ception cycle, and what they leave on disk.
 
     session = Session(constants, seed)         # cycles/session.py: data, model and cache of one seed, loaded once
     train_model(session, "baseline", 0)        # cycle 0: task loss only; shared by all arms
@@ -6,27 +6,30 @@
     train_model(session, "per_class", 1)       # targets from model and SAE 0, then model 1
     evaluate_cycle(session, "per_class", 1)
 
-store/sae_ception/<setting>/<arm>/seed_<s>/ holds constants.json, meta.json, checkpoints/,
-targets_cycle_<n>.safetensors, history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "baseline". A
-step that finds its output finished does nothing; one that finds an output or an input made with other constants stops
-and says which.
+The folder store/sae_ception/<setting>/<arm>/seed_<s>/ holds constants.json, meta.json, checkpoints/,
+targets_cycle_<n>.safetensors, history_cycle_<n>.json and results_cycle_<n>.json; cycle 0 lives in the arm "baseline".
+A step whose output is finished does nothing. One that finds an output or an input made with other constants stops and
+says which.
 """
 import math
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cycles import schemas
 from cycles.arms import definition
-from cycles.classifier import MLP, load_trained, outputs, trained_state
+from cycles.auxiliary import Targets, probe_ids
+from cycles.classifier import MLP, load_trained, trained_state
 from cycles.evaluation import evaluate
-from cycles.fine_tuning import Targets, TuneSettings, fine_tune, probe_ids
-from cycles.session import Constants, Session, sae_path, stage_constants, write_stamp
+from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune
+from cycles.session import Session
 from cycles.sharpening import n_kept
+from cycles.stamps import Constants, stage_constants, write_stamp
 from cycles.targets import Source, targets
 from lib.activations import SaveSettings, save_activations
-from lib.batches import rows_of_run, rows_of_tensor
+from lib.batches import Rows, rows_of_run, rows_of_tensor
 from lib.distributed import rank
 from lib.environment import InputError, log
 from lib.files import fingerprint, read_json, read_sealed, write_json, write_sealed, write_torch
@@ -36,31 +39,29 @@ from lib.training import TrainSettings, train_sae
 
 
 def tune_settings(session: Session, arm: str, cycle: int, aux: Constants) -> TuneSettings:
-    """The training settings of a cycle. From scratch all cycles share one data order; going on, each has its own."""
+    """The training settings of a cycle. Cycles that start from scratch share one data order; others have their own."""
     c = session.c
     order = session.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
     if cycle and definition(arm).own_seed:
         order += 500_000 + 1000 * cycle
     return TuneSettings(
         epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"],
-        weight_decay=c["WEIGHT_DECAY"],
-        warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"], accumulate=c["ACCUMULATE"],
-        aux_weight=aux_weight(aux, cycle) if cycle and definition(arm).has_targets else 0.0, seed=order,
-        select=c["SELECT_EPOCH"],
+        weight_decay=c["WEIGHT_DECAY"], warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"],
+        accumulate=c["ACCUMULATE"], aux_weight=aux_weight(aux, cycle) if cycle and definition(arm).has_targets else 0.0,
+        seed=order, select=c["SELECT_EPOCH"],
     )
 
 
 def aux_weight(aux: Constants, cycle: int) -> float:
-    """lambda of a cycle: one number for all, or one for each cycle (the last one goes on)."""
+    """lambda of a cycle: one number for all, or one for each cycle, the last of which stays."""
     weight = aux["AUX_WEIGHT"]
     return float(weight if isinstance(weight, (int, float)) else weight[min(cycle, len(weight)) - 1])
 
 
 def train_model(session: Session, arm: str, cycle: int) -> None:
-    """Train the model of a cycle: 0 is the baseline, later ones go from the model and SAE before them."""
-    folder = session.folder(arm, cycle)
-    path = folder / "checkpoints" / f"model_cycle_{cycle}_best.pt"
-    unfinished = folder / "checkpoints" / f"model_cycle_{cycle}_unfinished.pt"
+    """Train the model of a cycle: 0 is the baseline, later ones start from the model and SAE before them."""
+    path, folder = session.model_path(arm, cycle), session.folder(arm, cycle)
+    unfinished = path.with_name(f"model_cycle_{cycle}_unfinished.pt")
     key = session.key("model", arm, cycle)
     if session.finished(path, key):
         unfinished.unlink(missing_ok=True)
@@ -72,12 +73,11 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
         made, share = make_targets(session, arm, cycle - 1, aux)
     start_from(session, arm, cycle, aux)
     settings = tune_settings(session, arm, cycle, aux)
-    with open_tracker("local" if rank() else session.c["TRACKER"], folder / f"tracker_cycle_{cycle}",
-                      session.c) as track:
+    tracker = "local" if rank() else session.c["TRACKER"]
+    with open_tracker(tracker, folder / f"tracker_cycle_{cycle}", session.c) as track:
         history = fine_tune(
-            session.model, session.task, settings, made, session.entries, unfinished if session.is_text else None, key,
-            track,
-            label=f"{arm} cycle {cycle}",
+            session.model, session.task, settings, made, entries=session.entries, log=track,
+            checkpoint=Checkpoint(unfinished, key) if session.is_text else None, label=f"{arm} cycle {cycle}",
         )
     if made is not None:
         history["aux"] |= share
@@ -88,13 +88,17 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
     write_torch(path, trained)
     write_stamp(session, path, key)
     unfinished.unlink(missing_ok=True)
-    if made is not None and (share["cos_source"] > 0.99 or history["aux"]["grad_ratio"] < 0.01):
+    _report_training(history, f"{arm} seed {session.seed} cycle {cycle}")
+
+
+def _report_training(history: dict[str, Any], label: str) -> None:
+    aux = history.get("aux")
+    if aux and (aux["cos_source"] > 0.99 or aux["grad_ratio"] < 0.01):
         log.warning("%s: the auxiliary loss hardly pulls (the model that made the targets has a cosine of %.3f to "
-                    "them, gradient ratio %.3f); "
-                    "keep fewer latents or raise AUX_WEIGHT before reading a null result", arm, share["cos_source"],
-                    history["aux"]["grad_ratio"])
+                    "them, gradient ratio %.3f); keep fewer latents or raise AUX_WEIGHT before reading a null result",
+                    label, aux["cos_source"], aux["grad_ratio"])
     kept = history["epochs"][history["kept_epoch"] - 1]
-    log.info("%s seed %d cycle %d: validation accuracy %.4f", arm, session.seed, cycle, kept["val_accuracy"])
+    log.info("%s: validation accuracy %.4f", label, kept["val_accuracy"])
 
 
 def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
@@ -112,17 +116,15 @@ def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
 
 
 def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tuple[Targets, dict[str, float]]:
-    """The targets that cycle `cycle` gives to the next one, computed once by the frozen model and SAE, and kept on
-    disk.
-    """
+    """The targets that a cycle gives to the next, computed once by its frozen model and SAE, and kept on disk."""
     session.load(arm, cycle)
     sae = session.sae(arm, cycle)
     ids = session.task.splits["train"]
-    h, _ = outputs(session.model, session.task, ids, session.c["BATCH_SIZE"], session.entries)
+    h, _ = session.outputs(ids)
     values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
     sae = sae.to("cpu")
     centre = None
-    if aux["AUX_CENTRED"]:  # an SAE over all tokens knows their mean, which is not that of the position that is pulled
+    if aux["AUX_CENTRED"]:  # an SAE over all tokens knows their mean, not that of the position that is pulled
         centre = h.mean(0) if session.is_text and session.c["SAE_POSITIONS"] == "tokens" else sae.mean
     t, share = targets(arm, Source(
         h=h, values=values, indices=indices, y=session.task.y[ids], ids=ids, decode=sae.decode,
@@ -140,46 +142,32 @@ def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tupl
 
 
 def lambda0_cosine(session: Session, arm: str, cycle: int) -> float:
-    """Mean cosine of lambda0's model of a cycle to the targets that `arm` was pulled to: what the arm's end cosine is
-    worth.
+    """Mean cosine of lambda0's model to the targets of `arm`, over the examples and about the centre of the arm's own.
 
-    Over the same examples and about the same centre as the arm's own (cycles.fine_tuning.probe).
+    Only what the arm's cosine has beyond this is owed to its pull.
     """
-    stored = read_sealed(session.root / arm / f"seed_{session.seed}" / f"targets_cycle_{cycle - 1}.safetensors",
-                         schemas.TARGETS)
+    path = session.root / arm / f"seed_{session.seed}" / f"targets_cycle_{cycle - 1}.safetensors"
+    stored = read_sealed(path, schemas.TARGETS)
     made = Targets(stored["example_id"], stored["t"], stored.get("centre"))
     session.load("lambda0", cycle)
     ids = probe_ids(session.task)
-    h, _ = outputs(session.model, session.task, ids, session.c["BATCH_SIZE"], session.entries)
+    h, _ = session.outputs(ids)
     return 1 - float(made.loss(h, ids).double().mean())
 
 
 def train_cycle_sae(session: Session, arm: str, cycle: int, sae_seed: int = 0) -> None:
     """Train an SAE on the frozen model's target layer: all kept tokens, or the position the head reads."""
     arm = "baseline" if cycle == 0 else arm
-    folder = session.folder(arm, cycle)
-    path, key = sae_path(folder, cycle, sae_seed), session.key("sae", arm, cycle, sae_seed)
-    work = folder / f"activations_cycle_{cycle}"
+    path, key = session.sae_path(arm, cycle, sae_seed), session.key("sae", arm, cycle, sae_seed)
+    work = session.folder(arm, cycle) / f"activations_cycle_{cycle}"
     if session.finished(path, key):
         shutil.rmtree(work, ignore_errors=True)
         return
     session.load(arm, cycle)
-    c, task = session.c, session.task
-    ids = torch.cat([task.splits["train"], task.splits["val"]])
-    is_val = torch.arange(len(ids)) >= len(task.splits["train"])
-    if session.is_text and c["SAE_POSITIONS"] == "tokens":
-        texts = [task.texts[i] for i in ids.tolist()]
-        splits = ["val" if v else "train" for v in is_val.tolist()]
-        meta = {"model": {"name": c["MODEL"], "key": session.key("model", arm, cycle)}}
-        run = save_activations(work, session.model.lm, session.tokenizer, [session.model.target], texts=texts,
-                               splits=splits, settings=SaveSettings(max_length=c["MAX_LENGTH"]), meta=meta)
-        rows = rows_of_run(run, run.hooks[0])
-    else:
-        h, _ = outputs(session.model, task, ids, c["BATCH_SIZE"], session.entries)
-        rows = rows_of_tensor(h, is_val)
+    c = session.c
+    rows = _sae_rows(session, work, session.key("model", arm, cycle))
     n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
-    # Each cycle's SAE starts elsewhere, alike in all arms: latents that live on from cycle to cycle then owe it to the
-    # model.
+    # Another start for each cycle, the same in all arms: latents that survive a cycle then owe it to the model.
     start = 1_000_000 * cycle + 10 * session.seed + sae_seed
     settings = TrainSettings(n_latents, c["TOP_K"], epochs=c["SAE_EPOCHS"], batch_size=c["SAE_BATCH_SIZE"],
                              lr=c["SAE_LR"], seed=start)
@@ -192,42 +180,52 @@ def train_cycle_sae(session: Session, arm: str, cycle: int, sae_seed: int = 0) -
     sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
     save_sae(sae, path, rows.shards[0][:64].float())
     write_stamp(session, path, key)
-    shutil.rmtree(work, ignore_errors=True)  # as large as all tokens times the width, and made again by the same step
+    shutil.rmtree(work, ignore_errors=True)  # as large as all tokens times the width; the same step makes it again
     log.info("%s seed %d cycle %d: SAE validation EV %.3f", arm, session.seed, cycle, sae.config["val_ev"])
+
+
+def _sae_rows(session: Session, work: Path, model_key: str) -> Rows:
+    """Activations of the training and validation examples at the target layer; those of all tokens lie in `work`."""
+    c, task = session.c, session.task
+    ids = torch.cat([task.splits["train"], task.splits["val"]])
+    is_val = torch.arange(len(ids)) >= len(task.splits["train"])
+    if not session.is_text or c["SAE_POSITIONS"] == "pooled":
+        return rows_of_tensor(session.outputs(ids)[0], is_val)
+    run = save_activations(
+        work, session.model.lm, session.tokenizer, [session.model.target], texts=[task.texts[i] for i in ids.tolist()],
+        splits=["val" if v else "train" for v in is_val.tolist()], settings=SaveSettings(max_length=c["MAX_LENGTH"]),
+        meta={"model": {"name": c["MODEL"], "key": model_key}},
+    )
+    return rows_of_run(run, run.hooks[0])
 
 
 def evaluate_cycle(session: Session, arm: str, cycle: int) -> Constants:
     """results_cycle_<n>.json: validation and test metrics of a finished model and its SAEs; returns it."""
-    folder = session.folder(arm, cycle)
-    path = folder / f"results_cycle_{cycle}.json"
-    c = session.c
+    path, c = session.folder(arm, cycle) / f"results_cycle_{cycle}.json", session.c
     keys = [session.key("sae", arm, cycle, s) for s in range(c["N_SAE_SEEDS"])]
     key = fingerprint([keys, stage_constants(c, "eval", arm)])
     if session.finished(path, key):
         return read_json(path, schemas.RESULTS)
     session.load(arm, cycle)
-    history = read_json(folder / f"history_cycle_{cycle}.json", schemas.CYCLE_HISTORY)
+    history_path = path.with_name(f"history_cycle_{cycle}.json")
+    history = read_json(history_path, schemas.CYCLE_HISTORY)
     if history["key"] != session.key("model", arm, cycle):
-        raise InputError(f"{folder / f'history_cycle_{cycle}.json'} is another model's; delete it with its model and "
-                         "run their step again")
-    aux = history.get("aux", {})
+        raise InputError(f"{history_path} is another model's; delete it with its model and rerun their step")
     results: dict[str, Any] = {"meta": {"arm": arm, "cycle": cycle, "seed": session.seed, "key": key}}
     for sae_seed in range(c["N_SAE_SEEDS"]):
         sae = session.sae(arm, cycle, sae_seed)
-        found = {
-            split: evaluate(session.model, sae, session.task, split, c, session.seed, session.entries, groups)
-            for split, groups in (("val", ()), ("test", () if sae_seed else c["METRICS"]))
-        }
+        found = {"val": evaluate(session, sae, "val", ()),
+                 "test": evaluate(session, sae, "test", () if sae_seed else c["METRICS"])}
         if not sae_seed:
-            found["val"] |= {f"aux_{name}": value for name, value in aux.items()}
+            found["val"] |= {f"aux_{name}": value for name, value in history.get("aux", {}).items()}
             results |= found
         else:
             results.setdefault("other_sae_seeds", []).append({"sae_seed": sae_seed, **found})
-    if results["val"]["sae_explained_variance_pooled"] < 0.7:
-        remedy = ("set SAE_POSITIONS=pooled or raise SAE_EPOCHS" if session.is_text and c["SAE_POSITIONS"] == "tokens"
-                  else "raise SAE_EPOCHS")
-        log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; %s",
-                    arm, cycle, results["val"]["sae_explained_variance_pooled"], remedy)
+    pooled_ev = results["val"]["sae_explained_variance_pooled"]
+    if pooled_ev < 0.7:
+        remedy = "set SAE_POSITIONS=pooled or " if session.is_text and c["SAE_POSITIONS"] == "tokens" else ""
+        log.warning("%s cycle %d: at the position that the head reads the SAE explains only %.2f of the variance; "
+                    "%sraise SAE_EPOCHS", arm, cycle, pooled_ev, remedy)
     write_json(path, drop_undefined(results), sealed=True)
     write_stamp(session, path, key)
     return read_json(path, schemas.RESULTS)
