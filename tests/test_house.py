@@ -17,7 +17,6 @@ PARAMETERS: set[str] = {
     "lib/steering.py:sweep",
 }
 BY_POSITION: dict[str, int] = {  # calls of each file
-    "experiments/sae_ception/05_compare_cycles.ipynb": 4,
     "experiments/sae_ception/cycles/classifier.py": 1,
     "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
     "experiments/verify_sae_training/05_show_concepts.ipynb": 4,
