@@ -9,7 +9,7 @@ import ast
 import json
 import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -32,9 +32,8 @@ class File:
     """One Python file or notebook, by its path from the project's root."""
 
     path: str
-    text: str
-    cells: list[str] = field(default_factory=list)
-    """Sources of a notebook's code cells; of a script, its text."""
+    cells: list[str]
+    """Sources of a notebook's code cells; of a script the whole."""
 
     @property
     def room(self) -> str:
@@ -70,12 +69,10 @@ def read_files(project: Path = PROJECT) -> dict[str, File]:
         for path in sorted((project / top).rglob("*")):
             name = path.relative_to(project).as_posix()
             if path.suffix == ".py":
-                text = path.read_text(encoding="utf-8")
-                files[name] = File(name, text, [text])
+                files[name] = File(name, [path.read_text(encoding="utf-8")])
             elif path.suffix == ".ipynb" and ".ipynb_checkpoints" not in name:
-                text = path.read_text(encoding="utf-8")
-                cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-                files[name] = File(name, text, cells)
+                cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+                files[name] = File(name, ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
     return files
 
 
@@ -186,6 +183,7 @@ def sizes(file: File) -> list[tuple[str, str, int]]:
 
 
 def long_lines(file: File) -> list[str]:
+    """What is beyond LINE_LENGTH, told by file, length and beginning."""
     return [f"{file.path}: {len(line)} characters: {line.strip()[:60]} ..."
             for cell in file.cells for line in cell.splitlines() if len(line) > LINE_LENGTH]
 
@@ -195,39 +193,58 @@ def too_long(files: dict[str, File]) -> list[tuple[str, str, int]]:
     return [row for path, file in files.items() if file.house != "tests" and path not in DATA for row in sizes(file)]
 
 
-def main() -> None:
-    files = read_files()
-    uses = {path: imported(file, files) for path, file in files.items()}
-    print("Rooms: files, lines (a notebook's code cells)")
-    rooms = sorted({file.room for file in files.values()})
-    for room in rooms:
-        inside = [file for file in files.values() if file.room == room]
-        print(f"  {room:<42} {len(inside):>3} {sum(file.n_lines for file in inside):>7,}")
+def show_rooms(files: dict[str, File]) -> None:
+    print(f"{'Rooms':<42} files   lines (of notebooks the code cells)")
+    shown: set[str] = set()
+    for room in sorted({file.room for file in files.values()}):
+        for folder in (*reversed(Path(room).parents[:-1]), Path(room)):
+            if str(folder) not in shown:
+                inside = [file for file in files.values() if Path(file.path).is_relative_to(folder)]
+                name = "  " * len(folder.parts) + folder.name
+                print(f"{name:<42} {len(inside):>5} {sum(file.n_lines for file in inside):>7,}")
+                shown.add(str(folder))
 
-    print("\nWhat imports what: a line uses only lines below it")
-    between: dict[str, set[str]] = {room: set() for room in rooms if room != "tests"}
+
+def show_imports(files: dict[str, File], uses: dict[str, set[str]]) -> None:
+    print("\nWhat imports what: each line uses only lines below it")
+    between: dict[str, set[str]] = {file.room: set() for file in files.values() if file.house not in ("lib", "tests")}
     for path, used in uses.items():
         if files[path].room in between:
             between[files[path].room] |= {files[other].room for other in used} - {files[path].room}
     height = floors(between)
     for room in sorted(between, key=lambda room: (-height[room], room)):
-        if room.startswith("experiments"):
-            print(f"  {room.removeprefix('experiments/'):<32} -> "
-                  f"{', '.join(sorted(Path(other).name for other in between[room])) or 'nothing'}")
+        others = ", ".join(sorted(other.removeprefix(f"{room}/") for other in between[room])) or "nothing"
+        print(f"  {room.removeprefix('experiments/'):<32} -> {others.replace('experiments/', '')}")
     inside = {path: uses[path] for path in files if path.startswith("lib/") and not path.endswith("__init__.py")}
     height = floors(inside)
     for floor in range(max(height.values()), -1, -1):
         names = sorted(path.removeprefix("lib/").removesuffix(".py") for path in inside if height[path] == floor)
         for number, line in enumerate(textwrap.wrap("  ".join(names), 72)):
-            print(f"  {f'lib, floor {floor}' if not number else '':<32}    {line}")
+            print(f"  {f'lib, floor {floor}' if not number else '':<16} {line}")
 
-    print("\nAgainst the rules of imports")
+
+def show_broken(files: dict[str, File], uses: dict[str, set[str]]) -> None:
+    print("\nAgainst the rule of imports")
     print("\n".join(f"  {line}" for line in broken_import_rules(files, uses)) or "  nothing")
-    print("\nToo long")
-    rows = too_long(files)
-    print("\n".join(f"  {rule:<12} {number:>4}  {place}" for rule, place, number in sorted(rows)) or "  nothing")
-    print(" ", dict(Counter(rule for rule, _, _ in rows)))
-    print("\n".join(line for file in files.values() for line in long_lines(file)))
+    found = too_long(files)
+    for rule, title in (("file", f"Files of more than {FILE_LINES} lines"),
+                        ("function", f"Functions of more than {FUNCTION_LINES} lines"),
+                        ("parameters", f"Functions of more than {PARAMETERS} parameters")):
+        print(f"\n{title}")
+        print("\n".join(f"  {n:>5}  {place}" for name, place, n in sorted(found) if name == rule) or "  none")
+    print(f"\nCalls with more than {BY_POSITION} values by position")
+    calls = Counter(place.partition(":")[0] for rule, place, _ in found if rule == "by position")
+    print("\n".join(f"  {n:>5}  {path}" for path, n in sorted(calls.items())) or "  none")
+    print(f"\nLines of more than {LINE_LENGTH} characters")
+    print("\n".join(f"  {line}" for file in files.values() for line in long_lines(file)) or "  none")
+
+
+def main() -> None:
+    files = read_files()
+    uses = {path: imported(file, files) for path, file in files.items()}
+    show_rooms(files)
+    show_imports(files, uses)
+    show_broken(files, uses)
 
 
 if __name__ == "__main__":

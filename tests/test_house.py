@@ -62,7 +62,7 @@ def test_files_signatures_and_calls_are_short(house):
 def broken(**sources):
     """What breaks the rules in a project of these files; `__` stands for a slash."""
     paths = {name.replace("__", "/") + ".py": text for name, text in sources.items()}
-    files = {path: File(path, text, [text]) for path, text in paths.items()}
+    files = {path: File(path, [text]) for path, text in paths.items()}
     return broken_import_rules(files, {path: imported(file, files) for path, file in files.items()})
 
 
@@ -89,11 +89,11 @@ def test_each_broken_rule_is_seen():
 
 def test_what_is_too_long_is_counted():
     text = "def f(a, b, c, d, e, f, g, /, h, *, i):\n" + "    x(1, 2, 3, 4, *y)\n    x(1, 2, 3, 4, 5, z=6)\n" * 21
-    found = sizes(File("lib/a.py", text, [text]))
+    found = sizes(File("lib/a.py", [text]))
     assert found[:21] == [("by position", "lib/a.py:x", 5)] * 21
     assert found[21:] == [("function", "lib/a.py:f", 43), ("parameters", "lib/a.py:f", 9)]
-    assert long_lines(File("x", "", ["#" * 120 + "\n" + "#" * 121])) == ["x: 121 characters: " + "#" * 60 + " ..."]
-    assert sizes(File("a.py", "", ["\n" * 251])) == [("file", "a.py", 251)]
+    assert long_lines(File("x", ["#" * 120 + "\n" + "#" * 121])) == ["x: 121 characters: " + "#" * 60 + " ..."]
+    assert sizes(File("a.py", ["\n" * 251])) == [("file", "a.py", 251)]
 
 
 def test_floors_and_circles():
