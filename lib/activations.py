@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import schemas
 from .blocks import input_device, n_embeddings, no_cache, require_positions
 from .distributed import add_up, own_part, rank, wait_for_all, world_size
 from .environment import InputError, is_out_of_memory, log
@@ -19,7 +18,7 @@ from .hooks import HookPoint, capture
 from .metrics.layers import layer_statistics
 from .outputs import is_current
 from .saving import ShardWriter, finish, write_texts
-from .store import ROW_COLUMNS, SCHEMA_VERSION, Run
+from .store import META, ROW_COLUMNS, SCHEMA_VERSION, Run
 from .texts import Tokens, filler_id, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
@@ -234,7 +233,7 @@ def _stretches(writer: ShardWriter, tokenizer, texts: Sequence[str], settings: S
 def _check_same_run(folder: Path, meta: dict[str, Any]) -> None:
     """Raise InputError if `folder` holds part of a run that was begun differently."""
     path = folder / "meta.json"
-    is_current(folder, read_json(path, schemas.META) if path.exists() else None,
+    is_current(folder, read_json(path, META) if path.exists() else None,
                {part: value for part, value in meta.items() if part != "provenance"},
                "finish that run with its own, or delete the folder")
 

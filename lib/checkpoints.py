@@ -13,13 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import schemas
-from .checking import Misfit, check, check_tensors
 from .distributed import rank
 from .environment import InputError, log
 from .files import read_torch, write_torch
 from .outputs import is_current
+from .sae_kinds import KINDS
 from .sae_step import init_state, read_stats
+from .schemas import (
+    CONSTANTS,
+    COUNT,
+    NAME,
+    NUMBERS,
+    POSITIVE,
+    SHORT_HASH,
+    Columns,
+    Misfit,
+    Schema,
+    Text,
+    check,
+    check_tensors,
+)
 from .train_settings import Plan, TrainSettings
 
 CHECKPOINT_SECONDS = 30.0  # at least, between two checkpoints
@@ -33,6 +46,27 @@ UNITS = {
     "dead_pct": "0-100; in the block train and in epochs: silent for more than dead_after tokens; else: never fired on "
                 "the scored rows",
 }
+VALIDATION = Columns(("step", "tokens", "recon_mse", "ev", "l0", "dead_pct"))
+BLOCKS = {
+    "train": Columns(("step", "tokens", "loss", "recon", "auxk", "l0", "dead_pct", "lr", "grad_norm")),
+    "val": VALIDATION, "train_sample": VALIDATION,
+    "epochs": Columns(("loss", "recon_mse", "l1", "r2", "l0", "dead_features_pct")),
+}
+CURVES = {"lr": float, "dead_after": COUNT, "n_steps": POSITIVE, **BLOCKS}
+HISTORY = Schema(CURVES | {
+    "schema_version": 1, "run_id": NAME, "sae_hash?": SHORT_HASH, "constants": CONSTANTS,
+    "settings": {"top_k": POSITIVE, "epochs": POSITIVE},
+    "units": {Text(".+"): str}, "best_epoch": POSITIVE, "final": NUMBERS,
+}, sealed=True, remedy="delete it and run 02_train_sae.py again")
+CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision": ("float32", "bfloat16"),
+              "history": CURVES, "state": {}, "best": {}}
+TRAINING = {"aligned": bool, "kind": tuple(KINDS)}
+STATE = {
+    "transform": "float32 D D", "dec": "float32 F D", "enc": "float32 F D", "bias": "float32 F", "gain": "float32 F",
+    "log_threshold": "float32 F", "silent": "int64 F", "step": "int64", "sums": "sums S",
+}
+BEST = {"ev": float, "epoch": POSITIVE}
+BEST_WEIGHTS = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "threshold?": "float32 F"}
 
 
 class Diverged(InputError):
@@ -41,14 +75,8 @@ class Diverged(InputError):
 
 def empty_history(plan: Plan) -> dict[str, Any]:
     """`train` gets a point every log_every steps; `val`, `train_sample` and `epochs` one an epoch."""
-    names = {
-        "train": "step tokens loss recon auxk l0 dead_pct lr grad_norm",
-        "val": "step tokens recon_mse ev l0 dead_pct",
-        "train_sample": "step tokens recon_mse ev l0 dead_pct",
-        "epochs": "loss recon_mse l1 r2 l0 dead_features_pct",
-    }
     return ({"lr": plan.learning_rate, "dead_after": plan.dead_after, "n_steps": plan.n_steps}
-            | {block: {name: [] for name in text.split()} for block, text in names.items()})
+            | {block: {name: [] for name in BLOCKS[block].names} for block in BLOCKS})
 
 
 def log_steps(progress: dict[str, Any], settings: TrainSettings, lr: float) -> dict[str, float]:
@@ -107,16 +135,16 @@ def save_checkpoint(path: Path, progress: dict[str, Any]) -> float:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What save_checkpoint wrote. Raises InputError if it is damaged."""
-    found = read_torch(path, "train again", schemas.CHECKPOINT)
+    found = read_torch(path, "train again", CHECKPOINT)
     settings, state, best = found["settings"], found["state"], found["best"]
     try:
-        check(settings, schemas.TRAINING)
+        check(settings, TRAINING)
         names = init_state(torch.eye(2), 2, 0, settings["aligned"], settings["kind"])
-        check_tensors(state, {name: schemas.STATE[name.removesuffix("_m").removesuffix("_v")] for name in names},
+        check_tensors(state, {name: STATE[name.removesuffix("_m").removesuffix("_v")] for name in names},
                       F=settings["n_latents"])
         if best:
-            check(best, schemas.BEST)
-            check_tensors(best, schemas.BEST_WEIGHTS, F=settings["n_latents"], D=len(state["transform"]))
+            check(best, BEST)
+            check_tensors(best, BEST_WEIGHTS, F=settings["n_latents"], D=len(state["transform"]))
     except Misfit as misfit:
         raise InputError(f"{path} is damaged: {misfit}; delete it, then train again") from None
     return found

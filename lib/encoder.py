@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import schemas
 from .activations import SaveSettings, block_rows
 from .blocks import max_positions
-from .checking import Misfit, Schema, Text, check
 from .environment import InputError, choose_device, log
 from .files import read_json
 from .hooks import HookPoint, resolve
 from .models import choose_dtype, load_model, load_tokenizer, require_same_model, source_of_run
 from .sae import SAE, load_sae, sae_hash
+from .schemas import Misfit, Schema, Text, check
+from .store import META
 from .texts import filler_id, tokenise
 
 # What is read of concepts.json here; experiments/verify_sae_training/concepts/concepts.schema.json has the whole.
@@ -111,7 +111,7 @@ def _model_in_file(path: Path, saved: dict[str, Any]) -> str:
     try:
         if not saved:
             raise InputError("it does not name its language model")
-        check(saved, schemas.META.content["model?"])
+        check(saved, META.content["model?"])
         return source_of_run(saved)
     except (InputError, Misfit) as error:
         raise InputError(f"{path}: {error}; or give its name or folder: load_encoder(path, model=...)") from None

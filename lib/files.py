@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .checking import Misfit, Schema, check, check_tensors
 from .environment import InputError, first_line, is_disk_full
+from .schemas import Misfit, Schema, check, check_tensors
 
 HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # processes are told apart by machine and number
 ANYTHING = Schema(Any)
@@ -186,7 +186,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> N
 
 def read_note(path: Path, wanted: Any = str) -> Any:
     """The note in a safetensors file's header. Raises InputError if there is none that fits `wanted`
-    (lib/checking.py).
+    (lib/schemas.py).
     """
     require_file(path)
     try:
@@ -202,7 +202,7 @@ def read_tensors(
     path: Path, wanted: dict[str, str] | None = None, finite: bool = False, **sizes: int
 ) -> dict[str, Tensor]:
     """A safetensors file, memory-mapped. Raises InputError if it is missing, damaged or not as described
-    (lib/checking.py).
+    (lib/schemas.py).
     """
     require_file(path)
     try:
@@ -244,7 +244,7 @@ def write_torch(path: Path, value: Any) -> None:
 def read_torch(path: Path, otherwise: str, wanted: Any = None) -> Any:
     """What write_torch wrote, on the CPU; nothing but tensors and plain values is unpickled.
 
-    wanted: a description of its plain values (lib/checking.py). Raises InputError for a missing or damaged file, with
+    wanted: a description of its plain values (lib/schemas.py). Raises InputError for a missing or damaged file, with
     what to do `otherwise`. torch itself does not compare the checksums that the archive holds, and unpacks what is
     packed.
     """

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import schemas
-from .checking import Misfit, check, check_tensors
 from .environment import InputError
 from .files import fingerprint, read_torch, write_json, write_torch
+from .schemas import Misfit, check, check_tensors
 from .store import Run
 
 SCHEMA_VERSION = 1

@@ -12,13 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import schemas
 from .batches import batches_in_order
 from .distributed import add_up, own_part, rank, wait_for_all, world_size
 from .environment import InputError
 from .files import atomic_write, read_note, write_json, write_tensors
 from .outputs import list_files, require_room
-from .store import ROW_COLUMNS, Run
+from .store import ROW_COLUMNS, SHARD_NOTE, Run
 
 ALIKE = 1e-6  # spread of the rows over the norm of their mean, up to which it is rounding
 
@@ -48,7 +47,7 @@ class ShardWriter:
         n_shards, block, rows_before_block = 0, 0, 0
         while (path := self.shard("rows", n_shards)).exists():
             n_shards += 1
-            block, rows_before_block = read_note(path, schemas.SHARD_NOTE)
+            block, rows_before_block = read_note(path, SHARD_NOTE)
         self.start_at(n_shards, block, rows_before_block)
 
     def shard(self, name: str, number: int) -> Path:

@@ -25,13 +25,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import schemas
 from .environment import INSTALLED, PROJECT, InputError
 from .files import fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
 from .outputs import check_files
+from .schemas import CONSTANTS, COUNT, FILES, NAME, PATH, POSITIVE, POSITIVE_NUMBER, SHORT_HASH, Number, Schema
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("text_id", "pos", "token_id", "char_start", "char_end")
+SHARDS = [{"file": PATH, "rows": POSITIVE}]
+RUN_AGAIN = "delete the run's folder and run 01_save_activations.py again"
+MANIFEST = Schema({"rows": SHARDS, "hooks": {NAME: SHARDS}, "n_rows": POSITIVE, "files": FILES}, sealed=True,
+                  remedy=RUN_AGAIN)
+SETTINGS = {
+    "max_length": POSITIVE, "batch_tokens": POSITIVE, "store_dtype": ("float32", "bfloat16", "float16"),
+    "shard_rows": POSITIVE, "skip_special": bool, "skip_first": COUNT,
+    "max_norm_multiple": (float, None),
+}
+META = Schema({
+    "schema_version": int, "settings": SETTINGS, "n_texts": POSITIVE,
+    "hooks": [{"path": str, "point": ("input", "output"), "signature": NAME, "names?": [str]}],
+    "model?": {"name": str, "path?": (str, None), "class?": str, "dtype?": str, "weights?": SHORT_HASH},
+    "tokenizer?": (str, {"class": str, "fingerprint": SHORT_HASH}),
+    "dataset?": {"name": str, "path?": (str, None), "limit?": (POSITIVE, None)}, "constants?": CONSTANTS,
+}, remedy=RUN_AGAIN)
+RUN_TEXT = {"text_id": COUNT, "text": str, "split": ("train", "val")}
+STATS = Schema({"scale": POSITIVE_NUMBER, "median_norm": float, "max_abs": float, "gamma": Number(float, 0),
+                "n_outliers": COUNT, "n_rows": POSITIVE}, remedy=RUN_AGAIN)
+SHARD_NOTE = [COUNT, COUNT]  # block of texts that its first row is in, rows before that block
 
 
 def store_root() -> Path:
@@ -127,12 +147,12 @@ class Run:
     def _read_texts(self) -> Iterator[dict[str, Any]]:
         """The lines of texts.jsonl one by one: the texts may be more than memory holds."""
         path, count = self.path / "texts.jsonl", 0
-        for count, found in enumerate(read_lines(path, schemas.RUN_TEXT, schemas.RUN_AGAIN), 1):
+        for count, found in enumerate(read_lines(path, RUN_TEXT, RUN_AGAIN), 1):
             if found["text_id"] != count - 1:
-                raise InputError(f"{path} is damaged: line {count} holds text {found['text_id']}; {schemas.RUN_AGAIN}")
+                raise InputError(f"{path} is damaged: line {count} holds text {found['text_id']}; {RUN_AGAIN}")
             yield found
         if count != self.meta["n_texts"]:
-            raise InputError(f"{path} has {count} texts, meta.json says {self.meta['n_texts']}; {schemas.RUN_AGAIN}")
+            raise InputError(f"{path} has {count} texts, meta.json says {self.meta['n_texts']}; {RUN_AGAIN}")
 
     def _row_shards(self) -> Iterator[dict[str, Tensor]]:
         wanted = dict.fromkeys(ROW_COLUMNS, "int32 R")
@@ -141,7 +161,7 @@ class Run:
             text_id = columns["text_id"]
             if int(text_id.min()) < 0 or int(text_id.max()) >= self.meta["n_texts"]:
                 raise InputError(f"{self.path / shard['file']} is damaged: it names a text that is not there; "
-                                 f"{schemas.RUN_AGAIN}")
+                                 f"{RUN_AGAIN}")
             yield columns
 
     @cached_property
@@ -152,7 +172,7 @@ class Run:
         length = torch.tensor([len(text["text"]) for text in self.texts])[rows["text_id"]]
         if ((rows["char_start"] < 0).any() or (rows["char_start"] > rows["char_end"]).any()
             or (rows["char_end"] > length).any() or (rows["pos"] < 0).any()):
-            raise InputError(f"{self.path / 'rows'} is damaged: a token stands outside its text; {schemas.RUN_AGAIN}")
+            raise InputError(f"{self.path / 'rows'} is damaged: a token stands outside its text; {RUN_AGAIN}")
         return rows
 
     @cached_property
@@ -175,7 +195,7 @@ class Run:
         folder, width = self.path / hook, self.shards(hook)[0].shape[1]
         tensors = read_tensors(folder / "stats.safetensors", {"mean": "float32 D", "covariance": "float32 D D"},
                                finite=True, D=width)
-        return read_json(folder / "stats.json", schemas.STATS) | tensors
+        return read_json(folder / "stats.json", STATS) | tensors
 
     def digest(self, hook: str) -> str:
         """One hash over the hook's shards: what an SAE records as the data that it was trained on."""
@@ -197,7 +217,7 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
     path = folder / "runs" / safe_name(run_id)
     if not (path / "manifest.json").exists():
         raise InputError(f"run {run_id} is missing or unfinished; run 01_save_activations.py to finish it")
-    run = Run(path, read_json(path / "meta.json", schemas.META), read_json(path / "manifest.json", schemas.MANIFEST))
+    run = Run(path, read_json(path / "meta.json", META), read_json(path / "manifest.json", MANIFEST))
     if run.meta["schema_version"] != SCHEMA_VERSION:
         raise InputError(f"run {run_id} has schema {run.meta['schema_version']}, this code reads {SCHEMA_VERSION}; "
                          "save it again")
@@ -216,4 +236,4 @@ def _check_manifest(run: Run) -> None:
     same = all([shard["rows"] for shard in shards] == sizes for shards in manifest["hooks"].values())
     if not manifest["hooks"] or not needed <= stated or not same or sum(sizes) != manifest["n_rows"]:
         raise InputError(f"{run.path / 'manifest.json'} is damaged: its files and rows don't fit together; "
-                         f"{schemas.RUN_AGAIN}")
+                         f"{RUN_AGAIN}")

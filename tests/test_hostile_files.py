@@ -26,11 +26,11 @@ from cycles.stamps import finished
 from kept_saes import find
 from lib import schemas
 from lib.batches import rows_of_run, rows_of_tensor
-from lib.checking import Misfit, check, check_tensors
-from lib.checkpoints import read_checkpoint
+from lib.checkpoints import HISTORY, read_checkpoint
 from lib.environment import InputError
 from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
 from lib.sae import load_sae, require_trained_on
+from lib.schemas import Misfit, check, check_tensors
 from lib.store import open_run, store_root
 from lib.training import TrainSettings, train_sae
 
@@ -55,7 +55,7 @@ KINDS = {
     "scalars": ("verify 02", f"{VERIFY}/runs/*/llama*/stats.json", whole_run),
     "SAE": ("verify 02", f"{VERIFY}/sae_model/topk_sae.pt", load_sae),
     "sidecar": ("verify 02", f"{VERIFY}/sae_model/topk_sae.json", lambda path: read_json(path, schemas.SAE_SIDECAR)),
-    "history": ("verify 02", f"{VERIFY}/training_history.json", lambda path: read_json(path, schemas.HISTORY)),
+    "history": ("verify 02", f"{VERIFY}/training_history.json", lambda path: read_json(path, HISTORY)),
     "stamp": ("sae_ception 04", f"{CYCLE}/checkpoints/model_cycle_1_best.stamp.json",
               lambda path: finished(path.with_name("model_cycle_1_best.pt"), "k", {})),
     "setting": ("sae_ception 04", f"{CYCLE}/constants.json", lambda path: read_json(path, cycle_schemas.SETTING)),
@@ -231,7 +231,7 @@ def whole_use(path):
     require_trained_on(sae, run, sae.config["hook"])
     hook_of_run(run, sae.config["hook"])
     find(store_root() / VERIFY, {"activations": "x"})
-    read_json(store_root() / VERIFY / "training_history.json", schemas.HISTORY)
+    read_json(store_root() / VERIFY / "training_history.json", HISTORY)
     return list(encode_run(run, sae.config["hook"], sae)), [rows_of_run(run, hook).scale
                                                             for hook in run.hooks], run.texts
 
@@ -367,7 +367,7 @@ def test_integer_keys_do_not_break_a_seal(tmp_path):
     ([1, "a"], [float]), (None, str),
     ({"a": 1}, {"b": int}), ({"b": 1}, {schemas.NAME: str}), (3, schemas.Number(int, 4)), ([1], [int, int]),
     ("x", ("a", "b", None)), (2, 1), (True, 1),
-    ({"a": [1], "b": []}, schemas.Columns("a", "b")),
+    ({"a": [1], "b": []}, schemas.Columns(("a", "b"))),
 ])
 def test_what_does_not_fit_is_told(value, wanted):
     with pytest.raises(Misfit) as told:

@@ -33,7 +33,6 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "lib/metrics/interpretability.py": 1,
     "lib/metrics/robustness.py": 3,
     "lib/row_kernels.py": 3,
-    "lib/schemas.py": 3,
     "lib/steering.py": 3,
     "lib/training.py": 3,
 }

@@ -33,10 +33,9 @@ EFFICIENCY_NODE: Efficiency = 0.9         # assumed speed of 8 GPUs over 8 times
 EFFICIENCY_NODES: Efficiency = 0.75       # the same for 64
 CONSTANTS = override(globals())
 
-from lib.checking import Schema
 from lib.environment import InputError, run
 from lib.files import read_json
-from lib.schemas import POSITIVE, POSITIVE_NUMBER
+from lib.schemas import POSITIVE, POSITIVE_NUMBER, Schema
 from lib.store import experiment_dir
 
 RATE = {"tokens_per_s": POSITIVE_NUMBER}

@@ -63,12 +63,11 @@ from side_by_side import (
 )
 from tqdm.auto import tqdm
 
-from lib.checking import Schema
 from lib.environment import run, say_next
 from lib.files import fingerprint, read_json, write_json
 from lib.outputs import differences
 from lib.schemas import CONSTANTS as ANY_CONSTANTS
-from lib.schemas import SHORT_HASH
+from lib.schemas import SHORT_HASH, Schema
 from lib.statistics import paired
 from lib.store import experiment_dir, provenance
 

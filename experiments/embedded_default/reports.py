@@ -2,10 +2,9 @@
 from pathlib import Path
 from typing import Any
 
-from lib.checking import Schema
 from lib.files import read_json
 from lib.outputs import check_files, is_current
-from lib.schemas import FILES
+from lib.schemas import FILES, Schema
 
 REPORT = Schema({"files": FILES})
 

@@ -48,9 +48,8 @@ PRESETS = {
 CONSTANTS = override(globals(), PRESETS)
 
 import kept_saes
-from lib import schemas
 from lib.batches import rows_of_run, sample_rows
-from lib.checkpoints import Diverged, read_checkpoint
+from lib.checkpoints import HISTORY, Diverged, read_checkpoint
 from lib.distributed import rank, wait_for_all
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
@@ -102,7 +101,7 @@ def forget_checkpoint():
     checkpoint = SAE_PATH.parent / "checkpoints" / "last.pt"
     if not checkpoint.exists():
         return
-    if read_checkpoint(checkpoint)["history"]["val"] == read_json(HISTORY_PATH, schemas.HISTORY)["val"]:
+    if read_checkpoint(checkpoint)["history"]["val"] == read_json(HISTORY_PATH, HISTORY)["val"]:
         shutil.rmtree(checkpoint.parent)
 
 

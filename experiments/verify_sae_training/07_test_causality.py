@@ -33,8 +33,8 @@ from checks.controls import control_saes
 from checks.ground_truth import ground_truth
 from checks.verification import VERIFICATION
 from concepts.effects import ablation, divergence, next_logits, of_length, prefixes
-from lib import schemas
 from lib.batches import read_rows
+from lib.checkpoints import HISTORY
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
 from lib.sae import load_sae, require_trained_on, sae_hash
@@ -94,7 +94,7 @@ def main():
     rows = found_concepts(saved.run_id, sae)
     saes = {"latent": sae}
     if "frozen_decoder" in rows[0]:
-        settings = TrainSettings(**read_json(FOLDER / "training_history.json", schemas.HISTORY)["settings"])
+        settings = TrainSettings(**read_json(FOLDER / "training_history.json", HISTORY)["settings"])
         saes |= control_saes(saved, hook, settings, FOLDER / "controls", device)
     tokens, concept = draw_tokens(saved, rows)
     model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)

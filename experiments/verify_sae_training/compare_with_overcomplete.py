@@ -22,8 +22,8 @@ import torch
 from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
 
-from lib import schemas
 from lib.batches import read_rows, rows_of_run, sample_rows
+from lib.checkpoints import HISTORY
 from lib.environment import run
 from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
@@ -57,7 +57,7 @@ def score_theirs(model, x, k):
 
 
 def main():
-    history = read_json(FOLDER / "training_history.json", schemas.HISTORY)
+    history = read_json(FOLDER / "training_history.json", HISTORY)
     saved, sae = open_run("verify_sae_training", history["run_id"]), load_sae(FOLDER / "sae_model" / "topk_sae.pt")
     rows, settings = rows_of_run(saved, sae.config["hook"]), history["settings"]
     train, val = (read_rows(rows.shards, wanted) for wanted in (~rows.is_val, rows.is_val))

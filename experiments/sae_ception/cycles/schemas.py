@@ -1,6 +1,5 @@
-"""What each file of this experiment must hold when it is read back; the words are those of lib/checking.py."""
-from lib.checking import Schema, Text
-from lib.schemas import CONSTANTS, COUNT, NUMBERS, POSITIVE, SHA256, SHORT_HASH
+"""What each file of this experiment must hold when it is read back; the words are those of lib/schemas.py."""
+from lib.schemas import CONSTANTS, COUNT, NUMBERS, POSITIVE, SHA256, SHORT_HASH, Schema, Text
 
 STAMP = Schema({"key": SHORT_HASH, "file": SHA256, "data": SHORT_HASH, "model": SHORT_HASH, "constants": CONSTANTS},
                sealed=True)

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.checking import Schema, Text
 from lib.environment import InputError, log
 from lib.files import read_json
 from lib.models import local_path, source_of_run
-from lib.schemas import POSITIVE
+from lib.schemas import POSITIVE, Schema, Text
 from lib.store import Run
 from lib.texts import load_documents
 

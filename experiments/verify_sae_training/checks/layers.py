@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.activations import SaveSettings, block_rows
-from lib.checking import Schema, Text
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.metrics.layers import layer_statistics, linear_probe
+from lib.schemas import Schema, Text
 from lib.texts import filler_id
 
 LAYERS = Schema({

@@ -3,8 +3,7 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-from lib.checking import Number, Schema
-from lib.schemas import COUNT, NAME, SHORT_HASH
+from lib.schemas import COUNT, NAME, SHORT_HASH, Number, Schema
 
 Check = dict[str, Any]
 KINDS = {"evidence": "evidence", "sanity": "sanity, true by construction unless something is broken"}

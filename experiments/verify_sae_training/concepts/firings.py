@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from concepts.codes import Codes, codes_at
-from lib.checking import Schema, Text
 from lib.environment import InputError
 from lib.files import read_json, read_tensors, write_text
-from lib.schemas import COUNT, POSITIVE
+from lib.schemas import COUNT, POSITIVE, Schema, Text
 
 SCHEMA_VERSION = 1  # of top_texts.json
 WINDOW = (20, 10)  # stored tokens shown before and after the peak of an example

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from exchange.folded import Folded, normalised
-from lib.checking import Number, check, check_tensors
 from lib.files import atomic_write, read_json, read_torch, write_json
+from lib.schemas import Number, check, check_tensors
 
 FILES = ("ae.pt", "config.json")
 

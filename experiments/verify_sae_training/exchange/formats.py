@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from exchange import dictionary_learning, sae_lens, sparsify
 from exchange.facts import hook_folder, module_folder
 from exchange.folded import Folded
-from lib.checking import Misfit
 from lib.environment import InputError
 from lib.sae_kinds import WITH_THRESHOLD
+from lib.schemas import Misfit
 
 
 class Format(NamedTuple):

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from exchange.folded import Folded, normalised
-from lib.checking import Number, check, check_tensors
 from lib.files import read_json, read_tensors, write_json, write_tensors
+from lib.schemas import Number, check, check_tensors
 
 FILES = ("sae_weights.safetensors", "cfg.json")
 VERSION = "6.54.12"  # the SAELens whose files are written; it migrates files that claim to be older than 6

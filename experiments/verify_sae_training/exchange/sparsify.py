@@ -5,8 +5,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from exchange.folded import Folded, normalised
-from lib.checking import Number, check, check_tensors
 from lib.files import atomic_write, read_json, read_tensors, write_json
+from lib.schemas import Number, check, check_tensors
 
 FILES = ("sae.safetensors", "cfg.json")
 
