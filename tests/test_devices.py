@@ -16,6 +16,7 @@ from checks.evaluation import ev, loss_recovered, row_scores
 from checks.sparsity import sweep_k
 from checks.weights import inspect_weights
 from concepts.codes import encode_run, live_codes
+from concepts.continuations import Writing, sweep
 from concepts.directions import promoted_tokens
 from concepts.effects import draw_occurrences, next_token_effects
 from lib.activations import SaveSettings, preflight, save_activations
@@ -23,7 +24,7 @@ from lib.batches import sample_rows
 from lib.hooks import resolve
 from lib.sae import load_sae, save_sae
 from lib.sae_kinds import KINDS
-from lib.steering import Edit, sweep
+from lib.steering import Edit
 from lib.texts import split_texts
 from lib.training import TrainSettings, score, train_sae
 
@@ -112,8 +113,9 @@ def test_effects_and_steering(run):
         model, sae, tokenizer = language_model().to(device), random_sae().to(device), word_tokenizer()
         point = resolve(model, "resid_post:1")
         found.append(next_token_effects(model, tokenizer, point, sae, run, drawn, MAXIMA))
-        steered.append(sweep(model, tokenizer, point, sae, [Edit(5, "add")], MAXIMA, (0.0, 2.0),
-                             ["the cat sat", "a dog"], 3, skip_ids={1}, favoured={5, 6}))
+        writing = Writing(["the cat sat", "a dog"], 3, skip_ids={1}, favoured={5, 6})
+        steered.append(sweep(model, tokenizer, point, sae, edits=[Edit(5, "add")], maxima=MAXIMA,
+                             strengths=(0.0, 2.0), writing=writing))
         assert len(promoted_tokens(sae, model, tokenizer)) == 32
     assert [e["added"]["kl"]
             for e in found[1].values()] == pytest.approx([e["added"]["kl"] for e in found[0].values()], rel=1e-2)

@@ -11,16 +11,12 @@ from house import File, broken_import_rules, circles, floors, imported, long_lin
 IMPORTS: set[str] = set()
 FILES: set[str] = {
     "lib/files.py",
-    "lib/steering.py",
 }
-PARAMETERS: set[str] = {
-    "lib/steering.py:sweep",
-}
+PARAMETERS: set[str] = set()
 BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/sae_ception/cycles/classifier.py": 1,
     "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
-    "experiments/verify_sae_training/05_show_concepts.ipynb": 4,
-    "experiments/verify_sae_training/06_steer_model.py": 1,
+    "experiments/verify_sae_training/05_show_concepts.ipynb": 3,
     "experiments/verify_sae_training/07_test_causality.py": 2,
     "experiments/verify_sae_training/concepts/firings.py": 1,
     "experiments/verify_sae_training/concepts/names.py": 1,
@@ -33,7 +29,6 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "lib/metrics/interpretability.py": 1,
     "lib/metrics/robustness.py": 3,
     "lib/row_kernels.py": 3,
-    "lib/steering.py": 3,
     "lib/training.py": 3,
 }
 

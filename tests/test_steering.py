@@ -4,10 +4,11 @@ import torch
 from conftest import WORDS, tiny_model, word_tokenizer
 from torch.nn import functional
 
+from concepts.continuations import Writing, continue_texts, perplexities, sweep
 from lib.environment import InputError
 from lib.hooks import capture, resolve
 from lib.sae import make_sae
-from lib.steering import Edit, continue_texts, new_codes, perplexities, steer, steered, sweep
+from lib.steering import Edit, new_codes, steer, steered
 
 IDS = torch.tensor([[1, 5, 6, 7, 9], [1, 8, 9, 10, 4]])
 MAXIMA = torch.linspace(0.5, 3, 32)
@@ -163,7 +164,7 @@ def test_hooks_are_gone_after_the_block_even_after_an_error():
     "edits, message",
     [
         ([Edit(32, "ablate")], "the SAE has latents 0 to 31"),
-        ([Edit(1, "push")], "is none of add, scale, clamp, ablate"),
+        ([Edit(1, "push")], "is unknown; choose one of add, scale, clamp, ablate"),
         ([Edit(1, "ablate"), Edit(1, "add", 1)], "latent 1 is edited twice"),
         ([Edit(0, "add", 1.0)], "latent 0 never fires"),
         ([Edit(1, "add", float("nan"))], "must be a finite number"),
@@ -206,12 +207,15 @@ def test_continuations_keep_their_prompts_and_a_strong_edit_changes_them():
 def test_a_sweep_counts_what_was_written():
     model, tokenizer = tiny_model("llama"), word_tokenizer()
     point, sae = resolve(model, "resid_post:1"), random_sae()
-    arguments = (model, tokenizer, point, sae, [Edit(5, "add")], MAXIMA, (0.0, 30.0), ["the cat sat", "a dog"], 8)
-    everything = range(len(tokenizer))
-    plain, strong = sweep(*arguments, favoured=everything)
+
+    def swept(**options):
+        return sweep(model, tokenizer, point, sae, edits=[Edit(5, "add")], maxima=MAXIMA, strengths=(0.0, 30.0),
+                     writing=Writing(["the cat sat", "a dog"], 8, **options))
+
+    plain, strong = swept(favoured=range(len(tokenizer)))
     assert plain["texts"] == continue_texts(model, tokenizer, ["the cat sat", "a dog"], 8).texts
     assert plain["favoured"] == strong["favoured"] == 1.0 and strong["texts"] != plain["texts"]
-    assert (sweep(*arguments)[0]["favoured"] == 0.0
+    assert (swept()[0]["favoured"] == 0.0
             and all(0 <= row[key] <= 1 for row in (plain, strong) for key in ("fires", "repeated")))
 
 

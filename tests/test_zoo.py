@@ -24,6 +24,7 @@ from zoo import (
 
 from checks.evaluation import loss_recovered
 from concepts.codes import encode_run, live_codes
+from concepts.continuations import continue_texts
 from concepts.effects import draw_occurrences, next_token_effects
 from lib.activations import SaveSettings, block_rows, save_activations
 from lib.batches import rows_of_run
@@ -32,7 +33,6 @@ from lib.environment import InputError
 from lib.hooks import capture, edit, resolve, resolve_all
 from lib.models import load_model
 from lib.residual_stream import ROLES
-from lib.steering import continue_texts
 from lib.texts import tokenise
 from lib.training import TrainSettings, train_sae
 

@@ -7,7 +7,8 @@
 Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing is changed, bit for bit.
 
 Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of
-step 4 Writes store/verify_sae_training/steering.json
+step 4
+Writes store/verify_sae_training/steering.json
 """
 from typing import Annotated, Literal
 
@@ -33,13 +34,14 @@ CONSTANTS = override(globals())
 import torch
 from saved_model import model_of_run
 
+from concepts.continuations import Writing, sweep
 from concepts.dictionary import read_concepts
 from concepts.directions import direct_view, promoted_ids
 from concepts.firings import read_latent_stats
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.sae import load_sae, require_trained_on, sae_hash
-from lib.steering import Edit, skipped_ids, sweep
+from lib.steering import Edit, skipped_ids
 from lib.store import experiment_dir, open_run
 
 FOLDER = experiment_dir("verify_sae_training")
@@ -67,11 +69,10 @@ def main():
     model, tokenizer, point = model_of_run(saved, hook, sae.mean.device, TRUST_REMOTE_CODE)
     view = direct_view(model, len(sae.mean))
     favoured = [] if view is None else promoted_ids(sae, view, torch.tensor([latent]), FAVOURED)[0].tolist()
-    table = sweep(
-        model, tokenizer, point, sae, [Edit(latent, MODE)], maxima, STRENGTHS,
-        [prompt for prompt in PROMPTS for _ in range(SAMPLES)],
-        N_TOKENS, skipped_ids(tokenizer, saved.meta["settings"]), favoured, TEMPERATURE, SEED,
-    )
+    writing = Writing([prompt for prompt in PROMPTS for _ in range(SAMPLES)], N_TOKENS,
+                      skipped_ids(tokenizer, saved.meta["settings"]), favoured, temperature=TEMPERATURE, seed=SEED)
+    table = sweep(model, tokenizer, point, sae, edits=[Edit(latent, MODE)], maxima=maxima, strengths=STRENGTHS,
+                  writing=writing)
     name = concepts[latent]["name"] if latent in concepts else "(no name)"
     print(f"latent {latent}: {name}; {MODE}, {len(PROMPTS) * SAMPLES} continuations of {N_TOKENS} tokens at "
           f"{point.path}")

@@ -1,0 +1,189 @@
+"""What a model writes while it is steered, and what that gains and costs.
+
+    writing = Writing(["Once upon a time"], n_tokens=40)
+    table = sweep(model, tokenizer, point, sae, edits=[Edit(17, "add")], maxima=maxima, strengths=(0, 1),
+                  writing=writing)
+"""
+import inspect
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lib.blocks import input_device, n_embeddings, no_cache
+from lib.environment import InputError
+from lib.hooks import HookPoint, capture
+from lib.sae import SAE
+from lib.steering import Edit, steer
+from lib.texts import filler_id
+
+_padding_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class Continuation(NamedTuple):
+    """Texts that a model wrote after prompts."""
+
+    texts: list[str]
+    """Prompt and continuation."""
+    perplexity: Tensor
+    """exp of the mean cross-entropy of the continuation under the unsteered model, [B]."""
+    ids: Tensor
+    """int64 [B, T], prompts padded on the left."""
+    mask: Tensor
+    """int64 [B, T], 0 for padding and for what follows the end of a text."""
+    written: Tensor
+    """bool [B, T]: whether the token belongs to the continuation, before its end."""
+
+
+@torch.no_grad()
+def continue_texts(
+    model: Any, tokenizer, prompts: Sequence[str], n_tokens: int, steering=None, temperature: float = 0.0, seed: int = 0
+) -> Continuation:
+    """Let the steered model write n_tokens after each prompt, and the unsteered one judge them.
+
+    steering: a context manager from steer(), or None. temperature: 0 is greedy; the same seed draws the same noise.
+    Raises InputError if the model can't write.
+    """
+    if not hasattr(model, "generate") or model.get_output_embeddings() is None:
+        raise InputError(f"{type(model).__name__} writes no text; steering needs a causal language model")
+    ids, mask = _left_padded(tokenizer, prompts, input_device(model))
+    together = _reads_left_padding(model)  # tried before anything is steered
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    arguments = dict(max_new_tokens=n_tokens, pad_token_id=filler_id(tokenizer), **how)
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), steering or nullcontext():
+        torch.manual_seed(seed)  # generate() has no generator of its own
+        whole = (model.generate(ids, attention_mask=mask, **arguments) if together
+                 else _generated_one_by_one(model, ids, mask, arguments))
+    new = whole[:, ids.shape[1] :]
+    end = tokenizer.eos_token_id
+    ended = torch.zeros_like(new, dtype=torch.bool) if end is None else new == end
+    written = torch.cat([torch.zeros_like(mask, dtype=torch.bool), ended.cumsum(1) - ended.long() == 0], 1)
+    full = torch.cat([mask, written[:, ids.shape[1] :].to(mask)], 1)
+    texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(whole, full)]
+    return Continuation(texts, perplexities(model, whole, full, written), ids=whole, mask=full, written=written)
+
+
+def _generated_one_by_one(model: Any, ids: Tensor, mask: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """What generate() gives, [B, T + new], one prompt at a time, without padding and without kept states."""
+    new = ids.new_full((len(ids), arguments["max_new_tokens"]), arguments["pad_token_id"])
+    for row, (prompt, real) in enumerate(zip(ids, mask.bool())):
+        alone = prompt[real][None]
+        written = model.generate(alone, attention_mask=torch.ones_like(alone), use_cache=False, **arguments)[0]
+        written = written[alone.shape[1] :]
+        new[row, : len(written)] = written
+    return torch.cat([ids, new], 1)
+
+
+@torch.no_grad()
+def _reads_left_padding(model: Any) -> bool:
+    """Whether padding on the left changes nothing. It does in RWKV and RecurrentGemma, whose states run through it.
+
+    In transformers 5.23 RWKV also mixes up the states of a batch that it continues, and RecurrentGemma starts a prompt
+    of one token from the state of the prompt before. Such models continue one prompt at a time, without kept states.
+    """
+    if model not in _padding_tried:
+        ids = torch.arange(3, 7, device=input_device(model))[None] % (n_embeddings(model) or 7)
+        padded, mask = (functional.pad(x, (3, 0)) for x in (ids, torch.ones_like(ids)))
+        places = ({"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+                  if "position_ids" in inspect.signature(model.forward).parameters else {})
+        alone = model(input_ids=ids, **no_cache(model)).logits[0, -1].float()
+        beside = model(input_ids=padded, attention_mask=mask, **places, **no_cache(model)).logits[0, -1].float()
+        _padding_tried[model] = bool((alone - beside).abs().max() <= 0.05 * alone.std())
+    return _padding_tried[model]
+
+
+def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and mask [B, T] of the prompts, without the end-of-text token that some tokenizers append."""
+    rows = [[*ids] for ids in tokenizer(list(prompts))["input_ids"]]
+    rows = [ids[:-1] if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids
+            for ids in rows]
+    if not all(rows):
+        raise InputError("a prompt holds no token; give it a word")
+    length = max(map(len, rows))
+    ids = torch.tensor([[filler_id(tokenizer)] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def perplexities(model: Any, ids: Tensor, mask: Tensor, judged: Tensor) -> Tensor:
+    """exp of the mean cross-entropy of the judged tokens given all before them, [B].
+
+    ids, mask int64 [B, T], padded on either side; judged bool [B, T], never the first token.
+    """
+    ids, mask, judged = _padded_right(mask, ids, mask, judged)
+    logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits[:, :-1].float()
+    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device),
+                                      reduction="none").view(len(ids), -1)
+    keep = judged[:, 1:].to(losses)
+    return ((losses * keep).sum(1) / keep.sum(1).clamp(min=1)).exp().cpu()
+
+
+def _padded_right(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors [B, T] with padding moved behind the text, where no model reads it."""
+    order = (1 - mask).argsort(dim=1, stable=True)
+    return [x.gather(1, order) for x in tensors]
+
+
+class Writing(NamedTuple):
+    """What is written, and what is counted in it."""
+
+    prompts: Sequence[str]
+    n_tokens: int
+    """New tokens after each prompt."""
+    skip_ids: Collection[int] = ()
+    """Token ids never to edit (lib.steering)."""
+    favoured: Collection[int] = ()
+    """Token ids to count in what is written."""
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def sweep(
+    model: Any, tokenizer, point: HookPoint, sae: SAE, *, edits: Sequence[Edit], maxima: Tensor,
+    strengths: Sequence[float], writing: Writing,
+) -> list[dict[str, Any]]:
+    """Continuations of the prompts with all edits at each strength, what they gained and what they cost.
+
+    One dict a strength: "texts"; "fires", the share of written tokens on which one of the edited latents fires when
+    the unsteered model reads the text; "favoured", the share of written tokens with ids in `favoured`; "perplexity" of
+    the written tokens under the unsteered model, median over the prompts; "repeated", the share of written three-token
+    sequences that occurred before in the same text.
+    """
+    found = []
+    for strength in strengths:
+        changed = [each._replace(strength=strength) for each in edits]
+        steering = steer(model, point, sae, changed, maxima=maxima, skip_ids=writing.skip_ids)
+        done = continue_texts(model, tokenizer, writing.prompts, writing.n_tokens, steering=steering,
+                              temperature=writing.temperature, seed=writing.seed)
+        liked = torch.tensor(sorted(writing.favoured), dtype=torch.long, device=done.ids.device)
+        repeated = [_repeated(ids[keep].tolist()) for ids, keep in zip(done.ids, done.written)]
+        fires = _share_firing(model, point, sae, latents=[each.latent for each in edits], done=done)
+        found.append({
+            "strength": strength, "fires": fires,
+            "favoured": float(torch.isin(done.ids[done.written], liked).float().mean()),
+            "perplexity": float(done.perplexity.median()),
+            "repeated": sum(repeated) / len(repeated), "texts": done.texts,
+        })
+    return found
+
+
+@torch.no_grad()
+def _share_firing(model: Any, point: HookPoint, sae: SAE, latents: list[int], done: Continuation) -> float:
+    """Share of the written tokens on which one of the latents fires."""
+    ids, mask, written = _padded_right(done.mask, done.ids, done.mask, done.written)
+    with capture(model, [point]) as seen:
+        model(input_ids=ids, attention_mask=mask, **no_cache(model))
+    hidden = seen[point.signature]
+    values, indices = sae.encode(hidden[written.to(hidden.device)].float())
+    fires = (torch.isin(indices, torch.tensor(latents, device=indices.device)) & (values > 0)).any(1)
+    return float(fires.float().mean())
+
+
+def _repeated(ids: list[int]) -> float:
+    triples = list(zip(ids, ids[1:], ids[2:]))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
