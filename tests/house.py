@@ -24,7 +24,8 @@ PUBLIC = {
 }
 DATA = {"experiments/embedded_default/grammar.py"}  # word lists and sentence frames: data, whatever their length
 # Called with as many values as there are.
-VARIADIC = {"print", "zip", "max", "min", "chain", "product", "join", "joinpath", "info", "warning", "gather", "cat"}
+VARIADIC = {"print", "zip", "max", "min", "chain", "product", "join", "joinpath", "info", "warning", "gather", "cat",
+            "Sequential"}
 
 
 @dataclass

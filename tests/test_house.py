@@ -14,7 +14,6 @@ FILES: set[str] = {
 }
 PARAMETERS: set[str] = set()
 BY_POSITION: dict[str, int] = {  # calls of each file
-    "experiments/sae_ception/cycles/classifier.py": 1,
     "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
     "experiments/verify_sae_training/05_show_concepts.ipynb": 3,
     "experiments/verify_sae_training/07_test_causality.py": 2,

@@ -19,6 +19,7 @@ from cycles.session import Session
 from cycles.sources import load_task, read_idx
 from cycles.stamps import AUX_ONLY, EVAL_ONLY, SAE_ONLY, SCOPE_ONLY, stage_constants
 from cycles.steps import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from lib.constants import constants_of
 from lib.environment import InputError
 from lib.files import read_json, read_tensors
 
@@ -227,6 +228,13 @@ def test_readme_lists_every_constant_with_its_default(defaults):
         default = next(line for line in source.splitlines()
                        if line.startswith((f"{name} =", f"{name}:"))).split(" = ", 1)[1].split("  #")[0].strip()
         assert f"| `{name}` | `{default.replace('|', chr(92) + '|')}` |" in readme, name
+
+
+def test_the_steps_and_the_main_script_have_the_same_defaults(defaults):
+    """Their blocks of constants are written out four times, so that each can be edited where it is used."""
+    for path in sorted(SCRIPTS.glob("0[123]_*.py")):
+        own = constants_of(path)["CONSTANTS"]
+        assert {name: value for name, value in own.items() if name in defaults[0]}.items() <= defaults[0].items(), path
 
 
 def test_readme_lists_every_arm():

@@ -29,13 +29,10 @@ from lib.ranges import (
 )
 from presets import TargetLayer, presets_for
 
-PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news,
-                                          # gpt_neox_20b
-SETTING: FileName | None = None           # folder of the outputs; None: the preset's name. Other constants need
-                                          # another one
+PRESET = "tiny"                           # or tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
+SETTING: FileName | None = None           # folder of the outputs, one for each choice of constants; None: PRESET
 SEED: Seed = 0                            # start of the weights, order of the examples, cut of the validation split
-DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a
-                                          # hub name
+DATASET: Location = "store/embedded/stories/train.jsonl"  # or a hub name; images: "digits" or idx.gz folder
 TRAIN_SPLIT: Name = "train"               # hub data sets: split to train on
 VAL_DATASET: Location | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
 VAL_SPLIT: Name | None = None             # hub data sets: split to validate on; None: cut from training
@@ -45,24 +42,20 @@ TEXT_FIELD: Name = "text"                 # column of the text
 TEXT_FIELD_HELD_OUT: Name | None = None   # its name in the validation and test files; None: the same
 LABEL_FIELD: Name = "mood"                # column of the class
 ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
-LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups,
-                                          # measure the classes too
+LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # (0, 0, 1, 1): train on groups, measure classes too
 DATA_LIMIT: Count | None = 600            # training examples, drawn with each class's share; None: all
-VAL_FRAC: Share = 0.1                     # share of the training examples that validates, where there is no
-                                          # validation set
+VAL_FRAC: Share = 0.1                     # of the training examples; validates where there is no validation set
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
 PIXEL_SCALE: Positive = 1.0               # images: pixels are multiplied by this
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
 MODEL_DTYPE: Precision = "float32"        # of the frozen layers; auto: bfloat16 on CUDA. Trained ones are float32
 LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
 DEVICE_MAP: Literal["auto"] | None = None  # auto: spread the model over the devices (needs accelerate)
-FSDP = False                              # under torchrun: each rank keeps a share of the weights, for models beyond
-                                          # one GPU
+FSDP = False                              # under torchrun: each rank keeps a share of the weights
 TARGET_LAYER: TargetLayer = "last"        # whose output is pulled: last, a block's number, or a layer signature
 TRAIN_BELOW = False                       # also train what stands below the target layer
 GRADIENT_CHECKPOINTING = False            # less memory, one more forward pass
-CACHE_ENTRIES = True                      # keep what enters the first trained block, so that an epoch costs the
-                                          # trained layers
+CACHE_ENTRIES = True                      # keep what enters the first trained block: epochs cost the trained layers
 EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples
 SELECT_EPOCH: Literal["last", "best"] = "last"  # last: all arms train equally long; best: the best epoch by validation
 BATCH_SIZE: Size = 32                     # examples of one pass
@@ -73,8 +66,7 @@ WEIGHT_DECAY: Amount = 0.01
 WARMUP_STEPS: NotNegative = 10            # steps of linear warm-up
 LR_DECAY = True                           # linear to 0 after the warm-up
 CLIP_NORM: Positive | None = 1.0          # gradient norm; None: off
-TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow; the history is always written
-                                          # as JSON
+TRACKER: Tracker = "local"                # or tensorboard, wandb, trackio, mlflow; JSON is always written
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 

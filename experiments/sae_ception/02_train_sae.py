@@ -25,8 +25,7 @@ TOP_K: Size = 8                           # latents that may fire on one token; 
 SAE_EPOCHS: Size = 3                      # passes over the activations; the best one by validation is kept
 SAE_BATCH_SIZE: Size = 512                # activations of one step
 SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape
-SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # tokens: all real tokens; pooled: only the position that the
-                                          # head reads
+SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # all real tokens, or only what the head reads
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 

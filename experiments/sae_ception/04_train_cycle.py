@@ -5,7 +5,7 @@
     python 04_train_cycle.py PRESET=mlp_mnist DATASET=../shared/assets/data/mnist
     python 04_train_cycle.py PRESET=gpt2_sst2 CYCLES=1 SEEDS=0,1,2
 
-Started again after an interruption it resumes where it was. The outputs of steps 1 to 3 are used if they fit.
+Rerun after an interruption, it resumes. It uses the outputs of steps 1 to 3 that were made with these constants.
 Writes store/sae_ception/<setting>/<arm>/seed_<s>/..., results.csv and summary.json
 """
 from typing import Annotated, Literal
@@ -33,15 +33,12 @@ from lib.ranges import (
 )
 from presets import Arm, ForArm, Metric, TargetLayer, Weight, presets_for
 
-PRESET = "tiny"                           # tiny, tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news,
-                                          # gpt_neox_20b
-SETTING: FileName | None = None           # folder of the outputs; None: the preset's name. Other constants need
-                                          # another one
+PRESET = "tiny"                           # or tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
+SETTING: FileName | None = None           # folder of the outputs, one for each choice of constants; None: PRESET
 ARMS: tuple[Arm, ...] = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # all: README.md
 SEEDS: tuple[Seed, ...] = (0, 1, 2)       # each: start, order, validation cut, SAE seed; arms are paired by seed
 CYCLES: Size = 1                          # auxiliary cycles after the baseline
-DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name or file; images: "digits", a folder of idx.gz, a
-                                          # hub name
+DATASET: Location = "store/embedded/stories/train.jsonl"  # or a hub name; images: "digits" or idx.gz folder
 TRAIN_SPLIT: Name = "train"               # hub data sets: split to train on
 VAL_DATASET: Location | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
 VAL_SPLIT: Name | None = None             # hub data sets: split to validate on; None: cut from training
@@ -51,11 +48,9 @@ TEXT_FIELD: Name = "text"                 # column of the text
 TEXT_FIELD_HELD_OUT: Name | None = None   # its name in the validation and test files; None: the same
 LABEL_FIELD: Name = "mood"                # column of the class
 ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
-LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # group of each class, e.g. (0, 0, 1, 1): train on the groups,
-                                          # measure the classes too
+LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # (0, 0, 1, 1): train on groups, measure classes too
 DATA_LIMIT: Count | None = 600            # training examples, drawn with each class's share; None: all
-VAL_FRAC: Share = 0.1                     # share of the training examples that validates, where there is no
-                                          # validation set
+VAL_FRAC: Share = 0.1                     # of the training examples; validates where there is no validation set
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
 PIXEL_SCALE: Positive = 1.0               # images: pixels are multiplied by this
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model; "mlp": inputs-16-16-classes
@@ -65,8 +60,7 @@ DEVICE_MAP: Literal["auto"] | None = None  # auto: spread the model over the dev
 TARGET_LAYER: TargetLayer = "last"        # whose output is pulled: last, a block's number, or a layer signature
 TRAIN_BELOW = False                       # also train what stands below the target layer
 GRADIENT_CHECKPOINTING = False            # less memory, one more forward pass
-CACHE_ENTRIES = True                      # keep what enters the first trained block, so that an epoch costs the
-                                          # trained layers
+CACHE_ENTRIES = True                      # keep what enters the first trained block: epochs cost the trained layers
 EPOCHS_PER_CYCLE: Size = 3                # passes over the training examples
 SELECT_EPOCH: Literal["last", "best"] = "last"  # last: all arms train equally long; best: the best epoch by validation
 BATCH_SIZE: Size = 32                     # examples of one pass
@@ -82,31 +76,23 @@ TOP_K: Size = 8                           # latents that may fire on one token; 
 SAE_EPOCHS: Size = 3                      # passes over the activations; the best one by validation is kept
 SAE_BATCH_SIZE: Size = 512                # activations of one step
 SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape
-SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # tokens: all real tokens; pooled: only the position that the
-                                          # head reads
+SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # all real tokens, or only what the head reads
 N_SAE_SEEDS: Size = 1                     # SAEs per model; metrics are averaged over them before arms are compared
 AUX_WEIGHT: Weight | tuple[Weight, ...] = 1.0  # lambda; a tuple gives each cycle its own
 AUX_CENTRED = False                       # True: cosine about the mean activation; README.md says why it matters
-KEEP_PCT: Percent = 2.0                   # latents that a class keeps, in percent of all
+KEEP_PCT: Percent = 2.0                   # latents that a class keeps, in percent
 KEEP_PER_EXAMPLE: Size | None = None      # per_example: codes that an example keeps; None: half of TOP_K
-INIT: Literal["continue", "scratch"] = "continue"  # start of a cycle's model: continue (from the last), or scratch
-                                          # (as cycle 0 did)
+INIT: Literal["continue", "scratch"] = "continue"  # start of a cycle's model: the last, or cycle 0's start
 SHARPEN_SEED: Seed = 42                   # draws random targets and permutations
-ARM_CONSTANTS: dict[Arm, ForArm] = {}     # auxiliary constants for single arms, e.g. {"class_mean": {"AUX_WEIGHT":
-                                          # 0.3}}
-EVAL_LIMIT: Count | None = 1000           # examples of a split that are scored, drawn by the seed, each class's
-                                          # share; None: all
+ARM_CONSTANTS: dict[Arm, ForArm] = {}     # for single arms: {"class_mean": {"AUX_WEIGHT": 0.3}}
+EVAL_LIMIT: Count | None = 1000           # scored examples of a split, with each class's share; None: all
 PROBE_LIMIT: Count | None = 1000          # training examples of thresholds and probes, drawn alike; None: all
-SILHOUETTE_ROWS: Annotated[int, at_least(2), at_most(10_000)] = 1000  # examples of the silhouettes, at most 10,000:
-                                          # they need all pairs
+SILHOUETTE_ROWS: Annotated[int, at_least(2), at_most(10_000)] = 1000  # examples; silhouettes need all pairs
 ROBUST_LIMIT: NotNegative = 64            # examples under attack, and texts of the perplexity; 0: none
-ROBUST_EPS: tuple[Positive, ...] = (0.05, 0.1)  # attack budgets: of the pixel range, or of the median embedding norm
-                                          # per token
+ROBUST_EPS: tuple[Positive, ...] = (0.05, 0.1)  # budgets: of the pixel range, or the median embedding norm
 ABSORPTION_TOKENS: NotNegative = 2000     # tokens of scored examples for the absorption score; 0: none
-METRICS: tuple[Metric, ...] | tuple[()] = ("probes", "clustering", "language")  # on test, beside task, SAE and
-                                          # selectivity; "robustness" costs most
-TRACKER: Tracker = "local"                # local, tensorboard, wandb, trackio, mlflow; the history is always written
-                                          # as JSON
+METRICS: tuple[Metric, ...] | tuple[()] = ("probes", "clustering", "language")  # on test; "robustness" costs most
+TRACKER: Tracker = "local"                # or tensorboard, wandb, trackio, mlflow; JSON is always written
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 

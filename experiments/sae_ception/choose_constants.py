@@ -1,12 +1,12 @@
-"""Before step 4: choose sharpening size and lambda of each arm on validation, by one rule and with one budget.
+"""Before step 4: choose each arm's sharpening size and lambda on validation, by one rule and with one budget.
 
     python choose_constants.py PRESET=mlp_digits
     python choose_constants.py PRESET=gpt2_sst2 GRID_KEEP_PCT=0.05,0.2,1.0 GRID_AUX_WEIGHT=0.01,0.1,0.3,1.0,3.0
 
-Trains one auxiliary cycle of every point on seeds that the report does not use. Of the points whose validation accuracy
-is within 0.5 points of lambda0's, the one with the largest validation base U. Takes every constant of
-04_train_cycle.py. Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for
-04_train_cycle.py
+Trains one auxiliary cycle at every point of the grid, on seeds that the report does not use. Of the points whose
+validation accuracy is within 0.5 points of lambda0's, takes the one with the largest validation base U. Every constant
+of 04_train_cycle.py can be set here too.
+Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for 04_train_cycle.py
 """
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from lib.ranges import Percent, Seed
 from presets import Arm, Weight
 
 GRID_ARMS: tuple[Arm, ...] = ("per_class", "class_mean")  # every arm that competes gets the same grid of lambda
-GRID_KEEP_PCT: tuple[Percent, ...] = (1.0, 2.0, 4.0, 10.0)  # latents a class keeps, in percent; arms without
-                                          # sharpening skip it
+GRID_KEEP_PCT: tuple[Percent, ...] = (1.0, 2.0, 4.0, 10.0)  # latents a class keeps; arms that mask nothing skip it
 GRID_AUX_WEIGHT: tuple[Weight, ...] = (0.1, 0.3, 1.0, 3.0)  # lambda
 SELECT_SEEDS: tuple[Seed, ...] = (100, 101, 102)  # disjoint from the SEEDS of the report
 CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py"))
@@ -41,9 +40,9 @@ def points() -> dict[str, dict[str, float]]:
     for arm in GRID_ARMS:
         for pct in GRID_KEEP_PCT if "KEEP_PCT" in definition(arm).takes else (None,):
             for weight in GRID_AUX_WEIGHT:
+                label = f"l{weight:g}" if pct is None else f"l{weight:g}_k{pct:g}"
                 keep = {} if pct is None else {"KEEP_PCT": float(pct)}
-                found["_".join([f"{arm}@l{weight:g}", *(f"k{pct:g}" for _ in keep)])] = {"AUX_WEIGHT": float(weight),
-                                                                                         **keep}
+                found[f"{arm}@{label}"] = {"AUX_WEIGHT": float(weight), **keep}
     return found
 
 

@@ -1,6 +1,4 @@
-"""The settings of the experiment: preset -> the constants that differ from the scripts' defaults ("tiny"); and what its
-constants may be.
-"""
+"""The presets, each with the constants that differ from the scripts' defaults ("tiny"), and what constants may be."""
 from typing import Annotated, Any, Literal, TypedDict
 
 from cycles.arms import ARMS, unlabelled
@@ -29,32 +27,27 @@ class ForArm(TypedDict, total=False):
     INIT: Literal["continue", "scratch"]
 
 
-
-# SAE_LR: at a width of 16 the rule's 2e-2 leaves 88 % of 256 latents dead (EV .985); 3e-3 leaves 21 % (EV .978).
-
 _MLP = {
-    "MODEL": "mlp", "TARGET_LAYER": "layers.1", "LABEL_FIELD": "digit", "ATTRIBUTE_FIELD": None, "INIT": "scratch",
-    "EPOCHS_PER_CYCLE": 20, "BATCH_SIZE": 64, "LR": 1e-3, "OPTIMIZER": "adam", "WEIGHT_DECAY": 0.0, "WARMUP_STEPS": 0,
-    "LR_DECAY": False,
-    "CLIP_NORM": None, "N_LATENTS_MULTIPLIER": 16, "TOP_K": 8, "SAE_EPOCHS": 50, "SAE_BATCH_SIZE": 256, "SAE_LR": 3e-3,
-    "SAE_POSITIONS": "pooled",
-    "AUX_WEIGHT": 1.0, "KEEP_PCT": 2.0, "CYCLES": 3, "SEEDS": tuple(range(10)), "N_SAE_SEEDS": 2, "EVAL_LIMIT": 10_000,
-    "PROBE_LIMIT": 10_000,
-    "SILHOUETTE_ROWS": 2_000, "ROBUST_LIMIT": 2_000, "METRICS": OPTIONAL, "ABSORPTION_TOKENS": 0, "DATA_LIMIT": None,
-    "VAL_DATASET": None,
+    "MODEL": "mlp", "TARGET_LAYER": "layers.1", "LABEL_FIELD": "digit", "ATTRIBUTE_FIELD": None, "DATA_LIMIT": None,
+    "VAL_DATASET": None, "INIT": "scratch", "EPOCHS_PER_CYCLE": 20, "BATCH_SIZE": 64, "LR": 1e-3, "OPTIMIZER": "adam",
+    "WEIGHT_DECAY": 0.0, "WARMUP_STEPS": 0, "LR_DECAY": False, "CLIP_NORM": None,
+    "N_LATENTS_MULTIPLIER": 16, "TOP_K": 8, "SAE_EPOCHS": 50, "SAE_BATCH_SIZE": 256, "SAE_POSITIONS": "pooled",
+    # At a width of 16 the rule's 2e-2 leaves 88 % of 256 latents dead (EV .985); 3e-3 leaves 21 % (EV .978).
+    "SAE_LR": 3e-3,
+    "AUX_WEIGHT": 1.0, "KEEP_PCT": 2.0, "CYCLES": 3, "SEEDS": tuple(range(10)), "N_SAE_SEEDS": 2,
     "ARMS": ("new_seed", "lambda0", "per_class", "per_example", "full_recon", "random_unit", "permuted",
-             "random_latents", "shuffled_labels",
-             "global_mask", "class_mean", "constant"),
+             "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant"),
+    "EVAL_LIMIT": 10_000, "PROBE_LIMIT": 10_000, "SILHOUETTE_ROWS": 2_000, "ROBUST_LIMIT": 2_000,
+    "ABSORPTION_TOKENS": 0, "METRICS": OPTIONAL,
 }
 _GPT2 = {
     "MODEL": "gpt2", "TARGET_LAYER": "last", "ATTRIBUTE_FIELD": None, "DATA_LIMIT": None, "VAL_DATASET": None,
     "EPOCHS_PER_CYCLE": 3, "BATCH_SIZE": 32, "LR": 1e-4, "OPTIMIZER": "adamw", "WEIGHT_DECAY": 0.01,
-    "WARMUP_STEPS": 100, "LR_DECAY": True,
-    "CLIP_NORM": 1.0, "N_LATENTS_MULTIPLIER": 8, "TOP_K": 50, "SAE_EPOCHS": 5, "SAE_BATCH_SIZE": 1024,
-    "SAE_POSITIONS": "tokens",
-    "KEEP_PCT": 1.0, "CYCLES": 3, "SEEDS": tuple(range(5)), "N_SAE_SEEDS": 2, "EVAL_LIMIT": 10_000,
-    "PROBE_LIMIT": 10_000,
-    "SILHOUETTE_ROWS": 10_000, "ROBUST_LIMIT": 500, "METRICS": OPTIONAL, "ABSORPTION_TOKENS": 20_000,
+    "WARMUP_STEPS": 100, "LR_DECAY": True, "CLIP_NORM": 1.0,
+    "N_LATENTS_MULTIPLIER": 8, "TOP_K": 50, "SAE_EPOCHS": 5, "SAE_BATCH_SIZE": 1024, "SAE_POSITIONS": "tokens",
+    "KEEP_PCT": 1.0, "CYCLES": 3, "SEEDS": tuple(range(5)), "N_SAE_SEEDS": 2,
+    "EVAL_LIMIT": 10_000, "PROBE_LIMIT": 10_000, "SILHOUETTE_ROWS": 10_000, "ROBUST_LIMIT": 500,
+    "ABSORPTION_TOKENS": 20_000, "METRICS": OPTIONAL,
 }
 _AG_NEWS = {"DATASET": "fancyzhx/ag_news", "TEST_DATASET": None, "TEST_SPLIT": "test", "TEXT_FIELD": "text",
             "LABEL_FIELD": "label", "MAX_LENGTH": 256}
@@ -66,17 +59,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mlp_mnist": _MLP | {"DATASET": "ylecun/mnist", "TEST_DATASET": None, "PIXEL_SCALE": 1 / 255, "VAL_FRAC": 1 / 6},
     "gpt2_sst2": _GPT2 | {
         "DATASET": "stanfordnlp/sst2", "TEST_DATASET": None, "TEST_SPLIT": "validation", "TEXT_FIELD": "sentence",
-        "LABEL_FIELD": "label",
-        "MAX_LENGTH": 128, "VAL_FRAC": 0.05,
+        "LABEL_FIELD": "label", "MAX_LENGTH": 128, "VAL_FRAC": 0.05,
     },
     "gpt2_ag_news": _GPT2 | _AG_NEWS | {"VAL_FRAC": 0.05, "SEEDS": (0, 1, 2)},
     "gpt_neox_20b": _GPT2 | _AG_NEWS | {
         "MODEL": "EleutherAI/gpt-neox-20b", "MODEL_DTYPE": "bfloat16", "GRADIENT_CHECKPOINTING": True,
-        "CACHE_ENTRIES": False, "WEIGHT_DECAY": 0.1,
-        "WARMUP_STEPS": 500, "BATCH_SIZE": 4, "ACCUMULATE": 16, "EPOCHS_PER_CYCLE": 1, "TOP_K": 64, "SAE_EPOCHS": 1,
-        "VAL_FRAC": 0.05,
-        "CYCLES": 1, "SEEDS": (0,), "N_SAE_SEEDS": 1, "ARMS": ("lambda0", "per_class"), "PROBE_LIMIT": 2_000,
-        "EVAL_LIMIT": 2_000, "ABSORPTION_TOKENS": 0,
+        "CACHE_ENTRIES": False, "WEIGHT_DECAY": 0.1, "WARMUP_STEPS": 500, "BATCH_SIZE": 4, "ACCUMULATE": 16,
+        "EPOCHS_PER_CYCLE": 1, "TOP_K": 64, "SAE_EPOCHS": 1, "VAL_FRAC": 0.05, "CYCLES": 1, "SEEDS": (0,),
+        "N_SAE_SEEDS": 1, "ARMS": ("lambda0", "per_class"), "PROBE_LIMIT": 2_000, "EVAL_LIMIT": 2_000,
+        "ABSORPTION_TOKENS": 0,
     },
 }
 

@@ -17,7 +17,7 @@ CHOICES = {
 
 
 def check_choices(c: dict[str, Any]) -> None:
-    """Raise InputError for a value that would otherwise be taken for another one, or ignored."""
+    """Raise InputError for a value that would otherwise be mistaken for another, or ignored."""
     for name, allowed in CHOICES.items():
         if name in c:
             _one_of(name, c[name], allowed)
@@ -44,9 +44,7 @@ def check_choices(c: dict[str, Any]) -> None:
 
 
 def _check_target(c: dict[str, Any]) -> None:
-    """Raise InputError if TARGET_LAYER is a number that the model has no block for, or no layer of the small
-    network.
-    """
+    """Raise InputError if TARGET_LAYER is a number out of the model's range, or not a layer of the small network."""
     if c["MODEL"] == "mlp":
         MLP(1, 2, c["TARGET_LAYER"], 0)
         return

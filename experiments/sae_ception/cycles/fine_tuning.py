@@ -98,11 +98,7 @@ def fine_tune(
         progress = {"epochs": [], "best_epoch": 0, "best": {}, "start": start, "sums": [0.0, 0.0]}
     for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False):
         record = _one_epoch(training, epoch) | _validated(training)
-        best = max((e["val_accuracy"] for e in progress["epochs"]), default=-1.0)
-        progress["epochs"].append(record)
-        progress["sums"] = [a + b for a, b in zip(progress["sums"], (record["loss"], record["aux_loss"]))]
-        if record["val_accuracy"] > best:
-            progress |= {"best_epoch": epoch + 1, "best": trained_state(model) if settings.select == "best" else {}}
+        _add_epoch(progress, record, training)
         if log is not None:
             log({"epoch": epoch + 1, **record})
         if checkpoint is not None and epoch + 1 < settings.epochs:
@@ -116,6 +112,15 @@ def fine_tune(
         end = probe(model, task, targets, settings, entries=entries)
         history["aux"] = pull_summary(progress, end, settings.aux_weight)
     return history
+
+
+def _add_epoch(progress: dict[str, Any], record: dict[str, float], training: _Training) -> None:
+    best = max((e["val_accuracy"] for e in progress["epochs"]), default=-1.0)
+    progress["epochs"].append(record)
+    progress["sums"] = [a + b for a, b in zip(progress["sums"], (record["loss"], record["aux_loss"]))]
+    if record["val_accuracy"] > best:
+        progress["best_epoch"] = len(progress["epochs"])
+        progress["best"] = trained_state(training.model) if training.settings.select == "best" else {}
 
 
 def _optimizer(model: nn.Module, settings: TuneSettings) -> torch.optim.Optimizer:
@@ -203,9 +208,9 @@ def _accumulated(training: _Training, group: list[Tensor]) -> list[Tensor]:
 
 
 def _validated(training: _Training) -> dict[str, float]:
-    ids = training.task.splits["val"]
-    _, logits = outputs(training.model, training.task, ids, training.settings.batch_size, entries=training.entries)
-    y = training.task.y[ids]
+    ids, task = training.task.splits["val"], training.task
+    _, logits = outputs(training.model, task, ids, training.settings.batch_size, entries=training.entries)
+    y = task.y[ids]
     return {"val_accuracy": float((logits.argmax(1) == y).double().mean()), "val_loss": float(cross_entropy(logits, y))}
 
 

@@ -1,4 +1,4 @@
-"""Labels: what a data set's values mean as classes, which of them are refused, and samples that keep their shares.
+"""Labels: a data set's values as classes, the values that are refused, and samples with each class's share.
 
     y, names = classes(values, where, "LABEL_FIELD=mood")
     ids = draw(ids, y, limit, seed)
@@ -19,10 +19,10 @@ SHOWN_ROWS = 5  # row numbers named in a message
 def classes(values: list[Any], where: list[str], field: str, trained_on: bool = True) -> tuple[Tensor, list[str]]:
     """Classes 0..C-1 of the values, int64 [N], in the order of the sorted values, and their names.
 
-    where: the split of each value, in the order of its data set; field: what to call the values in messages. A class
-    is a value of a training example; trained_on=False: of any example. Raises InputError for missing values (None, NaN,
-    blank), values that are no plain label (lists, dicts ...), kinds mixed, and held-out values that no training
-    example has.
+    where: the split of each value, in the order of its data set; field: what messages call the values. The classes are
+    the training examples' values, or with trained_on=False all values. Raises InputError for missing values (None, NaN,
+    blank), for values that can't be labels (lists, dicts ...), for mixed kinds, and for held-out values that no
+    training example has.
     """
     values = [value.item() if hasattr(value, "item") and not hasattr(value, "__len__") else value for value in values]
     refuse = partial(_refuse, values, where, field)
@@ -31,10 +31,8 @@ def classes(values: list[Any], where: list[str], field: str, trained_on: bool = 
     kinds = [_kind(value) for value in values]
     other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if other is not None:
-        raise InputError(
-            f"{field} mixes {kinds[0]} and {kinds[other]} (row {_row(other, where)}: {values[other]!r}); "
-            "write all labels alike"
-        )
+        raise InputError(f"{field} mixes {kinds[0]} and {kinds[other]} (row {_row(other, where)}: {values[other]!r}); "
+                         "write all labels alike")
     known = sorted({value for value, w in zip(values, where) if w == "train" or not trained_on})
     number = {value: i for i, value in enumerate(known)}
     remedy = "hidden test labels can't be used: set TEST_SPLIT or TEST_DATASET"
@@ -58,7 +56,7 @@ def _kind(value: Any) -> str:
 
 
 def _row(i: int, where: list[str]) -> str:
-    """Where example i stands: its split, and its number there from 1."""
+    """Example i's number in its split, from 1, and the split."""
     return f"{where[:i].count(where[i]) + 1} of {where[i]}"
 
 
@@ -74,10 +72,10 @@ def _refuse(
 
 
 def draw(ids: Tensor, y: Tensor, limit: int | None, seed: int) -> Tensor:
-    """`limit` of the example ids [N] (None: all), drawn by `seed` so that each class has its share, in their order.
+    """`limit` of the example ids [N] (None: all), in their order, drawn by `seed` with each class's share.
 
-    y [all examples]: their classes. Shares are rounded by the largest remainder; where the limit allows it no class
-    is left without an example.
+    y [all examples]: their classes. Shares are rounded by largest remainder; if the limit allows, every class keeps at
+    least one example.
     """
     if limit is None or len(ids) <= limit:
         return ids
@@ -107,7 +105,7 @@ def _shares(sizes: Tensor, limit: int) -> list[int]:
 
 
 def counts(ids: Tensor, y: Tensor, names: list[str]) -> str:
-    """How many of the examples each class has, as "sad 12, happy 30"; the largest ones where there are many."""
+    """How many of the examples each class has, as in "sad 12, happy 30"; only the 12 largest of many classes."""
     sizes = torch.bincount(y[ids], minlength=len(names)).tolist()
     order = range(len(names)) if len(names) <= 12 else sorted(range(len(names)), key=lambda c: -sizes[c])[:12]
     return ", ".join(f"{names[c]} {sizes[c]:,}" for c in order) + (" ..." if len(names) > 12 else "")
