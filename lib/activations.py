@@ -119,22 +119,22 @@ def block_rows(
         return rows, [torch.zeros(0, 0) for _ in points]
     kept = [torch.cat([found[item.text_id][p] for item in block]) for p in range(len(points))]
     for point, x in zip(points, kept):
-        _check_finite(model, point, rows, x, STORE_DTYPES[settings.store_dtype])
+        bad = ~torch.isfinite(x.to(STORE_DTYPES[settings.store_dtype])).all(1)
+        if bad.any():
+            raise InputError(_not_finite(model, point, rows[bad], x))
     return rows, kept
 
 
-def _check_finite(model: nn.Module, point: HookPoint, rows: Tensor, x: Tensor, dtype: torch.dtype) -> None:
-    bad = ~torch.isfinite(x.to(dtype)).all(1)
-    if not bad.any():
-        return
+def _not_finite(model: nn.Module, point: HookPoint, bad: Tensor, x: Tensor) -> str:
+    """Why some of the activations x are not finite in the stored precision, and in which texts: those of `bad` rows."""
     reason = "beyond the range of float16; set STORE_DTYPE=bfloat16"
     if not torch.isfinite(x).all():
         broken = next((name for name, p in model.named_parameters() if not (p.is_meta or torch.isfinite(p).all())),
                       None)
         reason = (f"not finite, because {broken} of the model is not: download it again" if broken
                   else "not finite; try MODEL_DTYPE=float32")
-    texts = ", ".join(map(str, rows[bad, 0].unique().tolist()[:5]))
-    raise InputError(f"activations of {point.signature} are {reason} (texts {texts})")
+    texts = ", ".join(map(str, bad[:, 0].unique().tolist()[:5]))
+    return f"activations of {point.signature} are {reason} (texts {texts})"
 
 
 def preflight(

@@ -2,7 +2,8 @@
 import hashlib
 import json
 import re
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def load_model(
         raise InputError(f"LOAD_BITS={bits} must be None, 4 or 8")
     if device_map not in (None, "auto", "disk"):
         raise InputError(f"DEVICE_MAP={device_map!r} must be None, 'auto' or 'disk'")
-    source = str(local_path(name) or name)
-    if local_path(name) is None:
+    if (path := local_path(name)) is None:
         log.info("asking the hub for %s", name)
+    source = str(path or name)
     # _check_complete names the shapes that differ; transformers would only say that there are some.
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
-    try:
+    with _loading(name, bits or device_map):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         kind = _class_of(config, name, trust_remote_code)
         if bits:
@@ -75,39 +76,38 @@ def load_model(
                 llm_int8_skip_modules=[*whole_modules, "lm_head", "embed_out"],
             )
         if bits or device_map:
-            places: Any = device_map or {"": device}
-            if device_map == "disk":
-                with torch.device("meta"):  # no weights
-                    empty = (kind(config) if issubclass(kind, transformers.PreTrainedModel)
-                             else kind.from_config(config, trust_remote_code=trust_remote_code))
-                places = blocks_on_disk(empty, device)
-            options |= {"device_map": places, "offload_folder": store_root() / "offload"}
+            options["offload_folder"] = store_root() / "offload"
+            options["device_map"] = (_blocks_on_disk(kind, config, device, trust_remote_code) if device_map == "disk"
+                                     else device_map or {"": device})
         model, info = kind.from_pretrained(source, config=config, output_loading_info=True, **options)
-    except InputError:
-        raise
-    except ImportError as error:
-        how = "; for LOAD_BITS and DEVICE_MAP: pip install bitsandbytes accelerate" if bits or device_map else ""
-        raise InputError(f"MODEL={name} needs a package that is missing ({first_line(error)}){how}") from None
-    except Exception as error:  # whatever transformers, safetensors and torch raise for damaged or unknown files
-        if is_out_of_memory(error) or is_disk_full(error):
-            raise
-        raise InputError(_reach(f"MODEL={name}", error)) from None
     _check_complete(name, type(model).__name__, info)
     if getattr(model.config, "is_encoder_decoder", False):
         log.info("%s has an encoder and a decoder; its encoder is used", type(model).__name__)
         model = model.get_encoder()
     if n_embeddings(model) is None:
-        raise InputError(f"{type(model).__name__} does not read token ids; set MODEL to a language model or a text "
-                         "encoder")
+        raise InputError(f"{type(model).__name__} does not read token ids; set MODEL to a language or text model")
     if not (bits or device_map):
         model.to(device)
-        found = next(model.parameters())
-        if found.device.type != device.type:
-            raise RuntimeError(f"the model is on {found.device}, not on {device}")
     model.eval()
     log.info("model: %s, %s, %s parameters, %s on %s", name, type(model).__name__, f"{model.num_parameters():,}",
              model.dtype, input_device(model))
     return model
+
+
+@contextmanager
+def _loading(name: str, is_placed: Any) -> Iterator[None]:
+    """Turn whatever transformers, safetensors and torch raise for what can't be loaded into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        how = "; for LOAD_BITS and DEVICE_MAP: pip install bitsandbytes accelerate" if is_placed else ""
+        raise InputError(f"MODEL={name} needs a package that is missing ({first_line(error)}){how}") from None
+    except Exception as error:
+        if is_out_of_memory(error) or is_disk_full(error):
+            raise
+        raise InputError(_reach(f"MODEL={name}", error)) from None
 
 
 def _class_of(config: Any, name: str, trust_remote_code: bool) -> Any:
@@ -135,11 +135,10 @@ def _check_complete(name: str, kind: str, info: dict[str, Any]) -> None:
     """
     missing = sorted(key for key in info["missing_keys"] if not re.search(r"(^|\.)pooler\.", key))
     if missing:
-        some = ", ".join(missing[:3])
-        raise InputError(f"MODEL={name}: {len(missing)} weights of {kind} are missing ({some}); download it again, or "
-                         "correct config.json")
+        raise InputError(f"MODEL={name}: {len(missing)} weights of {kind} are missing ({', '.join(missing[:3])}); "
+                         "download it again, or correct config.json")
     if info["mismatched_keys"]:
-        key, *shapes = next(iter(sorted(info["mismatched_keys"])))
+        key, *shapes = min(info["mismatched_keys"])
         stored, wanted = map(tuple, shapes)
         raise InputError(f"MODEL={name}: {key} has the shape {stored}, but config.json says {wanted}; download the "
                          "model again")
@@ -148,8 +147,11 @@ def _check_complete(name: str, kind: str, info: dict[str, Any]) -> None:
         log.warning("%s has no place for %d weights of the files (%s ...)", kind, len(extra), ", ".join(extra[:3]))
 
 
-def blocks_on_disk(model: nn.Module, device: torch.device) -> dict[str, Any]:
+def _blocks_on_disk(kind: Any, config: Any, device: torch.device, trust_remote_code: bool) -> dict[str, Any]:
     """accelerate's device map that leaves the blocks on the disk and puts everything else on the device."""
+    with torch.device("meta"):  # no weights
+        model = (kind(config) if issubclass(kind, transformers.PreTrainedModel)
+                 else kind.from_config(config, trust_remote_code=trust_remote_code))
     path, stack = blocks(model)
     weights = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     others = {name.rpartition(".")[0] for name, _ in weights if not name.startswith(f"{path}.")}

@@ -52,28 +52,25 @@ def _run_block(block: nn.Module, arguments: Arguments, edits: dict[Place, Callab
     outputs: dict[str, Tensor] = {}
     repeated: set[str] = set()
 
+    def noted(seen: dict[str, Tensor], place: Place, hidden: Tensor) -> Tensor:
+        value = as_texts(hidden, texts)
+        value = edits[place](value) if place in edits else value
+        seen[place[0]] = value.clone()
+        return value.reshape(hidden.shape)
+
     def before(name: str):
         def hook(_module, args, kwargs):
             found = hidden_argument(args, kwargs)
             repeated.update({name} & set(inputs))
-            if found is None:
-                return None
-            value = as_texts(found[1], texts)
-            value = edits[name, "input"](value) if (name, "input") in edits else value
-            inputs[name] = value.clone()
-            return with_hidden(args, kwargs, value.reshape(found[1].shape))
+            return None if found is None else with_hidden(args, kwargs, noted(inputs, (name, "input"), found[1]))
 
         return hook
 
     def after(name: str):
         def hook(_module, _args, output):
             hidden = hidden_of(output)
-            if hidden is None:
-                return None
-            value = as_texts(hidden, texts)
-            value = edits[name, "output"](value) if (name, "output") in edits else value
-            outputs[name] = value.clone()
-            return with_output(output, value.reshape(hidden.shape)) if (name, "output") in edits else None
+            new = None if hidden is None else noted(outputs, (name, "output"), hidden)
+            return with_output(output, new) if new is not None and (name, "output") in edits else None
 
         return hook
 

@@ -134,36 +134,18 @@ def finish(folder: Path, meta: dict[str, Any], hooks: list[str], n_shards: int) 
 
 
 def write_stats(run: Run, hook: str) -> None:
-    """Mean [D], covariance [D, D] and scalars of the hook's training rows, in two passes with float64 sums.
+    """Write mean [D], covariance [D, D] and scalars of the hook's training rows.
 
     scale = sqrt(mean squared norm of x - mean), so that x' = (x - mean) / scale has mean squared norm 1.
-    Each rank reads its part of the shards, so the order of the sums, and with it the last digits, depends on the number
-    of ranks. Raises InputError if there is no training row, if all are alike, or if squares overflow float32.
+    Raises InputError if there is no training row, if all are alike, or if squares overflow float32.
     """
     train = ~run.is_val
-    n = int(train.sum())
-    if n == 0:
+    if not train.any():
         raise InputError("the training texts yield no token to store; raise DATA_LIMIT or lower VAL_FRAC")
-    shards = run.shards(hook)
-    own = own_part(len(shards))
-    mean = torch.zeros(shards[0].shape[1], dtype=torch.float64)
-    for _, x in batches_in_order(shards, train, part=own):
-        mean += x.double().sum(0)
-    add_up(mean)
-    mean /= n
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    norms, largest = torch.zeros(len(train)), torch.zeros(world_size())
-    for ids, x in batches_in_order(shards, train, part=own):
-        norms[ids] = x.norm(dim=1)
-        centred = x.double() - mean
-        covariance += centred.T @ centred
-        largest[rank()] = max(largest[rank()], x.abs().max())
-    add_up(covariance, norms, largest)
-    covariance /= n
+    mean, covariance, norms, max_abs = _moments(run.shards(hook), train)
     if not torch.isfinite(covariance.float()).all():
         raise InputError(f"the activations at {hook} are too large for statistics in float32; choose another "
                          "LAYER_SIGNATURE, or check the model")
-    norm = norms[train]
     scale = covariance.trace().sqrt()
     if not scale > ALIKE * mean.norm():
         raise InputError(f"all tokens have the same activation at {hook}, so there is nothing to learn; use more "
@@ -173,9 +155,32 @@ def write_stats(run: Run, hook: str) -> None:
     write_tensors(run.path / hook / "stats.safetensors", {"mean": mean.float(), "covariance": covariance.float()})
     write_json(run.path / hook / "stats.json", {
         "scale": scale.item(),
-        "median_norm": norm.median().item(),
-        "max_abs": largest.max().item(),
+        "median_norm": norms.median().item(),
+        "max_abs": max_abs,
         "gamma": (mean.norm() / scale).item(),
-        "n_outliers": int((norm > 10 * norm.median()).sum()),
-        "n_rows": n,
+        "n_outliers": int((norms > 10 * norms.median()).sum()),
+        "n_rows": len(norms),
     })
+
+
+def _moments(shards: list[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Mean, covariance, norms and largest absolute value of the wanted rows, in two passes with float64 sums.
+
+    Each rank reads its part of the shards, so the order of the sums, and with it the last digits, depends on the number
+    of ranks.
+    """
+    n, own = int(wanted.sum()), own_part(len(shards))
+    mean = torch.zeros(shards[0].shape[1], dtype=torch.float64)
+    for _, x in batches_in_order(shards, wanted, part=own):
+        mean += x.double().sum(0)
+    add_up(mean)
+    mean /= n
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    norms, largest = torch.zeros(len(wanted)), torch.zeros(world_size())
+    for ids, x in batches_in_order(shards, wanted, part=own):
+        norms[ids] = x.norm(dim=1)
+        centred = x.double() - mean
+        covariance += centred.T @ centred
+        largest[rank()] = max(largest[rank()], x.abs().max())
+    add_up(covariance, norms, largest)
+    return mean, covariance / n, norms[wanted], largest.max().item()

@@ -183,7 +183,7 @@ def test_an_empty_text_among_others_takes_no_row(tmp_path):
 
 
 def test_an_altered_truncated_or_missing_file_is_named(tmp_path, own_store, monkeypatch):
-    monkeypatch.setattr("lib.files.SMALL_FILE", 500)  # bytes; the shards are larger
+    monkeypatch.setattr("lib.outputs.SMALL_FILE", 500)  # bytes; the shards are larger
     folder = own_store / "verify_sae_training" / "runs" / "r"
     run = save(folder)
     write_text(own_store / "verify_sae_training" / "run_id.txt", "r\n")

@@ -20,7 +20,6 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/verify_sae_training/concepts/firings.py": 1,
     "experiments/verify_sae_training/concepts/names.py": 1,
     "experiments/verify_sae_training/concepts/patterns.py": 1,
-    "lib/activations.py": 1,
     "lib/checkpoints.py": 1,
     "lib/constants.py": 1,
     "lib/encoder.py": 1,
