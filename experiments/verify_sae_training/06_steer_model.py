@@ -1,13 +1,12 @@
-"""Step 6: let the model write while single latents are edited, and see what a strength gains and what it costs.
+"""Step 6: let the model write while a latent is edited, and see what each strength gains and costs.
 
     python 06_steer_model.py                                 # the concept with the best name
     python 06_steer_model.py SEARCH=dog STRENGTHS=0,1,2      # the best concept with this word in its name
     python 06_steer_model.py LATENT=17 MODE=scale STRENGTHS=0,1,3 "PROMPTS=('One day',)"
 
-Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing is changed, bit for bit.
+Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing changes, bit for bit.
 
-Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2, concepts.json and latent_stats.safetensors of
-step 4
+Reads  store/verify_sae_training/: the run, the SAE, and step 4's concepts.json and latent_stats.safetensors
 Writes store/verify_sae_training/steering.json
 """
 from typing import Annotated, Literal
@@ -19,10 +18,10 @@ from lib.ranges import Device, Name, NotNegative, Seed, Size, at_least, at_most
 Strength = Annotated[float, at_least(-1000), at_most(1000)]
 LATENT: NotNegative | None = None         # the latent to edit; None: chosen by SEARCH
 SEARCH: Name | None = None                # a word in the concept's name; None: the name with the best F1
-MODE: Literal["add", "scale", "clamp"] = "add"  # add, scale, clamp; what a strength means is told in lib/steering.py
+MODE: Literal["add", "scale", "clamp"] = "add"  # add, scale, clamp; lib/steering.py says what a strength means there
 STRENGTHS: tuple[Strength, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 PROMPTS: tuple[Name, ...] = ("One day", "Once upon a time", "The little girl", "In the park")
-FAVOURED: Size = 20                       # tokens that the latent's direction raises most, counted in what is written
+FAVOURED: Size = 20                       # tokens that the latent's direction raises most, to count in the texts
 SAMPLES: Size = 4                         # continuations of each prompt
 N_TOKENS: Size = 40                       # tokens to write
 TEMPERATURE: Annotated[float, at_least(0), at_most(100)] = 0.7  # 0: greedy, then one sample is enough
@@ -31,12 +30,12 @@ DEVICE: Device = "auto"
 SEED: Seed = 0
 CONSTANTS = override(globals())
 
-import torch
+import pandas as pd
 from saved_model import model_of_run
 
 from concepts.continuations import Writing, sweep
 from concepts.dictionary import read_concepts
-from concepts.directions import direct_view, promoted_ids
+from concepts.directions import promoted_ids
 from concepts.firings import read_latent_stats
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
@@ -67,27 +66,28 @@ def main():
     maxima = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents)["max"]
     latent = choose_latent(concepts, sae.n_latents)
     model, tokenizer, point = model_of_run(saved, hook, sae.mean.device, TRUST_REMOTE_CODE)
-    view = direct_view(model, len(sae.mean))
-    favoured = [] if view is None else promoted_ids(sae, view, torch.tensor([latent]), FAVOURED)[0].tolist()
-    writing = Writing([prompt for prompt in PROMPTS for _ in range(SAMPLES)], N_TOKENS,
-                      skipped_ids(tokenizer, saved.meta["settings"]), favoured, temperature=TEMPERATURE, seed=SEED)
+    favoured = promoted_ids(sae, model, [latent], FAVOURED)[0]
+    prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
+    writing = Writing(prompts, n_tokens=N_TOKENS, skip_ids=skipped_ids(tokenizer, saved.meta["settings"]),
+                      favoured=favoured, temperature=TEMPERATURE, seed=SEED)
     table = sweep(model, tokenizer, point, sae, edits=[Edit(latent, MODE)], maxima=maxima, strengths=STRENGTHS,
                   writing=writing)
     name = concepts[latent]["name"] if latent in concepts else "(no name)"
-    print(f"latent {latent}: {name}; {MODE}, {len(PROMPTS) * SAMPLES} continuations of {N_TOKENS} tokens at "
-          f"{point.path}")
-    print("strength  favoured  fires  perplexity  repeated  first text")
-    for row in table:
-        numbers = (f"{100 * row['favoured']:8.1f}% {100 * row['fires']:5.1f}% {row['perplexity']:11.1f} "
-                   f"{100 * row['repeated']:8.1f}%")
-        print(f"{row['strength']:8g} {numbers}  {row['texts'][0]}")
-    print(f"favoured: written tokens among the {len(favoured)} that the latent's direction raises most in the "
-          "unembedding")
-    print("fires: those on which the unsteered model shows the latent; perplexity: of the written text under the "
-          "unsteered model")
+    print(f"latent {latent}: {name}; {MODE}, {len(prompts)} continuations of {N_TOKENS} tokens at {point.path}")
+    report(table, len(favoured))
     about = {"schema_version": 1, "sae_hash": sae_hash(sae), "latent": latent, "name": name, "constants": CONSTANTS}
     write_json(FOLDER / "steering.json", about | {"sweep": table})
     say_next("07_test_causality.py")
+
+
+def report(table, n_favoured):
+    """Print each strength with its numbers and its first text."""
+    shown = pd.DataFrame(table)[["strength", "favoured", "fires", "perplexity", "repeated"]]
+    texts = pd.Series([row["texts"][0] for row in table])
+    formats = dict.fromkeys(("favoured", "fires", "repeated"), "{:.1%}".format) | {"perplexity": "{:.1f}".format}
+    print(shown.assign(text=texts.str.ljust(texts.str.len().max())).to_string(index=False, formatters=formats))
+    print(f"favoured: written tokens among the {n_favoured} that the latent's direction raises most in the unembedding")
+    print("fires: written tokens on which the unsteered model shows the latent; perplexity: under the unsteered model")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.activations import STORE_DTYPES, SaveSettings, block_rows
-from lib.batches import batches_in_order
+from lib.batches import batches_in_order, read_rows
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.sae import SAE
@@ -86,6 +86,16 @@ def live_codes(
     batch = 0, values.cpu(), indices.int().cpu()
     columns = {name: rows[:, i] for i, name in enumerate(ROW_COLUMNS)}
     return Codes(texts, columns, sae.n_latents, lambda: iter([batch]))
+
+
+def codes_of_text(run: Run, hook: str, sae: SAE, text_id: int) -> Codes:
+    """Codes of one text of a run, from its stored activations."""
+    mask = run.rows["text_id"] == text_id
+    values, indices = sae.encode(read_rows(run.shards(hook), mask).to(sae.mean.device))
+    batch = 0, values.cpu(), indices.int().cpu()
+    columns = {name: column[mask] for name, column in run.rows.items()}
+    columns["text_id"] = torch.zeros_like(columns["text_id"])
+    return Codes([run.texts[text_id]["text"]], columns, sae.n_latents, lambda: iter([batch]))
 
 
 def codes_at(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 Read from the weights alone: the row through the final norm's gain and the unembedding, without the blocks between.
 """
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,19 +33,20 @@ def direct_view(model: Any, width: int) -> Tensor | None:
     return view - view.mean(0)
 
 
-def promoted_ids(sae: SAE, view: Tensor, latents: Tensor, n: int) -> Tensor:
-    """Ids [L, n] of the vocabulary tokens whose logits the latents' dictionary rows raise most, by the direct view."""
-    parts = latents.to(sae.mean.device).split(256)
-    return torch.cat([(sae.W_dec[part].to(view) @ view.T).topk(min(n, len(view)), dim=1).indices for part in parts])
+def promoted_ids(sae: SAE, model: Any, latents: Sequence[int], n: int) -> list[list[int]]:
+    """For each latent, ids of the n tokens whose logits its dictionary row raises most; none without a direct view."""
+    view = direct_view(model, len(sae.mean))
+    if view is None:
+        return [[] for _ in latents]
+    parts = torch.tensor(latents, device=sae.mean.device).split(256)
+    tops = [(sae.W_dec[part].to(view) @ view.T).topk(min(n, len(view)), dim=1).indices for part in parts]
+    return torch.cat(tops).tolist()
 
 
 def promoted_tokens(sae: SAE, model: Any, tokenizer, n: int = 8) -> list[list[str]]:
-    """The promoted_ids of every latent as texts; empty lists where there is no direct view."""
-    view = direct_view(model, len(sae.mean))
-    if view is None:
-        return [[] for _ in range(sae.n_latents)]
-    ids = promoted_ids(sae, view, torch.arange(sae.n_latents), n)
-    return [[token_text(tokenizer, token) for token in row] for row in ids.tolist()]
+    """The promoted_ids of every latent as texts."""
+    ids = promoted_ids(sae, model, range(sae.n_latents), n)
+    return [[token_text(tokenizer, token) for token in row] for row in ids]
 
 
 def token_text(tokenizer, token_id: int) -> str:
