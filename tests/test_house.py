@@ -15,11 +15,6 @@ FILES: set[str] = {
 PARAMETERS: set[str] = set()
 BY_POSITION: dict[str, int] = {  # calls of each file
     "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
-    "experiments/verify_sae_training/05_show_concepts.ipynb": 3,
-    "experiments/verify_sae_training/07_test_causality.py": 2,
-    "experiments/verify_sae_training/concepts/firings.py": 1,
-    "experiments/verify_sae_training/concepts/names.py": 1,
-    "experiments/verify_sae_training/concepts/patterns.py": 1,
     "lib/checkpoints.py": 1,
     "lib/constants.py": 1,
     "lib/encoder.py": 1,

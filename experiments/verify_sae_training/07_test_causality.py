@@ -3,12 +3,12 @@
     python 07_test_causality.py                  # needs the concept recovery of notebook 03, so the embedded stories
     python 07_test_causality.py MIN_F1=0.9 SAMPLES=100
 
-For each ground-truth concept that one latent finds with an F1 over MIN_F1, on held-out tokens that carry the concept:
-the latent's code is set to 0 in the running model. Beside it, on the same tokens: a vector of the same length along the
-row of a latent drawn at random; and the latents of the controls of notebook 03 (untrained, decoder or encoder frozen at
-random) that were chosen for the concept in the same way, with their own code, and with their direction at the length of
-the SAE's. The KL divergence of the next-token distribution from the untouched one is compared, concept by concept. The
-concepts are those that the SAE finds: that favours it.
+Takes each ground-truth concept that one latent finds with an F1 over MIN_F1, and held-out tokens that carry it. In the
+running model the latent's code is set to 0. For comparison, on the same tokens, a vector of the same length is taken
+away along the row of a random latent, and the latents that notebook 03's controls (untrained, decoder or encoder frozen
+at random) have for the concept are ablated, with their own codes and at the length of the SAE's. What is compared,
+concept by concept, is the KL divergence of the next-token distribution from the unedited one. The concepts are those
+that the SAE finds, which favours it.
 
 Reads  store/verify_sae_training/: the run, the SAE, verification.json and the controls of notebook 03
 Writes store/verify_sae_training/causality.json
@@ -59,23 +59,21 @@ def draw_tokens(saved, rows):
     """(row of the run, number of the concept) of up to SAMPLES held-out tokens of each concept, int64 [M] each."""
     truth, generator = ground_truth(saved), torch.Generator().manual_seed(SEED)
     if truth is None:
-        raise InputError(f"run {saved.run_id} has no ground truth any more: concepts.json beside its data set is "
-                         "missing")
+        raise InputError(f"run {saved.run_id} has lost its ground truth: concepts.json beside its data set is missing")
     column = {concept.name: i for i, concept in enumerate(truth.concepts)}
     if foreign := [row["concept"] for row in rows if row["concept"] not in column]:
-        raise InputError(f"verification.json names a concept {foreign[0]!r} that the stories don't have; run notebook "
-                         "03 again")
+        raise InputError(f"verification.json has a concept, {foreign[0]!r}, that the stories lack; rerun notebook 03")
     tokens = [(truth.labels[:, column[row["concept"]]] & saved.is_val).nonzero()[:, 0] for row in rows]
     drawn = [found[torch.randperm(len(found), generator=generator)[:SAMPLES]].sort().values for found in tokens]
-    return torch.cat(drawn), torch.repeat_interleave(torch.arange(len(rows)),
-                                                     torch.tensor([len(found) for found in drawn]))
+    counts = torch.tensor([len(found) for found in drawn])
+    return torch.cat(drawn), torch.repeat_interleave(torch.arange(len(rows)), counts)
 
 
 def edits(saes, rows, x, concept):
-    """Name of the arm -> what is added to the activations x [M, D]."""
+    """What each arm adds to the activations x [M, D], by the arm's name."""
     units = {kind: torch.tensor([row[kind]["unit"] for row in rows])[concept] for kind in saes}
     if any(int(units[kind].max()) >= sae.n_latents for kind, sae in saes.items()):
-        raise InputError("verification.json names a latent that its SAE doesn't have; run notebook 03 again")
+        raise InputError("verification.json names a latent that its SAE doesn't have; rerun notebook 03")
     arms = {kind: ablation(sae, x, units[kind]) for kind, sae in saes.items()}
     length = arms["latent"].norm(dim=1)
     others = torch.randint(saes["latent"].n_latents - 1, concept.shape, generator=torch.Generator().manual_seed(SEED))
@@ -95,7 +93,7 @@ def main():
     saes = {"latent": sae}
     if "frozen_decoder" in rows[0]:
         settings = TrainSettings(**read_json(FOLDER / "training_history.json", HISTORY)["settings"])
-        saes |= control_saes(saved, hook, settings, FOLDER / "controls", device)
+        saes |= control_saes(saved, hook, settings, FOLDER / "controls", device=device)
     tokens, concept = draw_tokens(saved, rows)
     model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
     wanted = torch.zeros(saved.n_rows, dtype=torch.bool)
@@ -104,30 +102,32 @@ def main():
     x = read_rows(saved.shards(hook), wanted)[torch.searchsorted(place, tokens)].to(device)
     arms = edits(saes, rows, x, concept)
     kl = torch.zeros(len(arms), len(tokens), dtype=torch.double)
-    for lines, (clean, *edited) in next_logits(model, point, prefixes(saved, tokenizer, tokens),
-                                               [None, *arms.values()]):
+    texts = prefixes(saved, tokenizer, tokens)
+    for lines, (clean, *edited) in next_logits(model, point, texts, [None, *arms.values()]):
         kl[:, lines] = torch.stack([divergence(clean, logits).cpu() for logits in edited])
     count = torch.bincount(concept, minlength=len(rows))
     means = torch.zeros(len(rows), len(arms), dtype=torch.double).index_add_(0, concept, kl.T) / count[:, None]
-    report(rows, count, means, {name: float(delta.norm(dim=1).mean()) for name, delta in arms.items()}, sae)
-
-
-def report(rows, count, means, lengths, sae):
-    """Print the arms over all concepts and the SAE's own concept by concept; write all of it. means: KL [concepts,
-    arms].
-    """
-    names = list(lengths)
     table = [
         {"concept": row["concept"], "part": row["part"], "latent": row["latent"]["unit"], "n_tokens": int(n),
-         "kl": dict(zip(names, line.tolist()))}
+         "kl": dict(zip(arms, line.tolist()))}
         for row, n, line in zip(rows, count, means)
     ]
+    summary = report(table, means, {name: float(delta.norm(dim=1).mean()) for name, delta in arms.items()})
+    about = {"schema_version": 2, "sae_hash": sae_hash(sae), "constants": CONSTANTS}
+    write_json(FOLDER / "causality.json", about | {"arms": summary, "concepts": table})
+
+
+def report(table, means, lengths):
+    """Print the SAE's own edits concept by concept, then all arms over the concepts; returns the latter.
+
+    means: KL [concepts, arms]. lengths: mean length of each arm's edits.
+    """
     print("KL of the next token in nats: the concept's latent ablated, and as much taken along a random latent's row")
     shown = pandas.DataFrame({"concept": row["concept"], "latent": row["latent"], "tokens": row["n_tokens"],
                               "ablated": row["kl"]["latent"], "random": row["kl"]["random"]} for row in table)
     print(shown.sort_values("concept").to_string(index=False, float_format="{:.4f}".format))
     summary = {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(lengths):
         p = float(wilcoxon(means[:, 0], means[:, i], alternative="greater").pvalue) if i else None
         summary[name] = {"mean_kl": float(means[:, i].mean()), "mean_length": lengths[name],
                          "latent_larger": int((means[:, 0] > means[:, i]).sum()), "p_value": p}
@@ -136,8 +136,7 @@ def report(rows, count, means, lengths, sae):
         "mean_kl": "{:.4f}".format, "mean_length": "{:.3f}".format, "latent_larger": "{:.0f}".format,
         "p_value": "{:.2g}".format}))
     print("p: Wilcoxon signed-rank test over the concepts, one-sided, uncorrected")
-    write_json(FOLDER / "causality.json", {"schema_version": 2, "sae_hash": sae_hash(sae), "constants": CONSTANTS,
-                                           "arms": summary, "concepts": table})
+    return summary
 
 
 if __name__ == "__main__":

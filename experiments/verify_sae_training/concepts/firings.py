@@ -88,7 +88,9 @@ def collect_firings(codes: Codes, top: int = 10) -> Firings:
     top_values, top_rows = _unpack(best)
     mean = torch.where(fires > 0, sums / fires.clamp(min=1), 0).float()
     p99 = torch.minimum(_percentile(histogram.view(n_latents, N_BINS), fires, 0.99), top_values[:, 0])
-    return Firings(fires, top_values[:, 0], mean, p99, top_rows[:, :top], _at_quantiles(drawn_peak, top_rows[:, :top]))
+    examples = top_rows[:, :top]
+    return Firings(fires=fires, max=top_values[:, 0], mean_active=mean, p99=p99, top_rows=examples,
+                   middle_rows=_at_quantiles(drawn_peak, examples))
 
 
 def _whole_texts(codes: Codes) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -54,8 +54,8 @@ def name_latents(
     for latent in tqdm(latents, desc="naming", unit="latent"):
         code = _code(strength, latent)
         if (code[~held_out] > 0).any():
-            common = tokens[np.bincount(token_of[(code > 0) & ~held_out]).argmax()]
-            entries[latent] = _entry(patterns, code, held_out, candidates[latent], [("token", common)])
+            common = [("token", tokens[np.bincount(token_of[(code > 0) & ~held_out]).argmax()])]
+            entries[latent] = _entry(patterns, code, held_out, candidates=candidates[latent], common=common)
     return entries
 
 

@@ -86,7 +86,7 @@ def find_patterns(texts: list[str], rows: dict[str, Tensor]) -> Patterns:
             known = numbers[kind]
             pairs[kind][0].append(known.setdefault(name, len(known)))
             pairs[kind][1].append(int(first) + row)
-    patterns = Patterns(numbers, {}, {}, len(text_id), np.full(len(text_id), "w"))
+    patterns = Patterns(numbers, {}, {}, n=len(text_id), piece=np.full(len(text_id), "w"))
     for kind, (categories, places) in pairs.items():
         category = np.array(categories)
         patterns.rows[kind] = np.array(places)[np.argsort(category, kind="stable")]
@@ -112,12 +112,8 @@ def _of_text(text: str, starts: list[int], ends: list[int]) -> Iterator[tuple[in
         if row == 0:
             yield row, "place", "text start"
         if not core or u < 0:
-            # White space, or a piece of a character: only what surrounds it says anything.
-            name = BLANK.get(token[:1], "[space]") if token else "[empty]"
-            yield from ((row, kind, name) for kind in ("token", "word"))
-            yield row, "place", "space"
-            yield row, "after", lower[u] if u >= 0 else EDGE
-            yield row, "before", following
+            left = lower[u] if u >= 0 else EDGE
+            yield from ((row, kind, name) for kind, name in _of_blank(token, left, following))
             continue
         unit_start, unit_end = units[u]
         so_far, whole = text[unit_start : min(end, unit_end)], end >= unit_end
@@ -140,6 +136,12 @@ def _of_text(text: str, starts: list[int], ends: list[int]) -> Iterator[tuple[in
             ("number", so_far[0].isdigit()),
             (_piece(so_far, begins, whole), True),
         ) if here and place)
+
+
+def _of_blank(token: str, left: str, following: str) -> Iterator[tuple[str, str]]:
+    """(kind, category) of white space or a piece of a character: only what surrounds it says anything."""
+    name = BLANK.get(token[:1], "[space]") if token else "[empty]"
+    yield from (("token", name), ("word", name), ("place", "space"), ("after", left), ("before", following))
 
 
 def _in_speech(units: list[str]) -> list[bool]:
