@@ -146,7 +146,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             check(best, BEST)
             check_tensors(best, BEST_WEIGHTS, F=settings["n_latents"], D=len(state["transform"]))
     except Misfit as misfit:
-        raise InputError(f"{path} is damaged: {misfit}; delete it, then train again") from None
+        raise InputError(f"{path} is damaged: {misfit}; delete it and train again") from None
     return found
 
 

@@ -1,7 +1,7 @@
-"""How every file is written and read: whole or not at all, and told apart from one that was damaged since.
+"""How files are written, whole or not at all, and how they are read: a damaged one is an InputError of one line.
 
-JSON, safetensors and torch archives; nothing but tensors and plain values is unpickled. What a file must hold is
-described in lib/schemas.py; what does not fit is an InputError of one line.
+JSON, safetensors and torch archives; nothing but tensors and plain values is unpickled. lib/schemas.py has the words
+that describe what a file must hold.
 """
 import contextlib
 import glob
@@ -25,12 +25,13 @@ from torch import Tensor
 from .environment import InputError, first_line, is_disk_full
 from .schemas import Misfit, Schema, check, check_tensors
 
-HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # processes are told apart by machine and number
+HOST = re.sub("[^A-Za-z0-9]", "", platform.node())  # with the process number, it tells temporary files apart
 ANYTHING = Schema(Any)
+REDO = "delete it and run its step again"
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename to `path`: a reader sees the old file or the whole new one.
+    """Call write(temporary path), then rename that file to `path`: a reader sees the old file or the whole new one.
 
     Raises InputError if it can't be written; the old file stays.
     """
@@ -42,14 +43,13 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:  # safetensors and torch raise kinds of their own
+    except Exception as error:  # safetensors and torch raise their own types
         if is_disk_full(error):
-            raise InputError(
-                f"the disk of {path.parent} is full; make room, then rerun the same command to resume"
-            ) from None
+            raise InputError(f"the disk of {path.parent} is full; make room, then rerun the same command to resume"
+                             ) from None
         if not isinstance(error, OSError):
             raise
-        raise InputError(f"{path} can't be written ({error.strerror or error}); make it writable, or set another "
+        raise InputError(f"{path} can't be written ({error.strerror or error}); make it writable, or choose another "
                          "place") from None
     finally:
         with contextlib.suppress(OSError):
@@ -57,7 +57,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp") -> None:
-    """Remove the temporary files of processes of this machine that are no more: they were killed while they wrote."""
+    """Remove the temporary files of this machine's processes that no longer run: they were killed while writing."""
     for left in folder.glob(pattern):
         host, _, process = left.name.split(".")[-2].rpartition("-")
         if os.name == "posix" and host == HOST and process.isdigit() and not _is_running(int(process)):
@@ -67,10 +67,8 @@ def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp") -> None:
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs as someone else
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it runs as another user
     return True
 
 
@@ -80,23 +78,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, sealed: bool = False) -> None:
-    """Write JSON atomically; NaN and infinity are refused, because other tools can't read them.
+    """Write JSON atomically. NaN and infinity are refused: other tools can't read them.
 
-    sealed: a dict that nobody edits by hand; it gets an entry "sha256" over all others, which read_json checks.
+    sealed: add an entry "sha256" over all others, which read_json checks; for dicts that nobody edits by hand.
     """
     if sealed:
-        value = json.loads(json.dumps(value))  # the digest is of what is read back: keys become strings
+        value = json.loads(json.dumps(value))  # the digest is over what is read back: keys become strings
         value = {**value, "sha256": _json_digest(value)}
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, schema: Schema = ANYTHING) -> Any:
-    """What a JSON file holds, without its seal. Raises InputError, which names file and place, if it does not fit."""
+    """A JSON file's value, without its seal. Raises InputError, which names file and place, if it does not match."""
     value = parse_json(read_bytes(path, schema.limit, schema.remedy), path, schema.remedy)
     try:
         if schema.sealed and (not isinstance(value, dict) or "sha256" not in value):
             raise InputError(f"{path} has no seal, so it was altered since it was written; {schema.remedy}")
-        # A seal is known by its name and by its value, so that it is missed wherever one of the two was altered.
+        # A seal is known by its name and by its value, so that altering one of the two does not hide it.
         entries = value.items() if isinstance(value, dict) else ()
         found = [name for name, inner in entries
                  if name == "sha256" or isinstance(inner, str) and inner.startswith("sha256:")]
@@ -104,15 +102,14 @@ def read_json(path: Path, schema: Schema = ANYTHING) -> Any:
         if seals and seals != {"sha256": _json_digest(value)}:
             raise InputError(f"{path} was altered since it was written; {schema.remedy}")
         check(value, schema.content)
-    except Misfit as misfit:
-        raise InputError(f"{path} is damaged: {misfit}; {schema.remedy}") from None
-    except RecursionError:
-        raise InputError(f"{path} is damaged: it is nested too deep; {schema.remedy}") from None
+    except (Misfit, RecursionError) as error:
+        why = error if isinstance(error, Misfit) else "it is nested too deep"
+        raise InputError(f"{path} is damaged: {why}; {schema.remedy}") from None
     return value
 
 
 def parse_json(data: bytes, path: Path, remedy: str) -> Any:
-    """One JSON value. NaN, infinity, duplicate keys and too many brackets are an InputError, as is what is no JSON."""
+    """One JSON value. Raises InputError for anything else, and for NaN, infinity, duplicate keys and deep nesting."""
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -121,9 +118,7 @@ def parse_json(data: bytes, path: Path, remedy: str) -> Any:
 
 
 def read_lines(path: Path, wanted: Any, remedy: str) -> Iterator[Any]:
-    """The values of a file with one JSON value a line, each as described in `wanted`; InputError names the line that is
-    not.
-    """
+    """The values of a file with one JSON value a line. Raises InputError for the first line that is not as `wanted`."""
     require_file(path, remedy=remedy)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -138,15 +133,15 @@ def read_lines(path: Path, wanted: Any, remedy: str) -> Iterator[Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key appears twice")
     return found
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def read_bytes(path: Path, limit: int, remedy: str = "delete it and run its step again") -> bytes:
+def read_bytes(path: Path, limit: int, remedy: str = REDO) -> bytes:
     """A file's bytes. Raises InputError if it is missing, larger than `limit` bytes, no regular file, or unreadable."""
     require_file(path, limit, remedy)
     try:
@@ -155,8 +150,8 @@ def read_bytes(path: Path, limit: int, remedy: str = "delete it and run its step
         raise InputError(f"{path} can't be read ({error.strerror}); make it readable") from None
 
 
-def require_file(path: Path, limit: int | None = None, remedy: str = "delete it and run its step again") -> None:
-    """Raise InputError if there is no regular file; a pipe would be waited for for ever."""
+def require_file(path: Path, limit: int | None = None, remedy: str = REDO) -> None:
+    """Raise InputError if there is no regular file; reading a pipe would wait for ever."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -174,64 +169,42 @@ def _json_digest(value: Any) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:
-    """Write a safetensors file atomically. note: JSON value for the file's header, read back by read_note().
+    """Write a safetensors file atomically. note: JSON value for the file's header, which read_note() returns.
 
-    The note is one string because safetensors writes several metadata keys in random order: equal files would differ.
+    The note is one string because safetensors writes several entries in random order: equal files would differ.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = None if note is None else {"note": json.dumps(note)}
-    # save_file would leave a temporary file of its own where it is killed.
+    # save_file would leave a temporary file of its own if it were killed.
     atomic_write(path, lambda temporary: temporary.write_bytes(save(contiguous, metadata)))
 
 
-def read_note(path: Path, wanted: Any = str) -> Any:
-    """The note in a safetensors file's header. Raises InputError if there is none that fits `wanted`
-    (lib/schemas.py).
-    """
-    require_file(path)
+@contextlib.contextmanager
+def _reading(path: Path, remedy: str = REDO) -> Iterator[None]:
+    """Whatever the library raises for a damaged file becomes an InputError; they export few of the types."""
+    require_file(path, remedy=remedy)
     try:
-        with safe_open(path, "pt") as file:
-            note = json.loads((file.metadata() or {})["note"])
+        yield
+    except Exception as error:
+        raise InputError(f"{path} is damaged ({first_line(error)}); {remedy}") from None
+
+
+def read_note(path: Path, wanted: Any = str) -> Any:
+    """The note in a safetensors file's header. Raises InputError if there is none that matches `wanted`."""
+    with _reading(path), safe_open(path, "pt") as file:
+        note = json.loads((file.metadata() or {})["note"])
         check(note, wanted)
-    except Exception as error:  # safetensors raises its own type, which is not exported
-        raise _damaged(path, error, "delete it and run its step again") from None
     return note
 
 
 def read_tensors(
     path: Path, wanted: dict[str, str] | None = None, finite: bool = False, **sizes: int
 ) -> dict[str, Tensor]:
-    """A safetensors file, memory-mapped. Raises InputError if it is missing, damaged or not as described
-    (lib/schemas.py).
-    """
-    require_file(path)
-    try:
+    """A safetensors file, memory-mapped. Raises InputError if it is missing, damaged, or does not match `wanted`."""
+    with _reading(path):
         tensors = load_file(path)
         check_tensors(tensors, wanted or {}, finite, **sizes)
-    except Exception as error:  # safetensors raises its own type, which is not exported
-        raise _damaged(path, error, "delete it and run its step again") from None
     return tensors
-
-
-def _damaged(path: Path, error: Exception, remedy: str) -> InputError:
-    return InputError(f"{path} is damaged ({first_line(error)}); {remedy}")
-
-
-def write_sealed(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file with a digest of its tensors, which read_sealed checks."""
-    write_tensors(path, tensors, note=_tensors_digest(tensors))
-
-
-def read_sealed(path: Path, wanted: dict[str, str] | None = None, **sizes: int) -> dict[str, Tensor]:
-    """What write_sealed wrote; a missing, damaged or altered file is an InputError that names it."""
-    tensors = read_tensors(path, wanted, False, **sizes)
-    if read_note(path) != _tensors_digest(tensors):
-        raise InputError(f"{path} was altered since it was written; delete it and run its step again")
-    return tensors
-
-
-def _tensors_digest(tensors: dict[str, Tensor]) -> str:
-    return fingerprint({name: fingerprint(tensor) for name, tensor in tensors.items()})
 
 
 def write_torch(path: Path, value: Any) -> None:
@@ -244,22 +217,18 @@ def write_torch(path: Path, value: Any) -> None:
 def read_torch(path: Path, otherwise: str, wanted: Any = None) -> Any:
     """What write_torch wrote, on the CPU; nothing but tensors and plain values is unpickled.
 
-    wanted: a description of its plain values (lib/schemas.py). Raises InputError for a missing or damaged file, with
-    what to do `otherwise`. torch itself does not compare the checksums that the archive holds, and unpacks what is
-    packed.
+    wanted: a description of the plain values. Raises InputError for a missing or damaged file, with what to do
+    `otherwise`. torch would not compare the archive's checksums, and would unpack what is compressed.
     """
-    require_file(path, remedy=otherwise)
-    try:
+    with _reading(path, f"delete it and {otherwise}"):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise zipfile.BadZipFile("it is packed")
+                raise zipfile.BadZipFile("it is compressed")
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if wanted is not None:
             check(content, wanted)
-    except Exception as error:  # torch and zipfile raise many kinds for a damaged archive
-        raise _damaged(path, error, f"delete it, then {otherwise}") from None
     return content
 
 
@@ -270,17 +239,10 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """Sixteen hex digits of anything JSON can hold, or of a tensor's bytes and shape."""
+    """Sixteen hex digits over anything that JSON can hold, or over a tensor's bytes and shape."""
     if isinstance(value, Tensor):
         digest = hashlib.sha256(str((tuple(value.shape), value.dtype)).encode())
         digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     else:
         digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
-
-
-def safe_name(name: str) -> str:
-    """`name` if it is a plain file name; anything that could leave its folder is an InputError."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
-        raise InputError(f"{name[:60]!r} is no file name; use letters, digits, '_', '-' and '.'")
-    return name

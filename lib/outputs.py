@@ -116,6 +116,13 @@ def require_room(folder: Path, n_bytes: float) -> None:
                          "room, then rerun the same command to resume, or set STORE_DIR to a folder on another disk")
 
 
+def safe_name(name: str) -> str:
+    """`name` if it is a plain file name. Raises InputError for anything that could leave its folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
+        raise InputError(f"{name[:60]!r} is not a file name; use letters, digits, '_', '-' and '.'")
+    return name
+
+
 def list_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     """A manifest's entries for files in `folder`: name, bytes, sha256. Every rank must call it; each reads a part."""
     digests = torch.zeros(len(names), 32, dtype=torch.uint8)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .environment import INSTALLED, PROJECT, InputError
-from .files import fingerprint, read_bytes, read_json, read_lines, read_tensors, safe_name
-from .outputs import check_files
+from .files import fingerprint, read_bytes, read_json, read_lines, read_tensors
+from .outputs import check_files, safe_name
 from .schemas import CONSTANTS, COUNT, FILES, NAME, PATH, POSITIVE, POSITIVE_NUMBER, SHORT_HASH, Number, Schema
 
 SCHEMA_VERSION = 1

@@ -206,7 +206,7 @@ def test_an_altered_truncated_or_missing_file_is_named(tmp_path, own_store, monk
 
 
 def test_a_run_id_cannot_leave_the_store():
-    with pytest.raises(InputError, match="no file name"):
+    with pytest.raises(InputError, match="not a file name"):
         open_run("verify_sae_training", "../../etc")
 
 

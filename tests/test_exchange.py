@@ -366,7 +366,7 @@ def test_archives_that_claim_or_unpack_to_more_than_they_are(sae, tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for entry, content in entries.items():
             archive.writestr(entry, content)
-    with pytest.raises(InputError, match="it is packed"):
+    with pytest.raises(InputError, match="it is compressed"):
         read_foreign(tmp_path)
 
 

@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 
+from cycles.sealed import read_sealed
 from cycles.stamps import finished
 from lib.batches import rows_of_run
 from lib.environment import InputError
-from lib.files import read_json, read_sealed, read_torch
+from lib.files import read_json, read_torch
 from lib.outputs import check_files
 from lib.sae import load_sae, sae_hash
 from lib.store import open_run

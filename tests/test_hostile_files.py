@@ -22,13 +22,14 @@ from checks.verification import VERIFICATION
 from concepts.codes import encode_run
 from concepts.firings import read_top_texts
 from cycles import schemas as cycle_schemas
+from cycles.sealed import read_sealed
 from cycles.stamps import finished
 from kept_saes import find
 from lib import schemas
 from lib.batches import rows_of_run, rows_of_tensor
 from lib.checkpoints import HISTORY, read_checkpoint
 from lib.environment import InputError
-from lib.files import read_json, read_sealed, read_torch, write_json, write_tensors, write_torch
+from lib.files import read_json, read_torch, write_json, write_tensors, write_torch
 from lib.sae import load_sae, require_trained_on
 from lib.schemas import Misfit, check, check_tensors
 from lib.store import open_run, store_root

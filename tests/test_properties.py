@@ -10,11 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lib.batches
+from cycles.sealed import read_sealed, write_sealed
 from lib.batches import Rows, shuffled_batches
 from lib.constants import override
 from lib.environment import InputError
-from lib.files import read_json, read_sealed, read_torch, safe_name, write_json, write_sealed, write_torch
-from lib.outputs import differences
+from lib.files import read_json, read_torch, write_json, write_torch
+from lib.outputs import differences, safe_name
 
 QUICK = settings(max_examples=60, deadline=None)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cycles.sealed import read_sealed, write_sealed
 from cycles.tasks import Task
 from lib.distributed import add_up, own_part, rank, wait_for_all
-from lib.files import fingerprint, read_sealed, write_sealed
+from lib.files import fingerprint
 from lib.models import weights_of
 
 ENTRY_SHARD_TEXTS = 2048  # texts whose entry states share a file

@@ -246,5 +246,5 @@ def _load(checkpoint: Checkpoint | None, training: _Training) -> dict[str, Any] 
                             for i, of in moments["state"].items()}
         optimizer.load_state_dict(moments)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({first_line(error)}); delete it, then train again") from None
+        raise InputError(f"{path} is damaged ({first_line(error)}); delete it and train again") from None
     return found["progress"]

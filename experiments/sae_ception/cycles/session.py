@@ -19,8 +19,9 @@ from cycles.sources import load_task, own_data
 from cycles.stamps import Constants, stage_constants
 from lib.distributed import world_size
 from lib.environment import InputError, choose_device
-from lib.files import fingerprint, read_json, read_torch, remove_leftovers, safe_name
+from lib.files import fingerprint, read_json, read_torch, remove_leftovers
 from lib.models import load_tokenizer, local_path, weights_of
+from lib.outputs import safe_name
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir
 

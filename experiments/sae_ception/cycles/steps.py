@@ -24,6 +24,7 @@ from cycles.auxiliary import Targets, probe_ids
 from cycles.classifier import MLP, load_trained, trained_state
 from cycles.evaluation import evaluate
 from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune
+from cycles.sealed import read_sealed, write_sealed
 from cycles.session import Session
 from cycles.sharpening import n_kept
 from cycles.stamps import Constants, stage_constants, write_stamp
@@ -32,7 +33,7 @@ from lib.activations import SaveSettings, save_activations
 from lib.batches import Rows, rows_of_run, rows_of_tensor
 from lib.distributed import rank
 from lib.environment import InputError, log
-from lib.files import fingerprint, read_json, read_sealed, write_json, write_sealed, write_torch
+from lib.files import fingerprint, read_json, write_json, write_torch
 from lib.sae import save_sae
 from lib.trackers import open_tracker
 from lib.training import TrainSettings, train_sae

@@ -7,7 +7,7 @@ from typing import Any
 from saved_model import hook_of_run
 
 from lib.environment import PROJECT
-from lib.files import safe_name
+from lib.outputs import safe_name
 from lib.sae import SAE, sae_hash
 from lib.store import Run
 

@@ -15,7 +15,8 @@ from concepts.dictionary import Concepts
 from concepts.directions import token_text
 from concepts.firings import Examples
 from exchange.facts import Facts
-from lib.files import atomic_write, fingerprint, safe_name, write_text
+from lib.files import atomic_write, fingerprint, write_text
+from lib.outputs import safe_name
 from lib.sae import SAE
 
 CREATOR = "sae-workbench"
