@@ -1,12 +1,14 @@
 """A trained SAE with its language model, for code of your own: which latents fire on a text, and what they are called.
 
-    from lib import load_encoder                      # installed: from sae_workbench import load_encoder
+    from sae_workbench import load_encoder            # in a checkout: from lib import load_encoder
 
     encoder = load_encoder("store/verify_sae_training/sae_model/topk_sae.pt")
     print(encoder.encode("Lily was happy. She ran to the big red ball."))
 
+    'ran'    0.52 ran, hurried, rushed, dashed (+8) | 0.29 …an, drank, some, king (+8) | ...
+
 It needs the SAE's file and its language model, but no run and no saved activations. Names come from the concepts.json
-beside the SAE's file, or one folder up, where 04_name_sae_concepts.ipynb writes it.
+beside the SAE's file or one folder up, where 04_name_sae_concepts.ipynb writes it.
 """
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +51,7 @@ class Encoded(NamedTuple):
         for token, latents, codes, names in zip(self.tokens, self.latents.tolist(), self.codes.tolist(), self.names):
             fired = [f"{code:.2f} {name or f'latent {latent}'}" for latent, code, name in zip(latents, codes, names)
                      if code > 0]
-            lines.append(f"{token!r:<{width + 2}}  {', '.join(fired)}")
+            lines.append(f"{token!r:<{width + 2}}  {' | '.join(fired)}")
         return "\n".join(lines)
 
 
@@ -75,7 +77,7 @@ class Encoder(NamedTuple):
         if len(item.ids) > limit:
             raise InputError(f"the text is longer than the {limit} tokens that the model reads; encode it in parts")
         _, (x,) = block_rows(self.model, [self.point], [item], pad_id=filler_id(self.tokenizer),
-                              settings=SaveSettings())
+                             settings=SaveSettings())
         if not any(item.keep):
             x = torch.zeros(0, len(self.sae.mean))
         codes, latents = (part.cpu() for part in self.sae.encode(x.to(self.sae.mean)))
@@ -92,13 +94,14 @@ def load_encoder(
     model: hub name or directory; None: the one that the SAE's file names, if its weights are still the same. hook: as
     LAYER_SIGNATURE of 01_save_activations.py; None: the one in the file. device: auto, cpu, cuda, mps.
 
-    Raises InputError if the SAE or the model can't be loaded, or if their widths disagree.
+    Raises InputError if the SAE or the model can't be loaded.
     """
     path = Path(path).expanduser()
     sae = load_sae(path / "topk_sae.pt" if path.is_dir() else path, choose_device(device))
-    saved = sae.config.get("model", {})
+    saved: Any = sae.config.get("model")
     source = model or _model_in_file(path, saved)
-    loaded = load_model(source, sae.mean.device, choose_dtype(saved.get("dtype", "auto"), sae.mean.device),
+    dtype = saved.get("dtype", "auto") if isinstance(saved, dict) else "auto"
+    loaded = load_model(source, sae.mean.device, choose_dtype(dtype, sae.mean.device),
                         trust_remote_code=trust_remote_code)
     if model is None:
         require_same_model(loaded, saved)
@@ -106,10 +109,10 @@ def load_encoder(
     return Encoder(sae, loaded, load_tokenizer(source, trust_remote_code), point, _names_beside(path, sae))
 
 
-def _model_in_file(path: Path, saved: dict[str, Any]) -> str:
+def _model_in_file(path: Path, saved: Any) -> str:
     """Where the language model is that the SAE was trained on, by the SAE's config."""
     try:
-        if not saved:
+        if saved is None:
             raise InputError("it does not name its language model")
         check(saved, META.content["model?"])
         return source_of_run(saved)
