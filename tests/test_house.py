@@ -12,7 +12,6 @@ IMPORTS: set[str] = set()
 FILES: set[str] = set()
 PARAMETERS: set[str] = set()
 BY_POSITION: dict[str, int] = {  # calls of each file
-    "experiments/verify_sae_training/03_analyze_training.ipynb": 2,
     "lib/checkpoints.py": 1,
     "lib/constants.py": 1,
     "lib/encoder.py": 1,
