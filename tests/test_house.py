@@ -16,8 +16,6 @@ BY_POSITION: dict[str, int] = {  # calls of each file
     "lib/constants.py": 1,
     "lib/encoder.py": 1,
     "lib/kernels.py": 5,
-    "lib/metrics/interpretability.py": 1,
-    "lib/metrics/robustness.py": 3,
     "lib/row_kernels.py": 3,
     "lib/training.py": 3,
 }

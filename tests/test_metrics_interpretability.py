@@ -88,13 +88,13 @@ def test_u_of_an_attribute_given_the_label():
     digit = torch.arange(10).repeat(100)
     parity = digit % 2
     fired = torch.stack([digit == 3, parity == 1, torch.ones_like(digit).bool(), torch.zeros_like(digit).bool()], 1)
-    scores = uncertainty_given(fired, digit, 10, parity, 2)
+    scores = uncertainty_given(fired, digit, 10, y=parity, n_classes=2)
     h_b = -0.1 * math.log(0.1) - 0.9 * math.log(0.9)
     inside = -0.2 * math.log(0.2) - 0.8 * math.log(0.8)  # entropy of firing among the odd digits, half of all
     assert scores["u"].tolist() == pytest.approx([0.5 * inside / h_b, 0, 0, 0], abs=1e-12)
     both = [uncertainty(fired, of, n)["u"] for of, n in ((digit, 10), (parity, 2))]
     assert scores["u"].tolist() == pytest.approx((both[0] - both[1]).tolist(), abs=1e-12)
-    given = selectivity_given(fired[:, :2], digit, 10, parity, 2)
+    given = selectivity_given(fired[:, :2], digit, 10, y=parity, n_classes=2)
     assert given["u_weighted"] == pytest.approx((100 * 0.5 * inside / h_b + 0) / 600)
 
 
@@ -106,7 +106,7 @@ def test_u_given_is_the_conditional_information_and_chance_is_zero():
     y, a = g.integers(0, 3, 400), g.integers(0, 4, 400)
     b = g.random((400, 60)) < 0.15
     b[:, 0] = (a == 1) & (y != 0)
-    scores = uncertainty_given(torch.from_numpy(b), torch.from_numpy(a), 4, torch.from_numpy(y), 3)
+    scores = uncertainty_given(torch.from_numpy(b), torch.from_numpy(a), 4, y=torch.from_numpy(y), n_classes=3)
     for j in (0, 1):
         expected = mutual_info_score(4 * y + a, b[:, j]) - mutual_info_score(y, b[:, j])
         assert scores["u"][j].item() == pytest.approx(expected / mutual_info_score(b[:, j], b[:, j]), abs=1e-10)

@@ -1,6 +1,6 @@
 """How well codes or activations fall into the classes: ARI, silhouette, Davies-Bouldin, Calinski-Harabasz.
 
-All of them measure class separation with the labels y, so training on y moves them with or without an SAE.
+All measure class separation by the labels y, so training on y moves them with or without an SAE.
 """
 import numpy as np
 from sklearn.cluster import KMeans
@@ -21,11 +21,11 @@ def clustering(
 ) -> dict[str, float]:
     """Clustering scores of x [N, F] against the labels y [N].
 
-    ari: adjusted Rand index of y with K-means (n_classes clusters, n_init 10, `seed`), ari_argmax: with the
-    strongest column of each row (a row of zeros counts as its own cluster); silhouette_unsupervised and
-    _argmax with these labels, silhouette_supervised with y, Euclidean, on a seeded subsample of at most
-    silhouette_rows; davies_bouldin and calinski_harabasz with y. Keys whose score is undefined (one cluster,
-    or as many clusters as rows) are absent.
+    ari: adjusted Rand index of y and K-means (n_classes clusters, n_init 10, `seed`); ari_argmax: of y and each row's
+    strongest column (rows of zeros form a cluster of their own). silhouette_unsupervised and
+    silhouette_unsupervised_argmax use these clusters, silhouette_supervised uses y; Euclidean, on a seeded subsample of
+    at most silhouette_rows. davies_bouldin and calinski_harabasz use y. Undefined scores (one cluster, or as many as
+    rows) are left out.
     """
     rows, labels = x.double().numpy(), y.numpy()
     n_distinct = min(n_classes, len(np.unique(rows, axis=0)))
@@ -50,7 +50,7 @@ def clustering(
 
 
 def argmax_clusters(x: Tensor) -> Tensor:
-    """The strongest column of each row of x [N, F] as its cluster, int64 [N]; F for rows without a positive entry."""
+    """Each row's strongest column in x [N, F] as its cluster, int64 [N]; F for rows without a positive entry."""
     top = x.max(1)
     return top.indices.masked_fill(top.values <= 0, x.shape[1])
 

@@ -1,7 +1,7 @@
 """How selective units and latents are for labels: U, CSI, their support, and first-letter absorption.
 
-Labels y are int64 [N] in 0..C-1. A latent "fires" where its code is above zero; a base unit fires above a
-threshold taken from training rows. Entropies are in nats throughout, so a perfect feature scores U = 1.
+Labels y are int64 [N] in 0..C-1. A latent "fires" where its code is above zero, a base unit where it exceeds a
+threshold from training rows. All entropies are in nats, so a perfect feature scores U = 1.
 """
 import numpy as np
 import torch
@@ -9,14 +9,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-MIN_SUPPORT = 20  # examples a latent must fire on, and be silent on: below it plug-in U and CSI are mostly noise
+MIN_SUPPORT = 20  # examples a latent must fire on, and be silent on: with fewer, plug-in U and CSI are mostly noise
 MIN_POSITIVES = 10  # training tokens a letter needs for an absorption probe
-# letters and test tokens below which an absorption score is noise (.62 +- 1.34 over 2 letters)
+# letters and test tokens below which an absorption score is noise (.62 ± 1.34 over 2 letters)
 MIN_LETTERS, MIN_TOKENS = 5, 100
 
 
 def base_threshold(h_train: Tensor) -> Tensor:
-    """Per unit the 75th percentile over training rows: [N, D] -> [D]. A base unit fires above it."""
+    """The 75th percentile of each unit over training rows: [N, D] -> [D]. A base unit fires above it."""
     return torch.from_numpy(np.quantile(h_train.double().numpy(), 0.75, axis=0))
 
 
@@ -37,12 +37,13 @@ def uncertainty(fired: Tensor, y: Tensor, n_classes: int) -> dict[str, Tensor]:
     }
 
 
-def uncertainty_given(fired: Tensor, attribute: Tensor, n_values: int, y: Tensor, n_classes: int) -> dict[str, Tensor]:
+def uncertainty_given(
+    fired: Tensor, attribute: Tensor, n_values: int, *, y: Tensor, n_classes: int
+) -> dict[str, Tensor]:
     """What each column of `fired` (bool [N, F]) tells of an attribute beyond the label y, float64 [F] each.
 
-    u = I(b;attribute|y)/H(b), and u_adj = (I - E[I])/(H(b) - E[I]) with E[I] over all permutations of
-    the attribute within
-    each class of y. Where the label is a function of the attribute (digit and parity), u is U(attribute) - U(label).
+    u = I(b;attribute|y)/H(b), and u_adj = (I - E[I])/(H(b) - E[I]) with E[I] over all permutations of the attribute
+    within each class of y. Where the attribute decides the label (digit and parity), u is U(attribute) - U(label).
     """
     information, chance = torch.zeros(2, fired.shape[1], dtype=torch.float64)
     for c in range(n_classes):
@@ -126,8 +127,8 @@ def selectivity(
     """Means of CSI and U over the columns of `values` [N, F], which fire where `fired` [N, F] holds.
 
     Keys: u_weighted over all columns, each weighted by how often it fires, so that arms need not have the same columns
-    alive; csi, csi_std, u, u_std, u_label, u_adj over supported columns (0 where there are none), csi_all,
-    u_all, u_label_all over all columns with dead ones as 0, and n_supported.
+    alive; csi, csi_std, u, u_std, u_label, u_adj over supported columns (0 where there are none); csi_all, u_all,
+    u_label_all over all columns, dead ones counting 0; and n_supported.
     """
     fires = fired.sum(0)
     supported = (fires >= min_support) & (len(y) - fires >= min_support)
@@ -143,15 +144,17 @@ def selectivity(
     return result | {"n_supported": int(supported.sum())}
 
 
-def selectivity_given(fired: Tensor, attribute: Tensor, n_values: int, y: Tensor, n_classes: int) -> dict[str, float]:
+def selectivity_given(
+    fired: Tensor, attribute: Tensor, n_values: int, *, y: Tensor, n_classes: int
+) -> dict[str, float]:
     """uncertainty_given over the columns of `fired` [N, F]: u_weighted, u_adj_weighted by how often each fires."""
     fires = fired.sum(0)
-    found = uncertainty_given(fired, attribute, n_values, y, n_classes)
+    found = uncertainty_given(fired, attribute, n_values, y=y, n_classes=n_classes)
     return {f"{name}_weighted": _by_firing(score, fires) for name, score in found.items()}
 
 
 def _by_firing(scores: Tensor, fires: Tensor) -> float:
-    """Mean of the columns' scores [F], each counted as often as the column fires; 0 if none does."""
+    """Mean of the columns' scores [F], each counted as often as its column fires; 0 if none does."""
     return float((scores * fires).sum() / fires.sum().clamp(min=1))
 
 
@@ -162,11 +165,12 @@ def absorption(
 
     x [N, D] raw activations of tokens; values, indices [N, k] codes in raw units (code * scale); dictionary
     [F, D] unit rows; letters [N] in 0..25; splits [N] with 0 train, 1 validation, 2 test, chosen by token type.
-    Per letter: a balanced logistic probe p of unit norm; the main latents, whose firing tells the letter; then, over
-    the test tokens that begin with the letter, that the probe calls positive and whose projection q = <x - mu, p> is
-    positive, the share of the projection that other latents carry instead of the main ones (0 where these carry q).
+    Each letter has a balanced logistic probe p of unit norm, and main latents, whose firing tells the letter. Scored
+    are the test tokens that begin with the letter, that the probe calls positive, and whose projection
+    q = <x - mu, p> is positive: by the share of q that other latents carry in place of the main ones (0 where those
+    carry all of it).
 
-    Returns n_letters and n_tokens, and from 5 letters and 100 tokens on score (mean over tokens, then letters).
+    Returns n_letters and n_tokens and, from 5 letters and 100 tokens, score (mean over tokens, then letters).
     """
     mu = x[splits == 0].double().mean(0)
     centred = x.double() - mu
@@ -197,7 +201,7 @@ def absorption(
 
 
 def _absorbed(share: Tensor, is_main: Tensor, q: Tensor, n_top: int = 5, least: float = 0.1) -> Tensor:
-    """Absorption of each token [B] from the contributions of its codes [B, k] to the probe's projection q [B]."""
+    """Absorption of each token [B], from its codes' contributions [B, k] to the projection q [B]."""
     main = torch.where(is_main, share, 0.0).sum(1)
     others = torch.where(is_main, 0.0, share).clamp(min=0)
     top = others.topk(min(n_top, share.shape[1]), dim=1).values.sum(1)
@@ -208,9 +212,9 @@ def _absorbed(share: Tensor, is_main: Tensor, q: Tensor, n_top: int = 5, least: 
 def _main_latents(
     fired: Tensor, is_letter: Tensor, splits: Tensor, most: int = 5, least_gain: float = 0.03
 ) -> list[int]:
-    """Greedy choice of latents whose firing (any of them) predicts the letter.
+    """Latents that predict the letter when any of them fires, chosen greedily.
 
-    The candidate is the one with the best training F1; it joins if the validation F1 rises by more than least_gain.
+    The candidate has the best training F1; it joins if the validation F1 rises by more than least_gain.
     """
     chosen: list[int] = []
     any_fires = torch.zeros(len(fired), dtype=torch.bool)

@@ -33,7 +33,7 @@ def _logistic(x, y: np.ndarray, balanced: bool = False) -> LogisticRegression:
 
 
 def _scaled(train: Tensor, test: Tensor):
-    """Both divided by the training maximum of each column's absolute value, as sparse matrices where that pays."""
+    """Both divided by each column's largest absolute value in training, as sparse matrices where that pays."""
     top = train.abs().max(0).values.clamp(min=1e-12)
     pair = (train / top).numpy(), (test / top).numpy()
     return tuple(csr_matrix(part) for part in pair) if np.mean(pair[0] != 0) < 0.1 else pair
@@ -55,11 +55,10 @@ def linear_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor) -
 def k_sparse_probe(
     train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor, sizes: tuple[int, ...] = K_SPARSE
 ) -> dict[int, float]:
-    """k -> mean over classes of the test balanced accuracy of a one-versus-rest probe on k columns (Gurnee et al.
-    2023).
+    """k -> test balanced accuracy of one-versus-rest probes on k columns, mean over classes (Gurnee et al. 2023).
 
-    The k columns with the largest absolute difference of class means are chosen once per class, on all
-    training rows; features [N, F] are scaled by the training maximum.
+    Each class has the k columns with the largest absolute difference of class means over the training rows; features
+    [N, F] are scaled by the training maximum.
     """
     top = train.abs().max(0).values.clamp(min=1e-12)
     train, test = train / top, test / top
@@ -88,6 +87,6 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, i
 
 
 def perplexity(losses: list[tuple[float, int]]) -> float:
-    """exp(sum of cross-entropy / pairs) over the corpus, from next_token_loss of its batches; nan without pairs."""
+    """exp(mean cross-entropy of all pairs), from next_token_loss of the corpus's batches; nan without pairs."""
     total, pairs = sum(loss for loss, _ in losses), sum(n for _, n in losses)
     return math.exp(min(total / pairs, 700)) if pairs else float("nan")
