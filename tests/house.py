@@ -22,8 +22,8 @@ PUBLIC = {
     "lib/steering.py": "steering a model from code of one's own",
     "lib/metrics/": "tensors in, numbers out: for any codes and labels",
 }
-DATA = {"experiments/embedded_default/grammar.py"}  # word lists and sentence frames: data, whatever their length
-# Called with as many values as there are.
+DATA = {"experiments/embedded_default/grammar.py"}  # word lists and sentence frames; their length is no fault
+# Take any number of values, so position says enough.
 VARIADIC = {"print", "zip", "max", "min", "chain", "product", "join", "joinpath", "info", "warning", "gather", "cat",
             "Sequential"}
 
@@ -52,7 +52,7 @@ class File:
 
     @cached_property
     def nodes(self) -> list[ast.AST]:
-        """Everything in the file but what only a type checker reads."""
+        """The syntax tree, flat, without what only a type checker reads."""
         found, todo = [], [ast.parse("\n".join(self.cells))]
         while todo:
             node = todo.pop()
@@ -79,7 +79,7 @@ def read_files(project: Path = PROJECT) -> dict[str, File]:
 
 def imported(file: File, files: dict[str, File]) -> set[str]:
     """Paths of the project's files that this one imports, at its head or later."""
-    # The checkout's root; an experiment's own folder, which holds its packages; then all others, to see what is wrong.
+    # The checkout's root, then the experiment's own folder, which holds its packages; the others' show what is wrong.
     places = [Path(), Path("experiments", file.house)]
     places += sorted({Path(*Path(other).parts[:2]) for other in files if other.startswith("experiments/")})
     found = set()
@@ -112,7 +112,7 @@ def _file_of(module: str, places: list[Path], files: dict[str, File]) -> str | N
 
 
 def floors(uses: dict[str, set[str]]) -> dict[str, int]:
-    """How high each node stands: 0 uses none of the others, any other one more than the highest it uses."""
+    """How high each node stands: 0 if it uses no other, else one above the highest that it uses."""
     height: dict[str, int] = {}
 
     def climb(node: str, above: tuple[str, ...]) -> int:
@@ -143,7 +143,7 @@ def circles(uses: dict[str, set[str]]) -> list[str]:
 
 
 def broken_import_rules(files: dict[str, File], uses: dict[str, set[str]]) -> list[str]:
-    """Sentences, one for each place that breaks the rule of what may import what."""
+    """A sentence for each import, or missing user, that breaks the rule."""
     said = [f"circle: {group}" for group in circles(uses)]
     for path, used in uses.items():
         house = files[path].house
@@ -184,7 +184,7 @@ def sizes(file: File) -> list[tuple[str, str, int]]:
 
 
 def long_lines(file: File) -> list[str]:
-    """What is beyond LINE_LENGTH, told by file, length and beginning."""
+    """Each line beyond LINE_LENGTH: its file, length and beginning."""
     return [f"{file.path}: {len(line)} characters: {line.strip()[:60]} ..."
             for cell in file.cells for line in cell.splitlines() if len(line) > LINE_LENGTH]
 
