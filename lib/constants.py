@@ -5,8 +5,8 @@
     PRESETS = {"tiny": {}, "bielik": {"TOP_K": 16}}
     CONSTANTS = override(globals(), PRESETS)
 
-`python script.py TOP_K=16 LR=1e-3` then replaces them by name. What is heavy to import, and what is derived from
-constants, comes after the call, so that a wrong value is refused at once. Ranges: lib/ranges.py.
+`python script.py TOP_K=16 LR=1e-3` then replaces them by name. Heavy imports and whatever is derived from constants
+come after the call, so that a wrong value is refused at once. Ranges: lib/ranges.py.
 """
 import ast
 import io
@@ -24,15 +24,15 @@ Presets = dict[str, dict[str, Any]]
 def override(
     namespace: dict[str, Any], presets: Presets | None = None, argv: list[str] | None = None, also: Path | None = None
 ) -> dict[str, Any]:
-    """Replace the constants in `namespace` by the chosen preset and then by NAME=value arguments, and check them all.
+    """Replace the constants in `namespace` by the chosen preset, then by NAME=value arguments, and check them all.
 
-    namespace: the script's globals(); its constants are the UPPERCASE names that its own source assigns, imported
-    ones are left alone. presets: preset name -> {constant: value}, chosen by the constant PRESET. argv: the arguments;
-    None means sys.argv[1:] when the script is run, what constants_of() was given when it is read, else nothing.
-    also: another script, whose constants this one takes and returns too.
+    namespace: the script's globals(). Its constants are the UPPERCASE names that its own source assigns, not imported
+    ones. presets: preset name -> {constant: value}, chosen by the constant PRESET. argv: the arguments; None means
+    sys.argv[1:] if the script is run, those of constants_of() if it is only read. also: another script whose constants
+    this one accepts and returns too.
 
-    Returns all constants as they now are. `--help` prints the docstring and the constants with their
-    comments and ranges and exits with 0; a wrong argument or value prints one line and exits with 2.
+    Returns all constants as they now are. `--help` prints the docstring and the constants with their comments and
+    ranges, and exits with 0; a wrong argument or value prints one line and exits with 2.
     """
     is_run = namespace.get("__name__") == "__main__" and argv is None
     if argv is None:
@@ -40,43 +40,46 @@ def override(
     if is_run:
         guard_imports()
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
-    ours = [name for name in _assigned(source).values() if name in namespace]
-    names = [name for name in ours if presets is None or namespace[name] is not presets]
-    kinds = kinds_of(source, namespace, names)
+    kinds = kinds_of(source, namespace, [name for name in _assigned(source).values()
+                                         if name in namespace and (presets is None or namespace[name] is not presets)])
     if "-h" in argv or "--help" in argv:
-        print(_help(namespace, names, presets, _comments(source), kinds), flush=True)
+        print(_help(namespace, kinds, presets, source), flush=True)
         if also:
             print(f"\nand those of {also.name}:\n")
             constants_of(also, ["--help"])
         sys.exit(0)
     theirs: dict[str, Any] = {}
     if also:
-        theirs = constants_of(also,
-                              [argument for argument in argv if argument.partition("=")[0] not in names])["CONSTANTS"]
-        argv = [argument for argument in argv if argument.partition("=")[0] in names]
+        is_own = [argument.partition("=")[0] in kinds for argument in argv]
+        theirs = constants_of(also, [argument for argument, own in zip(argv, is_own) if not own])["CONSTANTS"]
+        argv = [argument for argument, own in zip(argv, is_own) if own]
     try:
-        given = dict(_parse(argument, names, kinds) for argument in argv)
-        if presets is not None:
-            preset = given.get("PRESET", namespace.get("PRESET"))
-            if preset not in presets:
-                raise ValueError(f"PRESET={shown(preset)} must be one of "
-                                 f"{', '.join(presets)}{nearest(str(preset), list(presets))}")
-            namespace.update({name: _fit(name, value, kinds[name]) for name, value in presets[preset].items()})
-        namespace.update(given)
-        namespace.update({name: _fit(name, namespace[name], kinds[name]) for name in names})
+        _replace(namespace, kinds, presets, argv)
     except ValueError as error:
         refuse(str(error))
-    return theirs | {name: namespace[name] for name in names}
+    return theirs | {name: namespace[name] for name in kinds}
+
+
+def _replace(namespace: dict[str, Any], kinds: dict[str, Any], presets: Presets | None, argv: list[str]) -> None:
+    given = dict(_parse(argument, kinds) for argument in argv)
+    if presets is not None:
+        preset = given.get("PRESET", namespace.get("PRESET"))
+        if preset not in presets:
+            raise ValueError(f"PRESET={shown(preset)} must be one of {', '.join(presets)}"
+                             f"{nearest(str(preset), list(presets))}")
+        namespace.update({name: _fit(name, value, kinds[name]) for name, value in presets[preset].items()})
+    namespace.update(given)
+    namespace.update({name: _fit(name, namespace[name], kind) for name, kind in kinds.items()})
 
 
 def refuse(message: str) -> NoReturn:
-    """End the script with one line and exit code 2: for constants that do not fit together."""
+    """End the script with one line and exit code 2, as for constants that contradict each other."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def constants_of(script: Path, argv: list[str] | None = None) -> dict[str, Any]:
-    """The namespace of a script after its call of override() with these arguments; what comes below is not run."""
+    """A script's namespace after it called override() with these arguments; nothing below the call runs."""
     source = script.read_text(encoding="utf-8")
     tree = ast.parse(source)
     calls = [i for i, node in enumerate(tree.body)
@@ -92,10 +95,10 @@ def constants_of(script: Path, argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def read_value(name: str, text: str, kind: Any) -> Any:
-    """The value that a text on the command line stands for.
+    """The value of a constant that was given as text on the command line.
 
-    A Python literal is tried first, then the text itself, then its parts between commas: 007 is a text where one is
-    wanted, and ARMS=lambda0,per_class needs no quotes.
+    It may be a Python literal, plain text, or parts between commas: 007 is text where the constant is text, and
+    ARMS=lambda0,per_class needs no quotes.
     """
     readings: list[Any] = [text]
     if kind is not str:
@@ -126,12 +129,12 @@ def kinds_of(source: str, namespace: dict[str, Any], names: list[str]) -> dict[s
     return kinds
 
 
-def _parse(argument: str, names: list[str], kinds: dict[str, Any]) -> tuple[str, Any]:
+def _parse(argument: str, kinds: dict[str, Any]) -> tuple[str, Any]:
     name, equals, text = argument.partition("=")
     if not equals:
         raise ValueError(f"{shown(argument)!r} is not NAME=value; --help lists the constants")
-    if name not in names:
-        raise ValueError(f"there is no constant {shown(name)}{nearest(name.upper(), names)}; --help lists them")
+    if name not in kinds:
+        raise ValueError(f"there is no constant {shown(name)}{nearest(name.upper(), list(kinds))}; --help lists them")
     return name, read_value(name, text, kinds[name])
 
 
@@ -142,38 +145,36 @@ def _fit(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{name}={shown(value)} {error}") from None
 
 
-def _help(
-    namespace: dict[str, Any], names: list[str], presets: Presets | None, comments: dict[str, str],
-    kinds: dict[str, Any],
-) -> str:
-    width = max(len(f"{name}={namespace[name]!r}") for name in names)
+def _help(namespace: dict[str, Any], kinds: dict[str, Any], presets: Presets | None, source: str) -> str:
+    comments = _comments(source)
+    values = {name: f"{name}={namespace[name]!r}" for name in kinds}
+    width = min(44, max(map(len, values.values())))
     lines = []
-    for name in names:
-        told, text = range_of(kinds[name]), comments.get(name, "")
-        if all(choice in text for choice in told.removeprefix("one of ").split(", ")):
-            told = ""  # the comment names the choices
-        line = f"  {f'{name}={namespace[name]!r}':<{min(width, 44)}}  {text}{f' ({told})' if told else ''}"
-        lines.append(line.rstrip())
-    for preset, values in (presets or {}).items():
-        lines.append(f"  PRESET={preset}: "
-                     + (", ".join(f"{k}={v!r}" for k, v in values.items()) or "the values above"))
+    for name, kind in kinds.items():
+        text, allowed = comments.get(name, ""), range_of(kind)
+        if all(choice in text for choice in allowed.removeprefix("one of ").split(", ")):
+            allowed = ""  # the comment names the choices
+        lines.append(f"  {values[name]:<{width}}  {text}{f' ({allowed})' if allowed else ''}".rstrip())
+    for preset, changed in (presets or {}).items():
+        given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        lines.append(f"  PRESET={preset}: {given or 'the values above'}")
     return "\n".join([(namespace.get("__doc__") or "").strip(), "", "Constants (NAME=value):", *lines])
 
 
 def _assigned(source: str) -> dict[int, str]:
-    """Line where the assignment ends -> name, for every UPPERCASE name that the script assigns at its top level."""
+    """Last line of the assignment -> name, for every UPPERCASE name that the script assigns at its top level."""
     ends = {}
     for node in ast.parse(source).body:
-        targets = (node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign)
-                   else [])
-        for target in targets:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             if isinstance(target, ast.Name) and target.id.isupper():
                 ends[node.end_lineno or node.lineno] = target.id
     return ends
 
 
 def _comments(source: str) -> dict[str, str]:
-    """Constant -> the comment behind its assignment, with the indented comment lines below it."""
+    """Constant -> the comment after its assignment, with the indented comment lines below it."""
     ends = _assigned(source)
     found: dict[str, str] = {}
     name, last_line = "", -1

@@ -1,4 +1,4 @@
-"""What a constant may be: its range is declared where it stands, checked before anything is loaded, shown by --help.
+"""What values a constant may have: declared with it, checked before anything is loaded, shown by --help.
 
     TOP_K: Count = 8                                          # a whole number, at least 1
     LR: Rate | None = None                                    # above 0 and at most 10, or None
@@ -7,8 +7,8 @@
     KS: tuple[Count, ...] = (2, 4)                            # one or more; KS=4 on the command line means (4,)
     METRICS: tuple[str, ...] | tuple[()] = ()                 # or none at all
 
-The types are Python's own. A tuple may be empty only where `tuple[()]` says so, a number is finite, text has no NUL and
-no lone surrogate, and True is not a number.
+The types are Python's own. A tuple may be empty only if `tuple[()]` allows it. Numbers are finite, text holds no NUL
+and no lone surrogate, and True is not a number.
 """
 import difflib
 import math
@@ -19,17 +19,17 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
-MAX_TEXT = 10_000  # characters of a text; longer ones are pasted by mistake
-MAX_NAME, MAX_PATH = 255, 4000  # bytes that file systems take for a name and for a path
-SHOWN_BELOW = 10**6  # an upper bound from here on only keeps nonsense out; --help does not show it
+MAX_TEXT = 10_000  # characters; longer text was pasted by mistake
+MAX_NAME, MAX_PATH = 255, 4000  # bytes that file systems allow in a name and in a path
+SHOWN_BELOW = 10**6  # larger upper bounds only keep nonsense out; --help does not show them
 
 
 class Unfit(ValueError):
-    """A value that its constant can't have; the message completes "NAME=value "."""
+    """A value outside its constant's range; the message completes "NAME=value "."""
 
 
 class Rule(NamedTuple):
-    """One thing that a value must be, beside its type."""
+    """A condition on a value, beyond its type."""
 
     text: str
     """Completes "must be "."""
@@ -55,7 +55,7 @@ def below(bound: float) -> Rule:
 
 
 def like(pattern: str, text: str) -> Rule:
-    """Text that matches all of a regular expression; `text` says it in words."""
+    """Text that a regular expression matches whole; `text` puts it in words."""
     return Rule(text, lambda value: re.fullmatch(pattern, value) is not None)
 
 
@@ -69,19 +69,18 @@ def _fits_on_disk(value: str) -> bool:
 
 Count = Annotated[int, at_least(1), at_most(10**12)]
 NotNegative = Annotated[int, at_least(0), at_most(10**12)]
-Size = Annotated[int, at_least(1), at_most(10**6)]  # of a batch, a text, a layer: what is held in memory
+Size = Annotated[int, at_least(1), at_most(10**6)]  # of what is held in memory: a batch, a text, a layer
 Positive = Annotated[float, above(0), at_most(10**30)]
 Rate = Annotated[float, above(0), at_most(10)]  # a learning rate; beyond 10 nothing learns
 Share = Annotated[float, above(0), below(1)]
 Amount = Annotated[float, at_least(0), at_most(10**30)]
 Percent = Annotated[float, above(0), at_most(100)]
 Part = Annotated[float, at_least(0), at_most(1)]
-Seed = Annotated[int, at_least(0), below(2**32)]  # what all random generators take
+Seed = Annotated[int, at_least(0), below(2**32)]  # what every random generator accepts
 Threads = Annotated[int, at_least(1), at_most(1024)]
 Name = Annotated[str, Rule("not empty", lambda value: value.strip() != "", False)]
 Location = Annotated[  # a file, a directory, or a name on the hub
-    str,
-    Rule("not empty", lambda value: value.strip() != "", False),
+    Name,
     Rule("a path that a file system can hold: it is too long", _fits_on_disk, False),
     Rule("a path without an unknown user's ~", lambda value: not os.path.expanduser(value).startswith("~"), False),
 ]
@@ -95,9 +94,9 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """`value` as its kind has it: a whole number where a float is wanted becomes one, a single value a tuple of one.
+    """`value` in the form of its kind: a whole number becomes a float, a single value a tuple of one, where wanted.
 
-    Raises Unfit, with what it must be.
+    Raises Unfit, which says what the value must be.
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -134,19 +133,17 @@ def _fit_plain(value: Any, kind: Any) -> Any:
 
 
 def _fit_one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
-    faults: list[tuple[bool, str]] = []
+    close = []  # what is wrong where the type is right and the range is not
     for kind in kinds:
         try:
             return fit(value, kind)
         except Unfit as error:
             plain = _plain(kind)
-            fits = (plain is type(value) or (plain, type(value)) == (float, int)
-                    or (plain is tuple and kind != tuple[()]))
-            faults.append((fits, str(error)))
-    close = [text for fits, text in faults if fits]
+            if plain is type(value) or (plain, type(value)) == (float, int) or plain is tuple and kind != tuple[()]:
+                close.append(str(error))
     if close:
-        told, question, suggestion = close[0].partition("; did you mean")  # the type fits, its range does not
-        raise Unfit(f"{told}{' or None' if types.NoneType in kinds else ''}{question}{suggestion}")
+        must, question, suggestion = close[0].partition("; did you mean")
+        raise Unfit(f"{must}{' or None' if types.NoneType in kinds else ''}{question}{suggestion}")
     raise Unfit("must be " + " or ".join(dict.fromkeys(words(kind) for kind in kinds)))
 
 
@@ -219,7 +216,7 @@ def words(kind: Any) -> str:
 
 
 def range_of(kind: Any) -> str:
-    """The range of a kind, as --help shows it: "at least 1", "one of add, scale"; empty if it has none."""
+    """A kind's range as --help shows it: "at least 1", "one of add, scale"; empty if it has none."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return "; or ".join(filter(None, (range_of(part) for part in parts)))
@@ -234,7 +231,7 @@ def range_of(kind: Any) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """"; did you mean ...?" where one of the names is close."""
+    """"; did you mean ...?" if one of the names is close."""
     close = difflib.get_close_matches(name[:200], names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
