@@ -1,6 +1,4 @@
-"""Chat servers that are slow, broken, busy or hostile: a latent keeps its offline name, the run goes on, no key
-leaks.
-"""
+"""Slow, broken, busy and hostile chat servers: a latent keeps its offline name, the run goes on, no key leaks."""
 import json
 import logging
 import secrets
@@ -176,21 +174,21 @@ def test_no_spelling_of_a_key_is_kept_or_told(serve, contexts, tmp_path, monkeyp
     for text in everything:
         for _ in range(3):
             assert key not in text
-            text = urllib.parse.unquote(text.replace("\\\\", "\\").encode().decode("unicode_escape") if "\\u" in text
-                                        else text)
+            if "\\u" in text:
+                text = text.replace("\\\\", "\\").encode().decode("unicode_escape")
+            text = urllib.parse.unquote(text)
 
 
 def test_a_short_key_does_not_eat_words():
-    assert Secret("fox").removed({"name": "foxes fox", "lines": ["the fox."]}) == {"name": "foxes [key]",
-                                                                                   "lines": ["the [key]."]}
+    said = {"name": "foxes fox", "lines": ["the fox."]}
+    assert Secret("fox").removed(said) == {"name": "foxes [key]", "lines": ["the [key]."]}
     assert Secret("").removed(["fox", 1, None]) == ["fox", 1, None] and "fox" not in repr(Secret("fox"))
 
 
 def test_half_a_character_is_replaced(serve, tmp_path):
     serve(lambda *_: message('{"name": "dog \\ud83d", "description": "\\ud83d\\udc36 and \\udc36"}'))
-    assert ask_json(open_chat("openai"), "Name it", check_name, tmp_path) == {
-        "name": "dog �", "description": "🐶 and �",
-                                                                              "confidence": None}
+    found = ask_json(open_chat("openai"), "Name it", check_name, tmp_path)
+    assert found == {"name": "dog �", "description": "🐶 and �", "confidence": None}
 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b'{"choices": ' + b'{"a":' * 100_000, b"\xff\xff", b'"text"', b"3",
@@ -251,10 +249,9 @@ def test_usual_addresses_are_taken(monkeypatch, address):
     assert open_chat("openai").model == "m"
 
 
+KEYS = st.sampled_from(["choices", "message", "content", "usage", "text", "type", "name", "fires"])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.sampled_from(["choices", "message", "content", "usage", "text", "type", "name",
-                                                       "fires"]), inner, max_size=3), max_leaves=12)
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=12)
 
 
 @pytest.fixture

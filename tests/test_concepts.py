@@ -1,6 +1,4 @@
-"""Top texts, statistics and live codes against brute force; patterns and names on texts with a known answer; the
-files.
-"""
+"""Top texts, statistics and live codes against brute force; patterns and names on known texts; the files."""
 
 import numpy as np
 import pytest
@@ -276,8 +274,8 @@ def test_scores_in_closed_form():
     found = score_rule(says, fires)
     assert found == {"balanced_accuracy": round((0.5 + 0.75) / 2, 4), "precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert score_rule(~says, fires)["balanced_accuracy"] == pytest.approx(1 - found["balanced_accuracy"])
-    assert score_rule(np.ones(6, bool), fires)["balanced_accuracy"] == score_rule(np.zeros(6, bool),
-                                                                                  fires)["balanced_accuracy"] == 0.5
+    for always in (True, False):
+        assert score_rule(np.full(6, always), fires)["balanced_accuracy"] == 0.5
     assert set(score_rule(says, np.zeros(6, bool)).values()) == {None}
 
 

@@ -61,8 +61,9 @@ def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, sh
     for text, found in zip(sentences, numbers):
         for i, word in enumerate(re.findall("[A-Za-z]+", text)):
             found[i] = {"cat": 1, "dog": 2}.get(word, 0)
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text, "concepts": c, "topic": 0, "mood": i % 2})
-                                                + "\n" for i, (text, c) in enumerate(zip(sentences, numbers))))
+    lines = [json.dumps({"text": text, "concepts": found, "topic": 0, "mood": i % 2})
+             for i, (text, found) in enumerate(zip(sentences, numbers))]
+    (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "concepts.json").write_text(json.dumps({"leaves": LEAVES, "topics": [EVIL], "moods": ["$\\frac$", "$x"]}))
     assert script("01_save_activations.py", f"MODEL={folder}/model", f"DATASET={folder}/texts.jsonl", "VAL_FRAC=0.4",
                   *SMALL)[0] == 0

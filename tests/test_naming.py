@@ -44,9 +44,7 @@ GOOD = {"name": "dogs", "description": "The word dog.", "confidence": 0.9}
 
 
 class Server:
-    """A server on loopback that answers with what `reply(number, path, headers, body)` returns: status, headers,
-    body.
-    """
+    """A server on loopback; reply(number, path, headers, body) returns the status, headers and body of its answer."""
 
     def __init__(self, reply):
         self.seen = []

@@ -1,3 +1,1 @@
-"""What latents mean and do: where they fire, patterns and chat models that name them, the dictionary, the page,
-effects.
-"""
+"""What latents mean and do: where they fire, their names, the dictionary and page of them, their effects."""

@@ -1,4 +1,4 @@
-"""Texts with coloured tokens, and one page of all concepts that opens offline. All text is escaped."""
+"""Texts with coloured tokens, and a page of all concepts that opens offline. All text is escaped."""
 import html
 import json
 import re
@@ -18,7 +18,7 @@ COLOUR = "224, 123, 24"  # red, green, blue of a full code
 
 
 class Piece(NamedTuple):
-    """A stretch of text as shown, with the code on it."""
+    """A piece of text as shown, with its code."""
 
     text: str
     act: float
@@ -29,10 +29,10 @@ class Piece(NamedTuple):
 def pieces(
     text: str, spans: Sequence[Sequence[int]], acts: Sequence[float], peak: int | None = None, margin: int = MARGIN
 ) -> list[Piece]:
-    """Cut a text into coloured tokens, with the plain text between and around them.
+    """Cut a text into coloured tokens, and the plain text between and around them.
 
-    spans: character range of each token, in order; tokens that share characters become one piece with the higher
-    code, and an empty slice is shown as a dot. acts: their codes. peak: number of the token to mark.
+    spans: character range of each token, in order; tokens that share characters become one piece with the highest
+    code, and an empty one is shown as a dot. acts: their codes. peak: number of the token to mark.
     """
     if not spans:
         return [Piece(_visible(text), 0.0)] if text else []
@@ -48,7 +48,7 @@ def pieces(
         if begin > at:
             found.append(Piece(_visible(text[at:begin]), 0.0))
         piece = Piece(_visible(text[max(begin, at) : end]), float(act), number == peak)
-        if not piece.text and end > begin:  # all its characters were shown with the token before
+        if not piece.text and end > begin:  # the token before has shown all its characters
             old = found.pop()
             found.append(Piece(old.text, max(old.act, piece.act), old.peak or piece.peak))
         elif piece.text or piece.act:
@@ -65,7 +65,7 @@ def _visible(text: str) -> str:
 
 
 def example_pieces(example: dict[str, Any]) -> list[Piece]:
-    """The pieces of an example of top_texts.json; one without a window is shown with its peak alone."""
+    """The pieces of an example of top_texts.json; without a window, only its peak is coloured."""
     peak = [example["char_start"], example["char_end"]] if "char_start" in example else None
     spans = example.get("spans") or ([peak] if peak else [])
     acts = example.get("acts") or [example["score"]] * len(spans)
@@ -74,7 +74,7 @@ def example_pieces(example: dict[str, Any]) -> list[Piece]:
 
 
 def coloured(shown: Sequence[Piece], scale: float) -> str:
-    """HTML of pieces, the deeper the colour the higher the code; scale: the code of the full colour."""
+    """HTML of pieces; the higher the code, the deeper the colour. scale: the code of the full colour."""
     parts = []
     for piece in shown:
         text = html.escape(piece.text)
@@ -91,7 +91,7 @@ def coloured(shown: Sequence[Piece], scale: float) -> str:
 def concept_card(
     latent: int, entry: Concept | None, examples: Sequence[Example], middle: Sequence[Example] = ()
 ) -> str:
-    """HTML of one concept for a notebook: name, score, examples with coloured tokens, the code before each."""
+    """HTML of one concept for a notebook: name, score, and examples with coloured tokens, each after its code."""
     title = html.escape(entry["name"]) if entry else "no name"
     if not examples:
         return f"<h4>Latent {latent}: dead, it never fires</h4>"
@@ -118,9 +118,9 @@ def page_concept(
 ) -> dict[str, Any]:
     """The data of one concept on the page.
 
-    stats: fires, max, mean_active, p99, and frequency (share of tokens). promotes: tokens that the latent's direction
-    makes more likely. near: (latent, cosine) of the dictionary rows closest to its own.
-    effect: of concepts.effects.next_token_effects.
+    stats: fires, max, mean_active, p99, and frequency (share of tokens). promotes: tokens whose logits the latent's
+    direction raises. near: (latent, cosine) of the dictionary rows closest to its own. effect: an entry of
+    concepts.effects.next_token_effects.
     """
     entry = entry or {"name": "", "description": "", "source": "none"}
     keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source", "model",
@@ -138,7 +138,7 @@ def _short(value: float) -> float:
 
 
 def _packed(example: dict[str, Any]) -> list[Any]:
-    """[code, piece, piece ...]: plain text as a string, coloured text as [text, code] or, the peak, [text, code, 1]."""
+    """[code, piece, piece ...]: a piece is a string, [text, code] if coloured, or [text, code, 1] for the peak."""
     packed: list[Any] = [_short(example["score"])]
     for piece in example_pieces(example):
         if piece.act:
@@ -151,12 +151,12 @@ def _packed(example: dict[str, Any]) -> list[Any]:
 
 
 def write_page(path: Path, title: str, facts: Sequence[str], concepts: Sequence[dict[str, Any]]) -> None:
-    """Write the page of all concepts: one file, no request to anywhere. facts: short lines under the title."""
+    """Write the page of all concepts: one file that loads nothing. facts: short lines under the title."""
     content = {"facts": list(facts), "concepts": list(concepts)}
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Inside <script> only "<" could end the data; the other two are escaped for old parsers.
+    # Inside <script>, only "<" could end the data; the other two are escaped for old parsers.
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     values = {"title": html.escape(title), "colour": COLOUR, "data": data}
-    # In one pass, so that a title or text that looks like a placeholder stays what it is.
+    # In one pass, so that a title or text that looks like a placeholder stays as it is.
     write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], TEMPLATE.read_text(encoding="utf-8")))
