@@ -106,7 +106,7 @@ def load_encoder(
     if model is None:
         require_same_model(loaded, saved)
     point = resolve(loaded, hook or sae.config["hook"])
-    return Encoder(sae, loaded, load_tokenizer(source, trust_remote_code), point, _names_beside(path, sae))
+    return Encoder(sae, loaded, load_tokenizer(source, trust_remote_code), point, names=_names_beside(path, sae))
 
 
 def _model_in_file(path: Path, saved: Any) -> str:

@@ -207,15 +207,19 @@ def show_rooms(files: dict[str, File]) -> None:
 
 
 def show_imports(files: dict[str, File], uses: dict[str, set[str]]) -> None:
-    print("\nWhat imports what: each line uses only lines below it")
-    between: dict[str, set[str]] = {file.room: set() for file in files.values() if file.house not in ("lib", "tests")}
+    print("\nWhat imports what: each line uses only lines below it; all experiments use lib")
+    # A file beside the scripts that a package imports too stands for itself.
+    low = {other for path, used in uses.items() for other in used
+           if files[other].room == str(Path(files[path].room).parent) != "."}
+    node = {path: path.removesuffix(".py") if path in low else file.room for path, file in files.items()}
+    between = {node[path]: set[str]() for path, file in files.items() if file.house not in ("lib", "tests")}
     for path, used in uses.items():
-        if files[path].room in between:
-            between[files[path].room] |= {files[other].room for other in used} - {files[path].room}
+        if node[path] in between:
+            between[node[path]] |= {node[other] for other in used if files[other].house != "lib"} - {node[path]}
     height = floors(between)
-    for room in sorted(between, key=lambda room: (-height[room], room)):
-        others = ", ".join(sorted(other.removeprefix(f"{room}/") for other in between[room])) or "nothing"
-        print(f"  {room.removeprefix('experiments/'):<32} -> {others.replace('experiments/', '')}")
+    for name in sorted(between, key=lambda name: (-height[name], name)):
+        others = ", ".join(sorted(Path(other).name for other in between[name]))
+        print(f"  {name.removeprefix('experiments/'):<36}{f' -> {others}' if others else ''}")
     inside = {path: uses[path] for path in files if path.startswith("lib/") and not path.endswith("__init__.py")}
     height = floors(inside)
     for floor in range(max(height.values()), -1, -1):
