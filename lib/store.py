@@ -1,14 +1,13 @@
-"""Everything on disk: where it lies, and runs of activations that can be read back. How files are written:
-lib/files.py.
+"""Where outputs lie, and runs of activations, read back. How files are written: lib/files.py.
 
 A run is a folder `store/<experiment>/runs/<run_id>/`:
 
     meta.json                            constants, model, data set, hook points, mask rules, versions
-    texts.jsonl                          {"text_id", "text", "split": "train" | "val"}, one a line
+    texts.jsonl                          {"text_id", "text", "split": "train" | "val"}, one per line
     rows/shard_00000.safetensors         text_id, pos, token_id, char_start, char_end : int32 [R]
     <hook>/shard_00000.safetensors       x : [R, D]
     <hook>/stats.safetensors, stats.json mean [D] and covariance [D, D]; scale, norms, gamma (training rows)
-    manifest.json                        every file with its rows and sha256; written last
+    manifest.json                        every file with its rows and sha256; written last: it marks the run as finished
 
 Row r of a hook's shard i is row r of rows/shard i, so row -> token -> text needs no language model.
 """
@@ -51,12 +50,11 @@ META = Schema({
 RUN_TEXT = {"text_id": COUNT, "text": str, "split": ("train", "val")}
 STATS = Schema({"scale": POSITIVE_NUMBER, "median_norm": float, "max_abs": float, "gamma": Number(float, 0),
                 "n_outliers": COUNT, "n_rows": POSITIVE}, remedy=RUN_AGAIN)
-SHARD_NOTE = [COUNT, COUNT]  # block of texts that its first row is in, rows before that block
+SHARD_NOTE = [COUNT, COUNT]  # block of texts of the shard's first row, rows before that block
 
 
 def store_root() -> Path:
-    """The folder of all outputs: the environment variable STORE_DIR, else store/ in the checkout, or in the working
-    directory where the package is installed.
+    """The folder of all outputs: the environment's STORE_DIR, else store/ in the checkout or, installed, where it runs.
 
     Raises InputError for a STORE_DIR in the home of an unknown user.
     """
@@ -67,14 +65,14 @@ def store_root() -> Path:
 
 
 def experiment_dir(experiment: str) -> Path:
-    """store/<experiment>; what is written there makes the folder."""
+    """store/<experiment>; the first file written there creates it."""
     return store_root() / experiment
 
 
 def provenance() -> dict[str, Any]:
-    """What an output is stamped with: versions (None: not installed) and code revision (None without git).
+    """What an output records of its making: versions (None: not installed) and code revision (None without git).
 
-    No time: equal runs give equal bytes.
+    It holds no time, so that equal runs give equal bytes.
     """
     packages = ("torch", "transformers", "datasets", "overcomplete", "numpy", "scikit-learn")
     return {
@@ -103,14 +101,14 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of activations, opened for reading. Nothing is loaded until it is asked for."""
+    """A finished run of activations, opened for reading. Data is loaded when it is first used."""
 
     path: Path
     """The run's folder."""
     meta: dict[str, Any]
-    """What meta.json holds: constants, model, data set, hook points."""
+    """Content of meta.json: constants, model, data set, hook points."""
     manifest: dict[str, Any]
-    """What manifest.json holds: {"rows": [{file, rows, sha256}], "hooks": {hook: [...]}, "n_rows"}."""
+    """Content of manifest.json: {"rows": [{file, rows, sha256}], "hooks": {hook: [...]}, "n_rows"}."""
 
     @property
     def run_id(self) -> str:
@@ -118,7 +116,7 @@ class Run:
 
     @property
     def hooks(self) -> list[str]:
-        """Names of the saved hook points, in the order they were asked for."""
+        """Names of the saved hook points, in the order in which step 1 was given them."""
         return list(self.manifest["hooks"])
 
     @property
@@ -126,7 +124,7 @@ class Run:
         return self.manifest["n_rows"]
 
     def hook(self, name: str | None = None) -> str:
-        """The saved hook point that `name` means, in any spelling that step 1 takes, or the first one for None."""
+        """The saved hook point called `name`, in any spelling that step 1 accepts; None means the first one."""
         if name is None:
             return self.hooks[0]
         known: dict[str, str] = {}
@@ -135,8 +133,8 @@ class Run:
             for spelling in [hook["signature"], *hook.get("names", []), *places]:
                 known.setdefault(spelling, hook["signature"])
         if name not in known:
-            held = ", ".join((hook.get("names") or [hook["signature"]])[0] for hook in self.meta["hooks"])
-            raise InputError(f"run {self.run_id} holds {held}, not {name}; save it with 01_save_activations.py")
+            saved = ", ".join((hook.get("names") or [hook["signature"]])[0] for hook in self.meta["hooks"])
+            raise InputError(f"run {self.run_id} holds {saved}, not {name}; save it with 01_save_activations.py")
         return known[name]
 
     @cached_property
@@ -145,7 +143,7 @@ class Run:
         return list(self._read_texts())
 
     def _read_texts(self) -> Iterator[dict[str, Any]]:
-        """The lines of texts.jsonl one by one: the texts may be more than memory holds."""
+        """The lines of texts.jsonl one by one: together they may not fit into memory."""
         path, count = self.path / "texts.jsonl", 0
         for count, found in enumerate(read_lines(path, RUN_TEXT, RUN_AGAIN), 1):
             if found["text_id"] != count - 1:
@@ -160,7 +158,7 @@ class Run:
             columns = read_tensors(self.path / shard["file"], wanted, R=shard["rows"])
             text_id = columns["text_id"]
             if int(text_id.min()) < 0 or int(text_id.max()) >= self.meta["n_texts"]:
-                raise InputError(f"{self.path / shard['file']} is damaged: it names a text that is not there; "
+                raise InputError(f"{self.path / shard['file']} is damaged: it names a text that the run lacks; "
                                  f"{RUN_AGAIN}")
             yield columns
 
@@ -172,12 +170,12 @@ class Run:
         length = torch.tensor([len(text["text"]) for text in self.texts])[rows["text_id"]]
         if ((rows["char_start"] < 0).any() or (rows["char_start"] > rows["char_end"]).any()
             or (rows["char_end"] > length).any() or (rows["pos"] < 0).any()):
-            raise InputError(f"{self.path / 'rows'} is damaged: a token stands outside its text; {RUN_AGAIN}")
+            raise InputError(f"{self.path / 'rows'} is damaged: a token lies outside its text; {RUN_AGAIN}")
         return rows
 
     @cached_property
     def is_val(self) -> Tensor:
-        """bool [n_rows]: the row belongs to a validation text."""
+        """Whether each row belongs to a validation text, bool [n_rows]."""
         val_text = torch.tensor([text["split"] == "val" for text in self._read_texts()])
         return torch.cat([val_text[shard["text_id"]] for shard in self._row_shards()])
 
@@ -198,7 +196,7 @@ class Run:
         return read_json(folder / "stats.json", STATS) | tensors
 
     def digest(self, hook: str) -> str:
-        """One hash over the hook's shards: what an SAE records as the data that it was trained on."""
+        """One hash over the hook's shards, by which an SAE names the activations that it was trained on."""
         digests = {entry["file"]: entry["sha256"] for entry in self.manifest["files"]}
         return fingerprint([digests[shard["file"]] for shard in self.manifest["hooks"][self.hook(hook)]])
 
@@ -206,7 +204,7 @@ class Run:
 def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -> Run:
     """Open a finished run; None means the one that 01_save_activations.py finished last.
 
-    verify: compare every file's sha256, which reads the whole run; without it that of small files, and all sizes.
+    verify: compare the checksums of all files, not only of small ones; this reads the whole run.
     Raises InputError if the run is missing, unfinished, of another schema, or damaged.
     """
     folder = store_root() / experiment
@@ -227,7 +225,7 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
 
 
 def _check_manifest(run: Run) -> None:
-    """Raise InputError if the manifest's parts disagree: rows, hooks and the files whose checksums it holds."""
+    """Raise InputError if the manifest's rows, hooks and listed files contradict each other."""
     manifest, stated = run.manifest, {entry["file"] for entry in run.manifest["files"]}
     sizes = [shard["rows"] for shard in manifest["rows"]]
     needed = {"meta.json", "texts.jsonl",

@@ -15,7 +15,7 @@ from lib.batches import Rows, shuffled_batches
 from lib.constants import override
 from lib.environment import InputError
 from lib.files import read_json, read_torch, write_json, write_torch
-from lib.outputs import differences, safe_name
+from lib.outputs import differences, is_current, safe_name
 
 QUICK = settings(max_examples=60, deadline=None)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -79,6 +79,16 @@ def test_differences_are_empty_only_for_what_is_equal(then, now):
     merged = {name: now.get(name, value) for name, value in then.items()}
     if merged != then and not any(isinstance(value, dict) for value in then.values()):
         assert differences(then, merged)
+
+
+def test_an_output_tells_what_it_was_made_from():
+    then = {"constants": {"TOP_K": 4, "SEED": 0}, "activations": "0" * 16}
+    assert differences(then, {"constants": {"TOP_K": 8, "SEED": 0}, "activations": "1" * 16}) == "TOP_K was 4, is 8"
+    assert differences(then, then | {"activations": "1" * 16}) == "other activations"
+    assert not is_current("x.pt", None, then, "")
+    assert is_current("x.pt", then | {"more": 1}, then, "") and is_current("x.pt", {"k": [1, 2]}, {"k": (1, 2)}, "")
+    with pytest.raises(InputError, match="x.pt was made with other constants or data .SEED was 0, is 1.; delete it"):
+        is_current("x.pt", then, {"constants": {"TOP_K": 4, "SEED": 1}}, "delete it")
 
 
 SOURCE = 'COUNT = 3\nRATE = 0.5\nNAME = "a"\nFLAG = False\nLIMIT: int | None = None\nPAIR = (1, 2)\n'
