@@ -61,7 +61,7 @@ class Reconstruction:
         if n == 0:
             raise ValueError("no rows were added")
         sst = (self._square_sum - self._sum.square() / n).clamp(min=0).sum().item()
-        ev = 1 - self._sse / sst if sst > 0 else float("nan")
+        ev = ev_of_sums(self._sse, sst)
         l0 = self._l0 / n
         entropy = usage_entropy(self.fires)
         return {
@@ -78,11 +78,15 @@ class Reconstruction:
         }
 
 
+def ev_of_sums(sse: float, sst: float) -> float:
+    """1 - SSE/SST, the one formula of every EV here; nan where there is no variance to explain."""
+    return 1 - sse / sst if sst > 0 else float("nan")
+
+
 def explained_variance(x: Tensor, xhat: Tensor) -> float:
     """1 - SSE/SST of xhat [N, D] for x [N, D], SST about x's per-dimension mean; nan if x has no variance."""
     x, xhat = x.detach().cpu().double(), xhat.detach().cpu().double()
-    sst = (x - x.mean(0)).square().sum()
-    return float(1 - (x - xhat).square().sum() / sst) if sst > 0 else float("nan")
+    return ev_of_sums(float((x - xhat).square().sum()), float((x - x.mean(0)).square().sum()))
 
 
 def dead_pct(fires: Tensor) -> float:

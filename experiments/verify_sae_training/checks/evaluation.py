@@ -13,7 +13,7 @@ from lib.batches import Rows, batches_in_order
 from lib.blocks import input_device, no_cache
 from lib.environment import InputError
 from lib.hooks import HookPoint, edit
-from lib.metrics.reconstruction import explained_variance
+from lib.metrics.reconstruction import ev_of_sums, explained_variance
 from lib.sae import SAE, make_sae
 from lib.sae_step import folded_weights, init_state, whitening
 from lib.store import Run
@@ -55,7 +55,7 @@ def row_scores(sae: SAE, run: Run, hook: str, mask: Tensor) -> RowScores:
 def ev(scores: RowScores, keep: Tensor | None = None) -> float:
     """Explained variance about the mean of all rows, over all of them or over those where `keep` holds."""
     keep = torch.ones_like(scores.sse, dtype=torch.bool) if keep is None else keep
-    return float(1 - scores.sse[keep].sum() / scores.sst[keep].sum())
+    return ev_of_sums(float(scores.sse[keep].sum()), float(scores.sst[keep].sum()))
 
 
 def ev_by(scores: RowScores, by: Tensor, n_bins: int = 12) -> list[tuple[float, float, float, int]]:

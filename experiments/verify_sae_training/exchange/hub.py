@@ -29,7 +29,7 @@ def write_card(folder: Path, kind: str, sae_folder: str, facts: Facts, repo: str
 library_name: {FORMATS[kind].library}
 tags: [sparse-autoencoder, interpretability]
 ---
-# TopK sparse autoencoder on {_plain(facts["model_name"])}, {_plain(facts["hook_name"])}
+# Sparse autoencoder on {_plain(facts["model_name"])}, {_plain(facts["hook_name"])}
 
 {facts["n_latents"]} latents, at most {facts["k"]} on one token. It takes raw activations: centring and scale
 of the training are folded into the weights.
