@@ -1,6 +1,6 @@
-"""What a run leaves on disk while activations are saved: its texts, its shards, their statistics, and the manifest.
+"""Writes a run of activations: its texts, its shards, their statistics, and the manifest that makes it complete.
 
-lib/store.py has the layout, and reads it.
+store.py describes the layout, and reads it.
 """
 import json
 import math

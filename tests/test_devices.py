@@ -1,6 +1,4 @@
-"""Everything that runs on a GPU runs on a device that has no float64 and refuses to mix with the CPU; see
-fake_device.
-"""
+"""Everything that runs on a GPU also runs on fake_device, which has no float64 and refuses to mix with the CPU."""
 import sys
 
 import pytest

@@ -1,6 +1,4 @@
-"""Loading models: blocks read from the disk as they run give the activations of the model in memory; what is damaged is
-one line.
-"""
+"""Loading models: blocks read from the disk give the activations of a model in memory; damage gives one line."""
 import json
 import re
 
@@ -49,7 +47,7 @@ def test_the_identity_of_a_model_does_not_depend_on_where_it_lies(folder):
 
 
 def test_a_block_read_from_the_disk_is_left_again_in_the_middle(folder):
-    """The pass ends inside a block where a point asks for it; the next pass is right all the same."""
+    """The pass may end inside a block; the next pass is right all the same."""
     whole, spread = (load_model(str(folder), CPU, torch.float32, device_map=device_map)
                      for device_map in (None, "disk"))
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -87,7 +85,7 @@ def save_llama(folder):
 
 
 def refusal(folder, load=lambda name: load_model(name, CPU, torch.float32)):
-    """What loading says in one line, the folder's name left out."""
+    """The one line that loading fails with, without the folder's name."""
     with pytest.raises(InputError) as error:
         load(str(folder))
     assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -1,6 +1,4 @@
-"""What holds for any input: files come back as they were written, constants are read or refused, the shuffle loses no
-row.
-"""
+"""What holds for any input: files read back as written, constants are read or refused, the shuffle loses no row."""
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -120,7 +118,7 @@ def test_constants_are_read_as_python_writes_them(script, count, rate, name, fla
 @QUICK
 @given(st.text())
 def test_any_argument_is_taken_or_refused_with_one_line(script, argument):
-    """Nothing but exit codes 0 (help) and 2 comes of what can't be a constant."""
+    """What can't be a constant ends with exit code 0 (help) or 2, never another."""
     try:
         found = constants(script, argument)
     except SystemExit as ended:

@@ -39,10 +39,8 @@ def test_an_epoch_holds_every_training_row_once(rows, in_memory):
     assert rows.n_train - seen.numel() < BATCH
 
 
-def test_the_order_is_another_in_every_epoch_and_owes_nothing_to_the_run(rows, in_memory):
-    """The correlation of a row's place in the epoch with its place in the run is that of random shards: 0 on
-    average.
-    """
+def test_the_order_differs_between_epochs_and_does_not_depend_on_the_run(rows, in_memory):
+    """A row's place in the epoch correlates with its place in the run as random shards do: 0 on average."""
     correlations = []
     for epoch in range(20):
         order = positions(rows, epoch).flatten().double()

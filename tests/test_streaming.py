@@ -1,4 +1,4 @@
-"""Texts that are streamed to a file: the same texts and the same run as from memory, and nothing lost when killed."""
+"""Texts streamed to a file: the same texts and the same run as from memory, and nothing is lost in a kill."""
 import json
 
 import datasets
@@ -103,9 +103,7 @@ def test_a_streamed_run_has_the_files_of_one_from_memory(tmp_path, saved_model):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "txt", "folder"])
 def test_a_limit_draws_a_sample(tmp_path, kind, monkeypatch):
-    """Of a file sorted by kind a limit leaves a fair share of each, the same at every call, in order, whatever the
-    format.
-    """
+    """From a sorted file a limit draws a fair sample: the same at every call, in order, whatever the format."""
     monkeypatch.setattr("lib.texts.CHUNK_ROWS", 37)
     frame = pandas.DataFrame({"text": [f"{'ab'[i // 200]} {i:03d}" for i in range(400)], "n": range(400)})
     path = tmp_path / f"sorted.{kind}"

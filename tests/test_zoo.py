@@ -85,7 +85,7 @@ def read(model, *points, ids=IDS):
 
 
 def found_roles(name, model, block):
-    """Role -> hook point of a block; what is refused must be what the family is known to lack."""
+    """Role -> hook point of a block; the roles refused must be those the family is known to lack."""
     points = {}
     for role in ROLES:
         if role in lacks(name, block):
@@ -121,9 +121,7 @@ def test_roles_add_up_at_every_block(name, model_of):
 
 @pytest.mark.parametrize("name", BLOCK_FAMILIES)
 def test_an_edit_changes_the_stream_and_nothing_else(name, model_of):
-    """Identity: not a bit. The stream between attention and MLP from other texts: their block's result. Zero: the
-    summand is gone.
-    """
+    """The identity changes no bit; resid_mid of other texts gives their block's result; a zero removes the summand."""
     model = model_of(name)
     _, other_after = plain_states(model, OTHER)
     with torch.no_grad():
@@ -149,7 +147,7 @@ def test_an_edit_changes_the_stream_and_nothing_else(name, model_of):
 
 @pytest.mark.parametrize("name", [name for name in BLOCK_FAMILIES if name not in ("rwkv",)])
 def test_nothing_is_left_of_a_stream_set_to_zero(name, model_of):
-    """Every token enters the MLP as the same vector, so every token leaves the block with the same one."""
+    """Every token enters the MLP as the same vector, so every token leaves the block as the same vector."""
     model = model_of(name)
     for i in range(len(blocks(model)[1])):
         points = found_roles(name, model, i)
@@ -174,9 +172,7 @@ def test_models_without_blocks_say_so(name, model_of):
 
 
 def test_padding_inside_the_model_confirms_nothing():
-    """Longformer pads texts to whole windows; that the padding of two texts is alike is no sign of a residual
-    stream.
-    """
+    """Longformer pads texts to whole windows; equal padding in two texts is no evidence of a residual stream."""
     torch.manual_seed(0)
     config = LongformerConfig(**SIZE, **SPECIAL, attention_window=64)
     with pytest.raises(InputError, match="no resid_mid"):
@@ -206,9 +202,7 @@ STEP_TEXTS = ["", *TEXTS, "cat", LONG, "", "the dog"]
 
 @pytest.fixture(scope="session")
 def run_of(model_of, tmp_path_factory):
-    """run_of(family): step 1 at every role of its second block, with a tokenizer that adds no BOS; the run and its
-    points.
-    """
+    """run_of(family): the run of step 1 at every role of its second block, without BOS, and its points."""
 
     @functools.cache
     def save(name):
@@ -227,13 +221,13 @@ def run_of(model_of, tmp_path_factory):
 
 
 def close(a, b):
-    """Equal but for the rounding of a whole model, whose weights here are large."""
+    """Equal up to the rounding of a whole model, whose weights here are large."""
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
 def test_rows_do_not_depend_on_batch_padding_or_order(name, model_of, run_of):
-    """Each row is what its text gives alone, and what another division into batches gives."""
+    """Each row is what its text gives alone, and what other batches give."""
     model, tokenizer, (run, points) = model_of(name), word_tokenizer(bos=False), run_of(name)
     stored = {point.signature: torch.cat(run.shards(point.signature)) for point in points}
     for text_id, text in enumerate(STEP_TEXTS):
