@@ -71,7 +71,7 @@ def tuning(folder: Path, shards: bool = False) -> dict[str, torch.Tensor]:
     task.splits["train"] = torch.arange(21)
     model = text_model("llama", layer="0", train_below=True, tie_word_embeddings=True)
     if shards and world_size() > 1:
-        model.shard()
+        model.share_weights()
     generator = torch.Generator().manual_seed(0)
     targets = Targets(torch.arange(21), torch.randn(21, 16, generator=generator))
     settings = TuneSettings(epochs=3, batch_size=4, accumulate=3, lr=3e-3, optimizer="adamw", weight_decay=0.01,
