@@ -94,10 +94,10 @@ def log_steps(progress: dict[str, Any], settings: TrainSettings, lr: float) -> d
 
 def log_epoch(
     progress: dict[str, Any], settings: TrainSettings, weights: dict[str, Tensor], scores: dict[str, dict[str, float]]
-) -> None:
+) -> dict[str, float]:
     """Append the scores of an epoch, and keep the weights that earned them if they are the best so far.
 
-    scores: of `val` and `train_sample`, each as lib.training.score gives them.
+    scores: of `val` and `train_sample`, each as lib.training.score gives them. Returns the new point of `val`.
     """
     history, best, step = progress["history"], progress["best"], int(progress["state"]["step"])
     for block, found in scores.items():
@@ -113,6 +113,7 @@ def log_epoch(
                        f"{history['lr']:.1e})")
     if not best or val["ev"] > best["ev"]:
         best |= {name: w.cpu() for name, w in weights.items()} | {"ev": val["ev"], "epoch": epoch}
+    return {name: column[-1] for name, column in history["val"].items()}
 
 
 def _append(block: dict[str, list[float]], point: dict[str, float]) -> None:
@@ -139,7 +140,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     settings, state, best = found["settings"], found["state"], found["best"]
     try:
         check(settings, TRAINING)
-        names = init_state(torch.eye(2), 2, 0, settings["aligned"], settings["kind"])
+        names = init_state(torch.eye(2), 2, 0, aligned=settings["aligned"], kind=settings["kind"])
         check_tensors(state, {name: STATE[name.removesuffix("_m").removesuffix("_v")] for name in names},
                       F=settings["n_latents"])
         if best:

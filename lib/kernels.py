@@ -157,17 +157,17 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
         g_dec, g_enc = np.empty(width, np.float32), np.empty(width, np.float32)
         one = np.empty(1, np.float32)
         for i in range(bounds[piece], bounds[piece + 1]):
-            g_gain, g_bias, norms[i] = _gradient(i, batch, weights, g_dec, g_enc, frozen)
+            g_gain, g_bias, norms[i] = _gradient(i, batch, weights, g_dec=g_dec, g_enc=g_enc, frozen=frozen)
             d_row, e_row = dec[i], enc[i]
             if len(gain):
                 for d in range(width):
                     e_row[d] -= gain[i] * d_row[d]
                 one[0] = g_gain
-                _adam(gain[i : i + 1], one, gain_m[i : i + 1], gain_v[i : i + 1], lr_gain, adam)
-            _adam(d_row, g_dec, dec_m[i], dec_v[i], lr_rows, adam)
-            _adam(e_row, g_enc, enc_m[i], enc_v[i], lr_rows, adam)
+                _adam(gain[i : i + 1], one, m=gain_m[i : i + 1], v=gain_v[i : i + 1], rate=lr_gain, rates=adam)
+            _adam(d_row, g_dec, m=dec_m[i], v=dec_v[i], rate=lr_rows, rates=adam)
+            _adam(e_row, g_enc, m=enc_m[i], v=enc_v[i], rate=lr_rows, rates=adam)
             one[0] = g_bias
-            _adam(bias[i : i + 1], one, bias_m[i : i + 1], bias_v[i : i + 1], lr_bias, adam)
+            _adam(bias[i : i + 1], one, m=bias_m[i : i + 1], v=bias_v[i : i + 1], rate=lr_bias, rates=adam)
             if frozen != DECODER:
                 shrink = np.float32(1) / np.sqrt(_dot(d_row, d_row))
                 for d in range(width):

@@ -73,7 +73,7 @@ def _candidates_of_row(scores, n_wanted, maxima, keys, index, one):
             for i in range(j, n, n_blocks):
                 if scores[i] >= bound:
                     if found == room:
-                        bound = _cut(keys, index, found, n_wanted, one)
+                        bound = _cut(keys, index, found, keep=n_wanted, one=one)
                         found = n_wanted
                         if scores[i] <= bound:
                             continue
@@ -81,7 +81,7 @@ def _candidates_of_row(scores, n_wanted, maxima, keys, index, one):
                     index[found] = i
                     found += 1
     if found > n_wanted:
-        _cut(keys, index, found, n_wanted, one)
+        _cut(keys, index, found, keep=n_wanted, one=one)
         found = n_wanted
     return found
 
@@ -95,7 +95,7 @@ def find_candidates(scores, n_wanted, n_blocks, n_pieces, index, count):
         maxima, one = np.empty(n_blocks, scores.dtype), np.empty(1, scores.dtype)
         keys, found = np.empty(room, scores.dtype), np.empty(room, np.int32)
         for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
-            n = _candidates_of_row(scores[r], n_wanted, maxima, keys, found, one)
+            n = _candidates_of_row(scores[r], n_wanted, maxima, keys, index=found, one=one)
             count[r] = n
             for c in range(n):
                 index[r, c] = found[c]

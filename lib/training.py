@@ -51,9 +51,8 @@ def train_sae(
 
     folder: keeps checkpoints/last.pt, from which a training with the same settings and rows resumes; None keeps
     nothing. progress: show a bar. track: called with each new entry of the history's `train`, and of its `val` as
-    val_<name> (lib/trackers.py). history: see `empty_history` and UNITS in lib/checkpoints.py.
-
-    With several ranks all train the same SAE: each takes its part of every batch, and only rank 0 writes.
+    val_<name> (lib/trackers.py). history: see `empty_history` and UNITS in lib/checkpoints.py. With several ranks all
+    train the same SAE: each takes its part of every batch, and only rank 0 writes.
 
     Raises InputError for settings that can't work, for a loss that is no longer finite, and if `folder` holds an
     unfinished training with other settings.
@@ -63,15 +62,14 @@ def train_sae(
     transform = whitening(rows.covariance, settings.whiten).to(device)
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
     key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
-    made = _resumed_or_new(checkpoint, key, settings, plan, transform)
-    state, history = made["state"], made["history"]
+    made = _resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform)
+    state = made["state"]
     take_step = _step_of(settings, plan, state, made["precision"])
     log.info("peak learning rate %.1e, %s steps", plan.learning_rate, f"{plan.n_steps:,}")
     due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
-    bar = tqdm(total=plan.n_steps, initial=int(state["step"]), unit="step", desc="training the SAE",
-               disable=not progress or rank() > 0)
-    with bar:
-        for x in _batches(rows, settings, plan, transform, state):
+    with tqdm(total=plan.n_steps, initial=int(state["step"]), unit="step", desc="training the SAE",
+              disable=not progress or rank() > 0) as bar:
+        for x in _batches(rows, settings, plan, transform=transform, state=state):
             lr = plan.learning_rate * schedule(int(state["step"]), plan.n_steps)
             take_step(state, x, lr=lr)
             bar.update()
@@ -79,17 +77,15 @@ def train_sae(
             if at % settings.log_every == 0 or at == plan.steps_per_epoch:
                 track(checkpoints.log_steps(made, settings, lr))
             if at == plan.steps_per_epoch:
-                _end_epoch(made, rows, settings, device)
-                track({name if name == "step" else f"val_{name}": column[-1]
-                       for name, column in history["val"].items()})
-                bar.set_postfix(ev=f"{history['val']['ev'][-1]:.3f}", dead=f"{history['train']['dead_pct'][-1]:.1f}%")
+                track(val := _end_epoch(made, rows, settings, device))
+                bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{made['history']['train']['dead_pct'][-1]:.1f}%")
             if checkpoint and time.monotonic() > due:
                 due = checkpoints.save_checkpoint(checkpoint, made)
     if checkpoint:
         checkpoints.save_checkpoint(checkpoint, made)
-    about = {"settings": asdict(settings), "precision": made["precision"], "units": checkpoints.UNITS,
-             "best_epoch": made["best"]["epoch"]}
-    return _sae_of(made["best"], rows, settings).to(device), {**history, **about}
+    history = made["history"] | {"settings": asdict(settings), "precision": made["precision"],
+                                 "units": checkpoints.UNITS, "best_epoch": made["best"]["epoch"]}
+    return _sae_of(made["best"], rows, settings).to(device), history
 
 
 def _resumed_or_new(
@@ -101,7 +97,7 @@ def _resumed_or_new(
         raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them "
                          "share")
     if made is None:
-        state = init_state(transform, settings.n_latents, settings.seed, settings.aligned, settings.kind)
+        state = init_state(transform, settings.n_latents, settings.seed, aligned=settings.aligned, kind=settings.kind)
         made = {"key": key, "history": checkpoints.empty_history(plan), "settings": asdict(settings), "state": state,
                 "best": {}, "precision": _precision(settings, state)}
         if checkpoint:  # keeps the precision, which another machine might choose otherwise
@@ -142,13 +138,16 @@ def _batches(
         yield from islice(batches, done, None)
 
 
-def _end_epoch(made: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str) -> None:
-    """Score the SAE as it would be saved now, and enter it into the history."""
+def _end_epoch(
+    made: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str
+) -> dict[str, float]:
+    """Score the SAE as it would be saved now, and enter it into the history; returns what to track."""
     weights = folded_weights(made["state"], rows.scale)
     sae = _sae_of(weights, rows, settings).to(device)
     scores = {block: score(sae, sample_rows(rows, validation))
               for block, validation in (("val", True), ("train_sample", False))}
-    checkpoints.log_epoch(made, settings, weights, scores)
+    val = checkpoints.log_epoch(made, settings, weights, scores)
+    return {name if name == "step" else f"val_{name}": value for name, value in val.items()}
 
 
 def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings) -> SAE:

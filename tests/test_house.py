@@ -12,10 +12,6 @@ IMPORTS: set[str] = set()
 FILES: set[str] = set()
 PARAMETERS: set[str] = set()
 BY_POSITION: dict[str, int] = {  # calls of each file
-    "lib/checkpoints.py": 1,
-    "lib/kernels.py": 5,
-    "lib/row_kernels.py": 3,
-    "lib/training.py": 3,
 }
 
 @pytest.fixture(scope="module")

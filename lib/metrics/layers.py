@@ -1,6 +1,4 @@
-"""What a layer's activations are like, before any SAE: size, spread, outliers, dimensions, what a linear probe
-reads.
-"""
+"""A layer's activations before any SAE: their size, spread, outliers and dimensions, and what a linear probe reads."""
 import torch
 from torch import Tensor
 
@@ -33,8 +31,7 @@ def layer_statistics(x: Tensor) -> dict[str, float]:
 
 
 def linear_probe(x: Tensor, y: Tensor, is_val: Tensor) -> dict[str, float]:
-    """Held-out accuracy of the linear classifier fitted by least squares with a ridge, and that of the most frequent
-    class.
+    """Held-out accuracy of a linear classifier fitted by ridge regression, and of always guessing the majority.
 
     x: [N, D]; y: int64 [N], classes from 0; is_val: bool [N]. Each class is regressed on as 0 or 1, and the largest
     value wins. Deterministic, and the same for x and any scale * x + shift.
