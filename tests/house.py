@@ -94,17 +94,15 @@ def imported(file: File, files: dict[str, File]) -> set[str]:
             wanted = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in wanted:
-            found |= {path for path in [_file_of(name, places, files)] if path and path != file.path}
+        found |= {path for name in wanted if (path := _file_of(name, places, files)) and path != file.path}
     return found
 
 
 def _file_of(module: str, places: list[Path], files: dict[str, File]) -> str | None:
     """The file that holds a module, or the longest part of its dotted name that is one."""
-    parts = module.split(".")
     for place in places:
-        for end in range(len(parts), 0, -1):
-            stem = place.joinpath(*parts[:end]).as_posix()
+        for end in range(module.count(".") + 1, 0, -1):
+            stem = place.joinpath(*module.split(".")[:end]).as_posix()
             for path in (f"{stem}.py", f"{stem}/__init__.py"):
                 if path in files:
                     return path
@@ -121,9 +119,7 @@ def floors(uses: dict[str, set[str]]) -> dict[str, int]:
             height[node] = 1 + max(under, default=-1)
         return height[node]
 
-    for node in uses:
-        climb(node, (node,))
-    return height
+    return {node: climb(node, (node,)) for node in uses}
 
 
 def circles(uses: dict[str, set[str]]) -> list[str]:
@@ -169,8 +165,7 @@ def sizes(file: File) -> list[tuple[str, str, int]]:
         found.append(("file", file.path, file.n_lines))
     for node in file.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            taken = node.args
-            n_parameters = len(taken.posonlyargs + taken.args + taken.kwonlyargs)
+            n_parameters = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
             n_lines = (node.end_lineno or 0) - node.lineno + 1
             if n_lines > FUNCTION_LINES:
                 found.append(("function", f"{file.path}:{node.name}", n_lines))
@@ -224,8 +219,8 @@ def show_imports(files: dict[str, File], uses: dict[str, set[str]]) -> None:
     height = floors(inside)
     for floor in range(max(height.values()), -1, -1):
         names = sorted(path.removeprefix("lib/").removesuffix(".py") for path in inside if height[path] == floor)
-        for number, line in enumerate(textwrap.wrap("  ".join(names), 72)):
-            print(f"  {f'lib, floor {floor}' if not number else '':<16} {line}")
+        head = f"  lib, floor {floor}     "
+        print(textwrap.fill("  ".join(names), 92, initial_indent=head, subsequent_indent=" " * len(head)))
 
 
 def show_broken(files: dict[str, File], uses: dict[str, set[str]]) -> None:
@@ -244,13 +239,9 @@ def show_broken(files: dict[str, File], uses: dict[str, set[str]]) -> None:
     print("\n".join(f"  {line}" for file in files.values() for line in long_lines(file)) or "  none")
 
 
-def main() -> None:
+if __name__ == "__main__":
     files = read_files()
     uses = {path: imported(file, files) for path, file in files.items()}
     show_rooms(files)
     show_imports(files, uses)
     show_broken(files, uses)
-
-
-if __name__ == "__main__":
-    main()
