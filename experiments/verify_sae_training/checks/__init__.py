@@ -1,1 +1,1 @@
-"""Did the SAE learn? Its evaluation and verification, its controls, ground truth, and the choice of layer."""
+"""Which layer, which k, and did the SAE learn? Choices, evaluation, ground truth, controls, verdicts."""

@@ -139,8 +139,8 @@ def _spans(
     story: dict[str, Any], paths: dict[int, str], senses: dict[str, str], tree: dict[str, Any]
 ) -> Iterator[Span]:
     """Where each concept holds in a story."""
-    text, words = story["text"], [(match, paths.get(leaf, ""))
-                                  for match, leaf in zip(WORD.finditer(story["text"]), story["concepts"])]
+    text = story["text"]
+    words = [(match, paths.get(leaf, "")) for match, leaf in zip(WORD.finditer(text), story["concepts"])]
     for match, path in words:
         for name in _above(path) if path else ():
             yield *match.span(), name
@@ -165,7 +165,7 @@ def label_rows(run: Run, spans: Tensor, n_concepts: int) -> Tensor:
 
     spans: int64 [n, 4], (text_id, char_start, char_end, concept); a token belongs to every concept it overlaps.
     """
-    width = 1 << 32  # of a text in the common order of all characters
+    width = 1 << 32  # characters are numbered over all texts, each text beginning at a multiple of this
     text_id, start, end = (run.rows[name].long() for name in ("text_id", "char_start", "char_end"))
     first = torch.searchsorted(text_id * width + end, spans[:, 0] * width + spans[:, 1], right=True)
     last = torch.searchsorted(text_id * width + start, spans[:, 0] * width + spans[:, 2])

@@ -33,7 +33,7 @@ def probe_layers(
     model: nn.Module, tokenizer, points: list[HookPoint], texts: Sequence[str], *, settings: SaveSettings,
     labels: list[Any] | None = None
 ) -> Table:
-    """What a sample of texts says of each hook point; one dict a point, in the order of the points.
+    """What a sample of texts shows at each hook point; one dict a point, in the order of the points.
 
     labels: for each text its class (a str or int), or a list with the class of each of its words (None or 0: no
     label), or None. Columns beside those of layer_statistics():
@@ -78,12 +78,17 @@ def _labelled_rows(
         found = _word_labels(rows, texts, labels)
         chosen = torch.tensor([row for row, _ in found])
         y, of_text = [label for _, label in found], text_id[chosen]
-        gather = lambda x: x[chosen]  # noqa: E731
+
+        def gather(x: Tensor) -> Tensor:
+            return x[chosen]
     else:
         of_text, place = text_id.unique(return_inverse=True)
         counts = place.bincount()[:, None]
         y = [labels[i] for i in of_text.tolist()]
-        gather = lambda x: torch.zeros(len(of_text), x.shape[1]).index_add_(0, place, x) / counts  # noqa: E731
+
+        def gather(x: Tensor) -> Tensor:
+            return torch.zeros(len(of_text), x.shape[1]).index_add_(0, place, x) / counts
+
     names = {name: number for number, name in enumerate(sorted(set(y), key=str))}
     is_val = of_text % VAL_EVERY == VAL_EVERY - 1
     if len(names) < 2 or not is_val.any() or is_val.all():
