@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lib.metrics.performance import classification, k_sparse_probe, linear_probe, next_token_loss, perplexity
+from lib.metrics.performance import classification, k_sparse_probe, logistic_probe, next_token_loss, perplexity
 
 
 def test_classification():
@@ -21,9 +21,9 @@ def test_probe_runs():
     x[torch.arange(200), y] = 5.0
     noise = torch.rand(200, 30, generator=g)
     for features in (x, x + noise):  # the first goes through sparse matrices
-        scores = linear_probe(features[:120], y[:120], features[120:], y[120:])
+        scores = logistic_probe(features[:120], y[:120], features[120:], y[120:])
         assert scores["train_accuracy"] == scores["test_accuracy"] == scores["test_f1_macro"] == 1
-    chance = linear_probe(noise[:120], y[:120], noise[120:], y[120:])
+    chance = logistic_probe(noise[:120], y[:120], noise[120:], y[120:])
     assert chance["test_accuracy"] < 0.6
 
 

@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from cycles.auxiliary import Targets, auxiliary_loss, probe, probe_ids
 from cycles.classifier import MLP, TextClassifier, load_trained, trained_state
-from cycles.examples import Entries, make_batch, outputs
-from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune, scheduled_lr, shuffled_batches
+from cycles.examples import Entries, make_batch, outputs, shuffled_batches
+from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune, scheduled_lr
 from cycles.sharpening import derangement
 from cycles.tasks import Task
 from lib.batches import rows_of_tensor

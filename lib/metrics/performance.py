@@ -39,7 +39,7 @@ def _scaled(train: Tensor, test: Tensor):
     return tuple(csr_matrix(part) for part in pair) if np.mean(pair[0] != 0) < 0.1 else pair
 
 
-def linear_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor) -> dict[str, float]:
+def logistic_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor) -> dict[str, float]:
     """Logistic regression (L2, C = 1, max_iter 1000) from features [N, F], scaled by the training maximum.
 
     Returns train_accuracy, test_accuracy, test_f1_macro, test_f1_weighted.

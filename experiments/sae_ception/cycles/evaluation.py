@@ -19,7 +19,7 @@ from lib.metrics.clustering import clustering as class_separation
 from lib.metrics.clustering import unit_rows
 from lib.metrics.interpretability import base_threshold, selectivity_given
 from lib.metrics.interpretability import selectivity as unit_selectivity
-from lib.metrics.performance import classification, k_sparse_probe, linear_probe
+from lib.metrics.performance import classification, k_sparse_probe, logistic_probe
 from lib.metrics.reconstruction import Reconstruction, explained_variance
 from lib.sae import SAE
 
@@ -103,7 +103,7 @@ def _label_selectivity(x: Scored, fired: dict[str, Tensor], labels: Tensor, n_la
 def probes(x: Scored) -> Scores:
     train, y_train = dense_codes(x.sae, x.h_train), x.session.task.y[x.train_ids]
     sparse = k_sparse_probe(train, y_train, x.codes, x.y)
-    return named("probe", linear_probe(train, y_train, x.codes, x.y)) | named("k_sparse_probe", {
+    return named("probe", logistic_probe(train, y_train, x.codes, x.y)) | named("k_sparse_probe", {
         f"k{k}": score for k, score in sparse.items()})
 
 

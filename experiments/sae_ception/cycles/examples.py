@@ -13,6 +13,7 @@ from lib.distributed import add_up, own_part, rank, wait_for_all
 from lib.files import fingerprint
 from lib.models import weights_of
 
+GROUPED_BATCHES = 20  # text batches whose examples are sorted by length together: less padding
 ENTRY_SHARD_TEXTS = 2048  # texts whose entry states share a file
 
 
@@ -40,6 +41,19 @@ def make_batch(task: Task, ids: Tensor, device: torch.device, entries: Entries |
     if entries is not None:
         batch["entry"] = entries.batch(ids, batch["input_ids"].shape[1])
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def shuffled_batches(task: Task, ids: Tensor, batch_size: int, *, seed: int, epoch: int) -> list[Tensor]:
+    """The examples of one pass in batches, in an order drawn from (seed, epoch); texts of similar length together."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = ids[torch.randperm(len(ids), generator=generator)]
+    if not task.tokens:
+        return list(order.split(batch_size))
+    batches = []
+    for group in order.split(batch_size * GROUPED_BATCHES):
+        lengths = torch.tensor([len(task.tokens[i].ids) for i in group.tolist()])
+        batches += group[lengths.argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def own_examples(batch: Tensor) -> tuple[Tensor, int]:

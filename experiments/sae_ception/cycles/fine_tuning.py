@@ -16,15 +16,13 @@ from tqdm.auto import tqdm
 from cycles import schemas
 from cycles.auxiliary import Targets, probe, pull_summary
 from cycles.classifier import load_trained, trained_state
-from cycles.examples import Entries, make_batch, outputs, own_examples
+from cycles.examples import Entries, make_batch, outputs, own_examples, shuffled_batches
 from cycles.sharding import is_sharded, shared_like, whole
 from cycles.tasks import Task
 from lib.distributed import add_up, agree, rank, world_size
 from lib.environment import InputError, first_line
 from lib.files import fingerprint, read_torch, write_torch
 from lib.outputs import is_current
-
-GROUPED_BATCHES = 20  # text batches whose examples are sorted by length together: less padding
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,8 @@ def fine_tune(
         raise InputError(f"SELECT_EPOCH={settings.select!r} must be 'last' or 'best'")
     training = _Training(model=model, task=task, settings=settings, targets=targets, entries=entries,
                          optimizer=_optimizer(model, settings))
-    if checkpoint is not None:
-        checkpoint = Checkpoint(checkpoint.path, fingerprint([checkpoint.key, asdict(settings)]))
-    progress = _load(checkpoint, training)
-    if progress is None:
-        start = probe(model, task, targets, settings, entries=entries) if targets is not None else {}
-        progress = {"epochs": [], "best_epoch": 0, "best": {}, "start": start, "sums": [0.0, 0.0]}
+    checkpoint = checkpoint and Checkpoint(checkpoint.path, fingerprint([checkpoint.key, asdict(settings)]))
+    progress = _load(checkpoint, training) or _beginning(training)
     for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False):
         record = _one_epoch(training, epoch) | _validated(training)
         _add_epoch(progress, record, training)
@@ -114,6 +108,13 @@ def fine_tune(
     return history
 
 
+def _beginning(training: _Training) -> dict[str, Any]:
+    start = {}
+    if (targets := training.targets) is not None:
+        start = probe(training.model, training.task, targets, training.settings, entries=training.entries)
+    return {"epochs": [], "best_epoch": 0, "best": {}, "start": start, "sums": [0.0, 0.0]}
+
+
 def _add_epoch(progress: dict[str, Any], record: dict[str, float], training: _Training) -> None:
     best = max((e["val_accuracy"] for e in progress["epochs"]), default=-1.0)
     progress["epochs"].append(record)
@@ -128,21 +129,8 @@ def _optimizer(model: nn.Module, settings: TuneSettings) -> torch.optim.Optimize
     if settings.optimizer not in kinds:
         raise InputError(f"OPTIMIZER={settings.optimizer!r} must be one of {', '.join(kinds)}")
     decay = settings.weight_decay if settings.optimizer == "adamw" else 0.0
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return kinds[settings.optimizer](parameters, lr=settings.lr, weight_decay=decay, fused=True)
-
-
-def shuffled_batches(task: Task, ids: Tensor, batch_size: int, *, seed: int, epoch: int) -> list[Tensor]:
-    """The examples of one pass in batches, in an order drawn from (seed, epoch); texts of similar length together."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = ids[torch.randperm(len(ids), generator=generator)]
-    if not task.tokens:
-        return list(order.split(batch_size))
-    batches = []
-    for group in order.split(batch_size * GROUPED_BATCHES):
-        lengths = torch.tensor([len(task.tokens[i].ids) for i in group.tolist()])
-        batches += group[lengths.argsort(stable=True)].split(batch_size)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return kinds[settings.optimizer]([p for p in model.parameters() if p.requires_grad], lr=settings.lr,
+                                     weight_decay=decay, fused=True)
 
 
 def scheduled_lr(step: int, n_steps: int, settings: TuneSettings) -> float:
@@ -177,9 +165,8 @@ def _one_epoch(training: _Training, epoch: int) -> dict[str, float]:
     seen = torch.stack(sums).cpu().double().sum(0)
     add_up(seen)
     loss, aux = (seen / len(train_ids)).tolist()
-    if not (math.isfinite(loss) and math.isfinite(aux)):
-        raise InputError(f"the loss is no longer finite in epoch {epoch + 1}; lower LR (now {settings.lr:g}) or "
-                         "AUX_WEIGHT")
+    if not math.isfinite(loss + aux):
+        raise InputError(f"the loss is not finite in epoch {epoch + 1}; lower LR (now {settings.lr:g}) or AUX_WEIGHT")
     return {"loss": loss, "aux_loss": aux}
 
 
