@@ -1,18 +1,7 @@
-"""The rules of the house, kept by reading the sources; `python tests/house.py` shows it.
-
-The exceptions must shrink: one that no longer applies fails too.
-"""
-from collections import Counter
-
+"""The rules of the house, kept by reading the sources; `python tests/house.py` shows it."""
 import pytest
 from house import File, broken_import_rules, circles, floors, imported, long_lines, read_files, sizes, too_long
 
-# Not mended yet. Imports: the sentences of broken_import_rules.
-IMPORTS: set[str] = set()
-FILES: set[str] = set()
-PARAMETERS: set[str] = set()
-BY_POSITION: dict[str, int] = {  # calls of each file
-}
 
 @pytest.fixture(scope="module")
 def house():
@@ -20,8 +9,7 @@ def house():
 
 
 def test_imports_follow_the_rule(house):
-    found = broken_import_rules(house, {path: imported(file, house) for path, file in house.items()})
-    assert set(found) == IMPORTS
+    assert broken_import_rules(house, {path: imported(file, house) for path, file in house.items()}) == []
 
 
 def test_no_line_is_longer_than_120(house):
@@ -29,10 +17,8 @@ def test_no_line_is_longer_than_120(house):
 
 
 def test_files_signatures_and_calls_are_short(house):
-    found = too_long(house)
-    assert {place for rule, place, _ in found if rule == "file"} == FILES
-    assert {place for rule, place, _ in found if rule == "parameters"} == PARAMETERS
-    assert Counter(place.partition(":")[0] for rule, place, _ in found if rule == "by position") == BY_POSITION
+    """The length of a function is only told: some are clearer in one piece."""
+    assert [row for row in too_long(house) if row[0] != "function"] == []
 
 
 def broken(**sources):
