@@ -1,10 +1,10 @@
-"""Where a training's progress is shown while it runs; the results themselves are always local JSON.
+"""Shows a training's progress while it runs. The results themselves are always local JSON.
 
     with open_tracker("tensorboard", folder / "tracker", constants) as track:
         track({"epoch": 1, "loss": 0.3})
 
-local shows nothing beyond the log. tensorboard, mlflow and trackio write on this machine, wandb needs an account unless
-WANDB_MODE=offline is set; mlflow and trackio go elsewhere if MLFLOW_TRACKING_URI or TRACKIO_SPACE_ID say so.
+local shows nothing beyond the log. tensorboard, mlflow and trackio write to this machine, unless MLFLOW_TRACKING_URI or
+TRACKIO_SPACE_ID name another place; wandb needs an account, unless WANDB_MODE=offline.
 """
 import os
 from collections.abc import Callable, Iterator
@@ -22,16 +22,16 @@ class Tracker(NamedTuple):
     """A started tracker."""
 
     show: Callable[[Record, int], None]
-    """Numbers by name, and the step or epoch that they belong to."""
+    """Takes numbers by name, and their step or epoch."""
     close: Callable[[], None]
 
 
 @contextmanager
 def open_tracker(kind: str, path: Path, constants: dict[str, Any]) -> Iterator[Callable[[Record], None]]:
-    """A function that shows one record of numbers by its "step", or where it has none by its "epoch".
+    """A function that shows one record of numbers at its "step" or, if it has none, its "epoch".
 
-    path: the tracker's own folder; its last three parts name the run. A tracker that fails, whether it starts, runs or
-    closes, is reported in one line and then left alone: it can't stop the training.
+    path: the tracker's own folder; its last three parts name the run. A tracker that fails to start, run or close is
+    reported in one line and dropped: it can't stop the training.
     Raises InputError if `kind` is unknown or its package is not installed.
     """
     tracker = _start(kind, path, constants)
@@ -41,8 +41,8 @@ def open_tracker(kind: str, path: Path, constants: dict[str, Any]) -> Iterator[C
         if tracker is not None:
             try:
                 tracker.show(record, int(record["step"] if "step" in record else record["epoch"]))
-            except Exception as error:  # whatever a tracker raises, the training goes on
-                log.warning("TRACKER=%s stopped, the training goes on: %s", kind, first_line(error))
+            except Exception as error:  # whatever a tracker raises must not stop the training
+                log.warning("TRACKER=%s stopped; the training continues: %s", kind, first_line(error))
                 tracker = None
 
     try:
@@ -56,17 +56,17 @@ def open_tracker(kind: str, path: Path, constants: dict[str, Any]) -> Iterator[C
 
 
 def _start(kind: str, path: Path, constants: dict[str, Any]) -> Tracker | None:
-    """The tracker, or None for "local" and for one that can't start."""
+    """The tracker; None for "local", or if it can't start."""
     if kind == "local":
         return None
     if kind not in ADAPTERS:
-        raise InputError(f"TRACKER={kind!r} is none of {', '.join(TRACKERS)}")
+        raise InputError(f"TRACKER={kind!r} is unknown; choose one of {', '.join(TRACKERS)}")
     try:
         return ADAPTERS[kind](path, "_".join(path.parts[-3:]), constants)
     except ImportError:
         raise InputError(f"TRACKER={kind} needs the package {kind}: pip install {kind}, or set TRACKER=local") from None
-    except Exception as error:  # no account, no network, a full disk ...: the training goes on
-        log.warning("TRACKER=%s can't start, the training goes on: %s", kind, first_line(error))
+    except Exception as error:  # no account, no network, a full disk ...
+        log.warning("TRACKER=%s can't start; the training continues: %s", kind, first_line(error))
         return None
 
 

@@ -93,7 +93,7 @@ def test_a_package_that_is_missing_is_told_before_the_training(kind, monkeypatch
 
 
 def test_an_unknown_tracker_and_an_error_of_the_training(monkeypatch, tmp_path):
-    with pytest.raises(InputError, match="is none of local, tensorboard, wandb, trackio, mlflow"):
+    with pytest.raises(InputError, match="is unknown; choose one of local, tensorboard, wandb, trackio, mlflow"):
         with open_tracker("paper", tmp_path, {}):
             pass
     calls = install(monkeypatch, "wandb")
