@@ -6,7 +6,7 @@ import scipy.sparse
 import torch
 from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
 
-from concepts.codes import Codes, codes_at, encode_run, live_codes
+from concepts.codes import Codes, codes_at, codes_of_text, encode_run, live_codes
 from concepts.directions import closest_directions, promoted_tokens
 from concepts.firings import collect_firings, read_top_texts, write_top_texts
 from concepts.names import candidate_patterns, name_latents, patterns_of, predict, score_rule
@@ -148,6 +148,13 @@ def test_live_codes_are_the_stored_ones_and_change_nothing(run, sae, model):
     assert torch.equal(collect_firings(live, 3).top_rows, collect_firings(stored, 3).top_rows)
     with pytest.raises(InputError, match="no token"):
         live_codes([""], model, word_tokenizer(), resolve(model, "resid_post:1"), sae, SaveSettings())
+
+
+def test_codes_of_one_text_are_its_part_of_the_run(run, sae):
+    codes, one = encode_run(run, run.hooks[0], sae), codes_of_text(run, run.hooks[0], sae, 3)
+    mask = run.rows["text_id"] == 3
+    assert torch.allclose(dense_codes(one), dense_codes(codes)[mask], atol=1e-6)
+    assert one.slice(2) == codes.slice(int(mask.nonzero()[2])) and not one.rows["text_id"].any()
 
 
 def test_codes_of_a_large_run_are_made_again(run, sae, monkeypatch):
