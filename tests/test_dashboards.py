@@ -93,28 +93,28 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
 
     folder = write("out")
     assert folder == tmp_path / "out" / "model" / "1-set"
-    assert {path.name
-            for path in folder.glob("*.jsonl")} == {"release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl"}
+    heads = {"release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl"}
+    assert {path.name for path in folder.glob("*.jsonl")} == heads
 
     def lines(kind):
-        return [json.loads(line)
-                for line in gzip.decompress((folder / kind / "batch-0.jsonl.gz").read_bytes()).splitlines()]
+        text = gzip.decompress((folder / kind / "batch-0.jsonl.gz").read_bytes())
+        return [json.loads(line) for line in text.splitlines()]
 
     feature = lines("features")[latent]
-    assert (feature["modelId"], feature["layer"], feature["index"],
-            feature["hookName"]) == ("model", "1-set", str(latent), FACTS["hook_name"])
+    assert [feature[key] for key in ("modelId", "layer", "index")] == ["model", "1-set", str(latent)]
+    assert feature["hookName"] == FACTS["hook_name"]
     assert feature["maxActApprox"] == pytest.approx(sae.scale * float(firings.max[latent]))
     assert feature["frac_nonzero"] == pytest.approx(float((dense(codes)[:, latent] > 0).float().mean()))
     assert feature["vector"] == pytest.approx(sae.W_dec[latent].tolist()) and len(lines("features")) == 32
-    assert (feature["pos_str"][:8] == promoted_tokens(sae, model, tokenizer)[latent]
-            and feature["pos_values"][0] > 0 > feature["neg_values"][0])
+    assert feature["pos_str"][:8] == promoted_tokens(sae, model, tokenizer)[latent]
+    assert feature["pos_values"][0] > 0 > feature["neg_values"][0]
     mine = [activation for activation in lines("activations") if activation["index"] == str(latent)]
     assert [a["maxValue"] for a in mine] == pytest.approx([sae.scale * e["score"] for e in top[latent]])
     for activation, example in zip(mine, top[latent]):
-        assert (activation["tokens"][activation["maxValueTokenIndex"]] == example["token_str"]
-                and len(activation["tokens"]) == len(activation["values"]))
-    assert [(e["index"], e["description"], e["typeName"])
-            for e in lines("explanations")] == [(str(latent), "something", "human")]
+        assert activation["tokens"][activation["maxValueTokenIndex"]] == example["token_str"]
+        assert len(activation["tokens"]) == len(activation["values"])
+    found = [(line["index"], line["description"], line["typeName"]) for line in lines("explanations")]
+    assert found == [(str(latent), "something", "human")]
     outside = set(tmp_path.rglob("*"))
     for name in ("../x", "/abs", "..", ""):
         with pytest.raises(InputError, match="use letters"):
@@ -122,8 +122,8 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
     for change in ({"model_name": ".."}, {"model_name": "../../x"}, {"model_name": "a/<b>\x00"},
                    {"hook_name": "blocks.../../x"}):
         there = write("odd", **change)
-        assert (there.parent.parent == tmp_path / "odd"
-                and re.fullmatch(r"[\w.-]+/\d+-set", str(there.relative_to(tmp_path / "odd"))))
+        assert there.parent.parent == tmp_path / "odd"
+        assert re.fullmatch(r"[\w.-]+/\d+-set", str(there.relative_to(tmp_path / "odd")))
     assert {path for path in tmp_path.rglob("*") if tmp_path / "odd" not in (path, *path.parents)} == outside
     first = (folder / "activations" / "batch-0.jsonl.gz").read_bytes()
     write("again")

@@ -19,8 +19,7 @@ from lib.sae import make_sae
 PEERS = PROJECT / ".venv-peers" / "bin" / "python"
 ABOUT = {
     "model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", "hf_module_path": "h.3", "context_size": 128,
-    "dataset_path": "stories",
-    "prepend_bos": True, "seed": 0, "lr": 1e-3, "steps": 10,
+    "dataset_path": "stories", "prepend_bos": True, "seed": 0, "lr": 1e-3, "steps": 10,
 }
 
 
@@ -260,15 +259,15 @@ def test_the_tools_themselves_open_ours_and_we_open_theirs(sae, jumping, tmp_pat
     assert torch.allclose(jumping.scale * dense(*jumping.encode(x)), found["ours.jumping.codes"], rtol=1e-5, atol=1e-3)
     for name in FORMATS:
         for mine, other in ((codes, found[f"ours.{name}.codes"]), (xhat, found[f"ours.{name}.xhat"])):
-            torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5 * float(mine.abs().max()), msg=lambda text,
-                                       name=name: f"{name}: {text}")
+            torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5 * float(mine.abs().max()),
+                                       msg=lambda text, name=name: f"{name}: {text}")
         kind, folded = read_foreign(tmp_path / "native" / name)
         back = unfold(folded, 5.0)
         assert kind == name
         for mine, other in ((5 * dense(*back.encode(x)), found[f"native.{name}.codes"]),
                             (back.decode(*back.encode(x)), found[f"native.{name}.xhat"])):
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()), msg=lambda text,
-                                       name=name: f"native {name}: {text}")
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()),
+                                       msg=lambda text, name=name: f"native {name}: {text}")
 
 
 def test_shapes_that_disagree_are_refused(tmp_path):
@@ -334,9 +333,8 @@ def test_values_that_ours_cannot_be_are_one_line(sae, tmp_path, name, changes, m
 
 TENSORS = {
     "a number": lambda x: torch.tensor(1.0), "no rows": lambda x: x[:0], "another dimension": lambda x: x[None],
-    "whole numbers": lambda x: x.int(),
-    "complex numbers": lambda x: x.to(torch.complex64), "half of it": lambda x: x[: len(x) // 2].clone(),
-    "infinite": lambda x: x.clone().fill_(torch.inf),
+    "whole numbers": lambda x: x.int(), "complex numbers": lambda x: x.to(torch.complex64),
+    "half of it": lambda x: x[: len(x) // 2].clone(), "infinite": lambda x: x.clone().fill_(torch.inf),
     "beyond float32": lambda x: x.double() * 1e60,
 }
 

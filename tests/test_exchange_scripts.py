@@ -52,8 +52,8 @@ def test_every_export_comes_back_as_the_same_sae(script, trained):  # noqa: F811
         assert code == 0 and kind in out and "held out: EV" in out, err
         for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
             torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
-        assert script("import_sae.py",
-                      f"SOURCE={trained}/exports/{kind}/{folder}")[0] == 0, "the same SAE may be imported again"
+        again = script("import_sae.py", f"SOURCE={trained}/exports/{kind}/{folder}")
+        assert again[0] == 0, "the same SAE may be imported again"
         shutil.rmtree(trained / "sae_model")
 
 
@@ -63,15 +63,14 @@ def test_the_export_says_what_it_is(script, trained):  # noqa: F811
     sae = load_sae(trained / "sae_model" / "topk_sae.pt")
     expected = {
         "hook_name": "blocks.1.hook_resid_post", "hf_module_path": "model.layers.1", "context_size": 128,
-        "prepend_bos": True,
-        "k": 3, "seed": 0, "tokens_trained": sae.config["tokens_trained"], "run_id": sae.config["run_id"],
-        "explained_variance": sae.config["final"]["ev"],
+        "prepend_bos": True, "kind": "topk", "k": 3, "seed": 0, "tokens_trained": sae.config["tokens_trained"],
+        "run_id": sae.config["run_id"], "explained_variance": sae.config["final"]["ev"],
     }
-    assert ({key: metadata[key] for key in expected} == expected
-            and "per-dimension mean" in metadata["explained_variance_formula"])
+    assert {key: metadata[key] for key in expected} == expected
+    assert "per-dimension mean" in metadata["explained_variance_formula"]
     card = (trained / "exports/sae_lens/README.md").read_text()
-    assert (card.startswith("---\nlibrary_name: saelens\n")
-            and 'from_pretrained("user/repository", "blocks.1.hook_resid_post")' in card)
+    assert card.startswith("---\nlibrary_name: saelens\n")
+    assert 'from_pretrained("user/repository", "blocks.1.hook_resid_post")' in card
 
 
 def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, trained, capsys):  # noqa: F811
@@ -83,8 +82,8 @@ def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, t
     said = capsys.readouterr().out
     assert "trained elsewhere (sparsify" in said and "brought no history" in said
     checks = {row["check"] for row in names["checks"]}
-    assert ({"ev", "dead", "duplicates", "reload", "ce_recovered"} <= checks
-            and not checks & {"loss_fell", "weights_moved", "ev_random", "gap"})
+    assert {"ev", "dead", "duplicates", "reload", "ce_recovered"} <= checks
+    assert not checks & {"loss_fell", "weights_moved", "ev_random", "gap"}
     for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
         run_notebook(FOLDER / name)
     assert (trained / "concepts.html").exists()
@@ -254,8 +253,8 @@ def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
     done = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name")
     assert done.returncode == 0, done.stderr
     assert "/user/name/commit/" in done.stdout
-    assert not [name for name, content in Hub.files.items()
-                if str(tmp_path).encode() in content], "no path of this machine"
+    named = [name for name, content in Hub.files.items() if str(tmp_path).encode() in content]
+    assert not named, "no path of this machine"
     assert set(Hub.files) == {"README.md", f"{folder}/cfg.json", f"{folder}/sae_weights.safetensors"}
     assert b'from_pretrained("user/name"' in Hub.files["README.md"]
     before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")
@@ -266,9 +265,8 @@ def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
     for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
         torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
     refused = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name", HF_TOKEN="hf_wrong")
-    assert refused.returncode == 2 and refused.stderr.startswith(
-        "error: PUSH_TO=user/name: "
-    ) and refused.stderr.count("\n") == 1, refused.stderr
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert refused.stderr.startswith("error: PUSH_TO=user/name: ")
 
 
 @pytest.mark.skipif(not PEERS.exists(), reason="the other libraries are not installed: make peers")
@@ -283,9 +281,8 @@ def test_saebench_accepts_the_export_and_finds_the_same_numbers(script, own_stor
                "store/embedded/stories/val.jsonl"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, final = json.loads(done.stdout.splitlines()[-1]), load_sae(
-        folder / "sae_model" / "topk_sae.pt"
-    ).config["final"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    final = load_sae(folder / "sae_model" / "topk_sae.pt").config["final"]
     assert found["sparsity"]["l0"] == pytest.approx(final["l0_mean"], abs=0.01)
     assert found["reconstruction_quality"]["explained_variance"] == pytest.approx(final["ev"], abs=0.02)
     assert found["model_performance_preservation"]["ce_loss_score"] > 0.9
