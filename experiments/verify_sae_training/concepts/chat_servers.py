@@ -1,8 +1,8 @@
-"""Servers of chat models: asked through the `openai` client, never trusted, and never told on with their key.
+"""Servers of chat models, asked through the `openai` client: any that speaks OpenAI's protocol.
 
-Any server of OpenAI's protocol will do; Anthropic's is asked at its OpenAI-compatible address. The client brings the
-connection, retries and Retry-After. Beyond that: redirects are not followed, no question takes longer than PATIENCE
-however slowly the bytes come, and a key is taken out of whatever a server says.
+Anthropic's is asked at its OpenAI-compatible address. The client brings the connection, the retries and Retry-After.
+Added here: redirects are not followed, no question takes longer than PATIENCE however slowly the bytes come, and the
+key is removed from everything a server says.
 """
 import html
 import json
@@ -43,9 +43,9 @@ Send = Callable[[Messages], Reply]
 
 
 def connect(backend: str, model: str) -> tuple[Send, "Secret"]:
-    """A function that puts messages to `model`, and the key to keep out of what the server says. Sends nothing yet.
+    """A function that sends messages to `model`, and the key to keep out of the replies; nothing is sent yet.
 
-    backend: a key of DEFAULT_ADDRESS. Raises InputError for wrong settings and a missing client; the function raises
+    backend: one of DEFAULT_ADDRESS. Raises InputError for wrong settings and a missing client; the function raises
     NoAnswer.
     """
     variable = f"{backend.upper()}_API_KEY"
