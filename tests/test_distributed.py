@@ -233,7 +233,7 @@ def test_a_script_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
 
 
 def test_more_ranks_than_rows_of_a_batch_are_refused(monkeypatch):
-    monkeypatch.setattr(training, "world_size", lambda: 100)
+    monkeypatch.setattr("lib.train_settings.world_size", lambda: 100)
     with pytest.raises(InputError, match="leaves some of 100 ranks without a row"):
         training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), progress=False)
 
