@@ -18,15 +18,19 @@ import numpy as np
 from numba import config, njit, prange, set_num_threads
 
 config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # tbb costs 30 %, workqueue 45 % of the speed at F = 1152
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered and fused; NaN and infinity keep their meaning
+LANES = 64  # partial sums of a dot product
 DECODER, ENCODER = 1, 2
 FROZEN = {None: 0, "decoder": DECODER, "encoder": ENCODER}
 TINY = np.float32(1e-30)  # moments below it become 0: arithmetic on subnormal numbers is a hundred times slower
 
 
 def compiled(parallel: bool = False) -> Callable:
-    """Decorator: compile a function; with `parallel` its prange loops run on all threads."""
-    options = {"parallel": parallel, "nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    """Decorator: compile a function; with `parallel` its prange loops run on all threads.
+
+    Without fastmath: where the compiler may reorder or fuse, code that was just compiled and the same code from the
+    cache differ in the last digits, and one seed has two results.
+    """
+    options = {"parallel": parallel, "nogil": True, "error_model": "numpy"}
 
     def decorate(function: Callable) -> Callable:
         try:
@@ -51,11 +55,22 @@ def use_threads(n: int) -> int:
 
 
 @compiled()
-def _dot(a, b):
-    total = np.float32(0)
-    for d in range(len(a)):
-        total += a[d] * b[d]
-    return total
+def _dot(a, b, lanes):
+    """Sum of products in a fixed order that fits vector instructions; lanes [LANES]: room for partial sums."""
+    whole = len(a) // LANES * LANES
+    for j in range(LANES):
+        lanes[j] = 0
+    for d in range(0, whole, LANES):
+        for j in range(LANES):
+            lanes[j] += a[d + j] * b[d + j]
+    for d in range(whole, len(a)):
+        lanes[d - whole] += a[d] * b[d]
+    half = LANES >> 1
+    while half:
+        for j in range(half):
+            lanes[j] += lanes[j + half]
+        half >>= 1
+    return lanes[0]
 
 
 @compiled()
@@ -83,9 +98,10 @@ def sort_by_latent(codes, pairs):
 
 
 @compiled()
-def _gradient(i, batch, weights, g_dec, g_enc, frozen):
-    """Gradient of latent i into g_dec, g_enc [D]; returns those of gain and bias, and the squared norm of all."""
+def _gradient(i, batch, weights, rows, frozen):
+    """Gradient of latent i into the first two rows, [D], with the third as room; returns those of gain and bias, and the squared norm of all."""
     x, error, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
+    g_dec, g_enc, lanes = rows
     dec, enc, gain, _ = weights
     width = len(g_dec)
     zero = np.float32(0)
@@ -109,7 +125,7 @@ def _gradient(i, batch, weights, g_dec, g_enc, frozen):
             g_enc[d] += s * x_row[d]
     d_row, e_row = dec[i], enc[i]
     if len(gain):
-        g_gain, s = _dot(d_row, g_enc), gain[i]
+        g_gain, s = _dot(d_row, g_enc, lanes), gain[i]
         for d in range(width):
             u = e_row[d] - s * d_row[d]
             g_dec[d] += s * g_enc[d] - g_gain * u
@@ -118,11 +134,10 @@ def _gradient(i, batch, weights, g_dec, g_enc, frozen):
         g_dec[:] = zero
     elif frozen == ENCODER:
         g_enc[:] = zero
-    along = _dot(d_row, g_dec)
-    total = g_gain * g_gain + g_bias * g_bias
+    along = _dot(d_row, g_dec, lanes)
     for d in range(width):
         g_dec[d] -= along * d_row[d]
-        total += g_dec[d] * g_dec[d] + g_enc[d] * g_enc[d]
+    total = _dot(g_dec, g_dec, lanes) + _dot(g_enc, g_enc, lanes) + g_gain * g_gain + g_bias * g_bias
     return g_gain, g_bias, total
 
 
@@ -155,9 +170,9 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
     width = dec.shape[1]
     for piece in prange(len(bounds) - 1):
         g_dec, g_enc = np.empty(width, np.float32), np.empty(width, np.float32)
-        one = np.empty(1, np.float32)
+        lanes, one = np.empty(LANES, np.float32), np.empty(1, np.float32)
         for i in range(bounds[piece], bounds[piece + 1]):
-            g_gain, g_bias, norms[i] = _gradient(i, batch, weights, g_dec=g_dec, g_enc=g_enc, frozen=frozen)
+            g_gain, g_bias, norms[i] = _gradient(i, batch, weights, rows=(g_dec, g_enc, lanes), frozen=frozen)
             d_row, e_row = dec[i], enc[i]
             if len(gain):
                 for d in range(width):
@@ -169,11 +184,11 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
             one[0] = g_bias
             _adam(bias[i : i + 1], one, m=bias_m[i : i + 1], v=bias_v[i : i + 1], rate=lr_bias, rates=adam)
             if frozen != DECODER:
-                shrink = np.float32(1) / np.sqrt(_dot(d_row, d_row))
+                shrink = np.float32(1) / np.sqrt(_dot(d_row, d_row, lanes))
                 for d in range(width):
                     d_row[d] *= shrink
             if len(gain):
-                along = gain[i] - _dot(e_row, d_row)
+                along = gain[i] - _dot(e_row, d_row, lanes)
                 for d in range(width):
                     e_row[d] += along * d_row[d]
             if len(low):

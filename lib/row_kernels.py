@@ -2,7 +2,7 @@
 import numpy as np
 from numba import prange
 
-from .kernels import compiled
+from .kernels import LANES, compiled
 
 
 @compiled()
@@ -127,11 +127,22 @@ def _keep_largest(keys, index, n, keep):
 
 
 @compiled()
-def _dot(a, b):  # not that of lib.kernels: numba's cache would not notice a change in another file
-    total = np.float32(0)
-    for d in range(len(a)):
-        total += a[d] * b[d]
-    return total
+def _dot(a, b, lanes):  # not that of lib.kernels: numba's cache would not notice a change in another file
+    """Sum of products in a fixed order that fits vector instructions; lanes [LANES]: room for partial sums."""
+    whole = len(a) // LANES * LANES
+    for j in range(LANES):
+        lanes[j] = 0
+    for d in range(0, whole, LANES):
+        for j in range(LANES):
+            lanes[j] += a[d + j] * b[d + j]
+    for d in range(whole, len(a)):
+        lanes[d - whole] += a[d] * b[d]
+    half = LANES >> 1
+    while half:
+        for j in range(half):
+            lanes[j] += lanes[j + half]
+        half >>= 1
+    return lanes[0]
 
 
 @compiled(parallel=True)
@@ -151,11 +162,12 @@ def code_rows(x, weights, candidates, n_pieces, codes, error, loss):
     for piece in prange(n_pieces):
         room = proposed.shape[1]
         value, place = np.empty(room, np.float32), np.empty(room, np.int32)
+        lanes = np.empty(LANES, np.float32)
         for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
             n = count[r]
             for c in range(n):
                 place[c] = proposed[r, c]
-                value[c] = _dot(x[r], enc[place[c]]) + bias[place[c]]
+                value[c] = _dot(x[r], enc[place[c]], lanes) + bias[place[c]]
             if n > k:
                 _keep_largest(value, place, n, k)
                 n = k
@@ -171,5 +183,5 @@ def code_rows(x, weights, candidates, n_pieces, codes, error, loss):
                         residual[d] -= z * row[d]
             for c in range(n):
                 if code[r, c] > 0:
-                    slope[r, c] = scale * _dot(residual, dec[index[r, c]])
-            loss[r] = _dot(residual, residual)
+                    slope[r, c] = scale * _dot(residual, dec[index[r, c]], lanes)
+            loss[r] = _dot(residual, residual, lanes)

@@ -123,3 +123,29 @@ print(float((fast["dec"] - dense["dec"]).abs().max()) < 1e-4, int(fast["step"]))
 """
     done = run_python(code)
     assert done.stdout.split() == ["True", "3"], done.stderr
+
+
+STEP = """
+import lib, sys, hashlib, torch
+from lib.fast_step import fast_step
+from lib.sae_step import init_state
+from lib.workspace import Workspace
+torch.set_num_threads(int(sys.argv[1]))
+x = torch.randn(512, 72, generator=torch.Generator().manual_seed(0))
+state = init_state(torch.eye(72), 300, 0)
+work = Workspace(state, "float32")
+for part in x.split(128):
+    fast_step(state, part, k=4, lr=1e-2, dead_after=300, work=work)
+print(hashlib.sha256(b"".join(state[n].numpy().tobytes() for n in ("dec", "enc", "gain", "bias"))).hexdigest())
+"""
+
+
+def test_code_just_compiled_and_code_from_the_cache_take_the_same_step(tmp_path):
+    """Where the compiler may reorder sums, the two differ in the last digits: one seed would have two results."""
+    found = []
+    for threads in (1, 1, 2):
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(PROJECT)}
+        done = subprocess.run([sys.executable, "-c", STEP, str(threads)], capture_output=True, text=True,
+                              env=environment, check=True)
+        found.append(done.stdout.split()[-1])
+    assert len(set(found)) == 1
