@@ -68,5 +68,5 @@ def test_the_notebook_shows_what_there_is(side_by_side, own_store, capsys):
                                                                   "runs": runs}))
     names = run_notebook(FOLDER / "04_show_benchmarks.ipynb")
     assert [run["fvu"] for run in names["chosen"]["small"]["sparsify"]] == [0.4, 0.5]
-    assert list(names["table"]["over the floor"]) == [2, 10, 2, 10] and (folder / "benchmarks.png").exists()
+    assert list(names["table"]["over the floor"]) == [2, 10, 2, 10] and (folder / "benchmarks_step.png").exists()
     assert "activations_speed.json is missing" in capsys.readouterr().out
