@@ -2,8 +2,8 @@
 
     x' = (x - mean) / scale        z = TopK_k(ReLU(W_enc x' + b_enc))        xhat = scale * (z W_dec) + mean
 
-Where an SAE has thresholds (lib.sae_kinds), codes that don't exceed them are 0, and k is the most that a row keeps.
-x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k].
+Where an SAE has thresholds (lib.training.kinds), codes that don't exceed them are 0, and k is the most that a row
+keeps. x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k].
 
     sae = load_sae(folder / "topk_sae.pt")
     values, indices = sae.encode(x)

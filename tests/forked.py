@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parents[1]
-IMPORTS = ("lib.environment", "lib.activations", "lib.training", "cycles.steps", "cycles.evaluation", "lib.models",
-           "lib.kernels", "pandas",
+IMPORTS = ("lib.environment", "lib.activations", "lib.training.loop", "cycles.steps", "cycles.evaluation", "lib.models",
+           "lib.training.kernels", "pandas",
            "sklearn.linear_model", "sklearn.feature_extraction.text", "sklearn.cluster",
            "transformers.models.llama.modeling_llama",
            "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "overcomplete.sae")
@@ -29,7 +29,7 @@ IMPORTS = ("lib.environment", "lib.activations", "lib.training", "cycles.steps",
 ROOMS = os.pathsep.join(str(PROJECT / folder)
                         for folder in (".", "experiments/verify_sae_training", "experiments/sae_ception"))
 # Set before a script starts, so that a run of a second writes as many files as a long one.
-OFTEN = {"lib.checkpoints.CHECKPOINT_SECONDS": 0.02, "lib.checkpoints.CHECKPOINT_SHARE": 1.0,
+OFTEN = {"lib.training.checkpoints.CHECKPOINT_SECONDS": 0.02, "lib.training.checkpoints.CHECKPOINT_SHARE": 1.0,
          "lib.activations.BLOCK_TEXTS": 16}
 VERIFY, CEPTION, EMBEDDED = (f"experiments/{name}"
                              for name in ("verify_sae_training", "sae_ception", "embedded_default"))

@@ -21,10 +21,10 @@ from lib.activations import SaveSettings, preflight, save_activations
 from lib.batches import sample_rows
 from lib.hooks import resolve
 from lib.sae import load_sae, save_sae
-from lib.sae_kinds import KINDS
 from lib.steering import Edit
 from lib.texts import split_texts
-from lib.training import TrainSettings, score, train_sae
+from lib.training.kinds import KINDS
+from lib.training.loop import TrainSettings, score, train_sae
 
 SETTINGS = SaveSettings(shard_rows=50)
 RECORDED = {"max_length": 128, "skip_special": True, "skip_first": 0}

@@ -18,19 +18,19 @@ from forked import ROOMS
 from test_sae_ception_gates import text_model, text_task
 from test_training import SMALL, make_rows
 
-import lib.checkpoints as checkpoints
-import lib.training as training
+import lib.training.checkpoints as checkpoints
+import lib.training.loop as training
 from cycles.auxiliary import Targets
 from cycles.classifier import trained_state
 from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune
 from lib.batches import shuffled_batches
 from lib.distributed import add_up, own_part, rank, ranks, world_size
 from lib.environment import InputError
-from lib.fast_step import fast_step
 from lib.files import read_json
-from lib.sae_step import init_state, whitening
 from lib.store import open_run
-from lib.workspace import Workspace
+from lib.training.fast_step import fast_step
+from lib.training.step import init_state, whitening
+from lib.training.workspace import Workspace
 
 SAVE = "experiments/verify_sae_training/01_save_activations.py"
 TRAIN = "experiments/verify_sae_training/02_train_sae.py"
@@ -233,7 +233,7 @@ def test_a_script_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
 
 
 def test_more_ranks_than_rows_of_a_batch_are_refused(monkeypatch):
-    monkeypatch.setattr("lib.train_settings.world_size", lambda: 100)
+    monkeypatch.setattr("lib.training.settings.world_size", lambda: 100)
     with pytest.raises(InputError, match="leaves some of 100 ranks without a row"):
         training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), progress=False)
 

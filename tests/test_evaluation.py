@@ -11,7 +11,7 @@ from lib.hooks import resolve
 from lib.metrics.reconstruction import explained_variance
 from lib.sae import make_sae
 from lib.texts import split_texts
-from lib.training import TrainSettings, train_sae
+from lib.training.loop import TrainSettings, train_sae
 
 SETTINGS = {"max_length": 128, "skip_special": True, "skip_first": 0}
 

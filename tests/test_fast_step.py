@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import workspace as module
 from lib.environment import PROJECT
-from lib.fast_step import fast_step
-from lib.sae_step import BETAS, dense_step, init_state, read_stats, whitening
-from lib.workspace import Workspace, choose_precision, low_precision
+from lib.training import workspace as module
+from lib.training.fast_step import fast_step
+from lib.training.step import BETAS, dense_step, init_state, read_stats, whitening
+from lib.training.workspace import Workspace, choose_precision, low_precision
 
 PATHS = [True, False] if module.kernels is not None else [False]
 WIDTH, LATENTS = 21, 67  # multiples of nothing
@@ -281,9 +281,9 @@ def test_low_precision_product_includes_the_bias():
 def test_a_workspace_leaves_torch_its_number_of_threads():
     code = """
 import torch
-from lib.fast_step import fast_step
-from lib.sae_step import init_state, whitening
-from lib.workspace import Workspace
+from lib.training.fast_step import fast_step
+from lib.training.step import init_state, whitening
+from lib.training.workspace import Workspace
 torch.set_num_threads(1)
 state = init_state(whitening(torch.eye(8)), 16, 0)
 fast_step(state, torch.randn(32, 8), k=2, lr=1e-3, dead_after=100, work=Workspace(state))

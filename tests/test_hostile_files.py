@@ -27,13 +27,13 @@ from cycles.stamps import finished
 from kept_saes import find
 from lib import schemas
 from lib.batches import rows_of_run, rows_of_tensor
-from lib.checkpoints import HISTORY, read_checkpoint
 from lib.environment import InputError
 from lib.files import read_json, read_torch, write_json, write_tensors, write_torch
 from lib.sae import load_sae, require_trained_on
 from lib.schemas import Misfit, check, check_tensors
 from lib.store import open_run, store_root
-from lib.training import TrainSettings, train_sae
+from lib.training.checkpoints import HISTORY, read_checkpoint
+from lib.training.loop import TrainSettings, train_sae
 
 ALTERED = int(os.environ.get("FAULTS", 20))  # times that an entry of each kind of file is altered
 VERIFY, CYCLE = "verify_sae_training", "sae_ception/tiny/per_class/seed_0"

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("numba")
 from lib import kernels  # noqa: E402
-from lib.kernels import use_threads  # noqa: E402
-from lib.row_kernels import find_candidates  # noqa: E402
+from lib.training.kernels import use_threads  # noqa: E402
+from lib.training.row_kernels import find_candidates  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +83,7 @@ def test_without_a_folder_to_cache_in_the_loops_still_compile():
 import numba.core.caching
 numba.core.caching.CacheImpl._locator_classes = []
 import numpy as np
-from lib import kernels
+from lib.training import kernels
 low = np.empty(3, np.uint16)
 kernels._to_bfloat16(np.ones(1, np.float32), np.float32(0), low)
 print(low[0], kernels.is_cached(kernels._to_bfloat16))
@@ -95,7 +95,7 @@ print(low[0], kernels.is_cached(kernels._to_bfloat16))
 def test_the_cache_can_be_put_elsewhere(tmp_path):
     code = """
 import numpy as np
-from lib import kernels
+from lib.training import kernels
 before = kernels.is_cached(kernels._to_bfloat16)
 kernels._to_bfloat16(np.ones(1, np.float32), np.float32(0), np.empty(3, np.uint16))
 print(before, kernels.is_cached(kernels._to_bfloat16))
@@ -110,8 +110,9 @@ def test_without_numba_torch_operations_take_over():
 import sys
 sys.modules["numba"] = None
 import torch
-from lib import fast_step, workspace
-from lib.sae_step import dense_step, init_state
+from lib.training import fast_step
+from lib.training import workspace
+from lib.training.step import dense_step, init_state
 assert workspace.kernels is None
 x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
 fast, dense = init_state(torch.eye(8), 20, 0), init_state(torch.eye(8), 20, 0)
@@ -127,9 +128,9 @@ print(float((fast["dec"] - dense["dec"]).abs().max()) < 1e-4, int(fast["step"]))
 
 STEP = """
 import lib, sys, hashlib, torch
-from lib.fast_step import fast_step
-from lib.sae_step import init_state
-from lib.workspace import Workspace
+from lib.training.fast_step import fast_step
+from lib.training.step import init_state
+from lib.training.workspace import Workspace
 torch.set_num_threads(int(sys.argv[1]))
 x = torch.randn(512, 72, generator=torch.Generator().manual_seed(0))
 state = init_state(torch.eye(72), 300, 0)

@@ -10,13 +10,13 @@ from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 from forked import BASELINE, SAE, TRAIN, VERIFY, contents
 
 from lib.batches import rows_of_tensor
-from lib.checkpoints import Diverged
 from lib.environment import InputError
 from lib.files import read_json, write_json
 from lib.models import load_tokenizer, source_of_run, tokenizer_identity, weights_of
 from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import provenance
-from lib.training import TrainSettings, train_sae
+from lib.training.checkpoints import Diverged
+from lib.training.loop import TrainSettings, train_sae
 
 STEP_1, STEP_2, CHOOSE, IMPORT = (f"{VERIFY}/{name}.py"
                                   for name in ("01_save_activations", "02_train_sae", "choose_k", "import_sae"))
@@ -135,7 +135,7 @@ def test_a_diverged_training_replaces_nothing_and_bars_nothing(forks, trained, m
         write_json(folder / "checkpoints" / "last.pt", "of no use")
         raise Diverged("the loss is no longer finite at step 7; lower LR")
 
-    monkeypatch.setattr("lib.training.train_sae", diverge)
+    monkeypatch.setattr("lib.training.loop.train_sae", diverge)
     monkeypatch.setenv("STORE_DIR", str(store))
     monkeypatch.setattr(sys, "argv", [*QUICK, "LR=1.0"])
     with pytest.raises(SystemExit) as ended:

@@ -170,9 +170,9 @@ def test_choices_are_those_of_the_library(declared):
     from exchange.formats import FORMATS
     from lib.activations import STORE_DTYPES
     from lib.hooks import ROLES
-    from lib.sae_kinds import KINDS as SAE_KINDS
     from lib.steering import MODES
     from lib.trackers import TRACKERS
+    from lib.training.kinds import KINDS as SAE_KINDS
 
     kinds = {(path.parent.name, path.name[:2], name): kind for path in SCRIPTS
              for name, kind in declared[path][1].items()}

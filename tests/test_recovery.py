@@ -20,7 +20,7 @@ from lib.environment import InputError
 from lib.hooks import resolve
 from lib.sae import make_sae, sae_hash
 from lib.texts import split_texts
-from lib.training import TrainSettings
+from lib.training.loop import TrainSettings
 
 
 @pytest.fixture

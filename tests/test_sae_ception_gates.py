@@ -14,7 +14,7 @@ from cycles.tasks import Task
 from lib.batches import rows_of_tensor
 from lib.environment import InputError
 from lib.texts import tokenise
-from lib.training import TrainSettings, train_sae
+from lib.training.loop import TrainSettings, train_sae
 
 KINDS = ("llama", "gpt2", "neox", "bert")
 

@@ -6,9 +6,9 @@ from torch.nn.functional import normalize
 from lib.batches import rows_of_tensor, sample_rows
 from lib.environment import InputError
 from lib.sae import load_sae, make_sae, sae_hash, save_sae
-from lib.sae_kinds import KINDS, WINDOW, WITH_THRESHOLD, first_threshold, prefix_sizes
-from lib.sae_step import dense_step, folded_weights, init_state, whitening
-from lib.training import TrainSettings, score, train_sae
+from lib.training.kinds import KINDS, WINDOW, WITH_THRESHOLD, first_threshold, prefix_sizes
+from lib.training.loop import TrainSettings, score, train_sae
+from lib.training.step import dense_step, folded_weights, init_state, whitening
 
 
 @pytest.fixture

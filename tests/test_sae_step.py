@@ -5,8 +5,17 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from lib.environment import InputError
-from lib.sae_step import BETAS, bias_rate, dead_in_turn, dense_step, folded_weights, init_state, read_stats, whitening
-from lib.train_settings import aux_after, learning_rate, schedule
+from lib.training.settings import aux_after, learning_rate, schedule
+from lib.training.step import (
+    BETAS,
+    bias_rate,
+    dead_in_turn,
+    dense_step,
+    folded_weights,
+    init_state,
+    read_stats,
+    whitening,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from test_verify_scripts import SMALL, script, source  # noqa: F401  (two fixtur
 
 from checks.sparsity import agreement, mean_cosine, recommend_k, sweep_k
 from lib.batches import rows_of_tensor
-from lib.training import TrainSettings
+from lib.training.loop import TrainSettings
 
 
 def test_cosines_in_closed_form():

@@ -8,7 +8,7 @@ import torch
 from lib.batches import rows_of_tensor
 from lib.environment import InputError
 from lib.trackers import ADAPTERS, open_tracker
-from lib.training import TrainSettings, train_sae
+from lib.training.loop import TrainSettings, train_sae
 
 
 class Recorder:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import lib.checkpoints as checkpoints
-import lib.training as training
+import lib.training.checkpoints as checkpoints
+import lib.training.loop as training
 from checks.evaluation import shuffled, untrained_sae
 from lib.batches import Rows, rows_of_tensor, sample_rows, shuffled_batches
 from lib.environment import InputError
 from lib.metrics.reconstruction import explained_variance
 from lib.sae import make_sae
-from lib.sae_step import whitening
 from lib.saving import write_stats
-from lib.training import TrainSettings, score, train_sae
+from lib.training.loop import TrainSettings, score, train_sae
+from lib.training.step import whitening
 
 SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5, "precision": "float32"}
 

@@ -34,7 +34,7 @@ from lib.hooks import capture, edit, resolve, resolve_all
 from lib.models import load_model
 from lib.residual_stream import ROLES
 from lib.texts import tokenise
-from lib.training import TrainSettings, train_sae
+from lib.training.loop import TrainSettings, train_sae
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])

@@ -35,14 +35,14 @@ import transformers
 
 from lib.activations import SaveSettings, save_activations
 from lib.environment import run, say_next
-from lib.fast_step import fast_step
 from lib.files import write_json
 from lib.hooks import resolve
 from lib.models import load_model, load_tokenizer
-from lib.sae_step import init_state
 from lib.store import experiment_dir
 from lib.texts import load_documents, split_texts
-from lib.workspace import Workspace
+from lib.training.fast_step import fast_step
+from lib.training.step import init_state
+from lib.training.workspace import Workspace
 
 SHAPES = {
     # speakleash/Bielik-1.5B-v3.0-Instruct; activations are saved in the middle, as by PRESET=bielik

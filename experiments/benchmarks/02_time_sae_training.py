@@ -36,7 +36,7 @@ from side_by_side import Trainer, sparse_features
 from lib.environment import run, say_next
 from lib.files import write_json
 from lib.store import experiment_dir, provenance
-from lib.workspace import choose_precision
+from lib.training.workspace import choose_precision
 
 
 def encoder_floor(n_latents: int, width: int, batch: int) -> float:

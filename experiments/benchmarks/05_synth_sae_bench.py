@@ -51,13 +51,13 @@ from tqdm.auto import tqdm
 
 from lib.checking import Schema
 from lib.environment import run
-from lib.fast_step import fast_step
 from lib.files import fingerprint, read_json, write_json, write_tensors
-from lib.sae_step import folded_weights, init_state, whitening
 from lib.schemas import POSITIVE
 from lib.store import experiment_dir, provenance
-from lib.train_settings import aux_after, learning_rate, schedule
-from lib.workspace import Workspace
+from lib.training.fast_step import fast_step
+from lib.training.settings import aux_after, learning_rate, schedule
+from lib.training.step import folded_weights, init_state, whitening
+from lib.training.workspace import Workspace
 
 POINTS = Schema({"points": [{"samples": POSITIVE, "seconds": float, "mcc": float, "unique": float, "scores": dict}]})
 MILESTONES = [m * 1_000_000 for m in (1, 2, 5, 10, 20, 50, 100, 200)]

@@ -27,7 +27,7 @@ from numba import prange
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lib.kernels import compiled
+from lib.training.kernels import compiled
 
 BLOCK = 16  # features that share a bound
 STEPS, REACH = 64, 8.0  # grid of the bound: steps of 1 / 64 from -8 to 8 standard deviations

@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def ours(x, s):
-    from lib.fast_step import fast_step
-    from lib.sae_step import folded_weights, init_state, whitening
-    from lib.train_settings import aux_after, learning_rate, schedule
-    from lib.workspace import Workspace
+    from lib.training.fast_step import fast_step
+    from lib.training.settings import aux_after, learning_rate, schedule
+    from lib.training.step import folded_weights, init_state, whitening
+    from lib.training.workspace import Workspace
 
     transform = whitening(x.T @ x / len(x))
     state = init_state(transform, s["n_latents"], s["seed"])

@@ -49,7 +49,6 @@ CONSTANTS = override(globals(), PRESETS)
 
 import kept_saes
 from lib.batches import rows_of_run, sample_rows
-from lib.checkpoints import HISTORY, Diverged, read_checkpoint
 from lib.distributed import rank, wait_for_all
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
@@ -57,7 +56,8 @@ from lib.outputs import in_use
 from lib.sae import sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
-from lib.training import TrainSettings, score, train_sae
+from lib.training.checkpoints import HISTORY, Diverged, read_checkpoint
+from lib.training.loop import TrainSettings, score, train_sae
 
 FOLDER = experiment_dir("verify_sae_training")
 SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"

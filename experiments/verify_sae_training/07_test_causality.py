@@ -34,12 +34,12 @@ from checks.ground_truth import ground_truth
 from checks.verification import VERIFICATION
 from concepts.effects import ablation, divergence, next_logits, of_length, prefixes
 from lib.batches import read_rows
-from lib.checkpoints import HISTORY
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
-from lib.training import TrainSettings
+from lib.training.checkpoints import HISTORY
+from lib.training.loop import TrainSettings
 
 FOLDER = experiment_dir("verify_sae_training")
 

@@ -34,7 +34,7 @@ from lib.batches import rows_of_run
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.store import experiment_dir, open_run
-from lib.training import TrainSettings
+from lib.training.loop import TrainSettings
 
 
 def recovered_by(saved, hook, mean, device):

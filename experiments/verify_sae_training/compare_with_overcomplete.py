@@ -23,13 +23,13 @@ from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
 
 from lib.batches import read_rows, rows_of_run, sample_rows
-from lib.checkpoints import HISTORY
 from lib.environment import run
 from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
 from lib.sae import load_sae
 from lib.store import experiment_dir, open_run
-from lib.training import score
+from lib.training.checkpoints import HISTORY
+from lib.training.loop import score
 
 FOLDER = experiment_dir("verify_sae_training")
 

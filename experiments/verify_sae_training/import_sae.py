@@ -32,7 +32,7 @@ from lib.environment import InputError, log, log_to, run, say_next
 from lib.models import local_path
 from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
-from lib.training import score
+from lib.training.loop import score
 
 FOLDER = experiment_dir("verify_sae_training")
 

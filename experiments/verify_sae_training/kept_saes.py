@@ -3,12 +3,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lib.checkpoints import HISTORY
 from lib.environment import InputError, log
 from lib.files import atomic_write, read_json
 from lib.outputs import Parts, differences
 from lib.sae import SAE, load_sae, sae_hash
 from lib.schemas import SAE_SIDECAR
+from lib.training.checkpoints import HISTORY
 
 MODEL_FILE, HISTORY_FILE = "topk_sae.pt", "training_history.json"
 

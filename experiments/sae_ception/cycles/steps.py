@@ -36,7 +36,7 @@ from lib.environment import InputError, log
 from lib.files import fingerprint, read_json, write_json, write_torch
 from lib.sae import save_sae
 from lib.trackers import open_tracker
-from lib.training import TrainSettings, train_sae
+from lib.training.loop import TrainSettings, train_sae
 
 
 def tune_settings(session: Session, arm: str, cycle: int, aux: Constants) -> TuneSettings:

@@ -19,10 +19,11 @@ from lib.files import fingerprint
 from lib.outputs import in_use
 from lib.sae import SAE, load_sae, save_sae
 from lib.store import Run
-from lib.train_settings import learning_rate
-from lib.training import TrainSettings, train_sae
+from lib.training.loop import TrainSettings, train_sae
+from lib.training.settings import learning_rate
 
-# Times the rule of lib.train_settings.learning_rate: the best of .03, .1, .3, 1 and 3 by held-out EV (observations.md).
+# Times the rule of lib.training.settings.learning_rate: the best of .03, .1, .3, 1 and 3 by held-out EV
+# (observations.md).
 CONTROL_RATES = {"decoder": 1.0, "encoder": 0.1}
 
 

@@ -15,10 +15,10 @@ from lib.environment import InputError
 from lib.hooks import HookPoint, edit
 from lib.metrics.reconstruction import ev_of_sums, explained_variance
 from lib.sae import SAE, make_sae
-from lib.sae_step import folded_weights, init_state, whitening
 from lib.store import Run
 from lib.texts import filler_id, length_batches, pad, tokenise
-from lib.training import TrainSettings
+from lib.training.loop import TrainSettings
+from lib.training.step import folded_weights, init_state, whitening
 
 
 class RowScores(NamedTuple):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lib.batches import Rows, sample_rows
 from lib.sae import SAE
-from lib.training import TrainSettings, score, train_sae
+from lib.training.loop import TrainSettings, score, train_sae
 
 NEAR = 0.01  # cosine within which one k is as good as another
 ENOUGH = 0.9  # share of the language-model loss, or of the variance, that an SAE should recover

@@ -11,8 +11,8 @@ from exchange import dictionary_learning, sae_lens, sparsify
 from exchange.facts import hook_folder, module_folder
 from exchange.folded import Folded
 from lib.environment import InputError
-from lib.sae_kinds import WITH_THRESHOLD
 from lib.schemas import Misfit
+from lib.training.kinds import WITH_THRESHOLD
 
 
 class Format(NamedTuple):

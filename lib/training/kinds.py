@@ -64,9 +64,11 @@ class Kind(NamedTuple):
     threshold: Literal["learnt", "running mean"] | None = None
     """Of the trained SAE: how training finds it; None: the k largest codes of a row fire."""
     rate: float = 1.0
-    """Times the rule for the learning rate (lib.train_settings); a higher one kills latents."""
+    """Times the rule for the learning rate (lib.training.settings); a higher one kills latents."""
     fast: bool = False
-    """Whether lib.fast_step trains it, on any number of ranks; otherwise the dense step does, in one process."""
+    """Whether lib.training.fast_step trains it, on any number of ranks; otherwise the dense step does, in one
+    process.
+    """
 
 
 KINDS = {

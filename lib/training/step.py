@@ -1,4 +1,4 @@
-"""One training step of an SAE: its state, and the dense step that is the reference for lib.fast_step.
+"""One training step of an SAE: its state, and the dense step that is the reference for lib.training.fast_step.
 
     transform = whitening(covariance)
     state = init_state(transform, n_latents, seed)
@@ -11,7 +11,7 @@ The state is a plain dict of tensors; training resumed from a saved copy ends wi
     transform [D, D]                  maps centred activations to the rows that the step sees
     dec, enc [F, D], bias [F]         dictionary (unit rows), encoder, encoder bias
     gain [F]                          with an aligned encoder: enc_i = gain_i dec_i + u_i, u_i orthogonal to dec_i
-    log_threshold [F]                 for the kinds with a threshold (lib.sae_kinds)
+    log_threshold [F]                 for the kinds with a threshold (lib.training.kinds)
     <name>_m, <name>_v                Adam's moments (with a gain, those of enc belong to u)
     silent int64 [F]                  tokens since the latent last fired
     step int64 [], sums [7]           steps taken; what `read_stats` averages
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .environment import InputError
-from .sae_kinds import KINDS, first_threshold, follow_smallest
+from ..environment import InputError
+from .kinds import KINDS, first_threshold, follow_smallest
 
 FROZEN = {"decoder": "dec", "encoder": "enc"}  # parts that may keep their random start, and their name in the state
 GAIN_RATE = 0.3  # times the learning rate of the dictionary

@@ -1,8 +1,8 @@
 """How far a training has got: its history, and the checkpoint from which it resumes.
 
 Progress is a dict, which is what checkpoints/last.pt holds: `key` and `settings` of the training, the `state` of
-lib.sae_step, the `precision` of the encoder product, the `history` so far, and `best`: folded weights, EV and number of
-the best epoch.
+lib.training.step, the `precision` of the encoder product, the `history` so far, and `best`: folded weights, EV and
+number of the best epoch.
 """
 import math
 import time
@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import rank
-from .environment import InputError, log
-from .files import read_torch, write_torch
-from .outputs import is_current
-from .sae_kinds import KINDS
-from .sae_step import init_state, read_stats
-from .schemas import (
+from ..distributed import rank
+from ..environment import InputError, log
+from ..files import read_torch, write_torch
+from ..outputs import is_current
+from ..schemas import (
     CONSTANTS,
     COUNT,
     NAME,
@@ -33,7 +31,9 @@ from .schemas import (
     check,
     check_tensors,
 )
-from .train_settings import Plan, TrainSettings
+from .kinds import KINDS
+from .settings import Plan, TrainSettings
+from .step import init_state, read_stats
 
 CHECKPOINT_SECONDS = 30.0  # at least, between two checkpoints
 CHECKPOINT_SHARE = 0.02  # of the time at most goes into checkpoints
@@ -97,7 +97,7 @@ def log_epoch(
 ) -> dict[str, float]:
     """Append the scores of an epoch, and keep the weights that earned them if they are the best so far.
 
-    scores: of `val` and `train_sample`, each as lib.training.score gives them. Returns the new point of `val`.
+    scores: of `val` and `train_sample`, each as lib.training.loop.score gives them. Returns the new point of `val`.
     """
     history, best, step = progress["history"], progress["best"], int(progress["state"]["step"])
     for block, found in scores.items():

@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .batches import Rows, steps_per_epoch
-from .distributed import world_size
-from .environment import InputError
-from .sae_kinds import KINDS
-from .sae_step import FROZEN
+from ..batches import Rows, steps_per_epoch
+from ..distributed import world_size
+from ..environment import InputError
+from .kinds import KINDS
+from .step import FROZEN
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TrainSettings:
     top_k: int
     """Latents that may fire on one token; on average, where a threshold decides (batchtopk, jumprelu)."""
     kind: str = "topk"
-    """topk, batchtopk, jumprelu or matryoshka (lib.sae_kinds)."""
+    """topk, batchtopk, jumprelu or matryoshka (lib.training.kinds)."""
     epochs: int = 10
     """Passes over the training rows; the best validation epoch is kept."""
     batch_size: int = 1024

@@ -99,7 +99,9 @@ def sort_by_latent(codes, pairs):
 
 @compiled()
 def _gradient(i, batch, weights, rows, frozen):
-    """Gradient of latent i into the first two rows, [D], with the third as room; returns those of gain and bias, and the squared norm of all."""
+    """Gradient of latent i into the first two rows, [D], with the third as room; returns those of gain and bias, and
+    the squared norm of all.
+    """
     x, error, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
     g_dec, g_enc, lanes = rows
     dec, enc, gain, _ = weights

@@ -3,9 +3,10 @@
     rows = rows_of_run(run, hook)                       # or rows_of_tensor(x, is_val)
     sae, history = train_sae(rows, TrainSettings(n_latents=512, top_k=8), folder)
 
-lib/sae_step.py and lib/fast_step.py have the mathematics of one step, lib/sae_kinds.py the kinds of SAE,
-lib/train_settings.py the settings and rules, lib/checkpoints.py the history and the checkpoints. A training that was
-killed at any moment and is called again resumes from its last checkpoint and ends with the same bytes.
+lib/training/step.py and lib/training/fast_step.py have the mathematics of one step, lib/training/kinds.py the kinds of
+SAE, lib/training/settings.py the settings and rules, lib/training/checkpoints.py the history and the checkpoints. A
+training that was killed at any moment and is called again resumes from its last checkpoint and ends with the same
+bytes.
 """
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +20,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..batches import Rows, sample_rows, shuffled_batches
+from ..distributed import agree, rank, world_size
+from ..environment import InputError, log
+from ..files import fingerprint
+from ..metrics.reconstruction import Reconstruction
+from ..sae import SAE, make_sae
 from . import checkpoints
-from .batches import Rows, sample_rows, shuffled_batches
-from .distributed import agree, rank, world_size
-from .environment import InputError, log
 from .fast_step import fast_step
-from .files import fingerprint
-from .metrics.reconstruction import Reconstruction
-from .sae import SAE, make_sae
-from .sae_kinds import KINDS, slots
-from .sae_step import dense_step, folded_weights, init_state, whitening
-from .train_settings import Plan, TrainSettings, check_settings, make_plan, schedule
+from .kinds import KINDS, slots
+from .settings import Plan, TrainSettings, check_settings, make_plan, schedule
+from .step import dense_step, folded_weights, init_state, whitening
 from .workspace import Workspace, choose_precision
 
 
@@ -51,7 +52,8 @@ def train_sae(
 
     folder: keeps checkpoints/last.pt, from which a training with the same settings and rows resumes; None keeps
     nothing. progress: show a bar. track: called with each new entry of the history's `train`, and of its `val` as
-    val_<name> (lib/trackers.py). history: see `empty_history` and UNITS in lib/checkpoints.py. With several ranks all
+    val_<name> (lib/trackers.py). history: see `empty_history` and UNITS in lib/training/checkpoints.py. With several
+    ranks all
     train the same SAE: each takes its part of every batch, and only rank 0 writes.
 
     Raises InputError for settings that can't work, for a loss that is no longer finite, and if `folder` holds an

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .environment import log
+from ..environment import log
 
 try:
     from . import kernels

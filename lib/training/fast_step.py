@@ -1,20 +1,21 @@
-"""The TopK training step of lib.sae_step without autograd and without an array of rows times latents.
+"""The TopK training step of lib.training.step without autograd and without an array of rows times latents.
 
     work = Workspace(state)
     fast_step(state, rows @ state["transform"], k=k, lr=lr, dead_after=10_000, work=work)
 
-The encoder product runs in tiles and only proposes candidates (lib.workspace). Their pre-activations are computed again
-in float32, so codes, losses and gradients are those of `dense_step` for the same sets of latents. Rows then meet only
-the dictionary rows that fired, and one pass over the latents does gradient, Adam and unit norm. On a CPU with numba the
-loops are compiled (lib.kernels, lib.row_kernels); elsewhere torch operations take the same steps.
+The encoder product runs in tiles and only proposes candidates (lib.training.workspace). Their pre-activations are
+computed again in float32, so codes, losses and gradients are those of `dense_step` for the same sets of latents. Rows
+then meet only the dictionary rows that fired, and one pass over the latents does gradient, Adam and unit norm. On a CPU
+with numba the loops are compiled (lib.training.kernels, lib.training.row_kernels); elsewhere torch operations take the
+same steps.
 """
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .distributed import add_up
-from .sae_step import BETAS, EPS, GAIN_RATE, Found, apply_gradients, bias_rate, count_step, dead_in_turn
+from ..distributed import add_up
+from .step import BETAS, EPS, GAIN_RATE, Found, apply_gradients, bias_rate, count_step, dead_in_turn
 from .workspace import Workspace, candidates_wanted, kernels, low_precision, scores
 
 if kernels is not None:

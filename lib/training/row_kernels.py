@@ -127,7 +127,7 @@ def _keep_largest(keys, index, n, keep):
 
 
 @compiled()
-def _dot(a, b, lanes):  # not that of lib.kernels: numba's cache would not notice a change in another file
+def _dot(a, b, lanes):  # not that of lib.training.kernels: numba's cache would not notice a change in another file
     """Sum of products in a fixed order that fits vector instructions; lanes [LANES]: room for partial sums."""
     whole = len(a) // LANES * LANES
     for j in range(LANES):

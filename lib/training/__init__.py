@@ -1,0 +1,1 @@
+"""Stored rows -> a trained SAE: the loop, its settings and checkpoints, the kinds of SAE, the step, dense and fast."""
