@@ -49,10 +49,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 from tqdm.auto import tqdm
 
-from lib.checking import Schema
 from lib.environment import run
 from lib.files import fingerprint, read_json, write_json, write_tensors
-from lib.schemas import POSITIVE
+from lib.schemas import POSITIVE, Schema
 from lib.store import experiment_dir, provenance
 from lib.training.fast_step import fast_step
 from lib.training.settings import aux_after, learning_rate, schedule
