@@ -59,15 +59,19 @@ ception: $(VENV)/installed
 	done
 	@echo "pages: $$STORE_DIR/sae_ception/pages/*.html"
 
-# The README's pictures: figures that make run leaves, and the page of latent PAGE as a browser shows it.
+# The README's pictures, readable at 400 pixels: figures that make run leaves, and the page and its latent PAGE in a
+# narrow browser window.
 PAGE ?= 514
 pictures:
 	mkdir -p $(VERIFY)/pictures
-	for name in verification training_curves concept_recovery concept_examples baselines; do \
+	for name in concept_recovery baselines; do \
 	  cp "$$STORE_DIR/verify_sae_training/figures/$$name.png" $(VERIFY)/pictures/ || exit 1; \
 	done
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,820 \
-	  --screenshot=$(VERIFY)/pictures/concept_page.png "file://$$STORE_DIR/verify_sae_training/concepts.html#$(PAGE)"
+	for name in concepts_list concept_page; do \
+	  case $$name in concept_page) at="#$(PAGE)";; *) at=;; esac; \
+	  chromium --headless --no-sandbox --hide-scrollbars --window-size=460,920 --force-device-scale-factor=2 \
+	    --screenshot=$(VERIFY)/pictures/$$name.png "file://$$STORE_DIR/verify_sae_training/concepts.html$$at" || exit 1; \
+	done
 
 # All tests. Two workers, each with one thread and whole files, so that what a file prepares is prepared once.
 test: $(VENV)/installed

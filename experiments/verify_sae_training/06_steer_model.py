@@ -83,9 +83,11 @@ def main():
 def report(table, n_favoured):
     """Print each strength with its numbers and its first text."""
     shown = pd.DataFrame(table)[["strength", "favoured", "fires", "perplexity", "repeated"]]
-    texts = pd.Series([row["texts"][0] for row in table])
     formats = dict.fromkeys(("favoured", "fires", "repeated"), "{:.1%}".format) | {"perplexity": "{:.1f}".format}
-    print(shown.assign(text=texts.str.ljust(texts.str.len().max())).to_string(index=False, formatters=formats))
+    head, *lines = shown.to_string(index=False, formatters=formats).splitlines()
+    print(f"{head}  first text")
+    for line, row in zip(lines, table):
+        print(f"{line}  {row['texts'][0]}")
     print(f"favoured: written tokens among the {n_favoured} that the latent's direction raises most in the unembedding")
     print("fires: written tokens on which the unsteered model shows the latent; perplexity: under the unsteered model")
 

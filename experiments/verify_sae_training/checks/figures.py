@@ -125,8 +125,7 @@ def bars(values: dict[str, float], title: str, unit: str, highlight: str) -> Fig
 
 
 def recovery_boxes(rows: Sequence[dict[str, Any]], kinds: dict[str, str]) -> Figure:
-    """F1 of the best unit of each kind over concepts: word concepts left, context concepts right, kinds in the order of
-    their mean on the left.
+    """F1 of the best unit of each kind: over word concepts, under them context concepts; kinds by their mean above.
 
     rows: checks.recovery.recover_concepts. kinds: kind -> what it is called.
     """
@@ -135,7 +134,7 @@ def recovery_boxes(rows: Sequence[dict[str, Any]], kinds: dict[str, str]) -> Fig
     parts = {"Word concepts": frame[~frame["context"]], "Context concepts": frame[frame["context"]]}
     first = frame if parts["Word concepts"].empty else parts["Word concepts"]
     order = first.groupby("kind")["f1"].mean().sort_values(ascending=False).index
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(order) + 1.3), sharey=True)
+    figure, axes = plt.subplots(2, 1, figsize=(6, 0.7 * len(order) + 1.6), sharex=True, layout="constrained")
     colours = {kind: BLUE if kind == kinds["latent"] else "#c9ced6" for kind in order}
     mean = {"marker": "D", "markerfacecolor": ORANGE, "markeredgecolor": "white", "zorder": 5}
     for axis, (title, part) in zip(axes, parts.items()):
