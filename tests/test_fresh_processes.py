@@ -79,7 +79,7 @@ CHAINS = {
                                                             "N_HELD_OUT=256", "BATCH_SIZE=256", "REPORT_SEEDS=0"],
                                                             "ours"),
         Step(f"{BENCHMARKS}/04_show_benchmarks.ipynb"),
-        Step(f"{BENCHMARKS}/05_synth_sae_bench.py", ["N_SAMPLES=2048"], "make peers", code=2),
+        Step(f"{BENCHMARKS}/05_synth_sae_bench.py", ["N_SAMPLES=2048", "N_SCORED=1024"], "make peers", code=2),
     ],
 }
 

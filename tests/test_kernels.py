@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("numba")
-from lib import kernels  # noqa: E402
+from lib.training import kernels  # noqa: E402
 from lib.training.kernels import use_threads  # noqa: E402
 from lib.training.row_kernels import find_candidates  # noqa: E402
 

@@ -60,7 +60,9 @@ def keep(root: Path, now: Parts) -> None:
         if why := differences(made_from(sae.config), now):
             kept = root / f"sae_model_{sae_hash(sae)}"
             own = [] if history_of(sae, history_path) is None else [history_path]
-            for source in (path, path.with_suffix(".json"), *own):
+            # The same weights may have been trained here and come back by an import: what was trained says more.
+            wanted = [] if not own and (kept / MODEL_FILE).exists() else [path, path.with_suffix(".json"), *own]
+            for source in wanted:
                 if source.exists():
                     copy(source, kept / source.name)
             log.info("sae_model holds an SAE made with other constants or data (%s); a copy is kept in %s", why, kept)
