@@ -69,7 +69,7 @@ pictures:
 	done
 	for name in concepts_list concept_page; do \
 	  case $$name in concept_page) at="#$(PAGE)";; *) at=;; esac; \
-	  chromium --headless --no-sandbox --hide-scrollbars --window-size=460,920 --force-device-scale-factor=2 \
+	  chromium --headless --no-sandbox --hide-scrollbars --window-size=460,760 --force-device-scale-factor=2 \
 	    --screenshot=$(VERIFY)/pictures/$$name.png "file://$$STORE_DIR/verify_sae_training/concepts.html$$at" || exit 1; \
 	done
 
