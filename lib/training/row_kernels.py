@@ -2,7 +2,10 @@
 import numpy as np
 from numba import prange
 
-from .kernels import LANES, compiled
+from .kernels import compiled
+
+# This and _dot stand in lib.training.kernels too: numba's cache would not notice a change in another file.
+LANES = 64
 
 
 @compiled()
@@ -127,7 +130,7 @@ def _keep_largest(keys, index, n, keep):
 
 
 @compiled()
-def _dot(a, b, lanes):  # not that of lib.training.kernels: numba's cache would not notice a change in another file
+def _dot(a, b, lanes):
     """Sum of products in a fixed order that fits vector instructions; lanes [LANES]: room for partial sums."""
     whole = len(a) // LANES * LANES
     for j in range(LANES):
