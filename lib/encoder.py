@@ -1,34 +1,37 @@
-"""A trained SAE with its language model, for code of your own: which latents fire on a text, and what they are called.
+"""A trained SAE with its language model, for code of your own: which latents fire on a text, and steering by them.
 
     from sae_workbench import load_encoder            # in a checkout: from lib import load_encoder
 
-    encoder = load_encoder("store/verify_sae_training/sae_model/topk_sae.pt")
+    encoder = load_encoder("store/verify_sae_training/sae_model")
     print(encoder.encode("Lily was happy. She ran to the big red ball."))
+    with encoder.steer("dog", 2):
+        print(encoder.generate("One day"))
 
-    'ran'    0.52 ran, hurried, rushed, dashed (+8) | 0.29 …an, drank, some, king (+8) | ...
-
-It needs the SAE's file and its language model, but no run and no saved activations. Names come from the concepts.json
-beside the SAE's file or one folder up, where 04_name_sae_concepts.ipynb writes it.
+It needs the SAE's file and its language model, but no run and no saved activations.
 """
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .activations import SaveSettings, block_rows
-from .blocks import max_positions
+from .activations import STORE_DTYPES, SaveSettings, block_rows
+from .blocks import input_device, max_positions
 from .environment import InputError, choose_device, log
-from .files import read_json
-from .hooks import HookPoint, resolve
-from .models import choose_dtype, load_model, load_tokenizer, require_same_model, source_of_run
+from .files import read_json, read_tensors
+from .hooks import HookPoint
+from .origin import about_sae
+from .reopen import open_model
 from .sae import SAE, load_sae, sae_hash
-from .schemas import Misfit, Schema, Text, check
-from .store import META
+from .schemas import Schema, Text
+from .steering import Edit, skipped_ids, steer
 from .texts import filler_id, tokenise
 
 # What is read of concepts.json here; experiments/verify_sae_training/concepts/concepts.schema.json has the whole.
-NAMES = Schema({"sae_hash": str, "concepts": {Text(r"0|[1-9][0-9]{0,8}"): {"name": str}}},
+NAMES = Schema({"sae_hash": str, "concepts": {Text(r"0|[1-9][0-9]{0,8}"): {"name": str, "f1?": (float, None)}}},
                remedy="correct it, or run notebook 04 again")
 LONGEST = 100_000  # tokens of a text for a model that sets no limit
 
@@ -64,69 +67,138 @@ class Encoder(NamedTuple):
     point: HookPoint
     """Where in the model the SAE reads."""
     names: dict[int, str]
-    """Latent -> its name, of those that have one."""
+    """Latent -> its name, of those that have one; the best by F1 first."""
+    settings: SaveSettings
+    """How texts were cut and masked where the SAE was trained."""
 
-    def encode(self, text: str, skip_first: int = 0) -> Encoded:
+    def encode(self, text: str, skip_first: int | None = None) -> Encoded:
         """The latents that fire on each token of `text`.
 
-        skip_first: tokens to leave out at the start, as SKIP_FIRST where the activations were saved. Raises InputError
-        for a text of more tokens than the model reads.
+        skip_first: tokens to leave out at the start; None: as many as in training. Raises InputError for a text of more
+        tokens than the model reads.
         """
         limit = max_positions(self.model) or LONGEST
-        (item,) = tokenise(self.tokenizer, [text], 0, limit + 1, skip_first=skip_first)
+        skip_first = self.settings.skip_first if skip_first is None else skip_first
+        (item,) = tokenise(self.tokenizer, [text], 0, limit + 1, skip_special=self.settings.skip_special,
+                           skip_first=skip_first)
         if len(item.ids) > limit:
             raise InputError(f"the text is longer than the {limit} tokens that the model reads; encode it in parts")
         _, (x,) = block_rows(self.model, [self.point], [item], pad_id=filler_id(self.tokenizer),
-                             settings=SaveSettings())
+                             settings=self.settings)
         if not any(item.keep):
             x = torch.zeros(0, len(self.sae.mean))
+        x = x.to(STORE_DTYPES[self.settings.store_dtype])  # as the activations were that it was trained on
         codes, latents = (part.cpu() for part in self.sae.encode(x.to(self.sae.mean)))
         tokens = [text[start:end] for (start, end), kept in zip(item.offsets, item.keep) if kept]
         return Encoded(tokens, latents, codes, [[self.names.get(i) for i in row] for row in latents.tolist()])
 
+    def find(self, word: str) -> list[int]:
+        """The latents with this in their names: first where it is one of the listed patterns, the sooner the better,
+        then where it is a word of one, then where it is part of a word; then by F1.
+        """
+        ranked = []
+        for rank, (latent, name) in enumerate(self.names.items()):
+            text, sought = name.lower(), word.lower()
+            patterns = re.split(r"[,;] | \(\+", text)
+            if sought in text:
+                is_word = re.search(rf"(?<!\w){re.escape(sought)}(?![\w…])", text) is not None
+                at = patterns.index(sought) if sought in patterns else len(patterns)
+                ranked.append((sought not in patterns, at, not is_word, rank, latent))
+        return [latent for *_, latent in sorted(ranked)]
+
+    @contextmanager
+    def steer(self, latent: int | str, strength: float = 1.0, mode: str = "add") -> Iterator[int]:
+        """Edit one latent's code on every token that the model reads inside the block; yields the latent's number.
+
+        latent: its number, or a word of its name (see find). strength: in units of its highest code; mode: add, scale,
+        clamp or ablate, see lib/steering.py. Raises InputError for a word in no name, and where a strength makes no
+        sense.
+        """
+        if isinstance(latent, str):
+            if not (found := self.find(latent)):
+                raise InputError(f"no latent has {latent!r} in its name; give its number, or a word of encoder.names")
+            latent = found[0]
+        maxima = self.sae.maxima
+        if maxima is None and mode in ("add", "clamp"):
+            raise InputError("the highest codes of this SAE's latents, the unit of a strength, are not known; take "
+                             "them from texts: encoder = encoder.measured_on(texts)")
+        maxima = torch.zeros(self.sae.n_latents) if maxima is None else maxima
+        skipped = skipped_ids(self.tokenizer, {"skip_special": self.settings.skip_special})
+        with steer(self.model, self.point, self.sae, [Edit(latent, mode, strength)], maxima=maxima, skip_ids=skipped):
+            yield latent
+
+    @torch.no_grad()
+    def generate(self, prompt: str, n_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
+        """The prompt and what the model writes after it. temperature 0: always the likeliest token.
+
+        Raises InputError for a model that can't write, and a prompt without a token.
+        """
+        if not hasattr(self.model, "generate") or self.model.get_output_embeddings() is None:
+            raise InputError(f"{type(self.model).__name__} writes no text")
+        ids = [*self.tokenizer(prompt)["input_ids"]]
+        if len(ids) > 1 and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
+            del ids[-1]  # some tokenizers end every text
+        if not ids:
+            raise InputError("the prompt holds no token; give it a word")
+        tokens = torch.tensor([ids], device=input_device(self.model))
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        with torch.random.fork_rng(devices=[tokens.device] if tokens.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # generate() has no generator of its own
+            written = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n_tokens,
+                                          pad_token_id=filler_id(self.tokenizer), **how)
+        return str(self.tokenizer.decode(written[0], skip_special_tokens=True))
+
+    def measured_on(self, texts: Sequence[str]) -> "Encoder":
+        """This encoder with the latents' highest codes on these texts, [F], as the unit of steering."""
+        maxima = torch.zeros(self.sae.n_latents)
+        for text in texts:
+            _, latents, codes, _ = self.encode(text)
+            maxima.scatter_reduce_(0, latents.flatten(), codes.flatten(), "amax")
+        sae = self.sae.to(self.sae.mean.device)
+        sae.maxima = maxima
+        return self._replace(sae=sae)
+
 
 def load_encoder(
-    path: str | Path, model: str | None = None, hook: str | None = None, device: str = "auto",
-    trust_remote_code: bool = False,
+    sae: str | Path, model: str | None = None, hook: str | None = None,
+    device: str | torch.device = "auto", *, trust_remote_code: bool = False,
 ) -> Encoder:
-    """The SAE in the file `path`, or in the topk_sae.pt of a folder, with the language model that it was trained on.
+    """A trained SAE with the language model that it reads.
 
-    model: hub name or directory; None: the one that the SAE's file names, if its weights are still the same. hook: as
-    LAYER_SIGNATURE of 01_save_activations.py; None: the one in the file. device: auto, cpu, cuda, mps.
+    sae: its file or folder. model: hub name or directory; None: the one that the SAE's file names, if its weights
+    are still the same. hook: as LAYER_SIGNATURE of 01_save_activations.py; None: the one in the file. device: auto,
+    cpu, cuda, mps.
+
+    Names and f1 come from the concepts.json beside the SAE's file or one folder up, where notebook 04 writes it, and
+    where the file does not hold the latents' highest codes, they come from the latent_stats.safetensors beside that.
 
     Raises InputError if the SAE or the model can't be loaded.
     """
-    path = Path(path).expanduser()
-    sae = load_sae(path / "topk_sae.pt" if path.is_dir() else path, choose_device(device))
-    saved: Any = sae.config.get("model")
-    source = model or _model_in_file(path, saved)
-    dtype = saved.get("dtype", "auto") if isinstance(saved, dict) else "auto"
-    loaded = load_model(source, sae.mean.device, choose_dtype(dtype, sae.mean.device),
-                        trust_remote_code=trust_remote_code)
-    if model is None:
-        require_same_model(loaded, saved)
-    point = resolve(loaded, hook or sae.config["hook"])
-    return Encoder(sae, loaded, load_tokenizer(source, trust_remote_code), point, names=_names_beside(path, sae))
-
-
-def _model_in_file(path: Path, saved: Any) -> str:
-    """Where the language model is that the SAE was trained on, by the SAE's config."""
+    place = Path(sae).expanduser()
+    loaded = load_sae(place / "topk_sae.pt" if place.is_dir() else place, choose_device(device))
+    about = about_sae(loaded.config)
     try:
-        if saved is None:
-            raise InputError("it does not name its language model")
-        check(saved, META.content["model?"])
-        return source_of_run(saved)
-    except (InputError, Misfit) as error:
-        raise InputError(f"{path}: {error}; or give its name or folder: load_encoder(path, model=...)") from None
+        opened = open_model(about, loaded.mean.device, trust_remote_code, model=model, hook=hook)
+    except InputError as error:
+        raise InputError(f"{place}: {error}" + ("" if model else "; or give its name or folder: load_encoder(..., "
+                                                "model=...)")) from None
+    names, folder = _names_beside(place, sae_hash(loaded))
+    if loaded.maxima is None and folder and (stats := folder / "latent_stats.safetensors").exists():
+        loaded.maxima = read_tensors(stats, {"max": "float32 F"}, finite=True, F=loaded.n_latents)["max"]
+    return Encoder(loaded, *opened, names=names, settings=SaveSettings(**about["settings"]))
 
 
-def _names_beside(path: Path, sae: SAE) -> dict[int, str]:
-    """The names in the concepts.json beside the SAE, or one folder up; none if it is about another SAE."""
-    folder = path if path.is_dir() else path.parent
-    for place in (folder / "concepts.json", folder.parent / "concepts.json"):
-        if place.exists():
-            content = read_json(place, NAMES)
-            if content["sae_hash"] == sae_hash(sae):
-                return {int(latent): entry["name"] for latent, entry in content["concepts"].items()}
-            log.warning("%s names the latents of another SAE, so it is not used", place)
-    return {}
+def _names_beside(place: Path, digest: str) -> tuple[dict[int, str], Path | None]:
+    """The names in the concepts.json beside the SAE, or one folder up, the best by F1 first, and that folder; none if
+    it is about another SAE.
+    """
+    folder = place if place.is_dir() else place.parent
+    for path in (folder / "concepts.json", folder.parent / "concepts.json"):
+        if path.exists():
+            content = read_json(path, NAMES)
+            if content["sae_hash"] == digest:
+                entries = content["concepts"].items()
+                best = sorted(entries, key=lambda item: (-(item[1].get("f1") or 0), int(item[0])))
+                return {int(latent): entry["name"] for latent, entry in best}, path.parent
+            log.warning("%s names the latents of another SAE, so it is not used", path)
+    return {}, None

@@ -200,13 +200,21 @@ def log_to(path: Path) -> None:
     log.addHandler(file)
 
 
-def choose_device(wanted: str = "auto") -> "torch.device":
+def as_device(wanted: "str | torch.device") -> "torch.device":
+    """A device or its name as torch's; "auto" as in choose_device(). What is not here fails when it is first used."""
+    import torch
+
+    return choose_device() if wanted == "auto" else torch.device(wanted)
+
+
+def choose_device(wanted: "str | torch.device" = "auto") -> "torch.device":
     """The device named `wanted`; for "auto" the first of CUDA, MPS and CPU that is available, and the log says which.
 
     Raises InputError if `wanted` is not available here.
     """
     import torch
 
+    wanted = str(wanted)
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")

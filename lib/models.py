@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from .blocks import blocks, input_device, n_embeddings
-from .environment import PROJECT, InputError, first_line, is_disk_full, is_out_of_memory, log
+from .environment import PROJECT, InputError, as_device, first_line, is_disk_full, is_out_of_memory, log
 from .files import fingerprint
 from .store import store_root
 
@@ -36,10 +36,10 @@ def local_path(name: str) -> Path | None:
     return None
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+def choose_dtype(wanted: str, device: torch.device | str) -> torch.dtype:
     """The torch dtype named by `wanted`; "auto" is bfloat16 on CUDA and float32 elsewhere."""
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if as_device(device).type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if wanted not in choices:
         raise InputError(f"{wanted!r} is not a precision; use auto, {', '.join(choices)}")
@@ -47,8 +47,8 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    name: str, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False, bits: int | None = None,
-    device_map: str | None = None, whole_modules: tuple[str, ...] = (),
+    name: str, device: torch.device | str, dtype: torch.dtype, *, trust_remote_code: bool = False,
+    bits: int | None = None, device_map: str | None = None, whole_modules: tuple[str, ...] = (),
 ) -> Any:
     """Load the model that the checkpoint's config names (causal LM, classifier, encoder ...), in eval mode.
 
@@ -58,6 +58,7 @@ def load_model(
     An encoder-decoder (T5, BART) gives its encoder. Raises InputError if the model can't be reached, is damaged or
     incomplete, does not read text, or needs a package that is not installed.
     """
+    device = as_device(device)
     if bits not in (None, 4, 8):
         raise InputError(f"LOAD_BITS={bits} must be None, 4 or 8")
     if device_map not in (None, "auto", "disk"):
@@ -162,8 +163,7 @@ def _blocks_on_disk(kind: Any, config: Any, device: torch.device, trust_remote_c
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load a fast tokenizer (character offsets need one); a missing pad token becomes EOS.
 
-    Without EOS it stays missing, because any other token is a real one (lib.texts.filler_id fills batches).
-    """
+    Without EOS it stays missing, as any other token is a real one (lib.texts.filler_id fills batches)."""
     source = str(local_path(name) or name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, use_fast=True,

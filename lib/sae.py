@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import schemas
-from .environment import InputError
+from .environment import InputError, as_device
 from .files import fingerprint, read_torch, write_json, write_torch
+from .origin import Config
 from .schemas import Misfit, check, check_tensors
 from .store import Run
 
@@ -28,14 +29,6 @@ SCHEMA_VERSION = 1
 ENCODE_ROWS = 4096  # rows encoded at once, with dense pre-activations [rows, F]
 PROBE_ROWS = 64  # rows kept in the file with their codes, which loading must reproduce
 TENSORS = ("W_enc", "b_enc", "W_dec", "mean", "threshold")
-
-
-class Origin(dict):
-    """A loaded SAE's config; asking for what it does not say is an InputError."""
-
-    def __missing__(self, name: str) -> Any:
-        raise InputError(f"the SAE does not say its {name}; train it with 02_train_sae.py, or take it with "
-                         "import_sae.py")
 
 
 @dataclass
@@ -58,6 +51,8 @@ class SAE:
     """Where it comes from: model, hook, run_id, data digest, seed, constants, final metrics."""
     threshold: Tensor | None = None
     """[F], in x' units: codes up to it are 0. None: the k largest fire."""
+    maxima: Tensor | None = None
+    """[F]: each latent's highest code on the activations that it was trained on; None: not known."""
 
     @property
     def n_latents(self) -> int:
@@ -95,6 +90,7 @@ class SAE:
 
     def to(self, device: torch.device | str) -> "SAE":
         """This SAE on `device`; what is there already is shared."""
+        device = as_device(device)
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return replace(self, **moved, config=copy(self.config))
 
@@ -171,7 +167,7 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
         "state": state,
         "probe": {"x": probe, "values": values.cpu(), "indices": indices.cpu()},
     }
-    write_torch(path, content)
+    write_torch(path, content | ({} if sae.maxima is None else {"maxima": sae.maxima.float().cpu().clone()}))
     write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config},
                sealed=True)
 
@@ -190,6 +186,7 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
         state, config, probe = content.get("state"), content["config"], content.get("probe")
         sizes = check_tensors(state, schemas.SAE_STATE, F=config["n_latents"], D=config["n_inputs"])
         check_tensors(probe, schemas.SAE_PROBE, D=sizes["D"], K=config["top_k"])
+        check_tensors(content, {"maxima?": "float32 F"}, F=sizes["F"])
     except Misfit as misfit:
         raise InputError(f"{path} is damaged: {misfit}; delete it, then run 02_train_sae.py again") from None
     weights = {name: state[name] for name in TENSORS if name in state}
@@ -201,7 +198,7 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
         raise InputError(f"{path}: the codes of its stored rows come out {error:.3g} times further from the stored "
                          "ones than float32 rounding explains; the file was altered, or this device multiplies "
                          "float32 in a lower precision")
-    sae.config = Origin(sae.config)
+    sae.config, sae.maxima = Config(sae.config), content.get("maxima")
     return sae
 
 

@@ -40,9 +40,10 @@ SETTINGS = {
     "shard_rows": POSITIVE, "skip_special": bool, "skip_first": COUNT,
     "max_norm_multiple": (float, None),
 }
+HOOK = {"path": str, "point": ("input", "output"), "signature": NAME, "names?": [str]}
 META = Schema({
     "schema_version": int, "settings": SETTINGS, "n_texts": POSITIVE,
-    "hooks": [{"path": str, "point": ("input", "output"), "signature": NAME, "names?": [str]}],
+    "hooks": [HOOK],
     "model?": {"name": str, "path?": (str, None), "class?": str, "dtype?": str, "weights?": SHORT_HASH},
     "tokenizer?": (str, {"class": str, "fingerprint": SHORT_HASH}),
     "dataset?": {"name": str, "path?": (str, None), "limit?": (POSITIVE, None)}, "constants?": CONSTANTS,
@@ -178,6 +179,11 @@ class Run:
         """Whether each row belongs to a validation text, bool [n_rows]."""
         val_text = torch.tensor([text["split"] == "val" for text in self._read_texts()])
         return torch.cat([val_text[shard["text_id"]] for shard in self._row_shards()])
+
+    @property
+    def first_position(self) -> int:
+        """Of the first stored token in its text: above skip_first where the tokenizer puts a special token first."""
+        return int(next(self._row_shards())["pos"].min())
 
     def shards(self, hook: str) -> list[Tensor]:
         """The hook's shards, memory-mapped, [R_i, D] each in the stored precision."""

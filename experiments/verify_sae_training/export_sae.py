@@ -91,7 +91,7 @@ def main():
     sae = load_sae(SAE_FILE)
     saved = open_run("verify_sae_training", sae.config["run_id"])
     require_trained_on(sae, saved, sae.config["hook"])
-    facts = facts_of(sae, saved)
+    facts = facts_of(sae)
     for kind in formats_for(fold(sae)) if FORMAT == "all" else [FORMAT]:
         root = Path(OUT or FOLDER / "exports") / kind
         if kind == "delphi":

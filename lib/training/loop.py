@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..batches import Rows, sample_rows, shuffled_batches
 from ..distributed import agree, rank, world_size
-from ..environment import InputError, log
+from ..environment import InputError, as_device, log
 from ..files import fingerprint
 from ..metrics.reconstruction import Reconstruction
 from ..sae import SAE, make_sae
@@ -33,6 +33,8 @@ from .settings import Plan, TrainSettings, check_settings, make_plan, schedule
 from .step import dense_step, folded_weights, init_state, whitening
 from .workspace import Workspace, choose_precision
 
+MAXIMA_ROWS = 1_000_000  # of training and of validation, whose codes are compared
+
 
 def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
     """Reconstruction metrics of an SAE over batches of raw activations; see lib/metrics/reconstruction.py."""
@@ -42,6 +44,15 @@ def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
         values, indices = sae.encode(x)
         sums.add(x, sae.decode(values, indices), values, indices)
     return sums.result()
+
+
+def highest_codes(sae: SAE, rows: Rows) -> Tensor:
+    """Each latent's highest code, float32 [F], over about a million training and a million validation rows at most."""
+    maxima = torch.zeros(sae.n_latents, device=sae.mean.device)
+    for x in chain(sample_rows(rows, False, MAXIMA_ROWS), sample_rows(rows, True, MAXIMA_ROWS)):
+        values, indices = sae.encode(x.to(sae.mean.device))
+        maxima.scatter_reduce_(0, indices.flatten(), values.flatten(), "amax")
+    return maxima.cpu()
 
 
 def train_sae(
@@ -60,6 +71,7 @@ def train_sae(
     unfinished training with other settings.
     """
     check_settings(settings, rows)
+    device = as_device(device)
     plan = make_plan(settings, rows.n_train)
     transform = whitening(rows.covariance, settings.whiten).to(device)
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None

@@ -4,12 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from saved_model import hook_of_run
-
-from lib.environment import PROJECT
+from lib.environment import PROJECT, InputError
+from lib.origin import about_sae
 from lib.outputs import safe_name
 from lib.sae import SAE, sae_hash
-from lib.store import Run
 
 EV_FORMULA = ("1 - sum of squared errors / sum of squared distances from the per-dimension mean, "
               "over all held-out tokens")
@@ -47,24 +45,30 @@ def transformer_lens_name(path: str, point: str) -> str:
     return f"blocks.{place[1]}.{name}" if place and name else path + (":input" if point == "input" else "")
 
 
-def facts_of(sae: SAE, run: Run) -> Facts:
-    """What another tool should know of the SAE, in SAELens's words where it has them."""
-    point = hook_of_run(run, sae.config["hook"])
+def facts_of(sae: SAE) -> Facts:
+    """What another tool should know of the SAE, in SAELens's words where it has them; from the SAE's file alone.
+
+    Raises InputError if neither the file nor its run says where it reads.
+    """
+    about = about_sae(sae.config)
+    point, settings, first = about["hooks"][0], about["settings"], about.get("first_position")
+    if "model" not in about or "path" not in point:
+        raise InputError("neither the SAE's file nor its run, which is gone, says where it reads; run 01 and 02 again")
     constants, final = sae.config.get("constants", {}), sae.config.get("final", {})
     n_batch = constants.get("BATCH_SIZE_TRAIN")
     return {
-        "model_name": public_name(run.meta["model"]["name"]),
-        "hook_name": transformer_lens_name(point.path, point.point),
-        "hf_module_path": point.path, "hook_point": point.point, "context_size": run.meta["settings"]["max_length"],
-        "dataset_path": public_name(run.meta["dataset"]["name"]),
-        "prepend_bos": int(run.rows["pos"].min()) > run.meta["settings"]["skip_first"],
+        "model_name": public_name(about["model"]["name"]),
+        "hook_name": transformer_lens_name(point["path"], point["point"]),
+        "hf_module_path": point["path"], "hook_point": point["point"], "context_size": settings["max_length"],
+        "dataset_path": public_name(about["dataset"]["name"]) if "dataset" in about else None,
+        "prepend_bos": None if first is None else first > settings["skip_first"],
         "tokens_trained": sae.config.get("tokens_trained"),
         "steps": sae.config["tokens_trained"] // n_batch if n_batch else None,
         "lr": constants.get("LR"), "seed": constants.get("SEED"), "kind": constants.get("KIND"),
         "n_latents": sae.n_latents, "k": sae.top_k,
         "explained_variance": final.get("ev"), "explained_variance_formula": EV_FORMULA,
         "dead_pct": final.get("dead_pct"),
-        "run_id": run.run_id, "data_digest": sae.config["data_digest"], "sae_hash": sae_hash(sae),
+        "run_id": sae.config["run_id"], "data_digest": sae.config["data_digest"], "sae_hash": sae_hash(sae),
         "code_revision": sae.config.get("provenance", {}).get("git"),
     }
 
