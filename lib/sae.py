@@ -2,8 +2,9 @@
 
     x' = (x - mean) / scale        z = TopK_k(ReLU(W_enc x' + b_enc))        xhat = scale * (z W_dec) + mean
 
-Where an SAE has thresholds (lib.training.kinds), codes that don't exceed them are 0, and k is the most that a row
-keeps. x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k].
+Where an SAE has thresholds (lib.training.kinds; standard and gated SAEs of lib.exchange), codes that don't exceed them
+are 0, and k is the most that a row keeps. x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept
+sparse as (values, indices) [N, k], or with thresholds as [N, K], K the codes of the fullest row.
 
     sae = load_sae(folder / "topk_sae.pt")
     values, indices = sae.encode(x)
@@ -46,7 +47,7 @@ class SAE:
     scale: float
     """Divisor of x - mean, in raw activation units."""
     top_k: int
-    """Latents that may fire on one row."""
+    """Latents that may fire on one row: of a standard or gated SAE all."""
     config: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: model, hook, run_id, data digest, seed, constants, final metrics."""
     threshold: Tensor | None = None
@@ -98,23 +99,30 @@ class SAE:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of raw activations x [N, D]: values [N, k] in x' units, descending, and latent indices [N, k].
 
-        A value of 0 is a slot that did not fire: after ReLU fewer than k may. Raises InputError for rows of another
-        width.
+        With thresholds there are as many columns as the fullest row needs, at least 1 and at most k. A value of 0 is a
+        slot that did not fire: its index means nothing. Raises InputError for rows of another width.
         """
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise InputError(f"this SAE takes rows of shape [N, {len(self.mean)}], not {list(x.shape)}")
-        parts = []
-        for rows in x.split(ENCODE_ROWS):
-            pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
-            pre = pre.relu_() if self.threshold is None else pre.where(pre > self.threshold, 0)
-            parts.append(pre.topk(self.top_k, dim=1))
-        return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+        parts = [self._fired(rows) for rows in x.split(ENCODE_ROWS)]
+        width = max(values.shape[1] for values, _ in parts)
+        values, indices = (torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in column])
+                           for column in zip(*parts))
+        return values, indices
+
+    def _fired(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """encode() of a few rows, with as many columns as they need."""
+        pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
+        if self.threshold is None:
+            return pre.relu_().topk(self.top_k, dim=1)
+        pre = pre.where(pre > self.threshold, 0)
+        fullest = max((pre > 0).sum(1).tolist(), default=0)
+        return pre.topk(min(self.top_k, max(1, fullest)), dim=1)
 
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Reconstruction [N, D] in raw activation units, from sparse codes [N, k]; costs k rows, not F."""
-        rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values.to(self.W_dec.dtype),
-                                           mode="sum")
+        rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values.to(self.W_dec), mode="sum")
         return self.scale * rebuilt + self.mean
 
 
@@ -152,22 +160,17 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     probe = probe[:PROBE_ROWS].float().cpu().clone()
     values, indices = sae.encode(probe.to(sae.mean.device))
     config = {"n_inputs": len(sae.mean), "n_latents": sae.n_latents, "top_k": sae.top_k, **sae.config}
-    found = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "mean", "scale", "threshold")}
-    state = {name: torch.as_tensor(value).detach().float().cpu().clone()
-             for name, value in found.items() if value is not None}
+    found = sae.tensors | {"scale": torch.tensor(sae.scale)}
+    state = {name: value.detach().float().cpu().clone() for name, value in found.items()}
     try:  # write nothing that could not be read back
         check(config, schemas.SAE_CONFIG)
         check_tensors(state, schemas.SAE_STATE)
     except Misfit as misfit:
         raise InputError(f"this SAE can't be saved: {misfit}; lower its learning rate, or take another SAE") from None
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "sae_hash": sae_hash(sae),
-        "config": config,
-        "state": state,
+    write_torch(path, {
+        "schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), "config": config, "state": state,
         "probe": {"x": probe, "values": values.cpu(), "indices": indices.cpu()},
-    }
-    write_torch(path, content | ({} if sae.maxima is None else {"maxima": sae.maxima.float().cpu().clone()}))
+    } | ({} if sae.maxima is None else {"maxima": sae.maxima.float().cpu().clone()}))
     write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config},
                sealed=True)
 
@@ -185,15 +188,15 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
         check(content, {"config": schemas.SAE_CONFIG})
         state, config, probe = content.get("state"), content["config"], content.get("probe")
         sizes = check_tensors(state, schemas.SAE_STATE, F=config["n_latents"], D=config["n_inputs"])
-        check_tensors(probe, schemas.SAE_PROBE, D=sizes["D"], K=config["top_k"])
+        width = {} if "threshold" in state else {"K": config["top_k"]}
+        check_tensors(probe, schemas.SAE_PROBE, D=sizes["D"], **width)
         check_tensors(content, {"maxima?": "float32 F"}, F=sizes["F"])
     except Misfit as misfit:
         raise InputError(f"{path} is damaged: {misfit}; delete it, then run 02_train_sae.py again") from None
     weights = {name: state[name] for name in TENSORS if name in state}
     sae = make_sae(**weights, scale=state["scale"].item(), top_k=config["top_k"], config=config).to(device)
     if content.get("sae_hash", sae_hash(sae)) != sae_hash(sae):
-        raise InputError(f"{path}: its weights are not those that were saved; the file was altered, so train the SAE "
-                         "again")
+        raise InputError(f"{path}: its weights are not those that were saved; the file was altered, so train again")
     if not (error := reload_error(sae, probe)) <= 1:
         raise InputError(f"{path}: the codes of its stored rows come out {error:.3g} times further from the stored "
                          "ones than float32 rounding explains; the file was altered, or this device multiplies "
@@ -213,7 +216,8 @@ def reload_error(sae: SAE, probe: dict[str, Tensor]) -> float:
     rounding may swap places: each stored code must be right, and no other latent may exceed the least of them by more.
     """
     x, values, indices = (probe[name].to(sae.mean.device) for name in ("x", "values", "indices"))
-    if values.shape[1] != sae.top_k:
+    whole = values.shape[1] == sae.top_k
+    if values.shape != indices.shape or not whole and (sae.threshold is None or values.shape[1] > sae.top_k):
         return float("inf")
     scaled = (x - sae.mean) / sae.scale
     pre = functional.linear(scaled, sae.W_enc, sae.b_enc)
@@ -222,9 +226,9 @@ def reload_error(sae: SAE, probe: dict[str, Tensor]) -> float:
     allowed = 2 * n_terms / (1 - n_terms) * magnitude
     fired = values > 0
     wrong = ((pre.gather(1, indices) - values).abs() * fired).amax(1)
-    # What did not fire is below the least code of a full row, its threshold, or 0.
+    # What did not fire is below the least code of a row with k, its threshold, or 0.
     floor = torch.zeros_like(sae.b_enc) if sae.threshold is None else sae.threshold
-    limit = torch.maximum(values.amin(1, keepdim=True), floor)
+    limit = torch.maximum(values.amin(1, keepdim=True), floor) if whole else floor
     others = torch.ones_like(pre).scatter_reduce(1, indices, (~fired).to(pre), "amin")
     over = ((pre - limit).clamp(min=0) * others).amax(1)
     under = ((floor[indices] - values).clamp(min=0) * fired).amax(1)
@@ -240,7 +244,5 @@ def sae_hash(sae: SAE) -> str:
 def require_trained_on(sae: SAE, run: Run, hook: str) -> None:
     """Raise InputError unless the SAE was trained on this run's activations at `hook`."""
     if sae.config.get("data_digest") != run.digest(hook):
-        raise InputError(
-            f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, "
-            f"not on {run.run_id} at {hook}; run 02_train_sae.py again"
-        )
+        raise InputError(f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, not on "
+                         f"{run.run_id} at {hook}; run 02_train_sae.py again")

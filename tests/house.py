@@ -20,6 +20,7 @@ PUBLIC = {
     "lib/__init__.py": "the package itself",
     "lib/encoder.py": "an SAE on a text, from code of one's own",
     "lib/steering.py": "steering a model from code of one's own",
+    "lib/exchange/": "what others published, from code of one's own",
     "lib/training/__init__.py": "what the folder holds",
     "lib/metrics/": "tensors in, numbers out: for any codes and labels",
 }

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from exchange.facts import transformer_lens_name
-from exchange.folded import Folded, fold, unfold
-from exchange.formats import FORMATS, read_foreign, write_foreign
+from exchange.formats import FORMATS, write_foreign
 from lib.environment import InputError
+from lib.exchange.folded import Folded, fold, unfold
+from lib.exchange.formats import READERS
+from lib.exchange.formats import read_foreign as read_any
 from lib.sae import make_sae
 
 PEERS = PROJECT / ".venv-peers" / "bin" / "python"
@@ -42,6 +44,11 @@ def jumping(sae):
     """The same with a threshold for each latent in place of k; rows have up to 64 codes."""
     threshold = torch.rand(64, generator=torch.Generator().manual_seed(2))
     return make_sae(sae.W_enc, sae.b_enc, sae.W_dec, sae.mean, sae.scale, 64, threshold=threshold)
+
+
+def read_foreign(folder):
+    """(format, SAE) of the files in the folder."""
+    return read_any(folder)[:2]
 
 
 def dense(values, indices, n_latents=64):
@@ -77,16 +84,17 @@ def test_every_format_comes_back(sae, tmp_path, name, scale):
     torch.testing.assert_close(dense(*back.encode(x)) * scale, dense(*sae.encode(x)) * sae.scale, rtol=1e-5, atol=1e-4)
 
 
-def test_thresholds_go_to_sae_lens_and_come_back(jumping, tmp_path):
-    FORMATS["sae_lens"].write(tmp_path, fold(jumping), ABOUT)
+@pytest.mark.parametrize("name", ["sae_lens", "dictionary_learning"])
+def test_thresholds_go_to_others_and_come_back(jumping, tmp_path, name):
+    write_foreign(name, tmp_path, fold(jumping), ABOUT)
     back, x = unfold(read_foreign(tmp_path)[1], 3.0), raw()
-    assert back.top_k == 64 and json.loads((tmp_path / "cfg.json").read_text())["architecture"] == "jumprelu"
-    torch.testing.assert_close(dense(*back.encode(x)) * 3, dense(*jumping.encode(x)) * 7.3, rtol=1e-5, atol=1e-4)
-    for name in ("dictionary_learning", "sparsify"):
-        with pytest.raises(InputError, match="set FORMAT to sae_lens"):
-            write_foreign(name, tmp_path / name, fold(jumping), ABOUT)
-    rewrite(tmp_path / "cfg.json", metadata={})
-    assert read_foreign(tmp_path)[1].top_k == 64  # no more than there are latents
+    assert back.top_k == 64 and read_any(tmp_path).facts["kind"] == "jumprelu"
+    torch.testing.assert_close(dense(*back.encode(x)) * 3, dense(*jumping.encode(x)) * 7.3, rtol=1e-5, atol=1e-3)
+
+
+def test_sparsify_has_no_thresholds(jumping, tmp_path):
+    with pytest.raises(InputError, match="set FORMAT to sae_lens or dictionary_learning"):
+        write_foreign("sparsify", tmp_path, fold(jumping), ABOUT)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +153,12 @@ def test_a_sparsify_file_may_not_know_its_number_of_latents(sae, tmp_path):
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("sae_lens", {"architecture": "gated"}, "architecture must be 'topk' or 'jumprelu', not 'gated'"),
+        *(("sae_lens", {"architecture": name}, f"architecture must be 'standard' or .*, not '{name}'")
+          for name in ("transcoder", "skip_transcoder", "temporal", "matching_pursuit", "abstopk")),
         ("sae_lens", {"normalize_activations": "layer_norm"}, "normalize_activations"),
         ("sparsify", {"transcode": True}, "transcode must be False, not True"),
         ("sparsify", {"activation": "groupmax"}, "groupmax"),
-        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "GatedAutoEncoder"),
+        ("dictionary_learning", {"trainer": {"dict_class": "CrossCoder"}}, "CrossCoder"),
     ],
 )
 def test_what_ours_cannot_be_is_refused(sae, tmp_path, name, changes, message):
@@ -166,8 +175,8 @@ def test_damaged_files_are_named(sae, tmp_path):
     for name, known in FORMATS.items():
         folder = tmp_path / name
         known.write(folder, folded, ABOUT)
-        (folder / known.files[0]).write_bytes(b"nothing")
-        with pytest.raises(InputError, match=known.files[0]):
+        (folder / READERS[name].files[0]).write_bytes(b"nothing")
+        with pytest.raises(InputError, match=READERS[name].files[0]):
             read_foreign(folder)
     FORMATS["sparsify"].write(tmp_path / "b", folded._replace(b_dec=torch.full((16,), float("nan"))), ABOUT)
     with pytest.raises(InputError, match="not finite"):
@@ -317,11 +326,14 @@ def test_configurations_of_other_shapes_are_one_line(sae, tmp_path, name, change
     ("sae_lens", {"apply_b_dec_to_input": "yes"}, "must be true or false"),
     ("sae_lens", {"rescale_acts_by_decoder_norm": 1}, "must be true or false"),
     ("sae_lens", {"architecture": {"a": [1] * 500}}, "architecture must be"),
-    ("sae_lens", {"architecture": "jumprelu", "metadata": 3}, "threshold"),
+    ("sae_lens", {"architecture": "jumprelu", "metadata": 3}, "metadata must be a dict or null"),
     ("sae_lens", {"architecture": "jumprelu", "metadata": {}}, "threshold must be a tensor"),
     ("sparsify", {"signed": True}, "signed must be False"),
     ("dictionary_learning", {"trainer": []}, "trainer must be a dict"),
-    ("sae_lens", {"architecture": "standard"}, "not 'standard'"),
+    ("sae_lens", {"reshape_activations": "hook_z"}, "reshape_activations must be 'none', not 'hook_z'"),
+    ("sae_lens", {"normalize_activations": "constant_norm_rescale"}, "not 'constant_norm_rescale'"),
+    ("sae_lens", {"normalize_activations": "covariance_whitening"}, "not 'covariance_whitening'"),
+    ("sae_lens", {"activation_fn_str": "tanh-relu"}, "activation_fn must be 'topk' or null, not 'tanh-relu'"),
 ])
 def test_values_that_ours_cannot_be_are_one_line(sae, tmp_path, name, changes, message):
     FORMATS[name].write(tmp_path, fold(sae), ABOUT)
@@ -343,7 +355,7 @@ TENSORS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_of_other_shapes_and_kinds_are_one_line(jumping, sae, tmp_path, name, what):
     FORMATS[name].write(tmp_path, fold(jumping if name == "sae_lens" else sae), ABOUT)
-    path = tmp_path / FORMATS[name].files[0]
+    path = tmp_path / READERS[name].files[0]
     load, save = (torch.load, torch.save) if name == "dictionary_learning" else (load_file, save_file)
     whole = load(path)
     for key in [key for key in whole if key not in ("k",) and (key, name) != ("threshold", "dictionary_learning")]:

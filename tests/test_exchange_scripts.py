@@ -17,9 +17,11 @@ from test_exchange import PEERS
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
 
 from exchange.facts import public_name
-from exchange.formats import FORMATS, read_foreign
-from exchange.hub import pull, push, write_card
+from exchange.formats import FORMATS
+from exchange.hub import push, write_card
 from lib.environment import InputError
+from lib.exchange.formats import read_foreign
+from lib.exchange.hub import pull
 from lib.sae import load_sae
 from lib.store import open_run
 
@@ -92,7 +94,7 @@ def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, t
 def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
     script("export_sae.py", "FORMAT=sparsify")
     (tmp_path / "empty").mkdir()
-    folded = read_foreign(trained / "exports/sparsify/layers.1")[1]
+    folded = read_foreign(trained / "exports/sparsify/layers.1").sae
     narrow = tmp_path / "narrow"
     FORMATS["sparsify"].write(narrow, folded._replace(W=torch.ones(64, 4), W_dec=torch.full((64, 4), 0.5),
                                                       b_dec=torch.zeros(4)), {})

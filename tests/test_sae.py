@@ -209,6 +209,7 @@ def test_codes_tell_altered_weights_that_the_hash_does_not(sae, x, part):
         getattr(sae, part)[latent if part != "mean" else 0] += 1e-3
     assert check("reload", reload_error(sae, probe))["verdict"] == "FAIL"
     assert reload_error(sae, probe | {"values": values[:, :4]}) == float("inf")
+    assert reload_error(sae, {"x": x[:64], "values": values[:, :4], "indices": indices[:, :4]}) > 1
 
 
 def test_missing_damaged_and_foreign_files_are_named(sae, x, tmp_path):

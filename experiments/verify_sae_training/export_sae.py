@@ -38,11 +38,11 @@ from concepts.directions import direct_view
 from concepts.firings import read_latent_stats, read_top_texts
 from exchange.delphi import write_delphi
 from exchange.facts import facts_of, module_folder
-from exchange.folded import fold
 from exchange.formats import FORMATS, formats_for, write_foreign
 from exchange.hub import push, write_card
 from exchange.neuronpedia import Latents, place_of, write_neuronpedia
 from lib.environment import InputError, run
+from lib.exchange.folded import fold
 from lib.sae import load_sae, require_trained_on, sae_hash
 from lib.store import experiment_dir, open_run
 

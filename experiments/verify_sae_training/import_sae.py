@@ -4,14 +4,13 @@
     python import_sae.py SOURCE=/path/to/folder
     python import_sae.py SOURCE=user/repository SUBFOLDER=blocks.8.hook_resid_post
 
-Reads TopK SAEs of SAELens, dictionary_learning and sparsify, and JumpReLU SAEs of SAELens. An SAE that is already
-there is never replaced.
+Reads SAEs of SAELens, dictionary_learning, sparsify, Gemma Scope and Llama Scope (the guide has the table of kinds).
+What can't be represented exactly is refused by its name. An SAE that is already there is never replaced.
 
 Reads  store/verify_sae_training/runs/<run_id>/
 Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
 """
 import math
-from pathlib import Path
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
@@ -20,16 +19,16 @@ from lib.ranges import FileName, Location, Name
 SOURCE: Location | None = None            # folder of one SAE, or a hub repository
 SUBFOLDER: str = ""                       # folder of the SAE inside SOURCE
 RUN_ID: FileName | None = None            # activations to judge it by; None: the run that step 1 finished last
-LAYER: Name | None = None                 # which of the run's hook points; None: the first
+LAYER: Name | None = None                 # which of the run's hook points; None: the one that the SAE names
 CONSTANTS = override(globals())
 
 import kept_saes
-from exchange.folded import unfold
-from exchange.formats import read_foreign
-from exchange.hub import pull
 from lib.batches import rows_of_run, sample_rows
 from lib.environment import InputError, log, log_to, run, say_next
-from lib.models import local_path
+from lib.exchange.formats import read_foreign
+from lib.exchange.hub import folder_of
+from lib.exchange.places import hook_in_run, same_model
+from lib.exchange.rows import fitted
 from lib.sae import load_sae, sae_hash, save_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.training.loop import score
@@ -37,26 +36,36 @@ from lib.training.loop import score
 FOLDER = experiment_dir("verify_sae_training")
 
 
-def source_folder():
-    """The folder that SOURCE and SUBFOLDER name, fetched from the hub unless it is local."""
-    if not SOURCE:
-        raise InputError("SOURCE is missing; set the folder of an SAE, or a hub repository")
-    if Path(SUBFOLDER).is_absolute() or ".." in Path(SUBFOLDER).parts:
-        raise InputError(f"SUBFOLDER={SUBFOLDER} must be a folder inside SOURCE")
-    path = local_path(SOURCE)
-    return pull(SOURCE, SUBFOLDER) if path is None else path / SUBFOLDER
+def hook_of(saved, facts):
+    """The run's hook point that the SAE belongs to: the one that LAYER or else its files name, or the first."""
+    named, model = facts.get("hook"), saved.meta["model"]["name"]
+    if "model_name" in facts and not same_model(facts["model_name"], model):
+        log.warning("the SAE was trained on %s, the run is of %s", facts["model_name"], model)
+    hook = hook_in_run(saved, named) if named else None
+    if named and hook is None and LAYER is None:
+        raise InputError(f"the SAE belongs at {facts['hook_name']}, which run {saved.run_id} does not hold; run "
+                         f"01_save_activations.py with LAYER_SIGNATURE={named}")
+    if LAYER is None and hook:
+        return hook
+    if named is None:
+        log.warning("the files don't say which layer the SAE belongs to; EV tells whether it is this one")
+    elif saved.hook(LAYER) != hook:
+        log.warning("the SAE belongs at %s, not at LAYER=%s", facts["hook_name"], LAYER)
+    return saved.hook(LAYER)
 
 
 def main():
     log_to(FOLDER / "import_sae.log")
-    kind, folded = read_foreign(source_folder())
+    if not SOURCE:
+        raise InputError("SOURCE is missing; set the folder of an SAE, or a hub repository")
+    found = read_foreign(folder_of(SOURCE, SUBFOLDER), f"{SOURCE}/{SUBFOLDER}")
     saved = open_run("verify_sae_training", RUN_ID)
-    hook = saved.hook(LAYER)
+    hook = hook_of(saved, found.facts)
     rows = rows_of_run(saved, hook)
-    if len(rows.mean) != len(folded.b_dec):
-        raise InputError(f"the SAE is for activations of width {len(folded.b_dec)}, {hook} has {len(rows.mean)}; save "
-                         "those of its own layer")
-    sae = unfold(folded, rows.scale)
+    if len(rows.mean) != len(found.sae.b_dec):
+        raise InputError(f"the SAE is for activations of width {len(found.sae.b_dec)}, {hook} has {len(rows.mean)}; "
+                         "save those of its own layer")
+    sae = fitted(found.sae, rows)
     path = FOLDER / "sae_model" / "topk_sae.pt"
     if path.exists() and sae_hash(load_sae(path)) != sae_hash(sae):
         raise InputError(f"{path} holds another SAE; move the folder sae_model away, or set STORE_DIR to another store")
@@ -66,12 +75,13 @@ def main():
                          "SOURCE and the layer of the run")
     sae.config.update(
         model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
-        imported={"format": kind, "source": SOURCE, "subfolder": SUBFOLDER}, constants=CONSTANTS,
-        provenance=provenance(), final=final,
+        imported={"format": found.format, "source": SOURCE, "subfolder": SUBFOLDER, **found.facts},
+        constants=CONSTANTS, provenance=provenance(), final=final,
     )
     kept_saes.keep(FOLDER, kept_saes.made_from(sae.config))  # a history may remain of an SAE that was moved away
     save_sae(sae, path, probe=next(sample_rows(rows, validation=True, limit=None)))
-    log.info("%s: %d latents, k=%d, on %s of %s", kind, sae.n_latents, sae.top_k, hook, saved.meta["model"]["name"])
+    log.info("%s, %s: %d latents, %s, on %s of %s", found.format, found.facts["kind"], sae.n_latents,
+             "thresholds" if sae.threshold is not None else f"k={sae.top_k}", hook, saved.meta["model"]["name"])
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],
              final["dead_pct"], f"{final['n_rows']:,}")
     if final["ev"] <= 0:

@@ -50,20 +50,23 @@ class Codes:
 def encode_run(run: Run, hook: str, sae: SAE) -> Codes:
     """Codes of all rows of a run at one hook point, kept in memory if they take less than KEEP_BYTES."""
     kept: list[tuple[int, Tensor, Tensor]] | None = None
-    keep = run.n_rows * sae.top_k * 8 <= KEEP_BYTES
+    keep = True
     batch_rows = max(64, min(8192, TABLE_CELLS // sae.n_latents))
 
     def batches() -> Batches:
-        nonlocal kept
+        nonlocal kept, keep
         if kept is not None:
             yield from kept
             return
-        mine = []  # this pass's own list: passes may be nested
+        mine, size = [], 0  # this pass's own list: passes may be nested
         for ids, x in batches_in_order(run.shards(hook), size=batch_rows):
             values, indices = sae.encode(x.to(sae.mean.device))
             batch = int(ids[0]), values.cpu(), indices.int().cpu()
-            if keep:
+            size += values.numel() * 8
+            if keep := keep and size <= KEEP_BYTES:
                 mine.append(batch)
+            else:
+                mine.clear()
             yield batch
         kept = mine if keep else None
 

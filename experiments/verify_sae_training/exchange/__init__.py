@@ -1,1 +1,1 @@
-"""Other tools' SAE files, one file a tool, and the table of them; the hub; what latents fire on, for others to show."""
+"""SAEs written in other tools' files; the hub; what latents fire on, for others to show. lib/exchange reads SAEs."""

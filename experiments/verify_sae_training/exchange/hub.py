@@ -1,12 +1,11 @@
-"""An exported SAE on the hub: its model card, push and pull.
+"""An exported SAE on the hub: its model card and push; lib/exchange/hub.py has pull.
 
 Nothing here runs unless the user names a repository; huggingface_hub finds the token.
 """
 import html
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -14,7 +13,8 @@ import huggingface_hub
 from concepts.dictionary import free_name
 from exchange.facts import Facts
 from exchange.formats import FORMATS
-from lib.environment import InputError, first_line, log
+from lib.environment import log
+from lib.exchange.hub import one_line
 from lib.files import fingerprint, write_text
 
 
@@ -71,27 +71,7 @@ def push(root: Path, files: Iterable[Path], repo: str, private: bool = True) -> 
     Their paths in the repository are those below `root`. Raises InputError if it fails.
     """
     api = huggingface_hub.HfApi()
-    with _one_line(f"PUSH_TO={repo}", "check name and network, and set a token that may write (hf auth login)"):
+    with one_line(f"PUSH_TO={repo}", "check name and network, and set a token that may write (hf auth login)"):
         parts = [huggingface_hub.CommitOperationAdd(file.relative_to(root).as_posix(), file) for file in files]
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.create_commit(repo, parts, commit_message="Upload a sparse autoencoder").commit_url)
-
-
-def pull(repo: str, subfolder: str = "") -> Path:
-    """Local folder with the files of an SAE in a model repository, or in one folder of it.
-
-    Raises InputError if it can't be reached.
-    """
-    names = {name for known in FORMATS.values() for name in known.files}
-    patterns = [str(PurePosixPath(subfolder) / name) for name in sorted(names)]
-    with _one_line(f"SOURCE={repo}", "set a local folder, or a repository that this machine can reach"):
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / subfolder
-
-
-@contextmanager
-def _one_line(what: str, advice: str) -> Iterator[None]:
-    """Turn any error inside into an InputError: the hub's client may change its HTTP library, and so its errors."""
-    try:
-        yield
-    except Exception as error:
-        raise InputError(f"{what}: {first_line(error)}; {advice}") from None

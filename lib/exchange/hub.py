@@ -1,0 +1,44 @@
+"""Files of an SAE that others published, from the hub or a local folder.
+
+Nothing here runs unless the user names a repository; huggingface_hub finds the token.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import huggingface_hub
+
+from ..environment import InputError, first_line
+from ..models import local_path
+from .formats import READERS
+
+
+def folder_of(source: str, subfolder: str = "") -> Path:
+    """The folder of an SAE: inside the local folder `source`, or fetched from that repository.
+
+    Raises InputError for a subfolder that leaves it, and if the hub can't be reached.
+    """
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise InputError(f"SUBFOLDER={subfolder} must be a folder inside SOURCE")
+    path = local_path(source)
+    return pull(source, subfolder) if path is None else path / subfolder
+
+
+def pull(repo: str, subfolder: str = "") -> Path:
+    """Local folder with the files of an SAE in a model repository, or in one folder of it.
+
+    Raises InputError if it can't be reached.
+    """
+    names = {name for known in READERS.values() for name in known.files}
+    patterns = [str(PurePosixPath(subfolder) / name) for name in sorted(names)]
+    with one_line(f"SOURCE={repo}", "set a local folder, or a repository that this machine can reach"):
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / subfolder
+
+
+@contextmanager
+def one_line(what: str, advice: str) -> Iterator[None]:
+    """Turn any error inside into an InputError: the hub's client may change its HTTP library, and so its errors."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {first_line(error)}; {advice}") from None
