@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-SLOTS = 4  # times k: how many codes of one row are kept where a threshold decides how many fire
 WINDOW = 0.1  # width of the window around a threshold, in units of a row's root mean square norm
+LEAST_THRESHOLD = 1e-6  # in training, where rows have mean squared norm 1
 FORGET = 0.05  # weight of the newest batch in the running mean of batchtopk's threshold
 
 
@@ -80,9 +80,9 @@ KINDS = {
 WITH_THRESHOLD = tuple(name for name, kind in KINDS.items() if kind.threshold)
 
 
-def slots(kind: str, k: int, n_latents: int) -> int:
-    """The most codes that a trained SAE keeps of one row."""
-    return min(n_latents, SLOTS * k) if KINDS[kind].threshold else k
+def most_codes(kind: str, k: int, n_latents: int) -> int:
+    """The most codes that a row of a trained SAE may have: all, where a threshold decides."""
+    return n_latents if KINDS[kind].threshold else k
 
 
 def prefix_sizes(n_latents: int) -> list[int]:
@@ -92,7 +92,7 @@ def prefix_sizes(n_latents: int) -> list[int]:
 
 def first_threshold(pre: Tensor, k: int) -> Tensor:
     """The threshold above which k codes a row fire on average: 0-dim, from pre-activations [B, F]."""
-    return pre.flatten().topk(min(k * len(pre), pre.numel())).values[-1].clamp(min=1e-6)
+    return pre.flatten().topk(min(k * len(pre), pre.numel())).values[-1].clamp(min=LEAST_THRESHOLD)
 
 
 def follow_smallest(log_threshold: Tensor, codes: Tensor) -> None:

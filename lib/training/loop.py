@@ -25,11 +25,12 @@ from ..distributed import agree, rank, world_size
 from ..environment import InputError, as_device, log
 from ..files import fingerprint
 from ..metrics.reconstruction import Reconstruction
-from ..sae import SAE, make_sae
+from ..sae import SAE, make_sae, sae_hash
 from . import checkpoints
 from .fast_step import fast_step
-from .kinds import KINDS, slots
+from .kinds import KINDS, most_codes
 from .settings import Plan, TrainSettings, check_settings, make_plan, schedule
+from .start import check_start, rows_about, state_of
 from .step import dense_step, folded_weights, init_state, whitening
 from .workspace import Workspace, choose_precision
 
@@ -57,26 +58,30 @@ def highest_codes(sae: SAE, rows: Rows) -> Tensor:
 
 def train_sae(
     rows: Rows, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu",
-    progress: bool = True, track: Callable[[dict[str, float]], None] = lambda record: None,
+    progress: bool = True, track: Callable[[dict[str, float]], None] = lambda record: None, start: SAE | None = None,
 ) -> tuple[SAE, dict[str, Any]]:
     """Train an SAE on the training rows; returns that of the epoch with the best validation EV, and the history.
 
     folder: keeps checkpoints/last.pt, from which a training with the same settings and rows resumes; None keeps
     nothing. progress: show a bar. track: called with each new entry of the history's `train`, and of its `val` as
-    val_<name> (lib/trackers.py). history: see `empty_history` and UNITS in lib/training/checkpoints.py. With several
-    ranks all
-    train the same SAE: each takes its part of every batch, and only rank 0 writes.
+    val_<name> (lib/trackers.py). start: an SAE from whose weights and centre training goes on (lib/training/start.py).
+    history: see `empty_history` and UNITS in lib/training/checkpoints.py. With several ranks all train the same SAE:
+    each takes its part of every batch, and only rank 0 writes.
 
-    Raises InputError for settings that can't work, for a loss that is no longer finite, and if `folder` holds an
-    unfinished training with other settings.
+    Raises InputError for settings that can't work, or can't continue `start`, for a loss that is no longer finite, and
+    if `folder` holds an unfinished training with other settings.
     """
     check_settings(settings, rows)
     device = as_device(device)
+    if start is not None:
+        check_start(start, settings, len(rows.mean))
+        rows = rows_about(rows, start.mean)
     plan = make_plan(settings, rows.n_train)
     transform = whitening(rows.covariance, settings.whiten).to(device)
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
-    key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device)])
-    made = _resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform)
+    begun = [] if start is None else [sae_hash(start)]
+    key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device), *begun])
+    made = _resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform, start=start)
     state = made["state"]
     take_step = _step_of(settings, plan, state, made["precision"])
     log.info("peak learning rate %.1e, %s steps", plan.learning_rate, f"{plan.n_steps:,}")
@@ -103,7 +108,7 @@ def train_sae(
 
 
 def _resumed_or_new(
-    checkpoint: Path | None, key: str, settings: TrainSettings, plan: Plan, transform: Tensor
+    checkpoint: Path | None, key: str, settings: TrainSettings, plan: Plan, transform: Tensor, start: SAE | None
 ) -> dict[str, Any]:
     """The progress of the checkpoint, or that of a training at its start, which is saved at once."""
     made = checkpoints.resume(checkpoint, key, settings)
@@ -112,6 +117,7 @@ def _resumed_or_new(
                          "share")
     if made is None:
         state = init_state(transform, settings.n_latents, settings.seed, aligned=settings.aligned, kind=settings.kind)
+        state |= {} if start is None else state_of(start, transform, settings.aligned)
         made = {"key": key, "history": checkpoints.empty_history(plan), "settings": asdict(settings), "state": state,
                 "best": {}, "precision": _precision(settings, state)}
         if checkpoint:  # keeps the precision, which another machine might choose otherwise
@@ -167,4 +173,5 @@ def _end_epoch(
 def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings) -> SAE:
     """The SAE of folded weights."""
     return make_sae(weights["W_enc"], weights["b_enc"], weights["W_dec"], mean=rows.mean, scale=rows.scale,
-                    top_k=slots(settings.kind, settings.top_k, settings.n_latents), threshold=weights.get("threshold"))
+                    top_k=most_codes(settings.kind, settings.top_k, settings.n_latents),
+                    threshold=weights.get("threshold"))

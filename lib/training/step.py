@@ -139,7 +139,7 @@ def dense_step(
     leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state, kind)}
     dec = leaves["dec"]
     pre = torch.relu(x @ _encoder(state, leaves).T + leaves["bias"])
-    if rules.threshold and int(state["step"]) == 0:
+    if rules.threshold and int(state["step"]) == 0 and not state["log_threshold"].any():  # nor set by a start
         state["log_threshold"].fill_(first_threshold(pre.detach(), k).log())
         if "log_threshold" in leaves:
             leaves["log_threshold"] = state["log_threshold"].clone().requires_grad_()
