@@ -40,15 +40,16 @@ $(VENV)/installed: requirements.txt pyproject.toml
 PROBE = $(VERIFY)/00_probe_layers.py
 SAVE = $(VERIFY)/01_save_activations.py
 TRAIN = $(VERIFY)/02_train_sae.py
+SAE_FOLDER = $$STORE_DIR/verify_sae_training/saes/$$(cat "$$STORE_DIR/verify_sae_training/last_sae.txt")
 run: $(VENV)/installed
 	$(call check,$(PROBE) $(SAVE) $(TRAIN))$(PY) $(PROBE) $(call given,$(PROBE))
 	$(PY) $(SAVE) $(call given,$(SAVE))
 	$(PY) $(TRAIN) $(call given,$(TRAIN))
 	for name in 03_analyze_training 04_name_sae_concepts 05_show_concepts; do \
-	  $(RENDER) --output-dir "$$STORE_DIR/verify_sae_training/pages" $(VERIFY)/$$name.ipynb || exit 1; \
+	  $(RENDER) --output-dir "$(SAE_FOLDER)/pages" $(VERIFY)/$$name.ipynb || exit 1; \
 	done
 	@$(PY) $(VERIFY)/show_verification.py
-	@echo "pages: $$STORE_DIR/verify_sae_training/pages/*.html and $$STORE_DIR/verify_sae_training/concepts.html"
+	@echo "pages: $(SAE_FOLDER)/pages/*.html and $(SAE_FOLDER)/concepts.html"
 
 # The second experiment: feed sharpened concepts back into training, cycle by cycle, and compare the arms.
 CYCLES = $(CEPTION)/04_train_cycle.py
@@ -65,12 +66,12 @@ PAGE ?= 514
 pictures:
 	mkdir -p $(VERIFY)/pictures
 	for name in concept_recovery baselines; do \
-	  cp "$$STORE_DIR/verify_sae_training/figures/$$name.png" $(VERIFY)/pictures/ || exit 1; \
+	  cp "$(SAE_FOLDER)/figures/$$name.png" $(VERIFY)/pictures/ || exit 1; \
 	done
 	for name in concepts_list concept_page; do \
 	  case $$name in concept_page) at="#$(PAGE)";; *) at=;; esac; \
 	  chromium --headless --no-sandbox --hide-scrollbars --window-size=460,760 --force-device-scale-factor=2 \
-	    --screenshot=$(VERIFY)/pictures/$$name.png "file://$$STORE_DIR/verify_sae_training/concepts.html$$at" || exit 1; \
+	    --screenshot=$(VERIFY)/pictures/$$name.png "file://$(SAE_FOLDER)/concepts.html$$at" || exit 1; \
 	done
 
 # All tests. Two workers, each with one thread and whole files, so that what a file prepares is prepared once.

@@ -2,7 +2,7 @@
 
     from sae_workbench import load_encoder            # in a checkout: from lib import load_encoder
 
-    encoder = load_encoder("store/verify_sae_training/sae_model")
+    encoder = load_encoder()                          # the SAE trained last, or one by its name or folder
     print(encoder.encode("Lily was happy. She ran to the big red ball."))
     with encoder.steer("dog", 2):
         print(encoder.generate("One day"))
@@ -26,6 +26,7 @@ from .hooks import HookPoint
 from .origin import about_sae
 from .reopen import open_model
 from .sae import SAE, load_sae, sae_hash
+from .saes import MODEL_FILE, find_sae
 from .schemas import Schema, Text
 from .steering import Edit, skipped_ids, steer
 from .texts import filler_id, tokenise
@@ -160,12 +161,12 @@ class Encoder(NamedTuple):
 
 
 def load_encoder(
-    sae: str | Path, model: str | None = None, hook: str | None = None,
+    sae: str | Path | None = None, model: str | None = None, hook: str | None = None,
     device: str | torch.device = "auto", *, trust_remote_code: bool = False,
 ) -> Encoder:
     """A trained SAE with the language model that it reads.
 
-    sae: its file or folder. model: hub name or directory; None: the one that the SAE's file names, if its weights
+    sae: its name, file or folder; None: the one trained or imported last. model: hub name or directory; None: the one that the SAE's file names, if its weights
     are still the same. hook: as LAYER_SIGNATURE of 01_save_activations.py; None: the one in the file. device: auto,
     cpu, cuda, mps.
 
@@ -174,8 +175,8 @@ def load_encoder(
 
     Raises InputError if the SAE or the model can't be loaded.
     """
-    place = Path(sae).expanduser()
-    loaded = load_sae(place / "topk_sae.pt" if place.is_dir() else place, choose_device(device))
+    place = find_sae(sae)
+    loaded = load_sae(place / MODEL_FILE, choose_device(device))
     about = about_sae(loaded.config)
     try:
         opened = open_model(about, loaded.mean.device, trust_remote_code, model=model, hook=hook)
@@ -192,8 +193,7 @@ def _names_beside(place: Path, digest: str) -> tuple[dict[int, str], Path | None
     """The names in the concepts.json beside the SAE, or one folder up, the best by F1 first, and that folder; none if
     it is about another SAE.
     """
-    folder = place if place.is_dir() else place.parent
-    for path in (folder / "concepts.json", folder.parent / "concepts.json"):
+    for path in (place / "concepts.json", place.parent / "concepts.json"):
         if path.exists():
             content = read_json(path, NAMES)
             if content["sae_hash"] == digest:

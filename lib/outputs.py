@@ -71,6 +71,8 @@ def _as_json(value: Any) -> Any:
 def in_use(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process, and remove what a killed process left half-written in it.
 
+    A folder that is still empty at the end is removed.
+
     The kernel keeps the lock, on the file .lock in the folder, and frees it however the process ends. With several
     ranks, rank 0 holds the folder for all. Raises InputError if another process holds it.
     """
@@ -98,6 +100,10 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         _note_holder(path, "")
+        with suppress(OSError):
+            if list(folder.iterdir()) == [path]:
+                path.unlink()
+                folder.rmdir()
         lock.release()
 
 

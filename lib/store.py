@@ -134,9 +134,14 @@ class Run:
             for spelling in [hook["signature"], *hook.get("names", []), *places]:
                 known.setdefault(spelling, hook["signature"])
         if name not in known:
-            saved = ", ".join((hook.get("names") or [hook["signature"]])[0] for hook in self.meta["hooks"])
+            saved = ", ".join(map(self.short_name, self.hooks))
             raise InputError(f"run {self.run_id} holds {saved}, not {name}; save it with 01_save_activations.py")
         return known[name]
+
+    def short_name(self, hook: str) -> str:
+        """The shortest spelling of a saved hook point, as step 1 takes it: resid_post:3."""
+        names = next(point.get("names", []) for point in self.meta["hooks"] if point["signature"] == self.hook(hook))
+        return next(iter(names), self.hook(hook))
 
     @cached_property
     def texts(self) -> list[dict[str, Any]]:

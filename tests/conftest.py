@@ -81,6 +81,12 @@ def tiny_model(kind: str, width: int = 16, n_blocks: int = 3, seed: int = 0, **e
     return model.eval()
 
 
+def sae_of(store):
+    """The folder of the SAE that was trained or imported last in this store."""
+    folder = Path(store) / "verify_sae_training"
+    return folder / "saes" / (folder / "last_sae.txt").read_text().strip()
+
+
 @pytest.fixture
 def tokenizer():
     return word_tokenizer()

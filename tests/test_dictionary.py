@@ -26,6 +26,15 @@ MADE = {"name": "dog, cat", "description": "Fires on dog", "source": "offline", 
 AWKWARD = ["no", "1.0", 'a, "b"', "Öl: ”x”", "- dash", "null", "{x}", "#1", "a\u2028b"]
 
 
+def named_sae(store):
+    """The folder of an SAE of this name; its weights are not read here."""
+    folder = store / "verify_sae_training" / "saes" / "mine"
+    folder.mkdir(parents=True)
+    for name in ("topk_sae.pt", "topk_sae.json"):
+        (folder / name).touch()
+    return folder
+
+
 def dictionary(concepts, **change):
     return {"schema_version": 1, **HEADER, "concepts": concepts} | change
 
@@ -142,7 +151,7 @@ def test_the_schema_describes_what_the_steps_write():
 
 
 def test_the_script(script, own_store):  # noqa: F811
-    path = own_store / "verify_sae_training" / "concepts.json"
+    path = named_sae(own_store) / "concepts.json"
     write_concepts(path, HEADER, {1: MADE, 2: MADE | {"name": "cow"}})
     other = path.with_name("other.yaml")
     export_concepts(dictionary({2: MADE | {"name": "moo", "source": "human"}, 3: MADE}), other)
@@ -303,7 +312,7 @@ def test_eight_people_at_once_lose_nothing(tmp_path):
     ("t.json", json.dumps(dictionary({"1": MADE}, sae_hash="bb")), "different SAEs"),
 ])
 def test_a_merge_is_checked_before_anything_is_written(script, own_store, tmp_path, name, text, message):  # noqa: F811
-    path = own_store / "verify_sae_training" / "concepts.json"
+    path = named_sae(own_store) / "concepts.json"
     written(path, {1: "one"})
     stats = ({"fires": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1])}
              | {name: torch.ones(8) for name in ("max", "mean_active", "p99")})
@@ -316,7 +325,7 @@ def test_a_merge_is_checked_before_anything_is_written(script, own_store, tmp_pa
 
 
 def test_an_export_replaces_nothing(script, own_store, tmp_path):  # noqa: F811
-    path = own_store / "verify_sae_training" / "concepts.json"
+    path = named_sae(own_store) / "concepts.json"
     written(path, {1: "one"})
     assert script("concept_dictionary.py", "EXPORT=mine.yaml")[0] == 0
     (tmp_path / "mine.yaml").write_text("notes of a person")

@@ -13,7 +13,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
-from conftest import PROJECT, run_script
+from conftest import PROJECT, run_script, sae_of
 from forked import ROOMS
 from test_sae_ception_gates import text_model, text_task
 from test_training import SMALL, make_rows
@@ -222,7 +222,7 @@ def check_training(store: Path) -> None:
     """02 on this run: the SAE is good, and only the first rank writes."""
     done = torchrun(PROJECT / TRAIN, "EPOCHS=2", "PRECISION=float32", store=store)
     assert done.stdout.count("held out: EV") == 1
-    assert read_json(store / "verify_sae_training" / "training_history.json")["final"]["ev"] > 0.8
+    assert read_json(sae_of(store) / "training_history.json")["final"]["ev"] > 0.8
 
 
 def test_a_script_of_one_process_refuses_torchrun(tmp_path, monkeypatch):

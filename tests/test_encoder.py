@@ -204,9 +204,9 @@ def test_the_model_may_lie_elsewhere(tmp_path, trained, saved_model):
 def test_a_file_that_names_no_model_asks_for_it(tmp_path, trained):
     sae = load_sae(tmp_path / "sae_model" / "topk_sae.pt")
     del sae.config["model"]
-    save_sae(sae, tmp_path / "bare.pt", probe=torch.randn(64, 16))
+    save_sae(sae, tmp_path / "bare" / "topk_sae.pt", probe=torch.randn(64, 16))
     with pytest.raises(InputError, match="language model is not named.*model="):
-        load_encoder(tmp_path / "bare.pt")
+        load_encoder(tmp_path / "bare" / "topk_sae.pt")
 
 
 def test_other_weights_and_too_long_a_text_are_refused(tmp_path, trained, saved_model):

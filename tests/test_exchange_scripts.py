@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import PROJECT, run_notebook
+from conftest import PROJECT, run_notebook, sae_of
 from test_exchange import PEERS
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
 
@@ -23,15 +23,16 @@ from lib.environment import InputError
 from lib.exchange.formats import read_foreign
 from lib.exchange.hub import pull
 from lib.sae import load_sae
+from lib.saes import find_sae
 from lib.store import open_run
 
 
 @pytest.fixture
 def trained(script, source, own_store):  # noqa: F811
-    """The store after steps 1 and 2 on a tiny model."""
+    """The folder of an SAE, trained by steps 1 and 2 on a tiny model."""
     assert script("01_save_activations.py", *source, *SMALL, "PREFLIGHT=False")[0] == 0
     assert script("02_train_sae.py", *TRAIN)[0] == 0
-    return own_store / "verify_sae_training"
+    return sae_of(own_store)
 
 
 def codes_and_reconstruction(path):
@@ -41,28 +42,27 @@ def codes_and_reconstruction(path):
     return torch.zeros(len(x), sae.n_latents).scatter_(1, indices, values), sae.decode(values, indices)
 
 
-def test_every_export_comes_back_as_the_same_sae(script, trained):  # noqa: F811
-    """Exported, then imported in place of step 2: the same codes in x' units, the same reconstruction."""
+def test_every_export_comes_back_as_the_same_sae(script, trained, own_store):  # noqa: F811
+    """Exported, then imported: the same codes in x' units, the same reconstruction, under a name of its own."""
     code, out, _ = script("export_sae.py")
     assert code == 0 and all(name in out for name in FORMATS)
-    before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")
+    before = codes_and_reconstruction(trained / "topk_sae.pt")
     folders = {"sae_lens": "blocks.1.hook_resid_post", "dictionary_learning": "blocks.1.hook_resid_post",
                "sparsify": "layers.1"}
-    shutil.move(trained / "sae_model", trained / "ours")
     for kind, folder in folders.items():
         code, out, err = script("import_sae.py", f"SOURCE={trained}/exports/{kind}", f"SUBFOLDER={folder}")
         assert code == 0 and kind in out and "held out: EV" in out, err
-        for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
+        for mine, other in zip(before, codes_and_reconstruction(sae_of(own_store) / "topk_sae.pt")):
             torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
         again = script("import_sae.py", f"SOURCE={trained}/exports/{kind}/{folder}")
         assert again[0] == 0, "the same SAE may be imported again"
-        shutil.rmtree(trained / "sae_model")
+    assert len(list(trained.parent.iterdir())) == 1 + len(folders)
 
 
 def test_the_export_says_what_it_is(script, trained):  # noqa: F811
     script("export_sae.py")
     metadata = json.loads((trained / "exports/sae_lens/blocks.1.hook_resid_post/cfg.json").read_text())["metadata"]
-    sae = load_sae(trained / "sae_model" / "topk_sae.pt")
+    sae = load_sae(trained / "topk_sae.pt")
     expected = {
         "hook_name": "blocks.1.hook_resid_post", "hf_module_path": "model.layers.1", "context_size": 128,
         "prepend_bos": True, "kind": "topk", "k": 3, "seed": 0, "tokens_trained": sae.config["tokens_trained"],
@@ -77,8 +77,6 @@ def test_the_export_says_what_it_is(script, trained):  # noqa: F811
 
 def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, trained, capsys):  # noqa: F811
     script("export_sae.py", "FORMAT=sparsify")
-    shutil.rmtree(trained / "sae_model")
-    (trained / "training_history.json").unlink()
     assert script("import_sae.py", f"SOURCE={trained}/exports/sparsify/layers.1")[0] == 0
     names = run_notebook(FOLDER / "03_analyze_training.ipynb")
     said = capsys.readouterr().out
@@ -88,7 +86,7 @@ def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, t
     assert not checks & {"loss_fell", "weights_moved", "ev_random", "gap"}
     for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
         run_notebook(FOLDER / name)
-    assert (trained / "concepts.html").exists()
+    assert (find_sae() / "concepts.html").exists()
 
 
 def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
@@ -98,8 +96,6 @@ def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
     narrow = tmp_path / "narrow"
     FORMATS["sparsify"].write(narrow, folded._replace(W=torch.ones(64, 4), W_dec=torch.full((64, 4), 0.5),
                                                       b_dec=torch.zeros(4)), {})
-    other = tmp_path / "other"
-    FORMATS["sparsify"].write(other, folded._replace(b=folded.b + 1), {})
     for name, arguments, message in (
         ("export_sae.py", ["FORMAT=onnx"],
          "FORMAT=onnx must be one of all, sae_lens, dictionary_learning, sparsify, delphi, neuronpedia"),
@@ -112,7 +108,6 @@ def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
         ("import_sae.py", [f"SOURCE={narrow}", "SUBFOLDER=../other"], "must be a folder inside SOURCE"),
         ("import_sae.py", [f"SOURCE={narrow}"],
          "the SAE is for activations of width 4, llamaforcausallm_model_layers_1 has 16"),
-        ("import_sae.py", [f"SOURCE={other}"], "holds another SAE; move the folder sae_model away"),
     ):
         code, _, err = script(name, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1, (name, arguments, err)
@@ -259,12 +254,11 @@ def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
     assert not named, "no path of this machine"
     assert set(Hub.files) == {"README.md", f"{folder}/cfg.json", f"{folder}/sae_weights.safetensors"}
     assert b'from_pretrained("user/name"' in Hub.files["README.md"]
-    before = codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")
-    shutil.rmtree(trained / "sae_model")
-    shutil.rmtree(trained / "exports")
+    before = codes_and_reconstruction(trained / "topk_sae.pt")
+    shutil.rmtree(trained)
     done = run("import_sae.py", "SOURCE=user/name", f"SUBFOLDER={folder}")
     assert done.returncode == 0, done.stderr
-    for mine, other in zip(before, codes_and_reconstruction(trained / "sae_model" / "topk_sae.pt")):
+    for mine, other in zip(before, codes_and_reconstruction(find_sae() / "topk_sae.pt")):
         torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5)
     refused = run("export_sae.py", "FORMAT=sae_lens", "PUSH_TO=user/name", HF_TOKEN="hf_wrong")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
@@ -277,14 +271,14 @@ def test_saebench_accepts_the_export_and_finds_the_same_numbers(script, own_stor
     assert script("01_save_activations.py", "DATA_LIMIT=400", "VAL_FRAC=0.3", "PREFLIGHT=False")[0] == 0
     assert script("02_train_sae.py", "EPOCHS=4")[0] == 0
     assert script("export_sae.py", "FORMAT=dictionary_learning")[0] == 0
-    folder = own_store / "verify_sae_training"
+    folder = sae_of(own_store)
     export = folder / "exports/dictionary_learning/blocks.0.hook_resid_post"
     command = [str(PEERS), "experiments/benchmarks/saebench_core.py", "store/embedded/model", str(export),
                "store/embedded/stories/val.jsonl"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    final = load_sae(folder / "sae_model" / "topk_sae.pt").config["final"]
+    final = load_sae(folder / "topk_sae.pt").config["final"]
     assert found["sparsity"]["l0"] == pytest.approx(final["l0_mean"], abs=0.01)
     assert found["reconstruction_quality"]["explained_variance"] == pytest.approx(final["ev"], abs=0.02)
     assert found["model_performance_preservation"]["ce_loss_score"] > 0.9

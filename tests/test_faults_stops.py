@@ -3,16 +3,15 @@ import random
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import sae_of
 from forked import SCRIPTS, contents
 
 ALL = pytest.mark.parametrize("name", SCRIPTS)
 # The same script with another value of one constant, and what it must say of it.
 OTHER = {
-    "verify 02": (["TOP_K=2"], "top_k was 3, is 2"),
     "sae_ception 01": (["LR=0.5"], "lr was 0.001, is 0.5"),
     "sae_ception 02": (["TOP_K=2"], "top_k was 4, is 2"),
     "sae_ception 03": (["AUX_WEIGHT=0.5"], "aux_weight was 1.0, is 0.5"),
@@ -127,18 +126,25 @@ def write(store, files):
         (store / path).write_bytes(data)
 
 
-def test_an_sae_of_other_constants_is_kept_under_its_own_name(forks, undisturbed, tmp_path, record_property):
-    fault(record_property, "a finished run started with other constants")
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_constants_make_another_sae(forks, undisturbed, tmp_path, record_property, finished):
+    fault(record_property, f"{'a finished' if finished else 'an unfinished'} run started with other constants")
     whole, store = undisturbed("verify 02"), tmp_path / "store"
-    write(store, whole.files)
+    shutil.copytree(whole.before, store)
+    at = 2
+    while not (finished or has_progress(store)):
+        assert forks.run(whole.command, store, kill_at_write=at).code == -signal.SIGKILL
+        at += 2
+    if finished:
+        write(store, whole.files)
+    held = but_locks(contents(store))
     ended = forks.run([*whole.command, "TOP_K=2"], store)
-    assert ended.code == 0 and "TOP_K was 3, is 2" in ended.said
-    folder = "verify_sae_training"
-    kept, = (store / folder).glob("sae_model_*")
-    for name in ("sae_model/topk_sae.pt", "sae_model/topk_sae.json", "training_history.json"):
-        assert (
-            kept / Path(name).name
-        ).read_bytes() == whole.files[f"{folder}/{name}"] != (store / folder / name).read_bytes()
+    assert ended.code == 0 and len(list((store / "verify_sae_training" / "saes").iterdir())) == 2
+    last = {"verify_sae_training/last_sae.txt"}
+    now = contents(store)
+    assert {name: now.get(name) for name in held.keys() - last} == {name: held[name] for name in held.keys() - last}
+    shutil.rmtree(sae_of(store))
+    ends_as_undisturbed(forks, whole, store)
 
 
 def test_other_constants_make_another_run_of_activations(forks, undisturbed, tmp_path, record_property):

@@ -24,12 +24,12 @@ from concepts.firings import read_top_texts
 from cycles import schemas as cycle_schemas
 from cycles.sealed import read_sealed
 from cycles.stamps import finished
-from kept_saes import find
 from lib import schemas
 from lib.batches import rows_of_run, rows_of_tensor
 from lib.environment import InputError
 from lib.files import read_json, read_torch, write_json, write_tensors, write_torch
 from lib.sae import load_sae, require_trained_on
+from lib.saes import find_sae, trained_as
 from lib.schemas import Misfit, check, check_tensors
 from lib.store import open_run, store_root
 from lib.training.checkpoints import HISTORY, read_checkpoint
@@ -54,9 +54,9 @@ KINDS = {
     "activations": ("verify 02", f"{VERIFY}/runs/*/llama*/shard_00001.safetensors", whole_run),
     "statistics": ("verify 02", f"{VERIFY}/runs/*/llama*/stats.safetensors", whole_run),
     "scalars": ("verify 02", f"{VERIFY}/runs/*/llama*/stats.json", whole_run),
-    "SAE": ("verify 02", f"{VERIFY}/sae_model/topk_sae.pt", load_sae),
-    "sidecar": ("verify 02", f"{VERIFY}/sae_model/topk_sae.json", lambda path: read_json(path, schemas.SAE_SIDECAR)),
-    "history": ("verify 02", f"{VERIFY}/training_history.json", lambda path: read_json(path, HISTORY)),
+    "SAE": ("verify 02", f"{VERIFY}/saes/*/topk_sae.pt", load_sae),
+    "sidecar": ("verify 02", f"{VERIFY}/saes/*/topk_sae.json", lambda path: read_json(path, schemas.SAE_SIDECAR)),
+    "history": ("verify 02", f"{VERIFY}/saes/*/training_history.json", lambda path: read_json(path, HISTORY)),
     "stamp": ("sae_ception 04", f"{CYCLE}/checkpoints/model_cycle_1_best.stamp.json",
               lambda path: finished(path.with_name("model_cycle_1_best.pt"), "k", {})),
     "setting": ("sae_ception 04", f"{CYCLE}/constants.json", lambda path: read_json(path, cycle_schemas.SETTING)),
@@ -231,8 +231,8 @@ def whole_use(path):
     open_run(VERIFY, sae.config["run_id"])
     require_trained_on(sae, run, sae.config["hook"])
     hook_of_run(run, sae.config["hook"])
-    find(store_root() / VERIFY, {"activations": "x"})
-    read_json(store_root() / VERIFY / "training_history.json", HISTORY)
+    trained_as({"activations": "x"})
+    read_json(find_sae() / "training_history.json", HISTORY)
     return list(encode_run(run, sae.config["hook"], sae)), [rows_of_run(run, hook).scale
                                                             for hook in run.hooks], run.texts
 

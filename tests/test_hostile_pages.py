@@ -4,7 +4,7 @@ import re
 
 import IPython.display
 import pytest
-from conftest import WORDS, run_notebook, tiny_model
+from conftest import WORDS, run_notebook, sae_of, tiny_model
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script  # noqa: F401  (a fixture)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -70,14 +70,14 @@ def test_hostile_data_stay_text_in_the_notebooks(script, own_store, tmp_path, sh
     assert script("02_train_sae.py", *TRAIN)[0] == 0
     for handler in list(log.handlers):  # of the scripts, which ran in this process
         log.removeHandler(handler)
-    sae = load_sae(own_store / "verify_sae_training" / "sae_model" / "topk_sae.pt")
+    sae = load_sae(sae_of(own_store) / "topk_sae.pt")
     run = open_run("verify_sae_training")
     truth = ground_truth(run)
     assert {LEAVES[0]["path"], "how it ends: $\\frac$"} <= {concept.name for concept in truth.concepts}
     rows = [{"concept": concept.name, "context": number % 2, "latent": {"f1": 0.5}}
             for number, concept in enumerate(truth.concepts)]
     figures.recovery_examples(rows, {"latent": "latents"}).canvas.draw()
-    store = own_store / "verify_sae_training"
+    store = sae_of(own_store)
     living = collect_firings(encode_run(run, run.hook(), sae)).fires.nonzero()[:, 0].tolist()
     header = {"sae_hash": sae_hash(sae), "run_id": "r", "n_latents": sae.n_latents}
     write_concepts(store / "concepts.json", header,

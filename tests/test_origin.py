@@ -1,12 +1,13 @@
 """What an output was made from is asked of the output itself; what lies in a store grants no trust and is not lost."""
 import json
+import re
 import runpy
 import shutil
 import sys
 
 import pytest
 import torch
-from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
+from conftest import PROJECT, TEXTS, sae_of, tiny_model, word_tokenizer
 from forked import BASELINE, SAE, TRAIN, VERIFY, contents
 
 from lib.batches import rows_of_tensor
@@ -56,13 +57,9 @@ def trained(undisturbed, tmp_path):
     return tmp_path / "store", tmp_path / "store" / "verify_sae_training"
 
 
-def digest(folder):
-    return sae_hash(load_sae(folder / "sae_model" / "topk_sae.pt"))
-
-
 def belongs(folder):
     """The SAE's constants, after checking that its history is its own."""
-    sae, history = load_sae(folder / "sae_model" / "topk_sae.pt"), read_json(folder / "training_history.json")
+    sae, history = load_sae(folder / "topk_sae.pt"), read_json(folder / "training_history.json")
     assert history["sae_hash"] == sae_hash(sae) and history["constants"] == sae.config["constants"]
     return sae.config["constants"]
 
@@ -145,59 +142,47 @@ def test_a_diverged_training_replaces_nothing_and_bars_nothing(forks, trained, m
     assert "already trained" in ok(forks.run(QUICK, store)) and contents(store) == before
 
 
-def test_an_sae_is_not_taken_for_another_whose_history_is_there(forks, trained):
-    """TOP_K=2 is killed after its SAE and before its history: TOP_K=3 is not 'already trained', and ends as it
-    began.
-    """
+def test_each_training_has_a_folder_and_is_found_again(forks, trained):
+    """By what decides its weights: not by the preset's name, nor by how the run was named, nor by its folder's name."""
     store, folder = trained
     ok(forks.run([*QUICK, "TOP_K=3"], store))
-    first, history = digest(folder), (folder / "training_history.json").read_bytes()
+    first = sae_of(store)
     ok(forks.run([*QUICK, "TOP_K=2"], store))
-    second = digest(folder)
-    (folder / "training_history.json").write_bytes(history)  # as the kill leaves it; the checkpoint is gone
+    second = sae_of(store)
+    assert first.parent == second.parent == folder / "saes" and first != second
+    assert (belongs(first)["TOP_K"], belongs(second)["TOP_K"]) == (3, 2)
+    assert re.fullmatch(r"llama-resid_post_1-topk2-64-seed0-[0-9a-f]{6}", second.name)
+    before = contents(folder / "saes")
+    run_id = (folder / "run_id.txt").read_text().strip()
+    said = ok(forks.run([*QUICK, "TOP_K=3", f"RUN_ID={run_id}", "LAYER=resid_post:1", "LOG_EVERY=7"], store))
+    assert "already trained" in said and sae_of(store) == first and contents(folder / "saes") == before
+    second.rename(second.with_name("mine"))
+    assert "already trained" in ok(forks.run([*QUICK, "TOP_K=2"], store)) and sae_of(store).name == "mine"
+
+
+def test_a_training_without_its_history_is_finished_and_touches_no_other(forks, trained):
+    """As a kill leaves it between the SAE and its history, which is written last."""
+    store, _ = trained
+    ok(forks.run([*QUICK, "TOP_K=3"], store))
+    first, before = sae_of(store), contents(sae_of(store))
+    ok(forks.run([*QUICK, "TOP_K=2"], store))
+    (first / "training_history.json").unlink()
     assert "already trained" not in ok(forks.run([*QUICK, "TOP_K=3"], store))
-    assert digest(folder) == first and belongs(folder)["TOP_K"] == 3
-    assert digest_of_kept(folder, second) == second
+    assert sae_of(store) == first and contents(first) == before
 
 
-def digest_of_kept(folder, name):
-    return sae_hash(load_sae(folder / f"sae_model_{name}" / "topk_sae.pt"))
-
-
-def test_going_back_finds_the_kept_sae(forks, trained):
-    store, folder = trained
-    ok(forks.run([*QUICK, "TOP_K=3"], store))
-    first = {path.name: path.read_bytes()
-             for path in (*folder.glob("sae_model/topk_sae.*"), folder / "training_history.json")}
-    ok(forks.run([*QUICK, "TOP_K=2"], store))
-    second = digest(folder)
-    said = ok(forks.run([*QUICK, "TOP_K=3"], store))
-    assert "it is taken back from" in said and "peak learning rate" not in said
-    assert {path.name: path.read_bytes()
-            for path in (*folder.glob("sae_model/topk_sae.*"), folder / "training_history.json")} == first
-    assert (digest_of_kept(folder, second) == second
-            and (folder / f"sae_model_{second}" / "training_history.json").exists())
-    assert belongs(folder)["TOP_K"] == 3
-    assert "already trained" in ok(forks.run([*QUICK, "TOP_K=3"], store))
-
-
-def test_an_imported_sae_is_kept_and_not_taken_for_trained(forks, trained):
-    store, folder = trained
+def test_an_imported_sae_has_its_own_folder(forks, trained):
+    store, _ = trained
     ok(forks.run(QUICK, store))
-    own, history = digest(folder), (folder / "training_history.json").read_bytes()
+    own = sae_of(store)
+    before = contents(own)
     ok(forks.run([f"{VERIFY}/export_sae.py", "FORMAT=sae_lens"], store))
-    source = next((folder / "exports" / "sae_lens").rglob("cfg.json")).parent
-    (folder / "sae_model").rename(folder / "moved_away")
+    source = next((own / "exports" / "sae_lens").rglob("cfg.json")).parent
     ok(forks.run([IMPORT, f"SOURCE={source}"], store))
-    imported = load_sae(folder / "sae_model" / "topk_sae.pt")
-    assert (folder / f"sae_model_{own}" / "training_history.json").read_bytes() == history
-    assert "already trained" not in ok(forks.run([*QUICK, "TOP_K=2"], store))
-    assert belongs(folder)["TOP_K"] == 2
-    kept = load_sae(folder / f"sae_model_{sae_hash(imported)}" / "topk_sae.pt")
-    assert kept.config["imported"]["format"] == "sae_lens"
-    # The way out and back may change no digit: then the history of the same weights stands beside it.
-    has_history = (folder / f"sae_model_{sae_hash(imported)}" / "training_history.json").exists()
-    assert has_history == (sae_hash(imported) == own)
+    imported = sae_of(store)
+    assert imported != own and load_sae(imported / "topk_sae.pt").config["imported"]["format"] == "sae_lens"
+    assert "already trained" in ok(forks.run(QUICK, store)) and sae_of(store) == own
+    assert {name: data for name, data in contents(own).items() if not name.startswith("exports")} == before
 
 
 def test_an_sae_that_is_not_finite_is_not_written(undisturbed, tmp_path):

@@ -1,12 +1,11 @@
 """The scripts of experiments/verify_sae_training as a user runs them: order, reruns, kills, wrong input."""
 import json
 import runpy
-import shutil
 import sys
 
 import pytest
 import torch
-from conftest import ASSETS, PROJECT, run_notebook, tiny_model
+from conftest import ASSETS, PROJECT, run_notebook, sae_of, tiny_model
 
 from checks.verification import RULES
 from lib.environment import InputError, run
@@ -54,9 +53,9 @@ def test_both_steps_and_their_promised_files(script, source, own_store):
     folder = own_store / "verify_sae_training"
     run_id = (folder / "run_id.txt").read_text().strip()
     assert (folder / "runs" / run_id / "manifest.json").exists()
-    history = json.loads((folder / "training_history.json").read_text())
+    history = json.loads((sae_of(own_store) / "training_history.json").read_text())
     assert history["run_id"] == run_id and history["final"]["ev"] > 0
-    sae = load_sae(folder / "sae_model" / "topk_sae.pt")
+    sae = load_sae(sae_of(own_store) / "topk_sae.pt")
     assert (sae.n_latents, sae.top_k) == (64, 3)
     values, _ = sae.encode(torch.cat(open_run("verify_sae_training").shards(sae.config["hook"])))
     assert ((values > 0).sum(1) <= 3).all()
@@ -158,8 +157,7 @@ def test_wrong_input_to_step_2_is_one_line_and_writes_nothing(script, source, ow
     code, _, err = script("02_train_sae.py", *TRAIN, *arguments)
     assert code == 2 and message in err
     assert err.count("\n") == 1 and err.startswith("error: ")
-    assert not (own_store / "verify_sae_training" / "training_history.json").exists()
-    assert not list((own_store / "verify_sae_training").glob("sae_model/*.pt"))
+    assert not (own_store / "verify_sae_training" / "saes").exists()
 
 
 def test_step_2_without_step_1_says_so(script):
@@ -189,7 +187,7 @@ def test_all_five_steps_on_the_embedded_default(script, own_store):
     assert leaf["negation"] > 0.5
     run_notebook(FOLDER / "04_name_sae_concepts.ipynb")
     run_notebook(FOLDER / "05_show_concepts.ipynb")
-    folder = own_store / "verify_sae_training"
+    folder = sae_of(own_store)
     top = json.loads((folder / "top_texts.json").read_text())
     examples = [e for latent, found in top.items() if latent.isdigit() for e in found]
     assert examples and all(e["token_str"] == e["text"][e["char_start"] : e["char_end"]] for e in examples)
@@ -257,6 +255,5 @@ def test_a_real_model_gives_a_good_sae(script, own_store, name):
               "LAYER_SIGNATURE=resid_post:2"]
     assert script("01_save_activations.py", *source, "PREFLIGHT=False")[0] == 0
     assert script("02_train_sae.py", "EPOCHS=4")[0] == 0
-    shutil.copy(own_store / "verify_sae_training" / "training_history.json", own_store)
-    final = json.loads((own_store / "training_history.json").read_text())["final"]
+    final = json.loads((sae_of(own_store) / "training_history.json").read_text())["final"]
     assert final["ev"] > 0.8 and final["dead_pct"] < 10

@@ -5,11 +5,11 @@
     python 02_train_sae.py TOP_K=16 EPOCHS=20    # any constant below, by its name
     torchrun --nproc-per-node 4 02_train_sae.py  # four processes share every step; see experiments/at_scale
 
-After an interruption, rerun the same command: it continues from the last checkpoint. An SAE of other constants is kept
-as sae_model_<its hash>/, and taken back when its constants come again.
+After an interruption, rerun the same command: it continues from the last checkpoint. Other constants make another SAE;
+the same ones find the SAE that is there.
 
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/
-Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json and training_history.json
+Writes store/verify_sae_training/saes/<name>/: topk_sae.pt, topk_sae.json, training_history.json; and last_sae.txt
 """
 import shutil
 from typing import Annotated, Literal
@@ -47,62 +47,60 @@ PRESETS = {
 }
 CONSTANTS = override(globals(), PRESETS)
 
-import kept_saes
 from lib.batches import rows_of_run, sample_rows
-from lib.distributed import rank, wait_for_all
+from lib.distributed import rank
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
-from lib.outputs import in_use
-from lib.sae import sae_hash, save_sae
+from lib.outputs import in_use, is_current
+from lib.sae import load_sae, sae_hash, save_sae
+from lib.saes import ABOUT_FILE, HISTORY_FILE, MODEL_FILE, made_from, remember, sae_folder, trained_as
 from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
-from lib.training.checkpoints import HISTORY, Diverged, read_checkpoint
+from lib.training.checkpoints import HISTORY, Diverged
 from lib.training.loop import TrainSettings, score, train_sae
 
 FOLDER = experiment_dir("verify_sae_training")
-SAE_PATH, HISTORY_PATH = FOLDER / "sae_model" / "topk_sae.pt", FOLDER / "training_history.json"
 MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in ("VERIFY", "TRACKER")}
 
 
-def train(saved, hook, rows):
-    """Train the SAE and write it with its history."""
+def train(folder, origin, saved, rows):
+    """Train the SAE and write it with its history.
+
+    origin: what the SAE's file says of where it comes from.
+    """
     settings = TrainSettings(
-        n_latents=N_LATENTS_MULTIPLIER * len(rows.mean), top_k=TOP_K, kind=KIND, epochs=EPOCHS,
+        n_latents=origin["n_latents"], top_k=TOP_K, kind=KIND, epochs=EPOCHS,
         batch_size=BATCH_SIZE_TRAIN, lr=LR, dead_after=DEAD_AFTER_TOKENS, aux_weight=AUXK_ALPHA, whiten=WHITEN,
         aligned=ALIGNED, precision=PRECISION, log_every=LOG_EVERY, seed=SEED,
     )
-    with open_tracker("local" if rank() else TRACKER, FOLDER / "tracker", MADE_WITH) as track:
+    with open_tracker("local" if rank() else TRACKER, folder / "tracker", MADE_WITH) as track:
         try:
-            sae, history = train_sae(rows, settings, SAE_PATH.parent, choose_device(DEVICE), track=track)
-        except Diverged:  # its checkpoint is of no use, and would bar other constants
+            sae, history = train_sae(rows, settings, folder, choose_device(DEVICE), track=track)
+        except Diverged:  # its checkpoint is of no use
             if rank() == 0:
-                shutil.rmtree(SAE_PATH.parent / "checkpoints", ignore_errors=True)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             raise
     if rank():
         return
     final = score(sae, sample_rows(rows, validation=True, limit=None))
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
-    sae.config.update(
-        model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
-        tokens_trained=EPOCHS * rows.n_train, constants=MADE_WITH, provenance=provenance(), final=final,
-    )
-    kept_saes.keep(FOLDER, kept_saes.made_from(sae.config))
-    save_sae(sae, SAE_PATH, probe=next(sample_rows(rows, validation=True, limit=None)))
+    sae.config.update(origin, tokens_trained=EPOCHS * rows.n_train, provenance=provenance(), final=final)
+    save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))
     about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae), "constants": MADE_WITH}
-    write_json(HISTORY_PATH, {**about, **history, "final": final}, sealed=True)
+    write_json(folder / HISTORY_FILE, {**about, **history, "final": final}, sealed=True)
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],
              final["dead_pct"], f"{final['n_rows']:,}")
     if final["ev"] <= 0:
         log.warning("it explains less than the mean of the activations does: lower LR or train longer")
 
 
-def forget_checkpoint():
-    """Remove the checkpoint of the training whose SAE is saved; that of another, unfinished one stays."""
-    checkpoint = SAE_PATH.parent / "checkpoints" / "last.pt"
-    if not checkpoint.exists():
-        return
-    if read_checkpoint(checkpoint)["history"]["val"] == read_json(HISTORY_PATH, HISTORY)["val"]:
-        shutil.rmtree(checkpoint.parent)
+def is_trained(folder, origin):
+    """Whether the folder holds the finished SAE of this origin. Raises InputError if it is damaged, or another one."""
+    if not all((folder / name).exists() for name in (MODEL_FILE, ABOUT_FILE, HISTORY_FILE)):
+        return False  # the history is written last
+    sae = load_sae(folder / MODEL_FILE)
+    read_json(folder / HISTORY_FILE, HISTORY)
+    return is_current(folder, made_from(sae.config), made_from(origin), "rename it")
 
 
 def main():
@@ -111,21 +109,20 @@ def main():
     hook = saved.hook(LAYER)
     rows = rows_of_run(saved, hook)
     log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook, len(rows.mean))
-    with in_use(SAE_PATH.parent):
-        now = {"constants": MADE_WITH, "activations": saved.digest(hook)}
-        found = kept_saes.find(FOLDER, now)
-        wait_for_all()  # all ranks have looked before rank 0 moves anything
-        if found is None:
-            train(saved, hook, rows)
-        elif found == SAE_PATH.parent:
+    origin = {
+        "model": saved.meta["model"], "hook": hook, "layer": saved.short_name(hook), "run_id": saved.run_id,
+        "data_digest": saved.digest(hook), "n_latents": N_LATENTS_MULTIPLIER * len(rows.mean), "constants": MADE_WITH,
+    }
+    folder = trained_as(made_from(origin)) or sae_folder(origin)
+    with in_use(folder):
+        if is_trained(folder, origin):
             log.info("this SAE is already trained")
-        elif rank() == 0:
-            kept_saes.keep(FOLDER, now)
-            kept_saes.put_back(FOLDER, found)
-            log.info("this SAE was trained before; it is taken back from %s", found)
+        else:
+            train(folder, origin, saved, rows)
         if rank() == 0:
-            forget_checkpoint()
-    log.info("%s and %s", SAE_PATH, HISTORY_PATH)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            remember(folder)
+    log.info("%s", folder)
     say_next("03_analyze_training.ipynb")
 
 

@@ -6,16 +6,18 @@
 
 Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing changes, bit for bit.
 
-Reads  store/verify_sae_training/: the run, the SAE, and step 4's concepts.json and latent_stats.safetensors
-Writes store/verify_sae_training/steering.json
+Reads  store/verify_sae_training/: the run; saes/<name>/: the SAE, and step 4's concepts.json and
+       latent_stats.safetensors
+Writes store/verify_sae_training/saes/<name>/steering.json
 """
 from typing import Annotated, Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Device, Name, NotNegative, Seed, Size, at_least, at_most
+from lib.ranges import Device, Location, Name, NotNegative, Seed, Size, at_least, at_most
 
 Strength = Annotated[float, at_least(-1000), at_most(1000)]
+SAE: Location | None = None               # name or folder of an SAE; None: the one trained or imported last
 LATENT: NotNegative | None = None         # the latent to edit; None: chosen by SEARCH
 SEARCH: Name | None = None                # a word in the concept's name; None: the name with the best F1
 MODE: Literal["add", "scale", "clamp"] = "add"  # add, scale, clamp; lib/steering.py says what a strength means there
@@ -40,10 +42,11 @@ from concepts.firings import read_latent_stats
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.sae import load_sae, require_trained_on, sae_hash
+from lib.saes import MODEL_FILE, find_sae
 from lib.steering import Edit, skipped_ids
-from lib.store import experiment_dir, open_run
+from lib.store import open_run
 
-FOLDER = experiment_dir("verify_sae_training")
+FOLDER = find_sae(SAE)
 
 
 def choose_latent(concepts, n_latents):
@@ -59,7 +62,7 @@ def choose_latent(concepts, n_latents):
 
 
 def main():
-    sae = load_sae(FOLDER / "sae_model" / "topk_sae.pt", choose_device(DEVICE))
+    sae = load_sae(FOLDER / MODEL_FILE, choose_device(DEVICE))
     saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
     require_trained_on(sae, saved, hook)
     concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]

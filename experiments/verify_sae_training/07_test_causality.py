@@ -10,13 +10,14 @@ at random) have for the concept are ablated, with their own codes and at the len
 concept by concept, is the KL divergence of the next-token distribution from the unedited one. The concepts are those
 that the SAE finds, which favours it.
 
-Reads  store/verify_sae_training/: the run, the SAE, verification.json and the controls of notebook 03
-Writes store/verify_sae_training/causality.json
+Reads  store/verify_sae_training/: the run; saes/<name>/: the SAE, verification.json and the controls of notebook 03
+Writes store/verify_sae_training/saes/<name>/causality.json
 """
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Device, Part, Seed, Size
+from lib.ranges import Device, Location, Part, Seed, Size
 
+SAE: Location | None = None               # name or folder of an SAE; None: the one trained or imported last
 MIN_F1: Part = 0.8                        # of the best latent on held-out tokens, over its best threshold
 SAMPLES: Size = 40                        # held-out tokens for each concept
 TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
@@ -37,11 +38,12 @@ from lib.batches import read_rows
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
 from lib.sae import load_sae, require_trained_on, sae_hash
-from lib.store import experiment_dir, open_run
+from lib.saes import HISTORY_FILE, MODEL_FILE, find_sae
+from lib.store import open_run
 from lib.training.checkpoints import HISTORY
 from lib.training.loop import TrainSettings
 
-FOLDER = experiment_dir("verify_sae_training")
+FOLDER = find_sae(SAE)
 
 
 def found_concepts(run_id, sae):
@@ -86,13 +88,13 @@ def edits(saes, rows, x, concept):
 
 def main():
     device = choose_device(DEVICE)
-    sae = load_sae(FOLDER / "sae_model" / "topk_sae.pt", device)
+    sae = load_sae(FOLDER / MODEL_FILE, device)
     saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
     require_trained_on(sae, saved, hook)
     rows = found_concepts(saved.run_id, sae)
     saes = {"latent": sae}
     if "frozen_decoder" in rows[0]:
-        settings = TrainSettings(**read_json(FOLDER / "training_history.json", HISTORY)["settings"])
+        settings = TrainSettings(**read_json(FOLDER / HISTORY_FILE, HISTORY)["settings"])
         saes |= control_saes(saved, hook, settings, FOLDER / "controls", device=device)
     tokens, concept = draw_tokens(saved, rows)
     model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)

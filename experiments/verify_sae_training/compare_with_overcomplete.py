@@ -5,14 +5,15 @@
 Raw activations, overcomplete's default encoder, its train_sae with plain MSE and Adam: nothing is centred, tied or
 revived.
 
-Reads  store/verify_sae_training/runs/<run_id>/, sae_model/topk_sae.pt, training_history.json
+Reads  store/verify_sae_training/runs/<run_id>/, saes/<name>/
 """
 import time
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Rate, Seed, Size
+from lib.ranges import Location, Rate, Seed, Size
 
+SAE: Location | None = None               # name or folder of an SAE; None: the one trained or imported last
 LR: Rate = 1e-3                           # of the reference experiment
 EPOCHS: Size | None = None                # None: as many as in step 2
 SEED: Seed = 0                            # start of the weights and order of the tokens
@@ -27,11 +28,12 @@ from lib.environment import run
 from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
 from lib.sae import load_sae
-from lib.store import experiment_dir, open_run
+from lib.saes import HISTORY_FILE, MODEL_FILE, find_sae
+from lib.store import open_run
 from lib.training.checkpoints import HISTORY
 from lib.training.loop import score
 
-FOLDER = experiment_dir("verify_sae_training")
+FOLDER = find_sae(SAE)
 
 
 def train_theirs(x, settings):
@@ -57,8 +59,8 @@ def score_theirs(model, x, k):
 
 
 def main():
-    history = read_json(FOLDER / "training_history.json", HISTORY)
-    saved, sae = open_run("verify_sae_training", history["run_id"]), load_sae(FOLDER / "sae_model" / "topk_sae.pt")
+    history = read_json(FOLDER / HISTORY_FILE, HISTORY)
+    saved, sae = open_run("verify_sae_training", history["run_id"]), load_sae(FOLDER / MODEL_FILE)
     rows, settings = rows_of_run(saved, sae.config["hook"]), history["settings"]
     train, val = (read_rows(rows.shards, wanted) for wanted in (~rows.is_val, rows.is_val))
     start = time.perf_counter()

@@ -7,7 +7,7 @@
 What a person edited in any of them becomes that person's, with or without `source: human`. Of two names for one latent
 a person's is kept, else the present one; every difference is reported. An existing file is never overwritten.
 
-Reads and writes store/verify_sae_training/concepts.json
+Reads and writes store/verify_sae_training/saes/<name>/concepts.json
 """
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Count, Location, Name
 
+SAE: Location | None = None               # name or folder of an SAE; None: the one trained or imported last
 MERGE: Location | None = None             # file to merge into concepts.json: .json, .yaml or .csv; None: nothing
 EXPORT: Location | None = None            # file to write the whole dictionary to, by its ending; None: nothing
 SEARCH: Name | None = None                # words to look for in names, descriptions and notes; None: nothing
@@ -33,7 +34,7 @@ from concepts.firings import read_latent_stats
 from concepts.formats import check, to_write
 from concepts.tables import concepts_from_csv
 from lib.environment import run
-from lib.store import experiment_dir
+from lib.saes import find_sae
 
 
 def merge(path, other, n_latents):
@@ -63,7 +64,7 @@ def merge(path, other, n_latents):
 
 
 def main():
-    path = experiment_dir("verify_sae_training") / "concepts.json"
+    path = find_sae(SAE) / "concepts.json"
     content = read_concepts(path)
     people = sum(entry["source"] == "human" for entry in content["concepts"].values())
     print(f"{len(content['concepts'])} of {content['n_latents']} latents have a name, {people} by a person")

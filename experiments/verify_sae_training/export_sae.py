@@ -7,8 +7,8 @@
 
 An exported SAE takes raw activations, with centring and scale folded in; its codes are in raw activation units.
 
-Reads  store/verify_sae_training/: the run and the SAE of steps 1 and 2; for neuronpedia also the files of step 4
-Writes store/verify_sae_training/exports/<format>/, with a model card beside each SAE
+Reads  store/verify_sae_training/: the run; saes/<name>/: the SAE; for neuronpedia also the files of step 4
+Writes store/verify_sae_training/saes/<name>/exports/<format>/, with a model card beside each SAE
 """
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from lib.ranges import FileName, Location, like
 
 Format = Literal["all", "sae_lens", "dictionary_learning", "sparsify", "delphi", "neuronpedia"]
 Repository = Annotated[str, like(r"[\w.\-]{1,96}/[\w.\-]{1,96}", "user/name of a hub repository")]
+SAE: Location | None = None               # name or folder of an SAE; None: the one trained or imported last
 FORMAT: Format = "all"                    # sae_lens, dictionary_learning (for SAEBench too), sparsify; all: these
                                           # three; delphi and neuronpedia: what the latents fire on
 OUT: Location | None = None               # folder to write to; None: exports/ beside the SAE
@@ -44,10 +45,11 @@ from exchange.neuronpedia import Latents, place_of, write_neuronpedia
 from lib.environment import InputError, run
 from lib.exchange.folded import fold
 from lib.sae import load_sae, require_trained_on, sae_hash
-from lib.store import experiment_dir, open_run
+from lib.saes import MODEL_FILE, find_sae
+from lib.store import open_run
 
-FOLDER = experiment_dir("verify_sae_training")
-SAE_FILE = FOLDER / "sae_model" / "topk_sae.pt"
+FOLDER = find_sae(SAE)
+SAE_FILE = FOLDER / MODEL_FILE
 
 
 def export_sae(kind, root, sae, facts):

@@ -5,10 +5,10 @@
     python import_sae.py SOURCE=user/repository SUBFOLDER=blocks.8.hook_resid_post
 
 Reads SAEs of SAELens, dictionary_learning, sparsify, Gemma Scope and Llama Scope (the guide has the table of kinds).
-What can't be represented exactly is refused by its name. An SAE that is already there is never replaced.
+What can't be represented exactly is refused by its name.
 
 Reads  store/verify_sae_training/runs/<run_id>/
-Writes store/verify_sae_training/sae_model/topk_sae.pt, topk_sae.json
+Writes store/verify_sae_training/saes/<name>/topk_sae.pt, topk_sae.json; and last_sae.txt
 """
 import math
 
@@ -22,14 +22,14 @@ RUN_ID: FileName | None = None            # activations to judge it by; None: th
 LAYER: Name | None = None                 # which of the run's hook points; None: the one that the SAE names
 CONSTANTS = override(globals())
 
-import kept_saes
 from lib.batches import rows_of_run, sample_rows
 from lib.environment import InputError, log, log_to, run, say_next
 from lib.exchange.formats import read_foreign
 from lib.exchange.hub import folder_of
 from lib.exchange.places import hook_in_run, same_model
 from lib.exchange.rows import fitted
-from lib.sae import load_sae, sae_hash, save_sae
+from lib.sae import sae_hash, save_sae
+from lib.saes import MODEL_FILE, remember, sae_folder
 from lib.store import experiment_dir, open_run, provenance
 from lib.training.loop import score
 
@@ -66,27 +66,26 @@ def main():
         raise InputError(f"the SAE is for activations of width {len(found.sae.b_dec)}, {hook} has {len(rows.mean)}; "
                          "save those of its own layer")
     sae = fitted(found.sae, rows)
-    path = FOLDER / "sae_model" / "topk_sae.pt"
-    if path.exists() and sae_hash(load_sae(path)) != sae_hash(sae):
-        raise InputError(f"{path} holds another SAE; move the folder sae_model away, or set STORE_DIR to another store")
     final = score(sae, sample_rows(rows, validation=True, limit=None))
     if not all(math.isfinite(value) for value in final.values() if isinstance(value, float)):
         raise InputError("the SAE's reconstructions are not finite, so it was not trained on these activations; check "
                          "SOURCE and the layer of the run")
     sae.config.update(
-        model=saved.meta["model"], hook=hook, run_id=saved.run_id, data_digest=saved.digest(hook),
+        model=saved.meta["model"], hook=hook, layer=saved.short_name(hook), run_id=saved.run_id,
+        data_digest=saved.digest(hook),
         imported={"format": found.format, "source": SOURCE, "subfolder": SUBFOLDER, **found.facts},
         constants=CONSTANTS, provenance=provenance(), final=final,
     )
-    kept_saes.keep(FOLDER, kept_saes.made_from(sae.config))  # a history may remain of an SAE that was moved away
-    save_sae(sae, path, probe=next(sample_rows(rows, validation=True, limit=None)))
+    folder = sae_folder(sae.config | {"n_latents": sae.n_latents, "sae_hash": sae_hash(sae)})
+    save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))
+    remember(folder)
     log.info("%s, %s: %d latents, %s, on %s of %s", found.format, found.facts["kind"], sae.n_latents,
              "thresholds" if sae.threshold is not None else f"k={sae.top_k}", hook, saved.meta["model"]["name"])
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],
              final["dead_pct"], f"{final['n_rows']:,}")
     if final["ev"] <= 0:
         log.warning("it explains less than the mean does: check model, layer and side (input, output) of the layer")
-    log.info("%s", path)
+    log.info("%s", folder)
     say_next("03_analyze_training.ipynb")
 
 

@@ -1,0 +1,67 @@
+"""List the trained and imported SAEs, oldest first; the one that later steps take by default has a star.
+
+    python list_saes.py
+
+EV, L0 and dead latents (share of those that never fired) are of the held-out tokens; loss recovered is step 3's, the
+names' score, balanced accuracy on held-out texts, is step 4's.
+
+Reads  store/verify_sae_training/saes/
+"""
+import time
+from statistics import mean
+
+import checkout  # noqa: F401  (first: finds lib)
+from lib.constants import override
+
+CONSTANTS = override(globals())
+
+import pandas
+
+from checks.verification import VERIFICATION
+from concepts.dictionary import read_concepts
+from lib.environment import InputError, log, run
+from lib.files import read_json
+from lib.saes import ABOUT_FILE, MODEL_FILE, find_sae, list_saes
+from lib.schemas import SAE_SIDECAR
+
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
+
+
+def age(seconds):
+    """A time span in its largest whole unit."""
+    return next((f"{seconds / size:.0f} {unit}" for size, unit in UNITS if seconds >= size), "now")
+
+
+def row_of(folder):
+    """What the files of one SAE say of it; None where a step has not run."""
+    about = read_json(folder / ABOUT_FILE, SAE_SIDECAR)
+    final, of_this = about.get("final", {}), about["sae_hash"]
+    row = {"name": folder.name, "layer": about.get("layer") or about.get("hook"), "latents": about["n_latents"],
+           "k": about["top_k"], "EV": final.get("ev"), "L0": final.get("l0_mean"), "dead %": final.get("dead_pct")}
+    if (path := folder / "verification.json").exists():
+        found = read_json(path, VERIFICATION)
+        checks = {check["check"]: check["value"] for check in found["checks"] if found["sae_hash"] == of_this}
+        row["loss recovered"] = checks.get("ce_recovered")
+    if (path := folder / "concepts.json").exists():
+        scores = [entry["score"] for entry in read_concepts(path, of_this)["concepts"].values()
+                  if entry.get("score") is not None]
+        row["names"] = mean(scores) if scores else None
+    return row | {"age": age(time.time() - (folder / MODEL_FILE).stat().st_mtime)}
+
+
+def main():
+    last, rows = find_sae(), []
+    for folder in list_saes():
+        try:
+            rows.append(row_of(folder) | {"": "*" if folder == last else ""})
+        except InputError as error:
+            log.warning("%s: %s", folder.name, error)
+    table = pandas.DataFrame(rows)
+    order = ["", "name", "layer", "latents", "k", "EV", "L0", "dead %", "loss recovered", "names", "age"]
+    formats = {name: f"{{:.{digits}f}}".format
+               for name, digits in {"EV": 4, "L0": 1, "dead %": 1, "loss recovered": 3, "names": 2}.items()}
+    print(table[[name for name in order if name in table]].to_string(index=False, na_rep="-", formatters=formats))
+
+
+if __name__ == "__main__":
+    run(main)
