@@ -1,18 +1,21 @@
-"""List the trained and imported SAEs, oldest first; the one that later steps take by default has a star.
+"""List the trained and imported SAEs; the one that later steps take by default has a star.
 
-    python list_saes.py
+    python list_saes.py              # oldest first
+    python list_saes.py SORT=EV      # or by another column, largest last
 
-EV, L0 and dead latents (share of those that never fired) are of the held-out tokens; loss recovered is step 3's, the
-names' score, balanced accuracy on held-out texts, is step 4's.
+EV, L0 and dead (the percentage of latents that never fired) are of the held-out tokens. recovered is the share of the
+language-model loss, from step 3; names the mean balanced accuracy of the names on held-out texts, from step 4.
 
 Reads  store/verify_sae_training/saes/
 """
 import time
 from statistics import mean
+from typing import Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 
+SORT: Literal["age", "name", "layer", "latents", "k", "EV", "L0", "dead", "recovered", "names"] = "age"  # a column
 CONSTANTS = override(globals())
 
 import pandas
@@ -37,11 +40,11 @@ def row_of(folder):
     about = read_json(folder / ABOUT_FILE, SAE_SIDECAR)
     final, of_this = about.get("final", {}), about["sae_hash"]
     row = {"name": folder.name, "layer": about.get("layer") or about.get("hook"), "latents": about["n_latents"],
-           "k": about["top_k"], "EV": final.get("ev"), "L0": final.get("l0_mean"), "dead %": final.get("dead_pct")}
+           "k": about["top_k"], "EV": final.get("ev"), "L0": final.get("l0_mean"), "dead": final.get("dead_pct")}
     if (path := folder / "verification.json").exists():
         found = read_json(path, VERIFICATION)
         checks = {check["check"]: check["value"] for check in found["checks"] if found["sae_hash"] == of_this}
-        row["loss recovered"] = checks.get("ce_recovered")
+        row["recovered"] = checks.get("ce_recovered")
     if (path := folder / "concepts.json").exists():
         scores = [entry["score"] for entry in read_concepts(path, of_this)["concepts"].values()
                   if entry.get("score") is not None]
@@ -57,9 +60,11 @@ def main():
         except InputError as error:
             log.warning("%s: %s", folder.name, error)
     table = pandas.DataFrame(rows)
-    order = ["", "name", "layer", "latents", "k", "EV", "L0", "dead %", "loss recovered", "names", "age"]
+    if SORT != "age":  # the folders come by age
+        table = table.sort_values(SORT, na_position="first") if SORT in table else table
+    order = ["", "name", "layer", "latents", "k", "EV", "L0", "dead", "recovered", "names", "age"]
     formats = {name: f"{{:.{digits}f}}".format
-               for name, digits in {"EV": 4, "L0": 1, "dead %": 1, "loss recovered": 3, "names": 2}.items()}
+               for name, digits in {"EV": 4, "L0": 1, "dead": 1, "recovered": 3, "names": 2}.items()}
     print(table[[name for name in order if name in table]].to_string(index=False, na_rep="-", formatters=formats))
 
 
