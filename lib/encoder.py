@@ -166,9 +166,9 @@ def load_encoder(
 ) -> Encoder:
     """A trained SAE with the language model that it reads.
 
-    sae: its name, file or folder; None: the one trained or imported last. model: hub name or directory; None: the one that the SAE's file names, if its weights
-    are still the same. hook: as LAYER_SIGNATURE of 01_save_activations.py; None: the one in the file. device: auto,
-    cpu, cuda, mps.
+    sae: its name, file or folder; None: the one trained or imported last. model: hub name or directory; None: the one
+    that the SAE's file names, if its weights are still the same. hook: as LAYER_SIGNATURE of 01_save_activations.py;
+    None: the one in the file. device: auto, cpu, cuda, mps.
 
     Names and f1 come from the concepts.json beside the SAE's file or one folder up, where notebook 04 writes it, and
     where the file does not hold the latents' highest codes, they come from the latent_stats.safetensors beside that.
