@@ -51,6 +51,7 @@ from lib.batches import rows_of_run, sample_rows
 from lib.distributed import rank
 from lib.environment import choose_device, log, log_to, run, say_next
 from lib.files import read_json, write_json
+from lib.origin import origin_of
 from lib.outputs import in_use, is_current
 from lib.sae import load_sae, sae_hash, save_sae
 from lib.saes import ABOUT_FILE, HISTORY_FILE, MODEL_FILE, made_from, remember, sae_folder, trained_as
@@ -109,10 +110,8 @@ def main():
     hook = saved.hook(LAYER)
     rows = rows_of_run(saved, hook)
     log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook, len(rows.mean))
-    origin = {
-        "model": saved.meta["model"], "hook": hook, "layer": saved.short_name(hook), "run_id": saved.run_id,
-        "data_digest": saved.digest(hook), "n_latents": N_LATENTS_MULTIPLIER * len(rows.mean), "constants": MADE_WITH,
-    }
+    n_latents = N_LATENTS_MULTIPLIER * len(rows.mean)
+    origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": MADE_WITH}
     folder = trained_as(made_from(origin)) or sae_folder(origin)
     with in_use(folder):
         if is_trained(folder, origin):

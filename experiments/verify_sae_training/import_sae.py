@@ -28,6 +28,7 @@ from lib.exchange.formats import read_foreign
 from lib.exchange.hub import folder_of
 from lib.exchange.places import hook_in_run, same_model
 from lib.exchange.rows import fitted
+from lib.origin import origin_of
 from lib.sae import sae_hash, save_sae
 from lib.saes import MODEL_FILE, remember, sae_folder
 from lib.store import experiment_dir, open_run, provenance
@@ -71,8 +72,7 @@ def main():
         raise InputError("the SAE's reconstructions are not finite, so it was not trained on these activations; check "
                          "SOURCE and the layer of the run")
     sae.config.update(
-        model=saved.meta["model"], hook=hook, layer=saved.short_name(hook), run_id=saved.run_id,
-        data_digest=saved.digest(hook),
+        origin_of(saved, hook),
         imported={"format": found.format, "source": SOURCE, "subfolder": SUBFOLDER, **found.facts},
         constants=CONSTANTS, provenance=provenance(), final=final,
     )
