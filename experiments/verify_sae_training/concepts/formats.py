@@ -23,7 +23,7 @@ from lib.files import fingerprint, read_bytes
 SCHEMA = json.loads(Path(__file__).with_name("concepts.schema.json").read_text(encoding="utf-8"))
 SCHEMA_VERSION = SCHEMA["properties"]["schema_version"]["const"]
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-EDITABLE = ("name", "description", "notes", "edited_by")
+EDITABLE = ("name", "description", "notes", "edited_by", "rating")
 STALE = ("rule", "confidence")  # about the name that a person has replaced
 YAML_ENDINGS = (".yaml", ".yml")
 AGAIN = "run 04_name_sae_concepts.ipynb again"
@@ -34,7 +34,8 @@ Concepts = dict[int, dict[str, Any]]
 
 def digest(latent: int, entry: dict[str, Any]) -> str:
     """Shows whether a person has edited an entry since; begins with a letter, as spreadsheets round numbers."""
-    return "d" + fingerprint([latent, *(entry.get(key) or "" for key in EDITABLE)])
+    texts = [entry.get(key) or "" for key in EDITABLE]
+    return "d" + fingerprint([latent, *(texts if texts[-1] else texts[:-1])])  # as before there were ratings
 
 
 def load(path: Path) -> Any:

@@ -1,14 +1,8 @@
-"""Texts with coloured tokens, and a page of all concepts that opens offline. All text is escaped."""
+"""Texts with coloured tokens, as pieces and as HTML for notebooks; all text is escaped. page_files.py has the page."""
 import html
-import json
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.files import write_text
-
-TEMPLATE = Path(__file__).with_name("page.html")
 MARGIN = 60  # characters of plain text shown before and after the coloured tokens
 Example = dict[str, Any]  # of top_texts.json
 Concept = dict[str, Any]  # of concepts.json
@@ -65,11 +59,15 @@ def _visible(text: str) -> str:
 
 
 def example_pieces(example: dict[str, Any]) -> list[Piece]:
-    """The pieces of an example of top_texts.json; without a window, only its peak is coloured."""
+    """The pieces of an example of top_texts.json; without a window, only its peak is coloured.
+
+    Marked is the token at char_start and char_end, which need not have the highest code; without them the highest.
+    """
     peak = [example["char_start"], example["char_end"]] if "char_start" in example else None
     spans = example.get("spans") or ([peak] if peak else [])
     acts = example.get("acts") or [example["score"]] * len(spans)
-    number = max(range(len(acts)), key=acts.__getitem__) if acts else None
+    looked_at = [i for i, span in enumerate(spans) if list(span) == peak] or range(len(acts))
+    number = max(looked_at, key=acts.__getitem__) if acts else None
     return pieces(example["text"], spans, acts, number)
 
 
@@ -110,53 +108,3 @@ def concept_card(
             rows.append(f'<tr><td {cell}>{number}</td><td style="text-align:left">{shown}</td></tr>')
     heading = f'<h4 style="margin-bottom:.3em">Latent {latent}: {title}<small>{score}</small></h4>'
     return f"<div {AS_TEXT}>{heading}<table>{''.join(rows)}</table></div>"
-
-
-def page_concept(
-    latent: int, entry: Concept | None, stats: dict[str, float], examples: Sequence[Example], middle: Sequence[Example],
-    promotes: Sequence[str] = (), near: Sequence[tuple[int, float]] = (), effect: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The data of one concept on the page.
-
-    stats: fires, max, mean_active, p99, and frequency (share of tokens). promotes: tokens whose logits the latent's
-    direction raises. near: (latent, cosine) of the dictionary rows closest to its own. effect: an entry of
-    concepts.effects.next_token_effects.
-    """
-    entry = entry or {"name": "", "description": "", "source": "none"}
-    keys = ("name", "description", "notes", "score", "precision", "recall", "f1", "baseline", "source", "model",
-            "judge")
-    return {
-        "latent": latent, **{key: entry.get(key) for key in keys},
-        **{key: _short(value) for key, value in stats.items()},
-        "top": [_packed(example) for example in examples], "middle": [_packed(example) for example in middle],
-        "promotes": list(promotes), "near": [[other, _short(cosine)] for other, cosine in near], "effect": effect,
-    }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _packed(example: dict[str, Any]) -> list[Any]:
-    """[code, piece, piece ...]: a piece is a string, [text, code] if coloured, or [text, code, 1] for the peak."""
-    packed: list[Any] = [_short(example["score"])]
-    for piece in example_pieces(example):
-        if piece.act:
-            packed.append([piece.text, _short(piece.act)] + [1] * piece.peak)
-        elif isinstance(packed[-1], str):
-            packed[-1] += piece.text
-        else:
-            packed.append(piece.text)
-    return packed
-
-
-def write_page(path: Path, title: str, facts: Sequence[str], concepts: Sequence[dict[str, Any]]) -> None:
-    """Write the page of all concepts: one file that loads nothing. facts: short lines under the title."""
-    content = {"facts": list(facts), "concepts": list(concepts)}
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Inside <script>, only "<" could end the data; the other two are escaped for old parsers.
-    for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    values = {"title": html.escape(title), "colour": COLOUR, "data": data}
-    # In one pass, so that a title or text that looks like a placeholder stays as it is.
-    write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], TEMPLATE.read_text(encoding="utf-8")))
