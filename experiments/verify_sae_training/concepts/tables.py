@@ -130,5 +130,7 @@ def with_edits(
             conflicts.append(Conflict(line.latent, kept=entry["name"], dropped=line.new["name"],
                                       reason="renamed since that table was exported"))
         else:
-            changed[line.latent] = entry | line.new | {"source": "human"}
+            rated = line.new.get("rating") or entry.get("rating")  # an empty cell is no rating
+            new = {key: text for key, text in line.new.items() if key != "rating" or rated}
+            changed[line.latent] = entry | new | {"source": "human"}
     return changed, conflicts
