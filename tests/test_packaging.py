@@ -20,7 +20,8 @@ from conftest import PROJECT, tiny_model
 from lib.models import model_identity
 from lib.sae import make_sae, save_sae
 
-NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "ipython": "IPython"}  # distribution -> module, where they differ
+# distribution -> module, where they differ
+NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "ipython": "IPython", "umap-learn": "umap"}
 # Run in an environment of their own (make peers).
 PEERS = {"dictionary_learning", "sae_lens", "sae_bench", "sparsify", "transformer_lens"}
 WITHOUT_ITS_OWN = {"overcomplete"}  # installed with --no-deps
