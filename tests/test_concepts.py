@@ -10,7 +10,8 @@ from concepts.codes import Codes, codes_at, codes_of_text, encode_run, live_code
 from concepts.directions import closest_directions, promoted_tokens
 from concepts.firings import collect_firings, read_top_texts, write_top_texts
 from concepts.names import candidate_patterns, name_latents, patterns_of, predict, score_rule
-from concepts.patterns import describe, find_patterns
+from concepts.patterns import find_patterns
+from concepts.wording import describe
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
@@ -212,7 +213,8 @@ def test_patterns_of_pieces():
     rows |= {"char_start": torch.tensor([a for a, _ in spans]).int(),
              "char_end": torch.tensor([b for _, b in spans]).int()}
     patterns = find_patterns([text], rows)
-    assert patterns.find("word", "sal").tolist() == [0] and patterns.find("word", "sally").tolist() == [1]
+    assert patterns.find("word", "sal-").tolist() == [0] and patterns.find("word", "sally").tolist() == [1]
+    assert patterns.find("start", "sal").tolist() == [0] and patterns.find("start", "sally").tolist() == [1]
     assert patterns.find("within", "sailed").tolist() == [2] and patterns.find("token", "led").tolist() == [3]
     assert patterns.find("before", "sailed").tolist() == [1] and patterns.find("ending", "ed").tolist() == [3]
     assert patterns.find("token", "[line break]").tolist() == [5] and patterns.find("word", "[space]").tolist() == [6]
@@ -236,7 +238,7 @@ def test_planted_rules_are_named_and_scored():
         lambda s, i: 0.0,
     ]
     codes, is_val = planted(rules, TEXTS * 12)
-    named = name_latents(codes, patterns_of(codes), is_val, range(3))
+    named = name_latents(codes, patterns_of(codes), is_val, range(3), W_dec=torch.eye(3))
     assert named[0]["name"] == "dog, bird" and named[0]["rule"] == [["word", "dog"], ["word", "bird"]]
     assert named[1]["name"] == "after “the”"
     assert 2 not in named
@@ -245,13 +247,13 @@ def test_planted_rules_are_named_and_scored():
             "precision"
         ] == named[latent]["recall"] == named[latent]["f1"] == 1
     assert 0.5 < named[1]["baseline"] < 1
-    assert named == name_latents(codes, patterns_of(codes), is_val, range(3))
+    assert named == name_latents(codes, patterns_of(codes), is_val, range(3), W_dec=torch.eye(3))
 
 
 def test_a_name_groups_its_patterns_by_kind():
     rules = [lambda s, i: s[i] in ("dog", "red") or (i > 0 and s[i - 1] in ("under", "on"))]
     codes, is_val = planted(rules, TEXTS * 12)
-    entry = name_latents(codes, patterns_of(codes), is_val, [0])[0]
+    entry = name_latents(codes, patterns_of(codes), is_val, [0], W_dec=torch.eye(1))[0]
     assert entry["score"] == 1 and "; " in entry["name"]
     assert sorted(entry["name"].split("; ")) in (["after “on”, “under”", "dog, red"],
                                                  ["after “under”, “on”", "dog, red"])
@@ -264,7 +266,7 @@ def test_the_score_is_of_held_out_texts():
     dog = torch.tensor([codes.slice(i) == "dog" for i in range(len(codes))])
     values[is_val, 0] = dog[is_val].float()
     shuffled = Codes(codes.texts, rows, 1, lambda: iter([(start, values, indices)]))
-    entry = name_latents(shuffled, patterns_of(shuffled), is_val, [0])[0]
+    entry = name_latents(shuffled, patterns_of(shuffled), is_val, [0], W_dec=torch.eye(1))[0]
     assert entry["name"] == "cat" and entry["recall"] == 0 and entry["score"] < 0.5
 
 
@@ -272,7 +274,9 @@ def test_log_odds_prefer_what_is_specific():
     codes, is_val = planted([lambda s, i: s[i] == "red" or i % 5 == 0], TEXTS * 12)
     patterns = find_patterns(codes.texts, codes.rows)
     strength = scipy.sparse.csr_matrix(dense_codes(codes).numpy().T)
-    candidates = [name for kind, name in candidate_patterns(patterns, strength, ~is_val.numpy())[0] if kind == "word"]
+    train = ~is_val.numpy()
+    found = candidate_patterns(patterns.only(train), strength[:, train])[0]
+    candidates = [name for kind, name in found if kind == "word"]
     assert candidates[0] == "red" and "the" not in candidates
 
 
@@ -344,7 +348,8 @@ def test_a_page_of_letters_is_no_long_name():
     text = "A" * 50_000 + " b"
     rows = {"text_id": [0, 0], "char_start": [0, 50_001], "char_end": [50_000, 50_002]}
     patterns = find_patterns([text], {name: torch.tensor(column, dtype=torch.int32) for name, column in rows.items()})
-    fires = np.array([True, True])
+    code = np.ones(2, np.float32)
     for kind, name in (("word", "a" * 50_000), ("token", "a" * 50_000), ("after", "a" * 50_000),
                        ("phrase", "a" * 50_000 + " b"), ("before", "b")):
-        assert len(patterns.find(kind, name)) == 1 and 0 < len(describe(patterns, kind, name, fires)) < 80
+        assert len(patterns.find(kind, name)) == 1 and all(
+            0 < len(text) < 80 for text in describe(patterns, kind, name, code)[0])

@@ -43,7 +43,7 @@ CHAINS = {
         Step(f"{VERIFY}/02_train_sae.py", TRAIN, "jupyter lab"),
         Step(f"{VERIFY}/compare_with_overcomplete.py", ["EPOCHS=1"], "overcomplete   EV"),
         Step(f"{VERIFY}/03_analyze_training.ipynb", ["LOSS_TEXTS=4", "RECOVERY_TOKENS=500"]),
-        Step(f"{VERIFY}/04_name_sae_concepts.ipynb", ["MAX_CONCEPTS=5"]),
+        Step(f"{VERIFY}/04_name_sae_concepts.ipynb", ["CONTROL_NAMES=5"]),
         Step(f"{VERIFY}/05_show_concepts.ipynb", ["EFFECT_CONCEPTS=2", "EFFECT_TOKENS=1", "STEER_STRENGTHS=(0, 1)"]),
         Step(f"{VERIFY}/06_steer_model.py", ["STRENGTHS=0,1", "SAMPLES=1", "N_TOKENS=4", "PROMPTS=the cat"],
              "perplexity"),

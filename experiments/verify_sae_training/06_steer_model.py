@@ -1,7 +1,7 @@
 """Step 6: let the model write while a latent is edited, and see what each strength gains and costs.
 
-    python 06_steer_model.py                                 # the concept with the best name
-    python 06_steer_model.py SEARCH=dog STRENGTHS=0,1,2      # the best concept with this word in its name
+    python 06_steer_model.py                                 # the most interesting concept
+    python 06_steer_model.py SEARCH=dog STRENGTHS=0,1,2      # the most interesting with this word in its name
     python 06_steer_model.py LATENT=17 MODE=scale STRENGTHS=0,1,3 "PROMPTS=('One day',)"
 
 Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing changes, bit for bit.
@@ -19,7 +19,7 @@ from lib.ranges import Device, Location, Name, NotNegative, Seed, Size, at_least
 Strength = Annotated[float, at_least(-1000), at_most(1000)]
 SAE: Location | None = None               # name or folder of an SAE; None: the one trained or imported last
 LATENT: NotNegative | None = None         # the latent to edit; None: chosen by SEARCH
-SEARCH: Name | None = None                # a word in the concept's name; None: the name with the best F1
+SEARCH: Name | None = None                # a word in the concept's name; None: any
 MODE: Literal["add", "scale", "clamp"] = "add"  # add, scale, clamp; lib/steering.py says what a strength means there
 STRENGTHS: tuple[Strength, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 PROMPTS: tuple[Name, ...] = ("One day", "Once upon a time", "The little girl", "In the park")
@@ -35,6 +35,7 @@ CONSTANTS = override(globals())
 import pandas as pd
 from saved_model import model_of_run
 
+from concepts.coherence import interest
 from concepts.continuations import Writing, sweep
 from concepts.dictionary import read_concepts
 from concepts.directions import promoted_ids
@@ -58,7 +59,7 @@ def choose_latent(concepts, n_latents):
     fitting = [i for i, entry in concepts.items() if SEARCH is None or SEARCH.lower() in entry["name"].lower()]
     if not fitting:
         raise InputError(f"no concept has {SEARCH!r} in its name; look in {FOLDER / 'concepts.csv'}")
-    return max(fitting, key=lambda i: (concepts[i].get("f1") or 0, -i))
+    return max(fitting, key=lambda i: (interest(concepts[i]), -i))
 
 
 def main():

@@ -3,8 +3,8 @@
 A name stands for a rule, a set of patterns (concepts/patterns.py): it says "fires" where any of them holds. It is found
 on the tokens of the training texts and scored on those of the held-out texts.
 
-    patterns = patterns_of(codes)                              # of the texts: the same for every SAE on them
-    named = name_latents(codes, patterns, is_val, latents)     # latent -> an entry of concepts.json
+    patterns = patterns_of(codes)       # of the texts: the same for every SAE on them
+    named = name_latents(codes, patterns, is_val, latents, W_dec=sae.W_dec)   # latent -> an entry of concepts.json
 """
 import re
 from collections.abc import Iterable
@@ -17,7 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from concepts.codes import Codes
-from concepts.patterns import KINDS, Patterns, describe, find_patterns
+from concepts.coherence import add_coherence
+from concepts.patterns import KINDS, Patterns, Rule, find_patterns
+from concepts.wording import describe, short_name
 
 SCORE_KIND = "balanced accuracy of the rule on held-out tokens; 0.5 is chance"
 WORDS_KIND = "balanced accuracy on held-out tokens of firing on the name's own words; 0.5 is chance"
@@ -27,9 +29,6 @@ PRIOR = 1.0  # weight of the corpus as a prior, in firings of the latent
 MIN_Z = 3.0  # standard deviations of the log-odds below which a pattern may be chance
 MAX_PATTERNS = 12  # in one rule
 MIN_GAIN = 0.005  # in F1, for one more pattern
-SHOWN = 4  # patterns in a name; the description has all
-PREFIXES = {"after": "after ", "before": "before ", "within": "pieces of "}
-Rule = list[tuple[str, str]]
 
 
 def patterns_of(codes: Codes) -> Patterns:
@@ -39,23 +38,26 @@ def patterns_of(codes: Codes) -> Patterns:
 
 
 def name_latents(
-    codes: Codes, patterns: Patterns, is_val: Tensor, latents: Iterable[int]
+    codes: Codes, patterns: Patterns, is_val: Tensor, latents: Iterable[int], W_dec: Tensor
 ) -> dict[int, dict[str, Any]]:
-    """Name, description, rule and held-out score of each latent that fires on a training text.
+    """Name, description, rule, held-out score and coherence of each latent that fires on a training text.
 
-    patterns: of patterns_of. is_val: bool [N], true for rows of held-out texts. Returns latent -> an entry of
-    concepts.json. Deterministic.
+    patterns: of patterns_of. is_val: bool [N], true for rows of held-out texts. W_dec: dictionary, [F, D]. Returns
+    latent -> an entry of concepts.json. Deterministic.
     """
     use = used_rows(codes)
     held_out, strength = is_val.numpy()[use], codes_matrix(codes, use)
-    candidates = candidate_patterns(patterns, strength, ~held_out)
-    token_of, tokens = patterns.column("token"), list(patterns.names["token"])
+    parts = [(patterns.only(rows), strength[:, rows].tocsr()) for rows in (~held_out, held_out)]
+    train, seen = parts[0]
+    candidates = candidate_patterns(train, seen)
+    token_of, tokens = train.column("token"), list(train.names["token"])
     entries = {}
     for latent in tqdm(latents, desc="naming", unit="latent"):
-        code = _code(strength, latent)
-        if (code[~held_out] > 0).any():
-            common = [("token", tokens[np.bincount(token_of[(code > 0) & ~held_out]).argmax()])]
-            entries[latent] = _entry(patterns, code, held_out, candidates=candidates[latent], common=common)
+        if len(rows := firing_rows(seen, latent)):
+            common = [("token", tokens[np.bincount(token_of[rows]).argmax()])]
+            split = [(part, _code(codes_of, latent)) for part, codes_of in parts]
+            entries[latent] = _entry(split, candidates[latent], common)
+    add_coherence(entries, patterns, strength, W_dec)
     return entries
 
 
@@ -84,6 +86,11 @@ def used_rows(codes: Codes) -> np.ndarray:
     return codes.rows["text_id"].numpy() % max(step, 1) == 0
 
 
+def firing_rows(strength: scipy.sparse.csr_matrix, latent: int) -> np.ndarray:
+    """The rows on which a latent fires. strength: codes [F, N]."""
+    return strength.indices[slice(*strength.indptr[latent : latent + 2])]
+
+
 def _code(strength: scipy.sparse.csr_matrix, latent: int) -> np.ndarray:
     """One latent's codes over all rows, float32 [N]."""
     code = np.zeros(strength.shape[1], np.float32)
@@ -104,30 +111,27 @@ def codes_matrix(codes: Codes, use: np.ndarray) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((value, (latent, place)), shape=(codes.n_latents, int(use.sum())))
 
 
-def candidate_patterns(patterns: Patterns, strength: scipy.sparse.csr_matrix, train: np.ndarray) -> list[Rule]:
+def candidate_patterns(patterns: Patterns, strength: scipy.sparse.csr_matrix) -> list[Rule]:
     """For each latent, the patterns (kind, name) that are over-represented where it fires.
 
     Ranked by the z-score of their log-odds against the rest of the corpus, with the corpus as an informative Dirichlet
     prior (Monroe, Colaresi and Quinn 2008, "Fightin' Words"). A firing weighs its code over the latent's mean code.
 
-    strength: codes [F, N]; train: bool [N], the rows to count.
+    strength: codes [F, N].
     """
-    weight = strength @ scipy.sparse.diags(train.astype(np.float32))
-    weight.eliminate_zeros()
-    fires = np.diff(weight.indptr)
-    weight = scipy.sparse.diags(fires / np.maximum(np.asarray(weight.sum(1)).ravel(), 1e-12)) @ weight
-    n_rows = int(train.sum())
+    fires = np.diff(strength.indptr)
+    weight = scipy.sparse.diags(fires / np.maximum(np.asarray(strength.sum(1)).ravel(), 1e-12)) @ strength
     found: list[Rule] = [[] for _ in fires]
     for kind in KINDS:
         names, sizes = list(patterns.names[kind]), np.diff(patterns.starts[kind])
         ones = np.ones(int(sizes.sum()), np.float32)
         place = patterns.rows[kind], np.arange(len(sizes)).repeat(sizes)
         member = scipy.sparse.csr_matrix((ones, place), (patterns.n, len(sizes)))
-        counts, corpus = (weight @ member).tocsr(), train.astype(np.float64) @ member
+        counts = (weight @ member).tocsr()
         for latent in np.flatnonzero(fires):
             span = slice(*counts.indptr[latent : latent + 2])
             category = counts.indices[span]
-            z = _log_odds_z(counts.data[span], corpus[category], fires[latent], n_rows)
+            z = _log_odds_z(counts.data[span], sizes[category].astype(float), fires[latent], patterns.n)
             order = np.lexsort((category, -z))[:CANDIDATES]
             found[latent] += [(kind, names[category[i]]) for i in order if z[i] > MIN_Z]
     return found
@@ -142,27 +146,31 @@ def _log_odds_z(here: np.ndarray, corpus: np.ndarray, n: int, n_rows: int) -> np
     return (odds - odds_rest) / np.sqrt(1 / (here + prior) + 1 / (rest + prior))
 
 
-def choose_rule(patterns: Patterns, fires: np.ndarray, train: np.ndarray, candidates: Rule) -> Rule:
+def choose_rule(patterns: Patterns, fires: np.ndarray, n_fires: int, candidates: Rule) -> Rule:
     """The set of patterns that best predicts the firing by F1, built greedily; ties go to the earlier candidate.
 
     By F1 because balanced accuracy hardly punishes a rule for a rare latent that covers half the corpus.
-    fires, train: bool [N].
+    patterns: of the training rows alone. fires: bool [N], true on n_fires rows.
     """
-    members = [rows[train[rows]] for rows in (patterns.find(*candidate) for candidate in candidates)]
-    covered, best = np.zeros(patterns.n, bool), 0.0
+    left = dict(enumerate(patterns.find(*candidate) for candidate in candidates))
     chosen: Rule = []
-    n_fires, hits, n_covered = int((fires & train).sum()), 0, 0
+    best, hits, n_covered, covered = 0.0, 0, 0, np.zeros(patterns.n, bool)
     while len(chosen) < MAX_PATTERNS:
         trials = []
-        for number, rows in enumerate(members):
-            new = rows[~covered[rows]]
-            new_hits = hits + int(fires[new].sum())
-            trials.append((2 * new_hits / (n_fires + n_covered + len(new)), -number, new_hits, n_covered + len(new)))
+        for number, rows in list(left.items()):
+            new_hits = int(np.count_nonzero(fires[rows]))
+            # What the rows could gain if all others were dropped; it only falls, so what is too little stays so.
+            if 2 * (hits + new_hits) / (n_fires + n_covered + new_hits) < best + MIN_GAIN:
+                del left[number]
+                continue
+            n_new = n_covered + len(rows)
+            trials.append((2 * (hits + new_hits) / (n_fires + n_new), -number, hits + new_hits, n_new))
         if not trials or max(trials)[0] < best + MIN_GAIN:
             break
         best, number, hits, n_covered = max(trials)
         chosen.append(candidates[-number])
-        covered[members[-number]] = True
+        covered[left.pop(-number)] = True
+        left = {number: rows[~covered[rows]] for number, rows in left.items()}
     return chosen
 
 
@@ -191,34 +199,25 @@ def score_rule(says: np.ndarray, fires: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _entry(
-    patterns: Patterns, code: np.ndarray, held_out: np.ndarray, candidates: Rule, common: Rule
-) -> dict[str, Any]:
-    """One latent's entry. code: [N]; common: the baseline, the rule of its most frequent token."""
-    fires = code > 0
-    chosen = choose_rule(patterns, fires, ~held_out, candidates)
+def _entry(split: list[tuple[Patterns, np.ndarray]], candidates: Rule, common: Rule) -> dict[str, Any]:
+    """One latent's entry. split: patterns and codes, [N], of the training rows and of those held out; common: the
+    baseline, the rule of its most frequent token.
+    """
+    (train, code), (held_out, unseen) = split
+    n_fires = int(np.count_nonzero(code))
+    chosen = choose_rule(train, code > 0, n_fires, candidates)
     # Those that cover most of the latent's activation come first.
-    mass = [float((code * ~held_out)[patterns.find(*pattern)].sum()) for pattern in chosen]
+    mass = [float(code[train.find(*pattern)].sum()) for pattern in chosen]
     rule = [pattern for _, pattern in sorted(zip(mass, chosen), key=lambda item: -item[0])] or common
-    words = [describe(patterns, kind, name, fires) for kind, name in rule]
-    scores = score_rule(predict(patterns, rule)[held_out], fires[held_out])
-    name = _name([kind for kind, _ in rule], words)
+    described = [describe(train, kind, name, code) for kind, name in rule]
+    name = short_name(train, [kind for kind, _ in rule], [short for short, _ in described])
+    scores = score_rule(predict(held_out, rule), unseen > 0)
     return {
         "name": name, "scored_name": name,
-        "description": "Fires on " + "; ".join(words),
+        "description": "Fires on " + "; ".join(long for _, long in described),
         "score": scores.pop("balanced_accuracy"), "score_kind": SCORE_KIND, "judge": "rule", **scores,
-        "baseline": score_rule(predict(patterns, common)[held_out], fires[held_out])["balanced_accuracy"],
+        "baseline": score_rule(predict(held_out, common), unseen > 0)["balanced_accuracy"],
         "rule": [list(pattern) for pattern in rule],
-        "backend": "offline", "model": None, "prompt_hash": None, "n_examples": int((fires & ~held_out).sum()),
+        "backend": "offline", "model": None, "prompt_hash": None, "n_examples": n_fires,
         "source": "offline", "edited_by": None, "notes": "",
     }
-
-
-def _name(kinds: list[str], words: list[str]) -> str:
-    """The first patterns, grouped by kind, such as: dog, cat; after “said”, “asked” (+3)."""
-    groups: dict[str, list[str]] = {}
-    for kind, text in list(zip(kinds, words))[:SHOWN]:
-        group = kind if kind in PREFIXES or kind in ("phrase", "place") else "word"
-        groups.setdefault(group, []).append(text.removeprefix(PREFIXES.get(group, "")))
-    more = f" (+{len(words) - SHOWN})" if len(words) > SHOWN else ""
-    return "; ".join(PREFIXES.get(group, "") + ", ".join(texts) for group, texts in groups.items()) + more

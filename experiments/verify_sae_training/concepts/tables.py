@@ -15,7 +15,7 @@ from lib.files import write_text
 
 CSV_COLUMNS = (
     "latent", "name", "description", "notes", "rating", "edited_by", "source", "backend", "model", "judge", "score",
-    "stamp",
+    "f1", "coherence", "stamp",
 )
 # What a spreadsheet runs, or strips and then runs; the last four are the wide forms that Japanese keyboards write.
 FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")
