@@ -26,7 +26,8 @@ from .store import experiment_dir, open_run
 MODEL_FILE, ABOUT_FILE, HISTORY_FILE = "topk_sae.pt", "topk_sae.json", "training_history.json"
 LAST = "last_sae.txt"
 # Constants of a training that say where its activations are or what it shows, not what it computes.
-NOT_DECISIVE = ("PRESET", "RUN_ID", "LAYER", "LOG_EVERY", "VERIFY", "TRACKER")
+# START_FROM_SAE, the hash of the one that it names, decides.
+NOT_DECISIVE = ("PRESET", "RUN_ID", "LAYER", "LOG_EVERY", "VERIFY", "TRACKER", "START_FROM")
 
 
 def find_sae(which: str | os.PathLike[str] | None = None) -> Path:

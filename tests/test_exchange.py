@@ -247,7 +247,8 @@ third.save_to_disk(native / "sparsify")
 for which in ("sae_lens", "dictionary_learning", "sparsify"):
     judge("ours." + which, which, folder / which)
     judge("native." + which, which, native / which)
-judge("ours.jumping", "sae_lens", folder / "jumping")
+for which in ("sae_lens", "dictionary_learning"):
+    judge("ours.jumping." + which, which, folder / "jumping" / which)
 save_file(found, folder / "found.safetensors")
 """
 
@@ -259,13 +260,16 @@ def test_the_tools_themselves_open_ours_and_we_open_theirs(sae, jumping, tmp_pat
     save_file({"x": x}, tmp_path / "x.safetensors")
     for name, known in FORMATS.items():
         known.write(tmp_path / name, fold(sae), ABOUT)
-    FORMATS["sae_lens"].write(tmp_path / "jumping", fold(jumping), ABOUT)
+    for name in ("sae_lens", "dictionary_learning"):
+        FORMATS[name].write(tmp_path / "jumping" / name, fold(jumping), ABOUT)
     (tmp_path / "side.py").write_text(textwrap.dedent(THEIR_SIDE))
     done = subprocess.run([str(PEERS), str(tmp_path / "side.py"), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(tmp_path / "found.safetensors")
     codes, xhat = sae.scale * dense(*sae.encode(x)), sae.decode(*sae.encode(x))
-    assert torch.allclose(jumping.scale * dense(*jumping.encode(x)), found["ours.jumping.codes"], rtol=1e-5, atol=1e-3)
+    for name in ("sae_lens", "dictionary_learning"):
+        assert torch.allclose(jumping.scale * dense(*jumping.encode(x)), found[f"ours.jumping.{name}.codes"], rtol=1e-5,
+                              atol=1e-3)
     for name in FORMATS:
         for mine, other in ((codes, found[f"ours.{name}.codes"]), (xhat, found[f"ours.{name}.xhat"])):
             torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-5 * float(mine.abs().max()),

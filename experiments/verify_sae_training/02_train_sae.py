@@ -3,6 +3,7 @@
     python 02_train_sae.py                       # on the run that step 1 finished last
     python 02_train_sae.py PRESET=bielik         # the sizes of the original experiment
     python 02_train_sae.py TOP_K=16 EPOCHS=20    # any constant below, by its name
+    python 02_train_sae.py START_FROM=<name>     # go on from a trained or public SAE, on the activations of now
     torchrun --nproc-per-node 4 02_train_sae.py  # four processes share every step; see experiments/at_scale
 
 After an interruption, rerun the same command: it continues from the last checkpoint. Other constants make another SAE;
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Count, Device, FileName, Name, Part, Rate, Seed, Size, Tracker, at_least, at_most
+from lib.ranges import Count, Device, FileName, Location, Name, Part, Rate, Seed, Size, Tracker, at_least, at_most
 
 PRESET = "standard"                       # standard: the values below; quick, full, large; bielik: the original's sizes
 RUN_ID: FileName | None = None            # None: the run that 01_save_activations.py finished last
@@ -33,6 +34,7 @@ WHITEN: Part = 1 / 8                      # power of the partial whitening, fold
 ALIGNED = True                            # encoder aligned with the dictionary up to a learnt gain; False: free
 PRECISION: Literal["auto", "float32", "bfloat16"] = "auto"  # to propose candidates; auto: by shape and processor
 LOG_EVERY: Count = 50                     # steps between two points of the training curve
+START_FROM: Location | None = None        # SAE to go on from: name, folder, or user/repository/folder on the hub
 VERIFY = False                            # first compare the checksums of all activations: reads the whole run
 TRACKER: Tracker = "local"                # where curves are shown; the history is always written as JSON too
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
@@ -49,7 +51,8 @@ CONSTANTS = override(globals(), PRESETS)
 
 from lib.batches import rows_of_run, sample_rows
 from lib.distributed import rank
-from lib.environment import choose_device, log, log_to, run, say_next
+from lib.environment import InputError, choose_device, log, log_to, run, say_next
+from lib.exchange.rows import sae_for
 from lib.files import read_json, write_json
 from lib.origin import origin_of
 from lib.outputs import in_use, is_current
@@ -58,16 +61,31 @@ from lib.saes import ABOUT_FILE, HISTORY_FILE, MODEL_FILE, made_from, remember, 
 from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
 from lib.training.checkpoints import HISTORY, Diverged
+from lib.training.kinds import WITH_THRESHOLD
 from lib.training.loop import TrainSettings, score, train_sae
+from lib.training.start import kind_of
 
 FOLDER = experiment_dir("verify_sae_training")
-MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in ("VERIFY", "TRACKER")}
+MADE_WITH = {name: value for name, value in CONSTANTS.items()
+             if name not in ("VERIFY", "TRACKER") and (name, value) != ("START_FROM", None)}
 
 
-def train(folder, origin, saved, rows):
+def source_of(name, rows):
+    """The SAE that START_FROM names, and the constants that it decides."""
+    sae = sae_for(name, rows)
+    scores = score(sae, sample_rows(rows, validation=True, limit=None))
+    l0, multiplier = scores["l0_mean"], sae.n_latents / len(rows.mean)
+    log.info("START_FROM, held out: EV %.4f, L0 %.2f", scores["ev"], l0)
+    if kind_of(sae) in WITH_THRESHOLD and not l0 / 2 <= TOP_K <= 2 * l0:
+        raise InputError(f"START_FROM has {l0:.1f} codes a token; set TOP_K={max(1, round(l0))}")
+    whole = N_LATENTS_MULTIPLIER if multiplier.is_integer() else multiplier  # others have sizes that this can't give
+    return sae, {"START_FROM_SAE": sae_hash(sae), "N_LATENTS_MULTIPLIER": whole}
+
+
+def train(folder, origin, saved, rows, start):
     """Train the SAE and write it with its history.
 
-    origin: what the SAE's file says of where it comes from.
+    origin: what the SAE's file says of where it comes from. start: the SAE to go on from, or None.
     """
     settings = TrainSettings(
         n_latents=origin["n_latents"], top_k=TOP_K, kind=KIND, epochs=EPOCHS,
@@ -76,7 +94,7 @@ def train(folder, origin, saved, rows):
     )
     with open_tracker("local" if rank() else TRACKER, folder / "tracker", MADE_WITH) as track:
         try:
-            sae, history = train_sae(rows, settings, folder, choose_device(DEVICE), track=track)
+            sae, history = train_sae(rows, settings, folder, choose_device(DEVICE), track=track, start=start)
         except Diverged:  # its checkpoint is of no use
             if rank() == 0:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -87,7 +105,8 @@ def train(folder, origin, saved, rows):
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
     sae.config.update(origin, tokens_trained=EPOCHS * rows.n_train, provenance=provenance(), final=final)
     save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))
-    about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae), "constants": MADE_WITH}
+    about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae),
+             "constants": origin["constants"]}
     write_json(folder / HISTORY_FILE, {**about, **history, "final": final}, sealed=True)
     log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],
              final["dead_pct"], f"{final['n_rows']:,}")
@@ -110,14 +129,16 @@ def main():
     hook = saved.hook(LAYER)
     rows = rows_of_run(saved, hook)
     log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook, len(rows.mean))
-    n_latents = N_LATENTS_MULTIPLIER * len(rows.mean)
-    origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": MADE_WITH}
+    start, decided = source_of(START_FROM, rows) if START_FROM else (None, {})
+    constants = MADE_WITH | decided
+    n_latents = round(constants["N_LATENTS_MULTIPLIER"] * len(rows.mean))
+    origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": constants}
     folder = trained_as(made_from(origin)) or sae_folder(origin)
     with in_use(folder):
         if is_trained(folder, origin):
             log.info("this SAE is already trained")
         else:
-            train(folder, origin, saved, rows)
+            train(folder, origin, saved, rows, start=start)
         if rank() == 0:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             remember(folder)

@@ -32,7 +32,7 @@ from lib.origin import origin_of
 from lib.sae import sae_hash, save_sae
 from lib.saes import MODEL_FILE, remember, sae_folder
 from lib.store import experiment_dir, open_run, provenance
-from lib.training.loop import score
+from lib.training.loop import highest_codes, score
 
 FOLDER = experiment_dir("verify_sae_training")
 
@@ -76,6 +76,7 @@ def main():
         imported={"format": found.format, "source": SOURCE, "subfolder": SUBFOLDER, **found.facts},
         constants=CONSTANTS, provenance=provenance(), final=final,
     )
+    sae.maxima = highest_codes(sae, rows)
     folder = sae_folder(sae.config | {"n_latents": sae.n_latents, "sae_hash": sae_hash(sae)})
     save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))
     remember(folder)

@@ -16,10 +16,14 @@ from .formats import READERS
 def folder_of(source: str, subfolder: str = "") -> Path:
     """The folder of an SAE: inside the local folder `source`, or fetched from that repository.
 
-    Raises InputError for a subfolder that leaves it, and if the hub can't be reached.
+    "user/repository/its/folder" may stand for both. Raises InputError for a subfolder that leaves it, and if the hub
+    can't be reached.
     """
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
         raise InputError(f"SUBFOLDER={subfolder} must be a folder inside SOURCE")
+    parts = source.split("/")
+    if len(parts) > 2 and not subfolder and source[0] not in "./~" and not Path(source).exists():
+        source, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     path = local_path(source)
     return pull(source, subfolder) if path is None else path / subfolder
 

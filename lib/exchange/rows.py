@@ -1,8 +1,29 @@
 """An SAE that others published, in the units of stored activations."""
 from ..batches import Rows, sample_rows
-from ..environment import log
-from ..sae import SAE
+from ..environment import InputError, log
+from ..sae import SAE, load_sae
+from ..saes import MODEL_FILE, find_sae
 from .folded import Folded, rescaled, unfold
+from .formats import read_foreign
+from .hub import folder_of
+
+
+def sae_for(source: str, rows: Rows) -> SAE:
+    """An SAE by its name or folder, or one that others published: a folder of theirs, or user/repository/its/folder.
+
+    Raises InputError if there is none, or ours can't be what it is.
+    """
+    try:
+        folder = find_sae(source)
+    except InputError:
+        if "/" not in source:
+            raise
+    else:
+        return load_sae(folder / MODEL_FILE)
+    found = read_foreign(folder_of(source), source)
+    sae = fitted(found.sae, rows)
+    sae.config["imported"] = {"format": found.format, "source": source, "subfolder": "", **found.facts}
+    return sae
 
 
 def fitted(folded: Folded, rows: Rows) -> SAE:

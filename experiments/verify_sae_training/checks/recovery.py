@@ -100,11 +100,13 @@ def gains(rows: list[dict[str, Any]]) -> dict[str, float]:
 def compositions(codes: Codes, truth: Truth | None, latents: list[int], share: float = 0.8) -> dict[str, list[int]]:
     """The latents sorted by what at least `share` of their firings are on: one token, one leaf concept, or neither."""
     ids = codes.rows["token_id"].long()
-    values, indices = (torch.cat(parts) for parts in list(zip(*codes))[1:])
+    fired = []
+    for start, values, indices in codes:
+        row, slot = (values > 0).nonzero(as_tuple=True)
+        fired.append((start + row, indices[row, slot].long()))
+    row, latent = (torch.cat(column) for column in zip(*fired))
     found: dict[str, list[int]] = {"one token": [], "one leaf concept": [], "neither": []}
     leaves = [i for i, concept in enumerate(truth.concepts) if concept.part == "leaf"] if truth else []
-    row, slot = (values > 0).nonzero(as_tuple=True)
-    latent = indices[row, slot].long()
     order = latent.argsort(stable=True)
     row, counts = row[order], torch.bincount(latent, minlength=codes.n_latents)
     ends = counts.cumsum(0)
