@@ -27,7 +27,7 @@ check = $(if $(call unknown,$(1)),$(error there is no constant $(call unknown,$(
 RENDER = $(PY) -m nbconvert --log-level=ERROR --to html --execute \
   $(foreach script,require_js mathjax widget_renderer,--HTMLExporter.$(script)_url=data:,)
 
-.PHONY: run ception pictures test check house coverage faults peers serving bench clean
+.PHONY: run explore ception pictures test check house coverage faults peers serving bench clean
 
 # overcomplete asks for packages that work on images, a quarter of a gigabyte; its sparse autoencoders don't use them.
 $(VENV)/installed: requirements.txt pyproject.toml
@@ -50,6 +50,11 @@ run: $(VENV)/installed
 	done
 	@$(PY) $(VERIFY)/show_verification.py
 	@echo "pages: $(SAE_FOLDER)/pages/*.html and $(SAE_FOLDER)/concepts.html"
+
+# The concepts page with the model behind it, on 127.0.0.1: type a text, steer, take a latent away.
+EXPLORE = $(VERIFY)/10_explore.py
+explore: $(VENV)/installed
+	@$(call check,$(EXPLORE))$(PY) $(EXPLORE) $(call given,$(EXPLORE))
 
 # The second experiment: feed sharpened concepts back into training, cycle by cycle, and compare the arms.
 CYCLES = $(CEPTION)/04_train_cycle.py

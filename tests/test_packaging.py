@@ -49,7 +49,7 @@ def test_every_third_party_import_is_declared():
     assert needed - declared - modules_of(sum(extras.values(), [])) == WITHOUT_ITS_OWN
     assert declared - needed == FOR_THOSE  # and nothing is declared that nobody imports
     pinned = modules_of(line for line in REQUIREMENTS.splitlines() if line and not line.startswith("#"))
-    assert pinned == declared | modules_of(extras["chat"] + extras["notebooks"] + extras["dev"])
+    assert pinned == declared | modules_of(extras["chat"] + extras["notebooks"] + extras["live"] + extras["dev"])
 
 
 def test_overcomplete_is_installed_alike_everywhere():

@@ -5,7 +5,7 @@
                   writing=writing)
 """
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -41,19 +41,23 @@ class Continuation(NamedTuple):
 
 @torch.no_grad()
 def continue_texts(
-    model: Any, tokenizer, prompts: Sequence[str], n_tokens: int, steering=None, temperature: float = 0.0, seed: int = 0
+    model: Any, tokenizer, prompts: Sequence[str], n_tokens: int, steering=None, temperature: float = 0.0,
+    seed: int = 0, watch: Callable[[Tensor], bool] | None = None,
 ) -> Continuation:
     """Let the steered model write n_tokens after each prompt, and the unsteered one judge them.
 
     steering: a context manager from steer(), or None. temperature: 0 is greedy; the same seed draws the same noise.
-    Raises InputError if the model can't write.
+    watch: called with the ids so far, [B, T], after each token; True ends the writing. Raises InputError if the model
+    can't write.
     """
     if not hasattr(model, "generate") or model.get_output_embeddings() is None:
         raise InputError(f"{type(model).__name__} writes no text; steering needs a causal language model")
     ids, mask = _left_padded(tokenizer, prompts, input_device(model))
     together = _reads_left_padding(model)  # tried before anything is steered
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    arguments = dict(max_new_tokens=n_tokens, pad_token_id=filler_id(tokenizer), **how)
+    arguments: dict[str, Any] = dict(max_new_tokens=n_tokens, pad_token_id=filler_id(tokenizer), **how)
+    if watch is not None:
+        arguments["stopping_criteria"] = [lambda ids, _scores: ids.new_full((len(ids),), watch(ids), dtype=torch.bool)]
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), steering or nullcontext():
         torch.manual_seed(seed)  # generate() has no generator of its own
