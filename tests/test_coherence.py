@@ -30,10 +30,11 @@ def test_the_zero_is_a_percentile_of_pairs():
 def test_shares_are_of_the_activation_and_a_token_counts_once():
     texts = ["the cat sat on the mat ."]
     patterns = find_patterns(texts, word_rows(texts))
-    code = scipy.sparse.csr_matrix(np.array([[1.0, 4, 0, 0, 2, 0, 1]]))  # the cat . . the . "."
+    code = np.array([1.0, 4, 0, 0, 2, 0, 1])  # the cat . . the . "."
     rule = [("word", "the"), ("word", "cat"), ("phrase", "the cat"), ("word", "never")]
-    assert activation_shares(patterns, rule, code).tolist() == [3 / 8, 4 / 8, 0, 0]
-    mean = mean_codes(patterns, scipy.sparse.csr_matrix(code.T), rule).toarray()[:, 0]
+    fires = np.flatnonzero(code)
+    assert activation_shares(patterns, rule, fires, code[fires]).tolist() == [3 / 8, 4 / 8, 0, 0]
+    mean = mean_codes(patterns, scipy.sparse.csr_matrix(code[:, None]), rule).toarray()[:, 0]
     assert mean.tolist() == [1.5, 4, 4, 0]
 
 
@@ -62,6 +63,9 @@ def test_two_words_are_one_thing_if_they_have_more_in_common_than_the_latent():
     assert ("little to do with each other" in named[0]["description"]) == (named[0]["coherence"] < 0.5)
     named, _ = coherences(RULES, torch.eye(3))
     assert named[0]["coherence"] == pytest.approx(1, abs=1e-3)
+    twin = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]])  # a latent of the same direction
+    named, _ = coherences([*apart, RULES[0]], twin)
+    assert named[0]["coherence"] == named[3]["coherence"] == pytest.approx((share**2).sum(), abs=1e-4)
     for factor in (0.1, 10.0):  # the latent's own strength changes nothing
         scaled = [lambda s, i, f=factor: f * RULES[0](s, i), *apart[1:]]
         assert coherences(scaled, torch.eye(3))[0][0]["coherence"] == pytest.approx((share**2).sum(), abs=1e-4)

@@ -2,28 +2,31 @@
 
 F1 says how well a list of patterns describes where a latent fires: "pot, showed, stopped" may reach 1. Coherence says
 whether the list is of one thing. Draw two of the latent's firings, each in proportion to its code. Two of one pattern
-are alike by 1, two of different patterns by the cosine of what the SAE finds on these patterns' tokens *without this
-latent*, above what unrelated words reach; a firing that no pattern covers is like nothing. Coherence is the mean:
+are alike by 1, two of different patterns by the cosine of what the SAE finds on these patterns' tokens *across this
+latent's direction*, above what unrelated words reach; a firing that no pattern covers is like nothing. The mean is
 
     q @ likeness @ q        # q: share of the activation on each pattern, first come; their sum is the part covered
 
 so it is 1 only where one pattern covers everything, or several that are the same to the model. A name of one pattern
 that covers a share c has c squared. The latent's own direction is left out because all that it fires on has it in
-common. A broader pattern would raise coherence; rules are chosen by F1, which then falls, so read the two together.
+common, and a second latent of that direction would make anything coherent. A broader pattern would raise coherence;
+rules are chosen by F1, which then falls, so read the two together.
 """
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from concepts.patterns import Patterns, Rule
 
 MIXED = 0.5  # a latent of less coherence stands for several things
 REFERENCE_WORDS = 500  # the commonest words; what their pairs reach at UNRELATED is the zero of likeness
 UNRELATED = 95  # percentile
-PATTERNS_AT_ONCE = 4096
+AT_ONCE = 512  # latents whose patterns are held as vectors
 
 
 def add_coherence(
@@ -34,27 +37,20 @@ def add_coherence(
     strength: codes [F, N] on the tokens of the patterns. W_dec: dictionary, [F, D].
     """
     dictionary, codes = W_dec.cpu().numpy(), strength.T.tocsr()
-    corpus = np.asarray(strength.mean(1)).ravel()
+    centre = np.asarray(strength.mean(1)).ravel() @ dictionary
     common = sorted(patterns.names["word"], key=lambda word: -len(patterns.find("word", word)))[:REFERENCE_WORDS]
-    words = mean_codes(patterns, codes, [("word", word) for word in common])
-    zero = unrelated(words @ dictionary - corpus @ dictionary)
-    todo = list(entries)
-    while todo:
-        keys: dict[tuple[str, str], int] = {}
-        here: list[int] = []
-        while todo and len(keys) < PATTERNS_AT_ONCE:
-            here.append(todo.pop(0))
-            for kind, name in entries[here[-1]]["rule"]:
-                keys.setdefault((kind, name), len(keys))
-        means = mean_codes(patterns, codes, list(keys)).tocsc()
-        vectors = means @ dictionary - corpus @ dictionary
-        for latent in here:
-            rule = [(kind, name) for kind, name in entries[latent]["rule"]]
-            numbers = [keys[pattern] for pattern in rule]
-            own = means[:, [latent]].toarray()[numbers, 0] - corpus[latent]
-            alike = likeness(vectors[numbers] - own[:, None] * dictionary[latent], zero)
-            shares = activation_shares(patterns, rule, strength.getrow(latent))
-            _note(entries[latent], round(float(shares @ alike @ shares), 4))
+    zero = unrelated(mean_codes(patterns, codes, [("word", word) for word in common]) @ dictionary - centre)
+    latents = list(entries)
+    for first in tqdm(range(0, len(latents), AT_ONCE), desc="coherence", unit=f"x {AT_ONCE} latents"):
+        rules = {i: [(kind, name) for kind, name in entries[i]["rule"]] for i in latents[first : first + AT_ONCE]}
+        numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(chain(*rules.values())))}
+        vectors = mean_codes(patterns, codes, list(numbers)) @ dictionary - centre
+        for latent, rule in rules.items():
+            across = vectors[[numbers[pattern] for pattern in rule]]
+            across -= np.outer(across @ dictionary[latent], dictionary[latent])
+            span = slice(*strength.indptr[latent : latent + 2])
+            shares = activation_shares(patterns, rule, strength.indices[span], strength.data[span])
+            _note(entries[latent], round(float(shares @ likeness(across, zero) @ shares), 4))
 
 
 def _note(entry: dict[str, Any], value: float) -> None:
@@ -63,9 +59,7 @@ def _note(entry: dict[str, Any], value: float) -> None:
         entry["description"] += ". Several things that have little to do with each other"
 
 
-def mean_codes(
-    patterns: Patterns, codes: scipy.sparse.csr_matrix, rule: Rule
-) -> scipy.sparse.csr_matrix:
+def mean_codes(patterns: Patterns, codes: scipy.sparse.csr_matrix, rule: Rule) -> scipy.sparse.csr_matrix:
     """The mean code of every latent on the tokens of each pattern, [patterns, F]. codes: [N, F]."""
     rows = [patterns.find(*pattern) for pattern in rule]
     sizes = np.array([len(part) for part in rows])
@@ -95,19 +89,19 @@ def _cosines(vectors: np.ndarray) -> np.ndarray:
     return units @ units.T
 
 
-def activation_shares(patterns: Patterns, rule: Rule, codes: scipy.sparse.csr_matrix) -> np.ndarray:
+def activation_shares(patterns: Patterns, rule: Rule, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The share of a latent's activation on each pattern of its rule; a token belongs to the first that has it.
 
-    codes: the latent's, [1, N].
+    rows, codes: where the latent fires, and how strongly, [n].
     """
     left = np.zeros(patterns.n, np.float32)
-    left[codes.indices] = codes.data
-    total, shares = float(codes.data.sum()), []
+    left[rows] = codes
+    shares = []
     for pattern in rule:
-        rows = patterns.find(*pattern)
-        shares.append(float(left[rows].sum()))
-        left[rows] = 0
-    return np.array(shares) / (total or 1.0)
+        found = patterns.find(*pattern)
+        shares.append(float(left[found].sum()))
+        left[found] = 0
+    return np.array(shares) / (float(codes.sum()) or 1.0)
 
 
 def interest(entry: Mapping[str, Any], ablated_kl: float | None = None) -> float:
