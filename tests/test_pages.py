@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concepts import page_files
+from concepts.coherence import interest
 from concepts.page import MARGIN, Piece, coloured, concept_card, example_pieces, pieces
 from concepts.page_files import live_page, write_page
 from concepts.page_index import DIGITS, add_words, bucket_of, packed_example, packed_latent, word_buckets
@@ -97,6 +98,14 @@ def page(tmp_path):
              "near": [(4, 0.51234)], "effect": effect, "token_share": [[EVIL, 1.0, 3, 1.0]]}
     write_page(tmp_path / "concepts.html", {"title": EVIL, "facts": [EVIL]}, [shown, {"latent": 4}])
     return (tmp_path / "concepts.html").read_text()
+
+
+def test_the_index_has_the_interest_of_what_was_measured():
+    entry = {"name": "dog", "f1": 0.8, "coherence": 0.5, "score": 0.9, "baseline": 0.6}
+    effect = {"ablated": {"kl": 1e9, "raised": [], "lowered": []}}
+    assert packed_latent({"latent": 1, "entry": entry})[0]["interest"] == pytest.approx(interest(entry), rel=1e-3)
+    assert packed_latent({"latent": 1, "entry": entry, "effect": effect})[0]["interest"] == pytest.approx(0.3467, 1e-3)
+    assert packed_latent({"latent": 1})[0]["interest"] is None
 
 
 def test_who_judged_a_name_is_told():

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from concepts.coherence import interest
 from concepts.formats import digest
 from concepts.page import Example, example_pieces
 
@@ -48,6 +49,8 @@ def packed_latent(latent: dict[str, Any]) -> tuple[Row, Row, list[str]]:
     whole["digest"] = latent.get("digest") or digest(latent["latent"], entry)
     effect = whole.get("effect") or {}
     whole.setdefault("effect_kl", effect.get("ablated", {}).get("kl"))
+    if whole.get("f1") is not None:
+        whole.setdefault("interest", interest(whole, whole["effect_kl"]))
     intervals = whole.get("intervals") or _intervals_of_old(whole)
     shown = [{**part, "examples": [packed_example(one) for one in part["examples"]]} for part in intervals]
     row = _rounded({key: whole.get(key) for key in INDEX})

@@ -6,7 +6,7 @@ const fixed = (x, digits = 2) => x === null || x === undefined ? none : Math.abs
 const grade = (x, good, fair) => x >= good ? "good" : x >= fair ? "fair" : "poor";
 // What can be ordered, filtered (range: step of the input) and shown in a column. meter: share of its mark that is full.
 const FIELDS = {
-  interest: { label: "interest", help: about.interest || "what is worth reading first", range: .05 },
+  interest: { label: "interest", help: about.interest || "F1 times coherence; more for what goes beyond the commonest token, and for a measured effect", range: .05 },
   f1: { label: "F1", help: "held-out F1 of the name's rule: how well it tells on which tokens the latent fires; 1 is best", range: .05, grades: [.8, .5], meter: x => x },
   score: { label: "accuracy", help: "held-out balanced accuracy of the name; 0.5 is chance, 1 is best", range: .05, grades: [.85, .7], meter: x => Math.max(0, 2 * x - 1) },
   coherence: { label: "coherence", help: "whether the parts of the name belong together; 1 is one thing", range: .05 },
