@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import lib.environment  # noqa: E402, F401  (the import guards come before transformers)
+from concepts.codes import Codes  # noqa: E402
 from forked import SCRIPTS, Forks, Whole, contents  # noqa: E402
 import matplotlib  # noqa: E402
 import nbformat  # noqa: E402
@@ -85,6 +86,21 @@ def sae_of(store):
     """The folder of the SAE that was trained or imported last in this store."""
     folder = Path(store) / "verify_sae_training"
     return folder / "saes" / (folder / "last_sae.txt").read_text().strip()
+
+
+def dense_codes(codes):
+    dense = torch.zeros(len(codes), codes.n_latents)
+    for start, values, indices in codes:
+        dense[start : start + len(values)].scatter_add_(1, indices.long(), values)
+    return dense
+
+
+def in_batches(codes, size):
+    """The same codes cut otherwise, so that texts straddle the batches."""
+    parts = list(codes)
+    values, indices = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+    cut = [(i, values[i : i + size], indices[i : i + size]) for i in range(0, len(values), size)]
+    return Codes(codes.texts, codes.rows, codes.n_latents, lambda: iter(cut))
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from conftest import ASSETS, TEXTS, tiny_model, word_tokenizer
+from conftest import ASSETS, TEXTS, dense_codes, in_batches, tiny_model, word_tokenizer
 
 from concepts.codes import Codes, codes_at, codes_of_text, encode_run, live_codes
 from concepts.directions import closest_directions, promoted_tokens
-from concepts.firings import collect_firings, read_top_texts, write_top_texts
+from concepts.firings import collect_firings
 from concepts.names import candidate_patterns, name_latents, patterns_of, predict, score_rule
 from concepts.patterns import find_patterns
 from concepts.wording import describe
@@ -18,8 +18,6 @@ from lib.hooks import resolve
 from lib.models import load_tokenizer
 from lib.sae import make_sae
 from lib.texts import split_texts, tokenise
-
-HEADER = {"sae_hash": "aa", "run_id": "r", "model_id": "m", "hook": "h", "n_latents": 8}
 
 
 @pytest.fixture
@@ -45,21 +43,6 @@ def sae():
     return make_sae(W, b, W, torch.zeros(16), 4.0, 3)
 
 
-def dense_codes(codes):
-    dense = torch.zeros(len(codes), codes.n_latents)
-    for start, values, indices in codes:
-        dense[start : start + len(values)].scatter_(1, indices.long(), values)
-    return dense
-
-
-def in_batches(codes, size):
-    """The same codes cut otherwise, so that texts straddle the batches."""
-    parts = list(codes)
-    values, indices = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
-    cut = [(i, values[i : i + size], indices[i : i + size]) for i in range(0, len(values), size)]
-    return Codes(codes.texts, codes.rows, codes.n_latents, lambda: iter(cut))
-
-
 def test_top_rows_and_statistics_equal_brute_force(run, sae):
     codes = encode_run(run, run.hooks[0], sae)
     firings, dense, text_id = collect_firings(codes, top=4), dense_codes(codes), run.rows["text_id"]
@@ -80,17 +63,14 @@ def test_top_rows_and_statistics_equal_brute_force(run, sae):
             assert firings.mean_active[latent] == pytest.approx(float(active.mean()), rel=1e-5)
             exact = float(active.sort().values[int(np.ceil(0.99 * len(active))) - 1])
             assert firings.p99[latent] == pytest.approx(exact, rel=0.017)
-        middle = [r for r in firings.middle_rows[latent].tolist() if r >= 0]
-        assert set(middle) <= {row for _, row in peaks} - set(expected) and len(set(middle)) == len(middle)
     assert firings.fires[39] == 0 and firings.max[39] == firings.p99[39] == firings.mean_active[39] == 0
-    assert (firings.middle_rows >= 0).any()
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_the_batches_do_not_matter(run, sae, size):
     codes = encode_run(run, run.hooks[0], sae)
     one, other = collect_firings(codes, 5), collect_firings(in_batches(codes, size), 5)
-    for name in ("fires", "max", "p99", "top_rows", "middle_rows"):
+    for name in ("fires", "max", "p99", "top_rows"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -108,24 +88,6 @@ def test_ties_go_to_the_earlier_row(run):
     firings = collect_firings(encode_run(run, run.hooks[0], sae), 3)
     first = [int((run.rows["text_id"] == t).nonzero()[0]) for t in range(3)]
     assert firings.top_rows[0].tolist() == first
-
-
-def test_examples_in_the_file(tmp_path, run, sae):
-    codes = encode_run(run, run.hooks[0], sae)
-    firings, dense, rows = collect_firings(codes, 3), dense_codes(codes), run.rows
-    write_top_texts(tmp_path / "top_texts.json", codes, firings, {"run_id": "r"}, window=(4, 2))
-    meta, top, middle = read_top_texts(tmp_path / "top_texts.json")
-    assert meta["top"] == 3 and sorted(top) == list(range(40)) and top[39] == [] and middle[39] == []
-    for latent, examples in [*top.items(), *middle.items()]:
-        assert len({e["text_id"] for e in examples}) == len(examples)
-        for e in examples:
-            assert e["token_str"] == e["text"][e["char_start"] : e["char_end"]] and e["score"] > 0
-            first, last = e["window"]
-            here = (rows["text_id"] == e["text_id"]) & (rows["pos"] >= first) & (rows["pos"] <= last)
-            assert e["acts"] == pytest.approx(dense[here, latent].tolist(), rel=1e-5)
-            assert e["spans"] == torch.stack([rows["char_start"][here], rows["char_end"][here]], 1).tolist()
-            assert first <= e["token_idx"] <= last and e["score"] == max(e["acts"])
-        assert [e["score"] for e in top[latent]] == sorted((e["score"] for e in top[latent]), reverse=True)
 
 
 def test_codes_at_looks_up_any_row(run, sae):

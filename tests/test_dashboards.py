@@ -12,9 +12,10 @@ from test_steering import random_sae
 
 from concepts.codes import encode_run
 from concepts.directions import direct_view, promoted_tokens
-from concepts.firings import collect_firings, read_top_texts, write_top_texts
+from concepts.facts import Corpus, collect_facts
+from concepts.firings import collect_firings
 from exchange.delphi import write_delphi
-from exchange.neuronpedia import HISTOGRAM_BINS, Latents, code_histograms, place_of, write_neuronpedia
+from exchange.neuronpedia import Latents, place_of, write_neuronpedia
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
@@ -67,25 +68,14 @@ def test_delphi_locations_point_at_the_stored_tokens(run, codes, tmp_path):
         write_delphi(tmp_path / "b", run, codes, 7.0, word_tokenizer(bos=False))
 
 
-def test_histograms_count_every_code(codes):
-    table = dense(codes)
-    maxima = table.max(0).values
-    counts = code_histograms(codes, maxima)
-    assert torch.equal(counts.sum(1), (table > 0).sum(0))
-    latent = int((table > 0).sum(0).argmax())
-    fired = table[:, latent][table[:, latent] > 0].numpy()
-    expected, _ = np.histogram(fired, HISTOGRAM_BINS, (0, float(maxima[latent])))
-    assert abs(counts[latent].numpy() - expected).sum() <= 2  # a code on an edge may fall to either side
-
-
 def test_neuronpedia_records(run, codes, model, tmp_path):
     sae, tokenizer = random_sae(), word_tokenizer()
     firings = collect_firings(codes, 3)
-    write_top_texts(tmp_path / "top.json", codes, firings, {})
-    _, top, _ = read_top_texts(tmp_path / "top.json")
+    facts, corpus = collect_facts(codes, firings), Corpus(codes.texts, codes.rows)
     latent = int(firings.fires.argmax())
     concepts = {latent: {"name": "something", "source": "human"}}
-    latents = Latents(sae, codes, firings.stats(), top, concepts, direct_view(model, 16), tokenizer)
+    latents = Latents(sae, codes, firings.stats(), top=lambda i: facts.top(i, corpus), concepts=concepts,
+                      view=direct_view(model, 16), tokenizer=tokenizer)
 
     def write(root, name="set", **changes):
         facts = FACTS | changes
@@ -109,8 +99,8 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
     assert feature["pos_str"][:8] == promoted_tokens(sae, model, tokenizer)[latent]
     assert feature["pos_values"][0] > 0 > feature["neg_values"][0]
     mine = [activation for activation in lines("activations") if activation["index"] == str(latent)]
-    assert [a["maxValue"] for a in mine] == pytest.approx([sae.scale * e["score"] for e in top[latent]])
-    for activation, example in zip(mine, top[latent]):
+    assert [a["maxValue"] for a in mine] == pytest.approx([sae.scale * e["score"] for e in latents.top(latent)])
+    for activation, example in zip(mine, latents.top(latent)):
         assert activation["tokens"][activation["maxValueTokenIndex"]] == example["token_str"]
         assert len(activation["tokens"]) == len(activation["values"])
     found = [(line["index"], line["description"], line["typeName"]) for line in lines("explanations")]

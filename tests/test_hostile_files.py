@@ -20,7 +20,7 @@ from saved_model import hook_of_run
 from checks.layers import LAYERS
 from checks.verification import VERIFICATION
 from concepts.codes import encode_run
-from concepts.firings import read_top_texts
+from concepts.top_texts import read_top_texts
 from cycles import schemas as cycle_schemas
 from cycles.sealed import read_sealed
 from cycles.stamps import finished

@@ -36,7 +36,9 @@ from saved_model import model_of_run
 from concepts.codes import encode_run
 from concepts.dictionary import read_concepts
 from concepts.directions import direct_view
-from concepts.firings import read_latent_stats, read_top_texts
+from concepts.facts import Corpus
+from concepts.firings import read_latent_stats
+from concepts.top_texts import read_examples
 from exchange.delphi import write_delphi
 from exchange.facts import facts_of, module_folder
 from exchange.formats import FORMATS, formats_for, write_foreign
@@ -73,12 +75,12 @@ def export_delphi(root, sae, saved, facts):
 
 def export_neuronpedia(root, sae, saved, facts):
     """Write Neuronpedia's dashboards, with the names and texts of step 4; returns their folder."""
-    meta, top, _ = read_top_texts(FOLDER / "top_texts.json")
-    if meta.get("sae_hash") != sae_hash(sae):
-        raise InputError("top_texts.json is about another SAE; run 04_name_sae_concepts.ipynb again")
+    known, top, _ = read_examples(FOLDER, sae.n_latents, sae_hash(sae))
+    corpus = Corpus([text["text"] for text in saved.texts], saved.rows)
     model, tokenizer, _ = model_of_run(saved, sae.config["hook"], torch.device("cpu"), TRUST_REMOTE_CODE)
     latents = Latents(
-        sae, encode_run(saved, sae.config["hook"], sae), top=top, tokenizer=tokenizer,
+        sae, encode_run(saved, sae.config["hook"], sae), tokenizer=tokenizer,
+        top=lambda latent: known.top(latent, corpus) if known else top.get(latent, []),
         stats=read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents),
         concepts=read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"],
         view=direct_view(model, len(sae.mean)),

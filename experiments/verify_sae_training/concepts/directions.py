@@ -2,13 +2,22 @@
 
 Read from the weights alone: the row through the final norm's gain and the unembedding, without the blocks between.
 """
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from lib.sae import SAE
+
+UNREADABLE = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte as SentencePiece writes it
+# Byte-level BPE writes each byte as one visible letter (Radford et al. 2019): itself, or from U+0100 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = sorted(set(range(256)) - set(VISIBLE))
+BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(256 + place): byte for place, byte in enumerate(HIDDEN)}
 
 
 def direct_view(model: Any, width: int) -> Tensor | None:
@@ -49,12 +58,36 @@ def promoted_tokens(sae: SAE, model: Any, tokenizer, n: int = 8) -> list[list[st
     return [[token_text(tokenizer, token) for token in row] for row in ids]
 
 
+def logit_effects(sae: SAE, view: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """What each dictionary row does to the logits: ids int32 and changes float32, both [F, 2, n].
+
+    First the n tokens that it raises most, then the n that it lowers most, strongest first. view: of direct_view(),
+    [V, D]; a change is that of a unit row before the final norm's scale.
+    """
+    n = min(n, len(view))
+    ids = torch.empty(sae.n_latents, 2, n, dtype=torch.int32)
+    changes = torch.empty(sae.n_latents, 2, n)
+    parts = torch.arange(sae.n_latents).split(256)
+    for part in tqdm(parts, unit="group", desc="tokens raised and lowered", disable=len(parts) < 40):
+        logits = sae.W_dec[part].to(view) @ view.T
+        for side, largest in enumerate((True, False)):
+            found = logits.topk(n, dim=1, largest=largest)
+            ids[part, side], changes[part, side] = found.indices.int().cpu(), found.values.cpu()
+    return ids, changes
+
+
 def token_text(tokenizer, token_id: int) -> str:
-    """A token of the vocabulary as a reader sees it, with its leading space if it has one."""
+    """A token of the vocabulary as a reader sees it, with its leading space if it has one.
+
+    A piece of a character, or a control character, is written byte by byte, such as <0xE2>.
+    """
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:
         return f"[{token_id}]"  # the unembedding may have more rows than the tokenizer has tokens
-    return " " + piece[1:] if piece.startswith("▁") else tokenizer.convert_tokens_to_string([piece])
+    text = " " + piece[1:] if piece.startswith("▁") else tokenizer.convert_tokens_to_string([piece])
+    if not UNREADABLE.search(text) or "\ufffd" in piece:
+        return text
+    return piece if BYTE.fullmatch(piece) else "".join(f"<0x{BYTES.get(letter, 0):02X}>" for letter in piece)
 
 
 def closest_directions(
@@ -65,7 +98,8 @@ def closest_directions(
     Highest first. W: [F, D], rows of unit norm. Holds at most chunk x F cosines at a time.
     """
     found = []
-    for part in latents.split(chunk):
+    parts = latents.split(chunk)
+    for part in tqdm(parts, unit="group", desc="closest directions", disable=len(parts) < 40):
         cosines = W[part] @ W.T
         cosines[torch.arange(len(part)), part] = -1
         best = cosines.topk(min(n, len(W)), dim=1)

@@ -2,7 +2,7 @@
 import gzip
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from concepts.codes import Codes
+from concepts.counts import HISTOGRAM_BINS, code_histograms
 from concepts.dictionary import Concepts
 from concepts.directions import token_text
-from concepts.firings import Examples
 from exchange.facts import Facts
 from lib.files import atomic_write, fingerprint, write_text
 from lib.outputs import safe_name
 from lib.sae import SAE
 
 CREATOR = "sae-workbench"
-HISTOGRAM_BINS = 30
 TOKENS_LISTED = 10  # tokens that a latent's direction raises and lowers most
 BATCH = 256  # latents in one file
 Record = dict[str, Any]
@@ -32,7 +31,8 @@ class Latents(NamedTuple):
     sae: SAE
     codes: Codes
     stats: dict[str, Tensor]
-    top: Examples
+    top: Callable[[int], list[Record]]
+    """latent -> its top texts with their "spans"."""
     concepts: Concepts
     view: Tensor | None
     """concepts.directions.direct_view."""
@@ -78,7 +78,7 @@ def write_neuronpedia(root: Path, place: Place, facts: Facts, latents: Latents) 
             records["features"].append({**one, **place.stamp(), "hookName": facts["hook_name"], **feature})
             records["activations"] += [
                 {**one, **place.stamp(), **_activation(example, latents.sae.scale, f"{place.source}-{i}-{n}")}
-                for n, example in enumerate(latents.top.get(i, []))
+                for n, example in enumerate(latents.top(i))
             ]
             if i in latents.concepts:
                 records["explanations"].append({**one, **_explanation(place, i, latents.concepts[i])})
@@ -114,19 +114,6 @@ def _feature(latents: Latents, i: int, histogram: Tensor) -> Record:
         "freq_hist_data_bar_heights": histogram.tolist(), "freq_hist_data_bar_values": middles.tolist(),
         **({} if view is None else _logits(row.to(view) @ view.T, latents.tokenizer)),
     }
-
-
-def code_histograms(codes: Codes, maxima: Tensor) -> Tensor:
-    """How often each latent's code falls into each of HISTOGRAM_BINS equal bins from 0 to its highest, int64
-    [F, bins].
-    """
-    counts = torch.zeros(codes.n_latents * HISTOGRAM_BINS, dtype=torch.long)
-    for _, values, indices in codes:
-        fired = values > 0
-        latent = indices[fired].long()
-        at = (values[fired] / maxima[latent] * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
-        counts += torch.bincount(latent * HISTOGRAM_BINS + at, minlength=len(counts))
-    return counts.view(codes.n_latents, HISTOGRAM_BINS)
 
 
 def _alignment(row: Tensor) -> Record:
