@@ -1,6 +1,7 @@
 """The training loop: order of the rows, resume, history, and what a trained SAE must reach."""
 import json
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lib.sae import make_sae
 from lib.saving import write_stats
 from lib.training.loop import TrainSettings, score, train_sae
 from lib.training.step import whitening
+from lib.training.stopping import stop_between_steps
 
 SMALL = {"n_latents": 48, "top_k": 4, "epochs": 3, "batch_size": 64, "log_every": 5, "precision": "float32"}
 
@@ -171,6 +173,41 @@ def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, s
     assert history == whole_history
     for name in ("W_enc", "b_enc", "W_dec"):
         assert torch.equal(getattr(again, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_it_came_in(tmp_path, monkeypatch, kind):
+    rows, _ = make_rows()
+    settings, before = TrainSettings(**SMALL, dead_after=500), [signal.getsignal(n) for n in (2, 15)]
+    whole, whole_history = train_sae(rows, settings, tmp_path / "whole", progress=False)
+    real, steps = training.fast_step, []
+
+    def interrupted(*args, **options):
+        steps.append(1)
+        if len(steps) == 23:  # in the second epoch, between two points of the curve, long before a checkpoint is due
+            signal.raise_signal(kind)
+        real(*args, **options)
+
+    monkeypatch.setattr(training, "fast_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(rows, settings, tmp_path / "stopped", progress=False)
+    assert [signal.getsignal(n) for n in (2, 15)] == before and len(steps) == 23
+    kept = checkpoints.read_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.pt")
+    assert int(kept["state"]["step"]) == 23
+    again, history = train_sae(rows, settings, tmp_path / "stopped", progress=False)
+    assert len(steps) == int(kept["history"]["n_steps"]) and history == whole_history
+    assert all(torch.equal(getattr(again, name), getattr(whole, name)) for name in ("W_enc", "b_enc", "W_dec"))
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), stop_between_steps() as stopped:
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one was swallowed")
+    with stop_between_steps(False) as stopped, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert not stopped()
 
 
 def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path):

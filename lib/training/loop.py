@@ -5,8 +5,8 @@
 
 lib/training/step.py and lib/training/fast_step.py have the mathematics of one step, lib/training/kinds.py the kinds of
 SAE, lib/training/settings.py the settings and rules, lib/training/checkpoints.py the history and the checkpoints. A
-training that was killed at any moment and is called again resumes from its last checkpoint and ends with the same
-bytes.
+training that was killed at any moment and is called again resumes from its last checkpoint, which Ctrl-C and SIGTERM
+write before they end it, and ends with the same bytes.
 """
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +32,7 @@ from .kinds import KINDS, most_codes
 from .settings import Plan, TrainSettings, check_settings, make_plan, schedule
 from .start import check_start, rows_about, state_of
 from .step import dense_step, folded_weights, init_state, whitening
+from .stopping import stop_between_steps
 from .workspace import Workspace, choose_precision
 
 MAXIMA_ROWS = 1_000_000  # of training and of validation, whose codes are compared
@@ -86,8 +87,10 @@ def train_sae(
     take_step = _step_of(settings, plan, state, made["precision"])
     log.info("peak learning rate %.1e, %s steps", plan.learning_rate, f"{plan.n_steps:,}")
     due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
-    with tqdm(total=plan.n_steps, initial=int(state["step"]), unit="step", desc="training the SAE",
-              disable=not progress or rank() > 0) as bar:
+    # With several ranks one that stops leaves the others waiting for it, so there Ctrl-C acts at once.
+    with stop_between_steps(checkpoint is not None and world_size() == 1) as stopped, \
+            tqdm(total=plan.n_steps, initial=int(state["step"]), unit="step", desc="training the SAE",
+                 disable=not progress or rank() > 0) as bar:
         for x in _batches(rows, settings, plan, transform=transform, state=state):
             lr = plan.learning_rate * schedule(int(state["step"]), plan.n_steps)
             take_step(state, x, lr=lr)
@@ -98,8 +101,10 @@ def train_sae(
             if at == plan.steps_per_epoch:
                 track(val := _end_epoch(made, rows, settings, device))
                 bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{made['history']['train']['dead_pct'][-1]:.1f}%")
-            if checkpoint and time.monotonic() > due:
+            if checkpoint and (stopped() or time.monotonic() > due):
                 due = checkpoints.save_checkpoint(checkpoint, made)
+            if stopped():
+                raise KeyboardInterrupt
     if checkpoint:
         checkpoints.save_checkpoint(checkpoint, made)
     history = made["history"] | {"settings": asdict(settings), "precision": made["precision"],
