@@ -14,18 +14,10 @@ override STORE_DIR := $(if $(filter ~ ~/%,$(firstword $(STORE_DIR))),$(subst ^~,
 override STORE_DIR := $(if $(filter /%,$(firstword $(STORE_DIR))),$(STORE_DIR),$(CURDIR)/$(STORE_DIR))
 export STORE_DIR
 
-# Constants given to make, as in `make run MODEL=gpt2 TOP_K=16`, go to the scripts that have them:
-# GIVEN all of them; $(call constants,scripts) the names that scripts have; $(call given,script) its own as arguments;
-# $(call check,scripts) stops at a name that no script has.
+# Constants given to make, as in `make run MODEL=gpt2 TOP_K=16`, go to the experiment's run_steps.py, which checks them
+# and hands each to the steps that have it.
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
-constants = $(sort $(shell grep -ohE '^[A-Z][A-Z0-9_]+' $(1)))
-given = $(foreach name,$(filter $(call constants,$(1)),$(GIVEN)),'$(name)=$(subst ','\'',$($(name)))')
-unknown = $(filter-out $(call constants,$(1)) STORE_DIR PYTHON VENV PY,$(GIVEN))
-check = $(if $(call unknown,$(1)),$(error there is no constant $(call unknown,$(1)); see --help of $(1)))
-
-# Executes a notebook into an HTML page that asks nothing of any host: no MathJax, RequireJS or widget code.
-RENDER = $(PY) -m nbconvert --log-level=ERROR --to html --execute \
-  $(foreach script,require_js mathjax widget_renderer,--HTMLExporter.$(script)_url=data:,)
+constants = $(foreach name,$(filter-out STORE_DIR PYTHON VENV PY,$(GIVEN)),'$(name)=$(subst ','\'',$($(name)))')
 
 .PHONY: run explore ception pictures test check house coverage faults peers serving bench clean
 
@@ -36,20 +28,9 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(PY) -m pip install -q --no-deps overcomplete==0.3.0
 	touch $@
 
-# The first experiment: save activations, train an SAE, name its concepts, verify that it learnt.
-PROBE = $(VERIFY)/00_probe_layers.py
-SAVE = $(VERIFY)/01_save_activations.py
-TRAIN = $(VERIFY)/02_train_sae.py
-SAE_FOLDER = $$STORE_DIR/verify_sae_training/saes/$$(cat "$$STORE_DIR/verify_sae_training/last_sae.txt")
+# The first experiment: save activations, train an SAE, verify that it learnt, name its concepts; ends in a page.
 run: $(VENV)/installed
-	$(call check,$(PROBE) $(SAVE) $(TRAIN))$(PY) $(PROBE) $(call given,$(PROBE))
-	$(PY) $(SAVE) $(call given,$(SAVE))
-	$(PY) $(TRAIN) $(call given,$(TRAIN))
-	for name in 03_analyze_training 04_name_sae_concepts 05_show_concepts; do \
-	  $(RENDER) --output-dir "$(SAE_FOLDER)/pages" $(VERIFY)/$$name.ipynb || exit 1; \
-	done
-	@$(PY) $(VERIFY)/show_verification.py
-	@echo "pages: $(SAE_FOLDER)/pages/*.html and $(SAE_FOLDER)/concepts.html"
+	$(PY) $(VERIFY)/run_steps.py $(constants)
 
 # The concepts page with the model behind it, on 127.0.0.1: type a text, steer, take a latent away.
 EXPLORE = $(VERIFY)/10_explore.py
@@ -57,16 +38,12 @@ explore: $(VENV)/installed
 	@$(call check,$(EXPLORE))$(PY) $(EXPLORE) $(call given,$(EXPLORE))
 
 # The second experiment: feed sharpened concepts back into training, cycle by cycle, and compare the arms.
-CYCLES = $(CEPTION)/04_train_cycle.py
 ception: $(VENV)/installed
-	$(call check,$(CYCLES))$(PY) $(CYCLES) $(call given,$(CYCLES))
-	for name in 05_compare_cycles 06_interpret_features; do \
-	  $(RENDER) --output-dir "$$STORE_DIR/sae_ception/pages" $(CEPTION)/$$name.ipynb || exit 1; \
-	done
-	@echo "pages: $$STORE_DIR/sae_ception/pages/*.html"
+	$(PY) $(CEPTION)/run_steps.py $(constants)
 
 # The README's pictures, readable at 400 pixels: figures that make run leaves, and the page and its latent PAGE in a
 # narrow browser window.
+SAE_FOLDER = $$STORE_DIR/verify_sae_training/saes/$$(cat "$$STORE_DIR/verify_sae_training/last_sae.txt")
 PAGE ?= 514
 pictures:
 	mkdir -p $(VERIFY)/pictures
@@ -120,12 +97,7 @@ serving: .venv-serve/installed
 
 # The benchmarks' tables: ours and the peers in turns, some hours on two cores. Finished rounds of 03 are kept.
 bench: $(VENV)/installed .venv-peers/installed
-	$(PY) $(BENCHMARKS)/01_time_activations.py
-	$(PY) $(BENCHMARKS)/02_time_sae_training.py
-	for preset in small wide synth_sae_bench; do \
-	  $(PY) $(BENCHMARKS)/03_recover_known_features.py PRESET=$$preset || exit 1; \
-	done
-	$(RENDER) --output-dir "$$STORE_DIR/benchmarks" $(BENCHMARKS)/04_show_benchmarks.ipynb
+	$(PY) $(BENCHMARKS)/run_steps.py $(constants)
 
 # Everything installed; the store stays.
 clean:

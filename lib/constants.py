@@ -7,15 +7,20 @@
 
 `python script.py TOP_K=16 LR=1e-3` then replaces them by name. Heavy imports and whatever is derived from constants
 come after the call, so that a wrong value is refused at once. Ranges: lib/ranges.py.
+
+In a notebook the block is a cell that ends with the same call. There it checks the values that the cell assigns;
+lib/reports.py runs a notebook with others.
 """
 import ast
 import io
+import json
 import sys
 import tokenize
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .environment import guard_imports
+from .environment import InputError, guard_imports
 from .ranges import Unfit, fit, is_tuple, nearest, range_of, shown
 
 Presets = dict[str, dict[str, Any]]
@@ -26,20 +31,23 @@ def override(
 ) -> dict[str, Any]:
     """Replace the constants in `namespace` by the chosen preset, then by NAME=value arguments, and check them all.
 
-    namespace: the script's globals(). Its constants are the UPPERCASE names that its own source assigns, not imported
-    ones. presets: preset name -> {constant: value}, chosen by the constant PRESET. argv: the arguments; None means
-    sys.argv[1:] if the script is run, those of constants_of() if it is only read. also: another script whose constants
-    this one accepts and returns too.
+    namespace: the globals() of the script, or of the notebook. Its constants are the UPPERCASE names that its own
+    source assigns, not imported ones. presets: preset name -> {constant: value}, chosen by the constant PRESET. argv:
+    the arguments; None means sys.argv[1:] if the script is run, those of constants_of() if it is only read. also:
+    another script whose constants this one accepts and returns too.
 
     Returns all constants as they now are. `--help` prints the docstring and the constants with their comments and
-    ranges, and exits with 0; a wrong argument or value prints one line and exits with 2.
+    ranges, and exits with 0; a wrong argument or value prints one line and exits with 2. In a running notebook a wrong
+    value raises InputError.
     """
-    is_run = namespace.get("__name__") == "__main__" and argv is None
+    is_notebook = "__file__" not in namespace
+    is_run = namespace.get("__name__") == "__main__" and argv is None and not is_notebook
     if argv is None:
         argv = sys.argv[1:] if is_run else namespace.get("__arguments__", [])
     if is_run:
         guard_imports()
-    source = Path(namespace["__file__"]).read_text(encoding="utf-8")
+    # IPython keeps the sources of the cells in In; that of the running one is the last.
+    source = namespace["In"][-1] if is_notebook else Path(namespace["__file__"]).read_text(encoding="utf-8")
     kinds = kinds_of(source, namespace, [name for name in _assigned(source).values()
                                          if name in namespace and (presets is None or namespace[name] is not presets)])
     if "-h" in argv or "--help" in argv:
@@ -56,6 +64,8 @@ def override(
     try:
         _replace(namespace, kinds, presets, argv)
     except ValueError as error:
+        if is_notebook and "__arguments__" not in namespace:
+            raise InputError(str(error)) from None
         refuse(str(error))
     return theirs | {name: namespace[name] for name in kinds}
 
@@ -79,19 +89,45 @@ def refuse(message: str) -> NoReturn:
 
 
 def constants_of(script: Path, argv: list[str] | None = None) -> dict[str, Any]:
-    """A script's namespace after it called override() with these arguments; nothing below the call runs."""
+    """The namespace of a script or notebook after it called override() with these arguments; nothing below that runs.
+    """
     source = script.read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": script.stem, "__arguments__": argv or []}
+    if script.suffix == ".ipynb":
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source)["cells"]]
+        source = next((text for kind, text in cells if kind == "code" and has_constants(text)), "")
+        namespace |= {"In": [source], "__doc__": cells[0][1]}
+    else:
+        namespace["__file__"] = str(script)
     tree = ast.parse(source)
     calls = [i for i, node in enumerate(tree.body)
              if any(isinstance(part, ast.Name) and part.id == "override" for part in ast.walk(node))]
-    tree.body = tree.body[: calls[0] + 1]
-    namespace: dict[str, Any] = {"__name__": script.stem, "__file__": str(script), "__arguments__": argv or []}
+    tree.body = tree.body[: calls[0] + 1] if calls else []
     sys.path.insert(0, str(script.parent))  # as when it is run
     try:
         exec(compile(tree, str(script), "exec"), namespace)
     finally:
         sys.path.remove(str(script.parent))
-    return namespace
+    return {"CONSTANTS": {}} | namespace
+
+
+def has_constants(cell: str) -> bool:
+    """Whether this code cell of a notebook is its block of constants."""
+    return "override(globals())" in cell
+
+
+def with_values(source: str, values: dict[str, Any]) -> str:
+    """A source in which the top-level assignments to these names assign these values; comments stay."""
+    starts = [0, *accumulate(len(line) for line in source.encode().splitlines(keepends=True))]
+    found = source.encode()
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and (value := node.value) is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and target.id in values:
+                begin = starts[value.lineno - 1] + value.col_offset
+                end = starts[(value.end_lineno or 0) - 1] + (value.end_col_offset or 0)
+                found = found[:begin] + repr(values[target.id]).encode() + found[end:]
+    return found.decode()
 
 
 def read_value(name: str, text: str, kind: Any) -> Any:

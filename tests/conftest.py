@@ -206,6 +206,7 @@ def run_notebook(path: Path) -> dict:
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None, "notebooks are committed without outputs"
+            namespace["In"] = [cell.source]  # as in IPython
             exec(compile(cell.source, f"{path.name} cell {number}", "exec"), namespace)
     matplotlib.pyplot.close("all")
     return namespace

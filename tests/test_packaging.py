@@ -139,18 +139,13 @@ def make(tmp_path):
     return run
 
 
-def test_make_passes_constants_to_the_steps_that_have_them(make):
-    done, calls, _ = make("run", "MODEL=gpt2", "DATASET=my d'ata $x.jsonl".replace("$", "$$"),
-                          "LAYER_SIGNATURE=resid_post:6", "TOP_K=16")
+def test_make_passes_constants_as_they_were_given(make):
+    done, calls, _ = make("run", "MODEL=gpt2", "DATASET=my d'ata $x.jsonl".replace("$", "$$"), "MY_TEXT=a; \"b\" `c`")
     assert done.returncode == 0, done.stderr
-    probe, save, train = calls[:3]
-    assert set(probe[2:]) == {"MODEL=gpt2", "DATASET=my d'ata $x.jsonl"}
-    assert (set(save[2:]) == {"MODEL=gpt2", "DATASET=my d'ata $x.jsonl", "LAYER_SIGNATURE=resid_post:6"}
-            and train[2:] == ["TOP_K=16"])
-    _, calls, _ = make("ception", "SEEDS=0,1")
-    assert calls[0][2:] == ["SEEDS=0,1"]
-    done, calls, _ = make("run", "MODLE=gpt2")
-    assert done.returncode == 2 and not calls and "there is no constant MODLE" in done.stderr
+    (store, script, *given), = calls
+    assert (script == "experiments/verify_sae_training/run_steps.py"
+            and sorted(given) == ["DATASET=my d'ata $x.jsonl", "MODEL=gpt2", 'MY_TEXT=a; "b" `c`'])
+    assert make("ception", "SEEDS=0,1")[1][0][1:] == ["experiments/sae_ception/run_steps.py", "SEEDS=0,1"]
 
 
 @pytest.mark.parametrize("by", ["environment", "argument"])
@@ -161,4 +156,4 @@ def test_the_store_may_lie_in_a_folder_with_spaces(make, by):
         assert done.returncode == 0, done.stderr
         expected = expected.format(folder=folder)
         assert {call[0] for call in calls} == {f"STORE={expected}"}
-        assert f"{expected}/verify_sae_training/pages" in calls[3] and len(calls) == 7
+        assert [call[1:] for call in calls] == [["experiments/verify_sae_training/run_steps.py"]]  # not as a constant

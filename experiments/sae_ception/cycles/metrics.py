@@ -62,6 +62,36 @@ REPORTED = {
     "sae_features_u": Metric("U, mean over latents that fire often enough"),
     "sae_features_u_adj": Metric("U of latents, chance-adjusted"),
 }
+PLACES = {"base_": "base units", "sae_features_": "latents"}
+MEASURES = {
+    "csi": "CSI of {}", "u": "U of {}", "u_label": "U of {} as a share of the label",
+    "u_adj": "U of {}, chance-adjusted", "u_weighted": "U of {}, by how often they fire",
+    "u_adj_weighted": "U of {}, chance-adjusted, by how often they fire",
+    "u_n_supported": "Number of {} that fire often enough",
+}
+OF_UNITS = {"": "", "_all": ", all of them", "_std": ", spread"}
+LABELS = {"": "", "_attribute": "; attribute", "_attribute_given_label": "; attribute beyond the label"}
+CLUSTERS = {
+    "ari": "ARI, K-means", "ari_argmax": "ARI, strongest unit", "silhouette_supervised": "Silhouette, classes",
+    "silhouette_unsupervised": "Silhouette, K-means", "silhouette_unsupervised_argmax": "Silhouette, strongest unit",
+    "davies_bouldin": "Davies-Bouldin (lower = tighter)", "calinski_harabasz": "Calinski-Harabasz",
+}
+ROWS = {"": "codes", "_unit": "codes of length 1", "_base": "activations"}
+WORDS = (
+    {f"{place}{key}{of}{label}": text.format(who) + more + what for place, who in PLACES.items()
+     for key, text in MEASURES.items() for of, more in OF_UNITS.items() for label, what in LABELS.items()}
+    | {f"clustering_{key}{rows}": f"{text}; {what}" for key, text in CLUSTERS.items() for rows, what in ROWS.items()}
+    | {f"k_sparse_probe_k{k}": f"Probe on the {k} best latents" for k in (2, 5, 10, 25, 50)}
+    | {"k_sparse_probe_k1": "Probe on the best latent", "sparsity_l0_std": "Codes of an example, spread",
+       "sparsity_l1_mean": "Sum of an example's codes"}
+    | {"task_loss": "Task loss (nats)", "task_f1_macro": "Task F1, mean over classes",
+       "task_f1_weighted": "Task F1, mean over examples", "task_perplexity": "Perplexity of the texts"}
+)
 PRIMARY = tuple(name for name, metric in REPORTED.items() if metric.primary)
 MAX_ACCURACY_LOSS = REPORTED["task_accuracy"].margin or 0.0
 MATCHED = {name: REPORTED[name].margin or 0.0 for name in ("sae_explained_variance", "sparsity_l0_mean")}
+
+
+def in_words(metric: str) -> str:
+    """What tables and figures call a metric of results.csv."""
+    return REPORTED[metric].title if metric in REPORTED else WORDS.get(metric, metric.replace("_", " "))

@@ -18,7 +18,9 @@ from torch import Tensor
 from cycles.labels import classes
 from cycles.tasks import Task
 from lib.environment import InputError, first_line, log
+from lib.files import read_json
 from lib.models import local_path
+from lib.schemas import Schema
 from lib.texts import filler_id, load_documents, tokenise
 
 DIGITS_TEST_SEED = 0  # scikit-learn's digits come in one piece; every seed has the same test set
@@ -146,6 +148,16 @@ def are_stories(dataset: str | None) -> bool:
     """Whether a data set is one of the embedded stories' files."""
     path = local_path(dataset) if dataset else None
     return path is not None and path.parent == local_path(STORIES)
+
+
+def names_of_classes(c: dict[str, Any], task: Task) -> list[str]:
+    """What tables call the classes: their labels, which for the embedded stories are numbers with a name."""
+    field_name = {"mood": "moods", "topic": "topics"}.get(c["LABEL_FIELD"])
+    folder = local_path(STORIES)
+    if field_name is None or folder is None or not are_stories(c["DATASET"]) or c["LABEL_GROUPS"] is not None:
+        return task.class_names
+    names = read_json(folder / "concepts.json", Schema({field_name: [str]}))[field_name]
+    return [names[int(name)] for name in task.class_names]
 
 
 def own_data(c: dict[str, Any]) -> dict[str, Any]:

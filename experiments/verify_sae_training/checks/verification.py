@@ -76,6 +76,20 @@ def check(name: str, value: float) -> Check:
             "meaning": rule.meaning, "kind": rule.kind}
 
 
+def verdict_of(checks: list[Check]) -> str:
+    """The checks with evidence in one sentence: how many pass, and which do not."""
+    evidence = [row for row in checks if row["kind"] == "evidence"]
+    if not evidence:
+        return "Not verified yet: run 03_analyze_training.ipynb."
+    said = [f"{sum(row['verdict'] == 'PASS' for row in evidence)} of {len(evidence)} checks with evidence pass"]
+    for verdict, verb in (("WARN", "warns"), ("FAIL", "fails")):
+        if names := [row["check"] for row in evidence if row["verdict"] == verdict]:
+            said.append(f"{', '.join(names)} {verb if len(names) == 1 else verb[:-1]}")
+    if broken := [row["check"] for row in checks if row["kind"] == "sanity" and row["verdict"] != "PASS"]:
+        said.append(f"sanity checks do not hold: {', '.join(broken)}")
+    return "; ".join(said) + "."
+
+
 def format_table(checks: list[Check]) -> str:
     """The checks as aligned text, evidence first, with a count of verdicts for each part."""
     lines = [f"{'check':<14} {'value':>9}  {'verdict':<7}  {'PASS; WARN':<18}  meaning"]
