@@ -7,12 +7,13 @@
 Each NAME=value goes to the steps that have this constant; all are checked before the first step starts. What is
 finished is not made again, so the same command continues after an interruption.
 
-Writes store/verify_sae_training/pages/ and index.html, besides what the steps write.
+Writes pages/ and index.html into store/verify_sae_training/saes/<name>/, besides what the steps write.
 """
 import sys
 from pathlib import Path
 
 import checkout  # noqa: F401  (first: finds lib)
+from lib.constants import constants_of
 from lib.environment import guard_imports, run
 from lib.steps import plan, run_script
 
@@ -22,17 +23,20 @@ STEPS = ("00_probe_layers.py", "01_save_activations.py", "02_train_sae.py", "03_
 
 
 def main() -> None:
-    from overview import FOLDER, links, write_overview
+    from overview import links, write_overview
 
     from lib.reports import render
+    from lib.saes import find_sae
 
+    given = [constants_of(step.path, step.arguments)["CONSTANTS"].get("SAE") for step in planned]
+    chosen = next(filter(None, given), None)
     for step in planned:
         if step.path.suffix == ".py":
             run_script(step)
         else:
-            page = FOLDER / "pages" / f"{step.path.stem}.html"
-            render(step.path, page, step.arguments, links(planned))
-    path, verdict = write_overview()
+            folder = find_sae(chosen)  # after step 2, which trains it
+            render(step.path, folder / "pages" / f"{step.path.stem}.html", step.arguments, links(folder, planned))
+    path, verdict = write_overview(find_sae(chosen))
     print(verdict)
     print(f"all of it: {path}")
 
