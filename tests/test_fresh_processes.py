@@ -3,12 +3,11 @@ smallest settings.
 
 The chains run side by side, once; a test looks at what became of each step.
 """
-import json
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -106,29 +105,14 @@ def became(labelled_texts, tmp_path_factory):
             given = [part.format(data=labelled_texts, store=store) for part in step.given]
             command = [sys.executable, str(PROJECT / step.path), *given]
             if step.path.endswith(".ipynb"):
-                copy = store / step.path.replace("/", "_")
-                copy.write_text(json.dumps(with_constants(json.loads((PROJECT / step.path).read_text()), given)))
-                command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute",
-                           "--output-dir", str(store / "pages"), str(copy)]
-            # the copy lies elsewhere
-            of_notebook = {"PYTHONPATH": str((PROJECT / step.path).parent)} if step.path.endswith(".ipynb") else {}
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                                  env=environment | of_notebook, cwd=store)
+                command[1:2] = [str((PROJECT / step.path).with_name("run_steps.py")), Path(step.path).name]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment,
+                                  cwd=store)
             found[step.path] = done.returncode, done.stdout + done.stderr
         return found
 
     with ThreadPoolExecutor(2) as pool:
         return {path: what for chain in pool.map(run_chain, CHAINS) for path, what in chain.items()}
-
-
-def with_constants(notebook, given):
-    """The notebook with other constants in its first cell of code."""
-    cell = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-    source = "".join(cell["source"])
-    for name, _, value in (part.partition("=") for part in given):
-        source, n = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, flags=re.MULTILINE)
-        assert n == 1, name
-    return notebook | {"cells": [cell | {"source": source} if other is cell else other for other in notebook["cells"]]}
 
 
 @pytest.mark.parametrize("step", [step for chain in CHAINS.values() for step in chain],

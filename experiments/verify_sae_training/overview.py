@@ -37,7 +37,8 @@ FILES = {
 VERDICTS = ("FAIL", "WARN", "PASS")
 NEXT = (
     ("python 06_steer_model.py SAE={name} SEARCH=dog", "Let the model write while one latent is edited."),
-    ("python 07_test_causality.py SAE={name}", "Does taking a concept away do more than a random direction of the same size?"),
+    ("python 07_test_causality.py SAE={name}",
+     "Does taking a concept away do more than a random direction of the same size?"),
     ("python 02_train_sae.py TOP_K=8", "Train another SAE on the same activations."),
     ("python run_steps.py MODEL=... DATASET=... LAYER_SIGNATURE=...", "All steps on a model and texts of your own."),
 )
@@ -62,7 +63,7 @@ def write_overview(folder: Path) -> tuple[Path, str]:
     worst_first = sorted(checks, key=lambda row: VERDICTS.index(row["verdict"]))
     write_landing(path, {
         "title": folder.name, "lead": verdict, "facts": _facts(folder, about), "pages": _pages(folder), "verdict": "",
-        "checks": [(KINDS[kind], [row for row in worst_first if row["kind"] == kind]) for kind in KINDS] if checks else [],
+        "checks": [(KINDS[kind], [row for row in worst_first if row["kind"] == kind]) for kind in KINDS if checks],
         "files": [(name, _size(folder / name), what) for name, what in FILES.items() if (folder / name).exists()],
         "steps": [(command.format(name=folder.name), what) for command, what in NEXT],
         "note": "Every page works offline and asks nothing of any host. Keep this folder together: pages link each "
