@@ -2,7 +2,7 @@
 
     from sae_workbench import load_encoder            # in a checkout: from lib import load_encoder
 
-    encoder = load_encoder()                          # the SAE trained last, or one by its name or folder
+    encoder = load_encoder()                          # the SAE trained last; or its name, folder or hub repository
     print(encoder.encode("Lily was happy. She ran to the big red ball."))
     with encoder.steer("dog", 2):
         print(encoder.generate("One day"))
@@ -21,6 +21,8 @@ from torch import Tensor
 from .activations import STORE_DTYPES, SaveSettings, block_rows
 from .blocks import input_device, max_positions
 from .environment import InputError, choose_device, log
+from .exchange import open_foreign
+from .exchange.hub import folder_of
 from .files import read_json, read_tensors
 from .hooks import HookPoint
 from .origin import about_sae
@@ -162,24 +164,27 @@ class Encoder(NamedTuple):
 
 def load_encoder(
     sae: str | Path | None = None, model: str | None = None, hook: str | None = None,
-    device: str | torch.device = "auto", *, trust_remote_code: bool = False,
+    device: str | torch.device = "auto", *, subfolder: str = "", trust_remote_code: bool = False,
 ) -> Encoder:
     """A trained SAE with the language model that it reads.
 
-    sae: its name, file or folder; None: the one trained or imported last. model: hub name or directory; None: the one
-    that the SAE's file names, if its weights are still the same. hook: as LAYER_SIGNATURE of 01_save_activations.py;
-    None: the one in the file. device: auto, cpu, cuda, mps.
+    sae: its name, file or folder, or a repository on the hub, "user/name", of this project's format or of one that
+    lib/exchange reads; None: the SAE trained or imported last. subfolder: the SAE's folder inside that.
+    model: hub name or directory; None: the one that the SAE's files name, with the same weights where they tell. hook:
+    as LAYER_SIGNATURE of 01_save_activations.py; None: the one in the files. device: auto, cpu, cuda, mps.
 
-    Names and f1 come from the concepts.json beside the SAE's file or one folder up, where notebook 04 writes it, and
+    Names and F1 come from the concepts.json beside the SAE's file or one folder up, where notebook 04 writes it, and
     where the file does not hold the latents' highest codes, they come from the latent_stats.safetensors beside that.
 
     Raises InputError if the SAE or the model can't be loaded.
     """
-    place = find_sae(sae)
-    loaded = load_sae(place / MODEL_FILE, choose_device(device))
+    chosen, place = choose_device(device), _place(sae, subfolder)
+    if not (place / MODEL_FILE).exists():
+        return _foreign(open_foreign(str(place)).to(chosen), model, hook, trust_remote_code)
+    loaded = load_sae(place / MODEL_FILE, chosen)
     about = about_sae(loaded.config)
     try:
-        opened = open_model(about, loaded.mean.device, trust_remote_code, model=model, hook=hook)
+        opened = open_model(about, chosen, trust_remote_code, model=model, hook=hook)
     except InputError as error:
         raise InputError(f"{place}: {error}" + ("" if model else "; or give its name or folder: load_encoder(..., "
                                                 "model=...)")) from None
@@ -187,6 +192,28 @@ def load_encoder(
     if loaded.maxima is None and folder and (stats := folder / "latent_stats.safetensors").exists():
         loaded.maxima = read_tensors(stats, {"max": "float32 F"}, finite=True, F=loaded.n_latents)["max"]
     return Encoder(loaded, *opened, names=names, settings=SaveSettings(**about["settings"]))
+
+
+def _foreign(sae: SAE, model: str | None, hook: str | None, trust_remote_code: bool) -> Encoder:
+    """The encoder of an SAE in another tool's files, which tell no more than the model's name and the place."""
+    model, hook = model or sae.config["imported"].get("model_name"), hook or sae.config.get("hook")
+    if model is None or hook is None:
+        raise InputError("the SAE's files don't say which language model it reads, and where; give them: "
+                         "load_encoder(..., model=..., hook=...)")
+    opened = open_model({}, sae.mean.device, trust_remote_code, model=model, hook=hook)
+    return Encoder(sae, *opened, names={}, settings=SaveSettings())
+
+
+def _place(sae: str | Path | None, subfolder: str) -> Path:
+    """The folder of an SAE, fetched from the hub if that is where it is."""
+    if sae is None or not subfolder:
+        try:
+            return find_sae(sae)
+        except InputError:
+            name = str(sae)
+            if sae is None or not (Path(name).expanduser().exists() or re.fullmatch(r"[\w.\-]+/[\w.\-]+", name)):
+                raise
+    return folder_of(str(sae), subfolder)
 
 
 def _names_beside(place: Path, digest: str) -> tuple[dict[int, str], Path | None]:

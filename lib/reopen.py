@@ -46,8 +46,8 @@ def open_model(
         if isinstance(known := about.get("tokenizer"), dict) and tokenizer_identity(tokenizer) != known:
             raise InputError(f"the tokenizer of {source} has changed since its activations were saved; run step 1 "
                              "again")
+    if hook is not None:
+        return loaded, tokenizer, resolve(loaded, hook)
     point = about["hooks"][0]
-    if hook is None and "path" in point:
-        return loaded, tokenizer, resolve(loaded, point["path"], point["point"])
-    return loaded, tokenizer, resolve(loaded, hook or point["signature"])
+    return loaded, tokenizer, resolve(loaded, point.get("path", point["signature"]), point.get("point", "output"))
 

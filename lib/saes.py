@@ -122,9 +122,9 @@ def _take_over(root: Path) -> None:
             continue
         target = sae_folder(about | {"layer": _layer(root, about)})
         for source, name in _files_of(about["sae_hash"], root, folder).items():
-            _link(source, target / name)
+            link(source, target / name)
         for name in (MODEL_FILE, ABOUT_FILE):  # last, for they make it a trained SAE
-            _link(folder / name, target / name)
+            link(folder / name, target / name)
         log.info("%s is an SAE from before SAEs had names; it is now also %s", folder, target)
         if folder.name == "sae_model":
             remember(target)
@@ -161,7 +161,7 @@ def _is_about(path: Path, sae_hash: str) -> bool:
     return isinstance(content, dict) and sae_hash in (content.get("sae_hash"), (meta or {}).get("sae_hash"))
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """The same file at a second place; a copy where the file system has no links. Every write replaces a file, so
     that the other place keeps what it had.
     """

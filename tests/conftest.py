@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -197,8 +198,11 @@ def run_script(path: str, *arguments: str, store: Path, check: bool = True) -> s
     return done
 
 
-def run_notebook(path: Path) -> dict:
-    """Execute a notebook's code cells in order in one namespace and return it; outputs must not be committed."""
+def run_notebook(path: Path, **constants) -> dict:
+    """Execute a notebook's code cells in order in one namespace and return it; outputs must not be committed.
+
+    constants: values that take the place of those that the first code cell assigns.
+    """
     matplotlib.use("Agg")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -208,5 +212,14 @@ def run_notebook(path: Path) -> dict:
             assert not cell.outputs and cell.execution_count is None, "notebooks are committed without outputs"
             namespace["In"] = [cell.source]  # as in IPython
             exec(compile(cell.source, f"{path.name} cell {number}", "exec"), namespace)
+            namespace.update(constants)
     matplotlib.pyplot.close("all")
     return namespace
+
+
+def run_readme(capsys) -> str:
+    """Run README's block of Python as it stands, and return what it prints."""
+    (block,) = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {})
+    return capsys.readouterr().out

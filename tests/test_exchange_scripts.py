@@ -22,7 +22,7 @@ from exchange.hub import push, write_card
 from lib.environment import InputError
 from lib.exchange.formats import read_foreign
 from lib.exchange.hub import pull
-from lib.sae import load_sae
+from lib.sae import load_sae, sae_hash
 from lib.saes import find_sae
 from lib.store import open_run
 
@@ -98,7 +98,7 @@ def test_wrong_input_is_one_line(script, trained, tmp_path):  # noqa: F811
                                                       b_dec=torch.zeros(4)), {})
     for name, arguments, message in (
         ("export_sae.py", ["FORMAT=onnx"],
-         "FORMAT=onnx must be one of all, sae_lens, dictionary_learning, sparsify, delphi, neuronpedia"),
+         "FORMAT=onnx must be one of all, workbench, sae_lens, dictionary_learning, sparsify, delphi, neuronpedia"),
         ("export_sae.py", ["PUSH_TO=user/name"], "PUSH_TO takes an SAE in one format"),
         ("export_sae.py", ["FORMAT=sparsify", "PUSH_TO=user/name"], "PUSH_TO=user/name: "),  # the tests are offline
         ("export_sae.py", ["FORMAT=neuronpedia"], "top_texts.json is missing"),
@@ -282,3 +282,31 @@ def test_saebench_accepts_the_export_and_finds_the_same_numbers(script, own_stor
     assert found["sparsity"]["l0"] == pytest.approx(final["l0_mean"], abs=0.01)
     assert found["reconstruction_quality"]["explained_variance"] == pytest.approx(final["ev"], abs=0.02)
     assert found["model_performance_preservation"]["ce_loss_score"] > 0.9
+
+
+def test_an_sae_on_the_hub_is_three_lines_away(script, trained, hub, tmp_path):  # noqa: F811
+    """Pushed in our own format, then opened by its repository on a machine without a store."""
+    own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path / "hf"),
+           "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    folder = trained
+    names = {"schema_version": 1, "sae_hash": sae_hash(load_sae(folder / "topk_sae.pt")), "run_id": "r", "hook": "h",
+             "model_id": "model", "n_latents": 64, "concepts": {}}
+    names["concepts"] = {str(i): {"name": f"concept {i}", "source": "human"} for i in range(64)}
+    (folder / "concepts.json").write_text(json.dumps(names))
+    arguments = [sys.executable, str(PROJECT / FOLDER / "export_sae.py"), "FORMAT=workbench", "PUSH_TO=user/name"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | own)
+    assert done.returncode == 0, done.stderr
+    assert set(Hub.files) == {"README.md", "topk_sae.pt", "topk_sae.json", "concepts.json"}
+    assert not [name for name, content in Hub.files.items() if str(tmp_path).encode() in content]
+    assert b'load_encoder("user/name")' in Hub.files["README.md"]
+    code = ("import sys; from lib import load_encoder; encoder = load_encoder('user/name', model=sys.argv[1]); "
+            "print(encoder.encode('the cat sat')); print(float(encoder.sae.maxima.max()))")
+    elsewhere = os.environ | own | {"STORE_DIR": str(tmp_path / "nowhere"), "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True,
+                          env=elsewhere)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 4 and "concept " in said[0] and float(said[-1]) > 0
+    done = subprocess.run([sys.executable, "-c", code.replace(", model=sys.argv[1]", "")], capture_output=True,
+                          text=True, env=elsewhere, cwd=tmp_path / "hf")
+    assert "load_encoder(..., model=...)" in done.stderr.splitlines()[-1]

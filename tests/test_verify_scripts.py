@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ASSETS, PROJECT, run_notebook, sae_of, tiny_model
+from conftest import ASSETS, PROJECT, run_notebook, run_readme, sae_of, tiny_model
 
 from checks.verification import RULES
 from lib.environment import InputError, run
@@ -175,7 +175,7 @@ def test_step_2_refuses_a_damaged_run(script, source, own_store, harm):
     assert code == 2 and "shard_00001.safetensors" in err
 
 
-def test_all_five_steps_on_the_embedded_default(script, own_store):
+def test_all_five_steps_on_the_embedded_default(script, own_store, capsys):
     assert script("01_save_activations.py", "DATA_LIMIT=150", "VAL_FRAC=0.3", "PREFLIGHT=False")[0] == 0
     assert script("02_train_sae.py", "EPOCHS=6", "BATCH_SIZE_TRAIN=256")[0] == 0
     names = run_notebook(FOLDER / "03_analyze_training.ipynb")
@@ -187,6 +187,8 @@ def test_all_five_steps_on_the_embedded_default(script, own_store):
     assert leaf["negation"] > 0.5
     run_notebook(FOLDER / "04_name_sae_concepts.ipynb")
     run_notebook(FOLDER / "05_show_concepts.ipynb")
+    said = run_readme(capsys)
+    assert said.count("\n") >= 13 and "'red' " in said and said.splitlines()[-1].startswith("One day")
     folder = sae_of(own_store)
     top = json.loads((folder / "top_texts.json").read_text())
     examples = [e for latent, found in top.items() if latent.isdigit() for e in found]

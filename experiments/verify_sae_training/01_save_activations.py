@@ -4,13 +4,18 @@
     python 01_save_activations.py PRESET=bielik                          # the original experiment: hub and GPU needed
     python 01_save_activations.py MODEL=gpt2 DATASET=my.jsonl LAYER_SIGNATURE=resid_post:6
     python 01_save_activations.py LAYER_SIGNATURE='?'                    # list the layers and stop
+    python 01_save_activations.py SAE=<name> DATASET=other.jsonl         # other texts for an SAE that is there already
     torchrun --nproc-per-node 4 01_save_activations.py                   # four processes share the texts; see at_scale
 
 Only real tokens are stored, each with its text and its place in it, so later steps need no model to show them.
 After an interruption, rerun the same command to resume. A finished run with the same constants is not made again.
 
-Writes store/verify_sae_training/runs/<run_id>/ and, when it is complete, run_id.txt
+With SAE, model, layer and masks are that SAE's. With a DATASET, notebooks 03, 04 and 05 then show the SAE on these
+texts (their RUN_ID); without one, the activations that it was trained on are made again.
+
+Writes store/verify_sae_training/runs/<run_id>/ and, when it is complete and no SAE was given, run_id.txt
 """
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -32,6 +37,7 @@ from lib.ranges import (
 )
 
 PRESET = "standard"                       # standard: the values below; quick, full, large: fewer or all texts; bielik
+SAE: Location | None = None               # name or folder of an SAE whose model, layer, MAX_LENGTH, SKIP_... to use
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model
 DATASET: Location = "store/embedded/stories/train.jsonl"  # hub name, or a .jsonl .json .csv .tsv .txt .parquet file
 DATA_SPLIT: Name = "train"                # split of a hub data set; a file has none
@@ -71,6 +77,7 @@ PRESETS: Presets = {
 }
 CONSTANTS = override(globals(), PRESETS)
 
+from corpora import constants_for
 from list_layers import list_layers
 from streaming import fingerprint_texts, stream_texts
 
@@ -82,6 +89,8 @@ from lib.files import fingerprint, write_text
 from lib.hooks import resolve_all
 from lib.models import choose_dtype, load_model, load_tokenizer, local_path, model_identity, tokenizer_identity
 from lib.outputs import in_use, require_room
+from lib.sae import load_sae
+from lib.saes import MODEL_FILE, find_sae
 from lib.store import experiment_dir, open_run, provenance
 from lib.texts import load_documents, split_texts
 
@@ -100,6 +109,13 @@ def load_texts() -> Sequence[str]:
                             limit=DATA_LIMIT)
 
 
+def take_constants_of_sae():
+    """Put those of the SAE in the place of the constants that the command line does not give."""
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    CONSTANTS.update(constants_for(load_sae(find_sae(SAE) / MODEL_FILE), CONSTANTS, given))
+    globals().update(CONSTANTS)
+
+
 def describe(model, tokenizer, texts):
     """What is written beside the activations: where they come from."""
     path = local_path(DATASET)
@@ -107,13 +123,16 @@ def describe(model, tokenizer, texts):
                "limit": DATA_LIMIT, "fingerprint": fingerprint_texts(texts)}
     return {
         "model": model_identity(model, MODEL), "tokenizer": tokenizer_identity(tokenizer), "dataset": dataset,
-        "constants": {key: value for key, value in CONSTANTS.items() if key != "STREAM"},  # the run is the same
+        "constants": {key: value for key, value in CONSTANTS.items()
+                      if key not in ("STREAM", "SAE")},  # the run is the same
         "provenance": provenance(),
     }
 
 
 def main():
     log_to(FOLDER / "01_save_activations.log")
+    if SAE:
+        take_constants_of_sae()
     device = choose_device(DEVICE)
     model = load_model(MODEL, device, choose_dtype(MODEL_DTYPE, device), trust_remote_code=TRUST_REMOTE_CODE,
                        bits=LOAD_BITS, device_map=DEVICE_MAP)
@@ -123,7 +142,7 @@ def main():
     tokenizer = load_tokenizer(MODEL, TRUST_REMOTE_CODE)
     texts = load_texts()
     meta = describe(model, tokenizer, texts)
-    decisive = {key: value for key, value in CONSTANTS.items() if key not in ("PREFLIGHT", "PRESET", "STREAM")}
+    decisive = {key: value for key, value in CONSTANTS.items() if key not in ("PREFLIGHT", "PRESET", "SAE", "STREAM")}
     run_id = f"{points[0].path.replace('.', '_')}-{fingerprint([decisive, *contents_of(meta)])[:8]}"
     folder = FOLDER / "runs" / run_id
     settings = SaveSettings(
@@ -143,10 +162,12 @@ def main():
             require_room(folder, n_bytes - saved_bytes)
             saved = save_activations(folder, model, tokenizer, points, texts=texts, settings=settings, meta=meta,
                                      splits=split_texts(len(texts), VAL_FRAC, SEED))
-    if rank() == 0:
+    if rank() == 0 and not SAE:
         write_text(FOLDER / "run_id.txt", run_id + "\n")
     log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}",
              ", ".join(saved.hooks))
+    if SAE:
+        return say_next("03_analyze_training.ipynb", SAE=SAE, RUN_ID=run_id)
     say_next("02_train_sae.py")
 
 

@@ -62,7 +62,7 @@ from lib.store import experiment_dir, open_run, provenance
 from lib.trackers import open_tracker
 from lib.training.checkpoints import HISTORY, Diverged
 from lib.training.kinds import WITH_THRESHOLD
-from lib.training.loop import TrainSettings, score, train_sae
+from lib.training.loop import TrainSettings, highest_codes, score, train_sae
 from lib.training.start import kind_of
 
 FOLDER = experiment_dir("verify_sae_training")
@@ -104,6 +104,7 @@ def train(folder, origin, saved, rows, start):
     final = score(sae, sample_rows(rows, validation=True, limit=None))
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
     sae.config.update(origin, tokens_trained=EPOCHS * rows.n_train, provenance=provenance(), final=final)
+    sae.maxima = highest_codes(sae, rows)
     save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))
     about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae),
              "constants": origin["constants"]}

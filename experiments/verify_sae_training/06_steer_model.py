@@ -6,8 +6,7 @@
 
 Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing changes, bit for bit.
 
-Reads  store/verify_sae_training/: the run; saes/<name>/: the SAE, and step 4's concepts.json and
-       latent_stats.safetensors
+Reads  store/verify_sae_training/saes/<name>/: the SAE, and step 4's concepts.json; needs no activations
 Writes store/verify_sae_training/saes/<name>/steering.json
 """
 from typing import Annotated, Literal
@@ -33,7 +32,7 @@ SEED: Seed = 0
 CONSTANTS = override(globals())
 
 import pandas as pd
-from saved_model import model_of_run
+from saved_model import model_of_sae
 
 from concepts.coherence import interest
 from concepts.continuations import Writing, sweep
@@ -42,10 +41,10 @@ from concepts.directions import promoted_ids
 from concepts.firings import read_latent_stats
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
-from lib.sae import load_sae, require_trained_on, sae_hash
+from lib.origin import about_sae
+from lib.sae import load_sae, sae_hash
 from lib.saes import MODEL_FILE, find_sae
 from lib.steering import Edit, skipped_ids
-from lib.store import open_run
 
 FOLDER = find_sae(SAE)
 
@@ -64,15 +63,15 @@ def choose_latent(concepts, n_latents):
 
 def main():
     sae = load_sae(FOLDER / MODEL_FILE, choose_device(DEVICE))
-    saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
-    require_trained_on(sae, saved, hook)
     concepts = read_concepts(FOLDER / "concepts.json", sae_hash(sae))["concepts"]
-    maxima = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents)["max"]
+    maxima = sae.maxima
+    if maxima is None:  # in an older file
+        maxima = read_latent_stats(FOLDER / "latent_stats.safetensors", sae.n_latents)["max"]
     latent = choose_latent(concepts, sae.n_latents)
-    model, tokenizer, point = model_of_run(saved, hook, sae.mean.device, TRUST_REMOTE_CODE)
+    model, tokenizer, point = model_of_sae(sae, sae.mean.device, TRUST_REMOTE_CODE)
     favoured = promoted_ids(sae, model, [latent], FAVOURED)[0]
     prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
-    writing = Writing(prompts, n_tokens=N_TOKENS, skip_ids=skipped_ids(tokenizer, saved.meta["settings"]),
+    writing = Writing(prompts, n_tokens=N_TOKENS, skip_ids=skipped_ids(tokenizer, about_sae(sae.config)["settings"]),
                       favoured=favoured, temperature=TEMPERATURE, seed=SEED)
     table = sweep(model, tokenizer, point, sae, edits=[Edit(latent, MODE)], maxima=maxima, strengths=STRENGTHS,
                   writing=writing)

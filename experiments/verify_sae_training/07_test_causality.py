@@ -27,7 +27,8 @@ CONSTANTS = override(globals())
 
 import pandas
 import torch
-from saved_model import model_of_run
+from corpora import corpus_of
+from saved_model import model_of_sae
 from scipy.stats import wilcoxon
 
 from checks.controls import control_saes
@@ -37,9 +38,8 @@ from concepts.effects import ablation, divergence, next_logits, of_length, prefi
 from lib.batches import read_rows
 from lib.environment import InputError, choose_device, run
 from lib.files import read_json, write_json
-from lib.sae import load_sae, require_trained_on, sae_hash
+from lib.sae import load_sae, sae_hash
 from lib.saes import HISTORY_FILE, MODEL_FILE, find_sae
-from lib.store import open_run
 from lib.training.checkpoints import HISTORY
 from lib.training.loop import TrainSettings
 
@@ -89,15 +89,14 @@ def edits(saes, rows, x, concept):
 def main():
     device = choose_device(DEVICE)
     sae = load_sae(FOLDER / MODEL_FILE, device)
-    saved, hook = open_run("verify_sae_training", sae.config["run_id"]), sae.config["hook"]
-    require_trained_on(sae, saved, hook)
+    saved, hook, _ = corpus_of(sae, FOLDER)
     rows = found_concepts(saved.run_id, sae)
     saes = {"latent": sae}
     if "frozen_decoder" in rows[0]:
         settings = TrainSettings(**read_json(FOLDER / HISTORY_FILE, HISTORY)["settings"])
         saes |= control_saes(saved, hook, settings, FOLDER / "controls", device=device)
     tokens, concept = draw_tokens(saved, rows)
-    model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
+    model, tokenizer, point = model_of_sae(sae, device, TRUST_REMOTE_CODE)
     wanted = torch.zeros(saved.n_rows, dtype=torch.bool)
     wanted[tokens] = True
     place = wanted.nonzero()[:, 0]

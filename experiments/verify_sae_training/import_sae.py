@@ -78,6 +78,7 @@ def main():
     )
     sae.maxima = highest_codes(sae, rows)
     folder = sae_folder(sae.config | {"n_latents": sae.n_latents, "sae_hash": sae_hash(sae)})
+    sae.maxima = highest_codes(sae, rows)
     save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))
     remember(folder)
     log.info("%s, %s: %d latents, %s, on %s of %s", found.format, found.facts["kind"], sae.n_latents,

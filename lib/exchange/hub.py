@@ -10,7 +10,10 @@ import huggingface_hub
 
 from ..environment import InputError, first_line
 from ..models import local_path
+from ..saes import ABOUT_FILE, MODEL_FILE
 from .formats import READERS
+
+OWN = (MODEL_FILE, ABOUT_FILE, "concepts.json")  # of an SAE in this project's own format
 
 
 def folder_of(source: str, subfolder: str = "") -> Path:
@@ -33,7 +36,7 @@ def pull(repo: str, subfolder: str = "") -> Path:
 
     Raises InputError if it can't be reached.
     """
-    names = {name for known in READERS.values() for name in known.files}
+    names = {*OWN, *(name for known in READERS.values() for name in known.files)}
     patterns = [str(PurePosixPath(subfolder) / name) for name in sorted(names)]
     with one_line(f"SOURCE={repo}", "set a local folder, or a repository that this machine can reach"):
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / subfolder

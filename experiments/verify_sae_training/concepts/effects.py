@@ -7,6 +7,7 @@ On single tokens where the latent fires, its code is set to 0, or its highest co
 token are compared with those of the unedited model. What the weights alone say is in concepts/directions.py.
 """
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +17,23 @@ from tqdm.auto import tqdm
 
 from concepts.codes import Codes
 from concepts.directions import direct_view, token_text
+from concepts.top_texts import LATENT
 from lib.blocks import input_device, no_cache
 from lib.environment import InputError
+from lib.files import read_json
 from lib.hooks import HookPoint, edit
 from lib.sae import SAE
+from lib.schemas import COUNT, Schema
 from lib.store import Run
 from lib.texts import Tokens, length_batches, pad, tokenise
 
 SHOWN = 6  # tokens listed as raised and as lowered
 MAX_TOKENS = 8192  # tokens of one forward pass
 GROUP = 64  # latents whose mean logit changes [GROUP, V] are held at one time
+EDITED = {"kl": float, "raised": [[str, float]], "lowered": [[str, float]]}
+EFFECTS = Schema({"sae_hash": str, "effects": {LATENT: {"n_tokens": COUNT, "ablated": EDITED, "added": EDITED,
+                                                        "direct_cosine": (float, None)}}},
+                 remedy="delete it and run notebook 05 again")
 
 
 class Occurrences(NamedTuple):
@@ -161,6 +169,17 @@ def next_token_effects(
                 cosine = _short(functional.cosine_similarity(direct, added, dim=0))
             effects[latent] = {"n_tokens": int((place == i).sum()), **entry, "direct_cosine": cosine}
     return effects
+
+
+def read_effects(path: Path, sae_hash: str) -> dict[int, dict[str, Any]]:
+    """What next_token_effects() measured, from notebook 05's concept_effects.json.
+
+    Raises InputError if it is damaged or about another SAE.
+    """
+    content = read_json(path, EFFECTS)
+    if content["sae_hash"] != sae_hash:
+        raise InputError(f"{path} is about another SAE; {EFFECTS.remedy}")
+    return {int(latent): effect for latent, effect in content["effects"].items()}
 
 
 def _means(batches: Iterator[tuple[Tensor, list[Tensor]]], place: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -13,30 +13,35 @@ import huggingface_hub
 from concepts.dictionary import free_name
 from exchange.facts import Facts
 from exchange.formats import FORMATS
+from exchange.workbench import LIBRARY, LOADING, UNITS
 from lib.environment import log
 from lib.exchange.hub import one_line
 from lib.files import fingerprint, write_text
+
+FOLDED = ("It takes raw activations: centring and scale\nof the training are folded into the weights.\n"
+          "Codes are in raw activation units. Special tokens were left out of training.")
 
 
 def write_card(folder: Path, kind: str, sae_folder: str, facts: Facts, repo: str = "user/repository") -> Path:
     """Write README.md, the model card, and return its path. A card that a person edited is kept as README_edited.md.
 
-    kind: a key of FORMATS; sae_folder: the SAE's folder inside the repository.
+    kind: a key of FORMATS, or "workbench"; sae_folder: the SAE's folder inside the repository.
     """
+    library, loading, units = LIBRARY, LOADING, UNITS
+    if kind in FORMATS:
+        library, loading, units = FORMATS[kind].library, FORMATS[kind].loading, FOLDED
     told = {key.replace("_", " "): _plain(value) for key, value in facts.items() if value is not None}
     table = "\n".join(f"| {key} | {value} |" for key, value in told.items())
     text = f"""---
-library_name: {FORMATS[kind].library}
+library_name: {library}
 tags: [sparse-autoencoder, interpretability]
 ---
 # Sparse autoencoder on {_plain(facts["model_name"])}, {_plain(facts["hook_name"])}
 
-{facts["n_latents"]} latents, at most {facts["k"]} on one token. It takes raw activations: centring and scale
-of the training are folded into the weights.
-Codes are in raw activation units. Special tokens were left out of training.
+{facts["n_latents"]} latents, at most {facts["k"]} on one token. {units}
 
 ```python
-{FORMATS[kind].loading.format(repo=repo, folder=sae_folder)}
+{loading.format(repo=repo, folder=sae_folder)}
 ```
 
 | | |
