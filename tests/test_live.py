@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model, word_tokenizer
 from live_site import N_LATENTS, TEXT, live_of, make_products, served
 
+from concepts import page_files
 from concepts.continuations import continue_texts
 from lib.activations import SaveSettings
 from lib.encoder import Encoder
@@ -155,6 +156,23 @@ def test_only_the_pages_own_files_are_sent(client, folder, tmp_path):
                  "/live.py", "/concepts.json", "/topk_sae.pt", "//live.js", "/concepts_data/.hidden.json"):
         assert client.error(path) == (404, "there is no such page"), path
     assert client.ask("/live.js")[1]["Content-Type"] == "text/javascript; charset=utf-8"
+
+
+def test_a_page_of_many_latents_gets_its_data(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_files, "INLINE_LATENTS", 2)
+    written = page_files.write_page(tmp_path / "concepts.html", {"title": "Many"}, [{"latent": i} for i in range(5)])
+    with served(Site(client.live, tmp_path, 60)) as (url, worker):
+        many = Client(url, worker, client.live)
+        assert many.ask("/concepts.html")[0] == 200
+        data = [path for folder in written if folder.is_dir() for path in folder.iterdir()]
+        assert data and all(many.ask(f"/concepts_data/{path.name}")[2] == path.read_bytes() for path in data)
+
+
+def test_an_older_page_is_refused_in_one_line(client, tmp_path):
+    (tmp_path / "concepts.html").write_text("<html><title>old</title>")
+    with served(Site(client.live, tmp_path, 60)) as (url, worker):
+        status, line = Client(url, worker, client.live).error("/concepts.html")
+    assert status == 500 and line.endswith("was written by older code; run notebook 05 again")
 
 
 def test_what_is_no_request_is_refused_in_one_line(client):

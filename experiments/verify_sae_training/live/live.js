@@ -135,6 +135,8 @@
       if (each.text.includes("\n")) shown.push("\n");
     });
     tokens.replaceChildren(...shown, found.after);
+    const at = tokens.querySelector("[aria-current='true']");
+    if (at && (at.offsetTop < tokens.scrollTop || at.offsetTop + at.offsetHeight > tokens.scrollTop + tokens.clientHeight)) tokens.scrollTop = at.offsetTop - tokens.clientHeight / 2;
     showLatents();
   }
 
