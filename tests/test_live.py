@@ -217,6 +217,8 @@ def test_each_token_has_the_latents_that_the_encoder_finds(client):
     assert found["names"]["2"] == "dog <b>&" and found["highest"].keys() == {str(i) for each in tokens
                                                                                    for i, _ in each["latents"]}
     assert found["highest"]["2"] == pytest.approx(float(client.live.encoder.sae.maxima[2]), rel=1e-3)
+    silent = json.loads(client.ask("/read", {"text": "The", "latent": 9})[2])
+    assert silent["codes"] == [0.0] and "9" in silent["highest"]
     empty = json.loads(client.ask("/read", READ | {"text": "", "latent": 3})[2])
     assert empty["tokens"] == empty["codes"] == [] and empty["after"] == ""
 

@@ -93,20 +93,21 @@ def _tokenised(encoder: Encoder, text: str, max_length: int = LONGEST) -> Tokens
 def read(live: Live, text: str, latent: int | None = None) -> dict[str, Any]:
     """Each token of the text with the latents that fire on it, strongest first, as [latent, code].
 
-    latent: one whose code on every token is wanted as well, as "codes".
+    latent: one whose code on every token is wanted as well, as "codes". "highest" has the highest code of each of these
+    latents on the corpus, where it is known.
     """
     item = _tokens(live, text)
     encoded, maxima = live.encoder.encode(text), live.encoder.sae.maxima
     spans = [span for span, kept in zip(item.offsets, item.keep) if kept]
-    tokens, names, highest = [], {}, {}
+    tokens, names, seen = [], {}, set() if latent is None else {latent}
     for before, piece, latents, codes, row in zip(*_pieces(text, spans), encoded.latents.tolist(),
                                                   encoded.codes.tolist(), encoded.names):
         fired = [(i, _short(code), name) for i, code, name in zip(latents, codes, row) if code > 0]
         tokens.append({"before": before, "text": piece, "n": len(fired),
                        "latents": [[i, code] for i, code, _ in fired[:SHOWN]]})
         names.update({i: name for i, _, name in fired[:SHOWN] if name})
-        if maxima is not None:
-            highest.update({i: _short(maxima[i]) for i, _, _ in fired[:SHOWN]})
+        seen |= {i for i, _, _ in fired[:SHOWN]}
+    highest = {} if maxima is None else {i: _short(maxima[i]) for i in sorted(seen)}
     after = text[spans[-1][1]:] if spans else text
     found = {"tokens": tokens, "after": after, "names": names, "highest": highest}
     return found if latent is None else found | {"codes": codes_of(encoded, latent)}

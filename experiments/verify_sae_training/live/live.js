@@ -48,6 +48,7 @@
   const status = element("span", { className: "live-status", role: "status" });
   const all = element("option", { value: "all" }, "strongest latent"), one = element("option", { value: "one" }, "chosen latent");
   const colour = element("select", { id: "live-colour" }, all, one);
+  const legend = element("label", { htmlFor: "live-colour" });
   const tokens = element("div", { className: "live-text", role: "group", ariaLabel: "tokens of the text" });
   const tokenTitle = element("h3");
   const latents = element("ul", { className: "live-latents" });
@@ -75,7 +76,7 @@
 
   root.append(
     element("label", { className: "live-title", htmlFor: "live-text" }, "Type a text: which latents fire?"), text,
-    element("div", { className: "live-line" }, status, element("span", { className: "live-right" }, element("label", { htmlFor: "live-colour" }, "colour: "), colour)),
+    element("div", { className: "live-line" }, status, element("span", { className: "live-right" }, legend, " ", colour)),
     tokens, tokenTitle, latents, chosen, steering, without);
   root.hidden = false;
 
@@ -108,7 +109,7 @@
     try {
       const answer = await (await ask("read", body)).json();
       const before = found && found.tokens.length;
-      found = answer;
+      found = { ...answer, source: body.text };
       if (token >= found.tokens.length || token === before - 1 || token < 0) token = found.tokens.length - 1;
       tell(status, `${found.tokens.length} tokens in ${found.ms.toFixed(0)} ms`);
       showTokens();
@@ -116,10 +117,12 @@
     } catch (error) { told(status, error); }
   }
 
+  // A code as a share of its latent's highest; where that is not known, of the highest in this text.
+  const share = (number, code) => code / (found.highest[number] || Math.max(...found.tokens.map(each => each.latents[0]?.[1] ?? 0)));
   function part(index) {
-    const { latents } = found.tokens[index];
-    if (colour.value === "one") return found.codes && found.codes[index] / (found.highest[latent] || Math.max(...found.codes));
-    return latents.length ? latents[0][1] / (found.highest[latents[0][0]] || latents[0][1]) : 0;
+    if (colour.value === "one") return found.codes ? share(latent, found.codes[index]) : 0;
+    const [strongest] = found.tokens[index].latents;
+    return strongest ? share(...strongest) : 0;
   }
 
   function showTokens() {
@@ -146,7 +149,7 @@
       tokenTitle.textContent = `Latents on “${visible(piece) || "·"}”` + (n > fired.length ? ` (the ${fired.length} strongest of ${n})` : "");
       latents.replaceChildren(...fired.map(([i, code]) => {
         const bar = element("i");
-        bar.style.width = found.highest[i] ? Math.min(100, 100 * code / found.highest[i]) + "%" : "0";
+        bar.style.width = Math.min(100, 100 * share(i, code)) + "%";
         const made = element("button", { type: "button", title: nameOf(i), ariaCurrent: String(i === latent) }, element("span", { className: "live-number" }, i),
           element("span", { className: "live-name" }, nameOf(i)), element("span", { className: "live-bar" }, bar), element("span", { className: "live-number" }, number(code)));
         made.dataset.latent = i;
@@ -163,9 +166,9 @@
 
   // Taken away.
   async function next() {
-    if (latent === null || token < 0 || about.no_writing || !without.open) return;
+    if (latent === null || !found || token < 0 || about.no_writing || !without.open) return;
     try {
-      showNext(await (await ask("without", { text: text.value, token, latent, everywhere: everywhere.checked })).json());
+      showNext(await (await ask("without", { text: found.source, token, latent, everywhere: everywhere.checked })).json());
     } catch (error) { tables.replaceChildren(); told(nextStatus, error); }
   }
 
@@ -210,11 +213,10 @@
   function showWritten(prompt, { which, text: written, pieces, perplexity }) {
     const shown = texts[which];
     shown.classList.remove("live-stale");
-    const scale = pieces && (found.highest[latent] || Math.max(...pieces.map(([, , code]) => code)));
     const parts = !pieces ? [written] : pieces.flatMap(([before, piece, code]) => {
       if (!(code > 0)) return [before, piece];
       const mark = element("mark", { title: `code ${number(code)}` }, piece);
-      mark.style.setProperty("--a", alpha(code / scale));
+      mark.style.setProperty("--a", alpha(share(latent, code)));
       return [before, mark];
     });
     shown.replaceChildren(element("span", { className: "live-prompt" }, prompt.length > 60 ? "… " + prompt.slice(-50).replace(/^\S*\s/, "") : prompt), ...parts);
@@ -258,6 +260,7 @@
     about = await response.json();
     if (!response.ok) throw new Error(about.error);
     text.maxLength = about.text_characters;
+    legend.textContent = `colour: share of ${about.measured ? "its" : "this text's"} highest code,`;
     steering.hidden = without.hidden = Boolean(about.no_writing);
     if (about.no_writing) chosen.after(element("p", { className: "live-hint" }, about.no_writing + "."));
     else if (!about.measured) {
