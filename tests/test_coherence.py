@@ -4,10 +4,15 @@ import pytest
 import scipy.sparse
 import torch
 from test_concepts import TEXTS, planted, word_rows
+from test_dictionary import HEADER
 
 from concepts.coherence import activation_shares, add_coherence, interest, likeness, mean_codes, unrelated
+from concepts.dictionary import read_concepts, write_concepts
 from concepts.names import codes_matrix, name_latents, patterns_of
 from concepts.patterns import find_patterns
+from concepts.tables import concepts_from_csv, read_table
+from lib.environment import InputError
+from lib.files import read_json, write_json
 
 
 def test_likeness_is_the_cosine_above_that_of_unrelated_words():
@@ -91,3 +96,21 @@ def test_interest_in_closed_form():
     assert interest({"name": "by a person"}) == interest({"f1": None}) == 0
     whole = {"f1": 1.0, "coherence": 1.0, "score": 1.0, "baseline": 0.5}
     assert interest(whole, 1e9) == 1
+
+
+def test_coherence_is_stored_and_files_from_before_it_still_open(tmp_path):
+    path, table = tmp_path / "concepts.json", tmp_path / "concepts.csv"
+    old = {"name": "dog", "description": "d", "source": "offline", "score": 0.9, "f1": 0.8, "baseline": 0.6,
+           "scored_name": "dog", "rule": [["word", "dog"]], "notes": ""}
+    concepts = write_concepts(path, HEADER, {0: old, 1: old | {"coherence": 0.25}})
+    assert read_concepts(path)["concepts"] == concepts and [line.latent for line in read_table(table)] == [0, 1]
+    assert interest(concepts[0]) == 4 * interest(concepts[1])
+    assert ",0.8,0.25," in table.read_text() and "f1,coherence,stamp" in table.read_text()
+    table.write_text(table.read_text().replace("1,dog,", "1,my dog,"))
+    edited = concepts_from_csv(table, concepts)
+    assert edited[1]["source"] == "human" and edited[1]["coherence"] == 0.25  # it is the latent's, not the name's
+    content = read_json(path)
+    content["concepts"]["1"]["coherence"] = 1.5
+    write_json(path, content)
+    with pytest.raises(InputError, match="latent 1: coherence: 1.5 is greater"):
+        read_concepts(path)

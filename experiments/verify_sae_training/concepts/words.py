@@ -14,6 +14,7 @@ EXCEPTIONS = frozenset(  # look like forms of a shorter English word and are not
 )
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces between words
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+DOUBLED = re.compile("[^aeiou]*[aeiou][^aeiouwxy]")  # "star" makes "starred", so "stared" is no form of it
 SHORTEST = 3  # letters of a word that has forms; "as" is no plural of "a"
 
 
@@ -66,4 +67,5 @@ def _verbs(stem: str, ending: str) -> Iterable[str]:
         yield stem + "e"
     if stem[-1:] == stem[-2:-1] and stem[-1] not in "aeiouslfz":
         yield stem[:-1]
-    yield stem
+    if not DOUBLED.fullmatch(stem):
+        yield stem
