@@ -14,9 +14,9 @@ from checks.evaluation import ev, loss_recovered, row_scores
 from checks.sparsity import sweep_k
 from checks.weights import inspect_weights
 from concepts.codes import encode_run, live_codes
-from concepts.continuations import Writing, sweep
 from concepts.directions import promoted_tokens
 from concepts.effects import draw_occurrences, next_token_effects
+from concepts.steered_texts import Writing, sweep
 from lib.activations import SaveSettings, preflight, save_activations
 from lib.batches import sample_rows
 from lib.hooks import resolve

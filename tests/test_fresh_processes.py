@@ -44,7 +44,7 @@ CHAINS = {
         Step(f"{VERIFY}/03_analyze_training.ipynb", ["LOSS_TEXTS=4", "RECOVERY_TOKENS=500"]),
         Step(f"{VERIFY}/04_name_sae_concepts.ipynb", ["CONTROL_NAMES=5"]),
         Step(f"{VERIFY}/05_show_concepts.ipynb", ["EFFECT_CONCEPTS=2", "EFFECT_TOKENS=1", "STEER_STRENGTHS=(0, 1)"]),
-        Step(f"{VERIFY}/06_steer_model.py", ["STRENGTHS=0,1", "SAMPLES=1", "N_TOKENS=4", "PROMPTS=the cat"],
+        Step(f"{VERIFY}/06_steer_model.py", ["SEARCH=a", "SAMPLES=2", "N_TOKENS=4", "PROMPTS=the cat"],
              "perplexity"),
         Step(f"{VERIFY}/07_test_causality.py", [], "run notebook 03 on the embedded stories", code=2),
         Step(f"{VERIFY}/concept_dictionary.py", ["SEARCH=a"], "latents have a name"),

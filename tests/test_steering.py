@@ -4,7 +4,7 @@ import torch
 from conftest import WORDS, tiny_model, word_tokenizer
 from torch.nn import functional
 
-from concepts.continuations import Writing, continue_texts, perplexities, sweep
+from concepts.continuations import continue_texts, perplexities
 from lib.environment import InputError
 from lib.hooks import capture, resolve
 from lib.sae import make_sae
@@ -202,21 +202,6 @@ def test_continuations_keep_their_prompts_and_a_strong_edit_changes_them():
     assert other.texts != plain.texts and set(" ".join(other.texts).split()) <= {*WORDS, *"[UNK]".split()}
     sampled = [continue_texts(model, tokenizer, prompts, 6, temperature=1.0, seed=seed).texts for seed in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
-
-
-def test_a_sweep_counts_what_was_written():
-    model, tokenizer = tiny_model("llama"), word_tokenizer()
-    point, sae = resolve(model, "resid_post:1"), random_sae()
-
-    def swept(**options):
-        return sweep(model, tokenizer, point, sae, edits=[Edit(5, "add")], maxima=MAXIMA, strengths=(0.0, 30.0),
-                     writing=Writing(["the cat sat", "a dog"], 8, **options))
-
-    plain, strong = swept(favoured=range(len(tokenizer)))
-    assert plain["texts"] == continue_texts(model, tokenizer, ["the cat sat", "a dog"], 8).texts
-    assert plain["favoured"] == strong["favoured"] == 1.0 and strong["texts"] != plain["texts"]
-    assert (swept()[0]["favoured"] == 0.0
-            and all(0 <= row[key] <= 1 for row in (plain, strong) for key in ("fires", "repeated")))
 
 
 def test_sampling_repeats_by_its_seed_and_leaves_the_global_stream():

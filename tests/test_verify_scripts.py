@@ -200,10 +200,16 @@ def test_all_five_steps_on_the_embedded_default(script, own_store, capsys):
     effects = json.loads((folder / "concept_effects.json").read_text())
     assert (effects["sae_hash"] == top["meta"]["sae_hash"]
             and all(e["ablated"]["kl"] >= 0 and e["added"]["raised"] for e in effects["effects"].values()))
-    code, out, _ = script("06_steer_model.py", "STRENGTHS=(0,4)", "SAMPLES=1", "N_TOKENS=12", "TEMPERATURE=0")
-    same, strong = json.loads((folder / "steering.json").read_text())["sweep"]
-    assert (code == 0 and strong["perplexity"] != same["perplexity"] and strong["texts"] != same["texts"]
-            and same["texts"][0] in out)
+    code, out, _ = script("06_steer_model.py", "FINALISTS=1", "STRENGTHS=(0,4)", "SAMPLES=1", "N_TOKENS=12",
+                          "TEMPERATURE=0")
+    plain, same, strong = json.loads((folder / "steering.json").read_text())["sweep"]
+    assert code == 0 and same["cost"]["mean"] == 1 and "favoured" in out
+    assert plain["texts"] == same["texts"] != strong["texts"] and strong["perplexity"] != same["perplexity"]
+    code, out, _ = script("06_steer_model.py", "SEARCH=a", "SAMPLES=2", "N_TOKENS=12", "MAX_COST=3")
+    steering = json.loads((folder / "steering.json").read_text())
+    found = steering["recommended"]
+    assert code == 0 and found["steered"]["strength"] in [row["strength"] for row in steering["sweep"]]
+    assert found["unsteered"]["texts"] != steering["sweep"][0]["texts"]  # the seed that reports did not choose
     assert script("06_steer_model.py", "SEARCH=xylophone")[0] == 2
     code, _, said = script("06_steer_model.py", "LATENT=99999")
     assert code == 2 and "LATENT=99999 must be at most 1023" in said

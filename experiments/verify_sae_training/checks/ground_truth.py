@@ -67,11 +67,20 @@ def ground_truth(run: Run) -> Truth | None:
 
 
 def concept_tree(run: Run) -> dict[str, Any] | None:
+    """tree_beside() the data set of a run."""
+    return tree_beside(run.meta["dataset"])
+
+
+def tree_beside(dataset: dict[str, Any] | None) -> dict[str, Any] | None:
     """The concepts.json beside a data set: leaves (number, path, words), topics, moods. None, with a warning, if the
     data set has moved or the file has another shape, as some other project's would.
+
+    dataset: as in a run's meta.json and in an SAE's origin; None: not known.
     """
+    if dataset is None:
+        return None
     try:
-        source = source_of_run(run.meta["dataset"])
+        source = source_of_run(dataset)
     except InputError as error:
         log.warning("no ground truth: %s", error)
         return None

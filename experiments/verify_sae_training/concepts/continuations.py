@@ -1,11 +1,12 @@
-"""What a model writes while it is steered, and what that gains and costs.
+"""What a model writes after prompts while it is steered, judged by the unsteered model.
 
-    writing = Writing(["Once upon a time"], n_tokens=40)
-    table = sweep(model, tokenizer, point, sae, edits=[Edit(17, "add")], maxima=maxima, strengths=(0, 1),
-                  writing=writing)
+    with_more = steer(model, point, sae, [Edit(17, "add", 0.5)], maxima)
+    done = continue_texts(model, tokenizer, ["Once upon a time"], 40, steering=with_more, temperature=0.7)
+
+What steering gains and costs is measured in concepts/steered_texts.py.
 """
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,9 +17,6 @@ from torch.nn import functional
 
 from lib.blocks import input_device, n_embeddings, no_cache
 from lib.environment import InputError
-from lib.hooks import HookPoint, capture
-from lib.sae import SAE
-from lib.steering import Edit, steer
 from lib.texts import filler_id
 
 _padding_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -30,13 +28,20 @@ class Continuation(NamedTuple):
     texts: list[str]
     """Prompt and continuation."""
     perplexity: Tensor
-    """exp of the mean cross-entropy of the continuation under the unsteered model, [B]."""
+    """exp of the mean cross-entropy of the continuation under the unsteered model, [B]; nan where it is empty."""
     ids: Tensor
     """int64 [B, T], prompts padded on the left."""
     mask: Tensor
     """int64 [B, T], 0 for padding and for what follows the end of a text."""
     written: Tensor
     """bool [B, T]: whether the token belongs to the continuation, before its end."""
+    starts: list[int]
+    """Character of each text at which its continuation begins."""
+
+    @property
+    def ids_written(self) -> list[list[int]]:
+        """The token ids of each continuation."""
+        return [ids[keep].tolist() for ids, keep in zip(self.ids, self.written)]
 
 
 @torch.no_grad()
@@ -69,7 +74,9 @@ def continue_texts(
     written = torch.cat([torch.zeros_like(mask, dtype=torch.bool), ended.cumsum(1) - ended.long() == 0], 1)
     full = torch.cat([mask, written[:, ids.shape[1] :].to(mask)], 1)
     texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(whole, full)]
-    return Continuation(texts, perplexities(model, whole, full, written), ids=whole, mask=full, written=written)
+    starts = [len(tokenizer.decode(row[keep.bool()], skip_special_tokens=True)) for row, keep in zip(ids, mask)]
+    return Continuation(texts, perplexities(model, whole, full, written), ids=whole, mask=full, written=written,
+                        starts=starts)
 
 
 def _generated_one_by_one(model: Any, ids: Tensor, mask: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -115,79 +122,19 @@ def _left_padded(tokenizer, prompts: Sequence[str], device: torch.device) -> tup
 
 
 def perplexities(model: Any, ids: Tensor, mask: Tensor, judged: Tensor) -> Tensor:
-    """exp of the mean cross-entropy of the judged tokens given all before them, [B].
+    """exp of the mean cross-entropy of the judged tokens given all before them, [B]; nan for a row without any.
 
     ids, mask int64 [B, T], padded on either side; judged bool [B, T], never the first token.
     """
-    ids, mask, judged = _padded_right(mask, ids, mask, judged)
+    ids, mask, judged = padded_right(mask, ids, mask, judged)
     logits = model(input_ids=ids, attention_mask=mask, **no_cache(model)).logits[:, :-1].float()
     losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device),
                                       reduction="none").view(len(ids), -1)
     keep = judged[:, 1:].to(losses)
-    return ((losses * keep).sum(1) / keep.sum(1).clamp(min=1)).exp().cpu()
+    return ((losses * keep).sum(1) / keep.sum(1)).exp().cpu()
 
 
-def _padded_right(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+def padded_right(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     """The tensors [B, T] with padding moved behind the text, where no model reads it."""
     order = (1 - mask).argsort(dim=1, stable=True)
     return [x.gather(1, order) for x in tensors]
-
-
-class Writing(NamedTuple):
-    """What is written, and what is counted in it."""
-
-    prompts: Sequence[str]
-    n_tokens: int
-    """New tokens after each prompt."""
-    skip_ids: Collection[int] = ()
-    """Token ids never to edit (lib.steering)."""
-    favoured: Collection[int] = ()
-    """Token ids to count in what is written."""
-    temperature: float = 0.0
-    seed: int = 0
-
-
-def sweep(
-    model: Any, tokenizer, point: HookPoint, sae: SAE, *, edits: Sequence[Edit], maxima: Tensor,
-    strengths: Sequence[float], writing: Writing,
-) -> list[dict[str, Any]]:
-    """Continuations of the prompts with all edits at each strength, what they gained and what they cost.
-
-    One dict a strength: "texts"; "fires", the share of written tokens on which one of the edited latents fires when
-    the unsteered model reads the text; "favoured", the share of written tokens with ids in `favoured`; "perplexity" of
-    the written tokens under the unsteered model, median over the prompts; "repeated", the share of written three-token
-    sequences that occurred before in the same text.
-    """
-    found = []
-    for strength in strengths:
-        changed = [each._replace(strength=strength) for each in edits]
-        steering = steer(model, point, sae, changed, maxima=maxima, skip_ids=writing.skip_ids)
-        done = continue_texts(model, tokenizer, writing.prompts, writing.n_tokens, steering=steering,
-                              temperature=writing.temperature, seed=writing.seed)
-        liked = torch.tensor(sorted(writing.favoured), dtype=torch.long, device=done.ids.device)
-        repeated = [_repeated(ids[keep].tolist()) for ids, keep in zip(done.ids, done.written)]
-        fires = _share_firing(model, point, sae, latents=[each.latent for each in edits], done=done)
-        found.append({
-            "strength": strength, "fires": fires,
-            "favoured": float(torch.isin(done.ids[done.written], liked).float().mean()),
-            "perplexity": float(done.perplexity.median()),
-            "repeated": sum(repeated) / len(repeated), "texts": done.texts,
-        })
-    return found
-
-
-@torch.no_grad()
-def _share_firing(model: Any, point: HookPoint, sae: SAE, latents: list[int], done: Continuation) -> float:
-    """Share of the written tokens on which one of the latents fires."""
-    ids, mask, written = _padded_right(done.mask, done.ids, done.mask, done.written)
-    with capture(model, [point]) as seen:
-        model(input_ids=ids, attention_mask=mask, **no_cache(model))
-    hidden = seen[point.signature]
-    values, indices = sae.encode(hidden[written.to(hidden.device)].float())
-    fires = (torch.isin(indices, torch.tensor(latents, device=indices.device)) & (values > 0)).any(1)
-    return float(fires.float().mean())
-
-
-def _repeated(ids: list[int]) -> float:
-    triples = list(zip(ids, ids[1:], ids[2:]))
-    return 1 - len(set(triples)) / len(triples) if triples else 0.0
