@@ -68,7 +68,12 @@ def example_pieces(example: dict[str, Any]) -> list[Piece]:
     acts = example.get("acts") or [example["score"]] * len(spans)
     looked_at = [i for i, span in enumerate(spans) if list(span) == peak] or range(len(acts))
     number = max(looked_at, key=acts.__getitem__) if acts else None
-    return pieces(example["text"], spans, acts, number)
+    if number is None:
+        return pieces(example["text"], spans, acts)
+    # Silent tokens are plain text, but the first and the last say how much of the text is shown.
+    last = max(range(len(spans)), key=lambda i: spans[i][1])
+    kept = [i for i, act in enumerate(acts) if act or i in (0, number, last)]
+    return pieces(example["text"], [spans[i] for i in kept], [acts[i] for i in kept], kept.index(number))
 
 
 def coloured(shown: Sequence[Piece], scale: float) -> str:

@@ -30,6 +30,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from concepts.page_index import INDEX, N_BUCKETS, UNSPACED, Row, Words, add_words, packed_latent, word_buckets
 from lib.environment import InputError
 from lib.files import read_bytes, write_text
@@ -81,7 +83,7 @@ def _details(
 ) -> Iterator[list[Row]]:
     """The details of PER_PART latents at a time; fills the index's columns and the words on the way."""
     details: list[Row] = []
-    for number, latent in enumerate(latents):
+    for number, latent in enumerate(tqdm(latents, desc="writing the page", unit="latent")):
         row, detail, texts = packed_latent(latent)
         for key, column in columns.items():
             column.append(row[key])

@@ -155,7 +155,7 @@ function backButton() {
 
 function said(row, d) {
   const latent = columns.latent[row], name = nameOf(row), mine = edits[latent] || {}, source = sourceOf(row);
-  const by = mine.name ? "named by you" : { human: `named or confirmed by ${d.edited_by || "a person"}`, llm: `named by ${d.model || "a chat model"}`, offline: "named by statistics", none: "no name" }[source];
+  const by = renamed(row) ? "named by you" : { human: `named or confirmed by ${d.edited_by || "a person"}`, llm: `named by ${d.model || "a chat model"}`, offline: "named by statistics", none: "no name" }[source];
   const over = element("div", "over", element("span", "", `latent ${latent} · ${by}`), ...rating(row, d));
   const title = element("h2", name ? "" : "name none", name || "No name"), made = [backButton(), over, title];
   const description = mine.description ?? d.description, notes = mine.notes ?? d.notes;
@@ -164,10 +164,11 @@ function said(row, d) {
   return made;
 }
 
-let asked = 0;
+let asked = 0, displayed = null;
 async function show(latent) {
   const row = rowOf.get(latent), mine = ++asked, box = $("detail");
   if (row === undefined) return;
+  displayed = latent;
   let parts;
   try {
     const d = await detailOf(row);
@@ -187,6 +188,7 @@ async function show(latent) {
 // A latent of the SAE that is not here: dead, or there is none.
 function missing(what) {
   asked++;
+  displayed = null;
   const number = /^\d{1,9}$/.test(what), beyond = number && exists(about.n_latents) && Number(what) >= about.n_latents;
   const title = number && !beyond ? `Latent ${what} is not on this page` : "There is no such latent";
   const why = beyond || !number ? exists(about.n_latents) ? `The SAE has latents 0 to ${about.n_latents - 1}.` : "" : "It never fires on the texts that this page is about, or nothing was computed for it.";

@@ -26,7 +26,7 @@ function forget(latent, row, d) {
 function write(row, d, change) {
   const latent = columns.latent[row], mine = { ...edits[latent], ...change, stamp: `${about.sae_hash}/${d.digest}` };
   for (const key of WRITTEN) if (mine[key] === ((key === "name" ? columns.name?.[row] : d[key]) ?? "")) delete mine[key];
-  if (WRITTEN.some(key => mine[key] !== undefined)) edits[latent] = { ...mine, name: mine.name ?? columns.name[row] };
+  if (WRITTEN.some(key => mine[key] !== undefined)) edits[latent] = { ...mine, name: mine.name ?? columns.name?.[row] };
   else delete edits[latent];
   hay = null;
   keep();
@@ -81,8 +81,8 @@ function saveFile() {
   const keys = ["name", "description", "notes", "rating"], cell = text => `"${(/^'*[=+\-@\t\r\n＝＋－＠]/.test(text) ? "'" : "") + text.replaceAll('"', '""')}"`;
   let by = "";
   try { by = localStorage.getItem(BY) || ""; } catch { keeps = false; }
-  const found = Object.keys(edits).map(Number).filter(latent => rowOf.has(latent));
-  Promise.all(found.map(latent => detailOf(rowOf.get(latent)))).then(details => {
+  const found = Object.keys(edits).map(Number);  // also of latents that another page of this SAE holds
+  Promise.all(found.map(latent => rowOf.has(latent) ? detailOf(rowOf.get(latent)) : {})).then(details => {
     const rows = found.map((latent, at) => [String(latent), ...keys.map(key => cell(edits[latent][key] ?? details[at][key] ?? "")), cell(by || details[at].edited_by || ""), cell(edits[latent].stamp)].join(","));
     const file = new Blob(["\ufeff" + ["latent," + keys + ",edited_by,stamp", ...rows].join("\r\n") + "\r\n"], { type: "text/csv" });
     const link = Object.assign(element("a"), { href: URL.createObjectURL(file), download: "concepts_edits.csv" });

@@ -34,7 +34,8 @@ function element(tag, className, ...children) {
 }
 const button = (label, title, onclick) => Object.assign(element("button", "", label), { type: "button", title, onclick });
 const textOf = (key, x) => x === null ? none : (FIELDS[key].text || fixed)(x);
-const sourceOf = row => edits[columns.latent[row]]?.name ? "human" : columns.source?.[row] ?? "offline";
+const renamed = row => (edits[columns.latent[row]]?.name ?? columns.name?.[row]) !== columns.name?.[row];
+const sourceOf = row => renamed(row) ? "human" : columns.source?.[row] ?? "offline";
 const nameOf = row => edits[columns.latent[row]]?.name || columns.name?.[row] || "";
 
 function measured(key, x) {
@@ -122,6 +123,8 @@ function draw() {
   const list = $("list"), table = state.view === "table";
   list.className = table ? "table" : "";
   list.setAttribute("role", table ? "grid" : "listbox");
+  list.toggleAttribute("aria-owns", table);
+  if (table) list.setAttribute("aria-owns", "head rows");
   columnsSeen = table ? tableColumns() : [];
   $("head").hidden = !table;
   if (table) drawHead();
@@ -134,7 +137,7 @@ function draw() {
 }
 
 function tableColumns() {
-  const room = $("list").clientWidth - (innerWidth > 1000 ? 560 : innerWidth > 760 ? 330 : 230), wanted = [state.sort, ...numeric].filter(key => !["name", "latent"].includes(key));
+  const room = $("list").clientWidth - (innerWidth > 1000 ? 560 : innerWidth > 760 ? 330 : 180), wanted = [state.sort, ...numeric].filter(key => !["name", "latent"].includes(key));
   const seen = new Set([...new Set(wanted)].slice(0, Math.max(1, Math.floor(room / 104))));
   return numeric.filter(key => seen.has(key));
 }

@@ -36,7 +36,7 @@ function told(what) {
   const row = rowOf.get(state.latent);
   document.title = row === undefined ? what ? `no latent ${what} · ${about.title}` : about.title : `${state.latent} ${nameOf(row) || "no name"} · ${about.title}`;
   document.body.classList.toggle("open", state.latent !== null || !!what);
-  for (const f of watching) f(state.latent);
+  for (const f of watching) f(displayed);
 }
 
 // Change the state, the page and the address; push: a step back leads to where it was.
@@ -163,8 +163,8 @@ Object.assign(page, {
   has: latent => rowOf.has(latent), name: latent => rowOf.has(latent) ? nameOf(rowOf.get(latent)) || "(no name)" : undefined,
   row: latent => rowOf.has(latent) ? Object.fromEntries(Object.keys(columns).map(key => [key, columns[key][rowOf.get(latent)]])) : undefined,
   detail: latent => rowOf.has(latent) ? detailOf(rowOf.get(latent)) : Promise.reject(new Error(`latent ${latent} is not on the page`)),
-  selected: () => state.latent, select: latent => { if (rowOf.has(latent)) { go({ latent, view: state.view === "table" ? "list" : state.view }); reveal(); } },
-  onSelect: f => { watching.push(f); if (state.latent !== null) f(state.latent); },
+  selected: () => displayed, select: latent => { if (rowOf.has(latent)) { go({ latent, view: state.view === "table" ? "list" : state.view }); reveal(); } },
+  onSelect: f => { watching.push(f); if (displayed !== null) f(displayed); },
   element, chip, colour: (code, scale) => `rgba(${getComputedStyle(document.body).getPropertyValue("--act")}, ${alpha(code, scale)})`,
 });
 
