@@ -88,10 +88,10 @@ class Page:
     def hash(self):
         return self.driver.execute_script("return location.hash")
 
-    def wait(self, wish, seconds=10):
+    def wait(self, wish, seconds=20):
         end = time.monotonic() + seconds
         while not wish():
-            assert time.monotonic() < end, "the page did not get there"
+            assert time.monotonic() < end, (self.hash(), self.text("h2"), self.text("#count"), self.rows()[:40])
             time.sleep(0.03)
 
     def errors(self):

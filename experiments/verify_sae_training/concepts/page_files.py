@@ -68,8 +68,8 @@ def write_page(path: Path, about: dict[str, Any], latents: Iterable[dict[str, An
         "columns": {key: column for key, column in columns.items() if any(value is not None for value in column)},
         "parts": {"folder": folder.name, "names": names} if names else None,
     }
-    lines = [_json(index)] if names else [_json(index), *inline, *buckets]
-    write_text(path, _assembled(about["title"], "\n".join(lines)))
+    blocks = {f"part-{number}": text for number, text in enumerate([*inline, *buckets])} if not names else {}
+    write_text(path, _assembled(about["title"], {"data": _json(index), **blocks}))
     for old in folder.glob("*_*.js"):
         if old.stem not in names:
             old.unlink()
@@ -112,12 +112,14 @@ def _write_part(folder: Path, kind: str, data: str) -> str:
     return name
 
 
-def _assembled(title: str, data: str) -> str:
-    """The page's HTML. Its scripts and styles run by their digests: nothing else that gets into it can."""
+def _assembled(title: str, blocks: dict[str, str]) -> str:
+    """The page's HTML with blocks of JSON by their ids. Its scripts and styles run by their digests: nothing else that gets into it can."""
     style = (PARTS / "page.css").read_text(encoding="utf-8")
     script = "".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS).replace("UNSPACED", UNSPACED)
     script = f'"use strict";\n(() => {{{script}}})();\n'  # its names are its own, but for window.page
     policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src 'self' {_digest(script)}"
+    data = "\n".join(f'<script type="application/json" id="{name}">{text}</script>' for name, text in blocks.items()
+                     if text != "{}")
     values = {"title": html.escape(title), "policy": policy, "style": style, "script": script, "data": data}
     # In one pass, so that a title or text that looks like a placeholder stays as it is.
     template = (PARTS / "page.html").read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
 
 // Data: the index of all latents, and parts that are read when wanted: from this file, or from the folder beside it.
 const $ = id => document.getElementById(id);
-const lines = $("data").textContent.split("\n");
-const { about, columns, parts, per_part: perPart, n_buckets: nBuckets } = JSON.parse(lines[0]);
+const { about, columns, parts, per_part: perPart, n_buckets: nBuckets } = JSON.parse($("data").textContent);
 const n = columns.latent.length, firstBucket = Math.ceil(n / perPart);
 const rowOf = new Map(columns.latent.map((latent, row) => [latent, row]));
 const KEPT = 64;  // parts in memory
@@ -28,7 +27,7 @@ function load(name) {
 function read(number) {
   const name = parts ? parts.names[number] : number;
   if (!held.has(name)) {
-    held.set(name, parts ? load(name) : Promise.resolve(JSON.parse(lines[1 + number])));
+    held.set(name, parts ? load(name) : Promise.resolve(JSON.parse($("part-" + number)?.textContent ?? "{}")));
     if (held.size > KEPT) held.delete(held.keys().next().value);
   }
   return held.get(name);

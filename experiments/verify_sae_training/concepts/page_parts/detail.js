@@ -40,7 +40,7 @@ function facts(row, d) {
   scored("f1", exists(d.precision) ? `precision ${fixed(d.precision)}, recall ${fixed(d.recall)}` : "");
   const judge = d.judge && d.judge !== "rule" ? `judged by ${d.judge === "words" ? "its words" : d.judge}` : "";
   scored("score", [judge, exists(d.baseline) && `top token alone ${fixed(d.baseline)}`].filter(Boolean).join(", ") || "chance is 0.50");
-  scored("coherence", "of the name's parts");
+  scored("coherence", "1 is one pattern");
   scored("stability", "over other seeds");
   scored("interest");
   return found.length ? element("dl", "", ...found) : "";

@@ -9,7 +9,7 @@ const FIELDS = {
   interest: { label: "interest", help: about.interest || "F1 times coherence; more for what goes beyond the commonest token, and for a measured effect", range: .05 },
   f1: { label: "F1", help: "held-out F1 of the name's rule: how well it tells on which tokens the latent fires; 1 is best", range: .05, grades: [.8, .5], meter: x => x },
   score: { label: "accuracy", help: "held-out balanced accuracy of the name; 0.5 is chance, 1 is best", range: .05, grades: [.85, .7], meter: x => Math.max(0, 2 * x - 1) },
-  coherence: { label: "coherence", help: "whether the parts of the name belong together; 1 is one thing", range: .05 },
+  coherence: { label: "coherence", help: "how alike two of its firings are, drawn in proportion to their codes; 1 is one pattern", range: .05 },
   stability: { label: "stability", help: "how well the latent is found again in SAEs of other seeds; 1 is exactly", range: .05 },
   frequency: { label: "density", help: "share of the tokens on which it fires", range: "any", text: percent, scale: 100, unit: "%" },
   total: { label: "activation", help: "mean code over all tokens", text: x => x.toPrecision(2) },
