@@ -170,7 +170,7 @@ def test_the_map_selects_and_the_hooks_tell(page):
         const box = canvas.getBoundingClientRect(); canvas.setPointerCapture = () => {};
         for (const kind of ["pointerdown", "pointerup"]) canvas.dispatchEvent(new PointerEvent(kind,
           { clientX: box.left + x, clientY: box.top + y, pointerId: 1 }));""", at)
-    page.wait(lambda: page.driver.execute_script("return told.length") == 2)
+    page.wait(lambda: page.driver.execute_script("return told.length") == 3)
     assert page.driver.execute_script("return told.at(-1) === page.selected()") and not page.errors()
 
 
