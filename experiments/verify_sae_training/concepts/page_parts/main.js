@@ -42,6 +42,7 @@ function told(what) {
 // Change the state, the page and the address; push: a step back leads to where it was.
 function go(change, push = true) {
   const before = state.view;
+  if (push) wanted = false;
   Object.assign(state, change);
   if (before !== state.view) { drawTools(); opened(); draw(); reveal(true); } else { drawRows(); drawMap(); }
   if ("latent" in change) { if (state.latent !== null) show(state.latent); told(); }
@@ -54,6 +55,7 @@ function opened() {
 }
 
 function refilter() {
+  wanted = true;
   filter();
   search();
   drawTools();
@@ -73,11 +75,13 @@ function sortBy(key) {
   rememberSoon();
 }
 
-// The detail follows the search, when it pauses: the first hit is shown, and its number stands in the address.
-let following = 0;
+// The detail follows the search, when it pauses: the first hit is shown, and its number stands in the address. Hits in
+// texts may come later; they don't take away what a person has chosen since.
+let following = 0, wanted = false;
 function follow() {
   clearTimeout(following);
   following = setTimeout(() => {
+    if (!wanted) return;
     const hit = state.q || passes.includes(0) ? shown[0] : undefined;
     if (hit === undefined || narrow.matches || state.view === "table" || columns.latent[hit] === state.latent) return;
     go({ latent: columns.latent[hit] }, false);
@@ -88,6 +92,7 @@ function follow() {
 function route() {
   const { what, ...found } = parse(location.hash), latent = /^\d{1,9}$/.test(what) && rowOf.has(Number(what)) ? Number(what) : null;
   clearTimeout(timer);
+  wanted = false;
   Object.assign(state, found, { latent });
   order = ordered();
   filter();
@@ -108,7 +113,7 @@ function step(event) {
   if (!(event.key in moves) || !shown.length || event.target === $("search") && !event.key.startsWith("Arrow")) return false;
   event.preventDefault();
   const row = shown[Math.min(shown.length - 1, Math.max(0, moves[event.key]))];
-  clearTimeout(following);
+  wanted = false;
   Object.assign(state, { latent: columns.latent[row] });
   reveal();
   drawRows();
@@ -126,13 +131,13 @@ function random() {
 function enter() {
   const row = rowOf.get(state.latent), hit = shown.includes(row) ? row : shown[0];
   if (hit === undefined) return;
-  clearTimeout(following);
   go({ latent: columns.latent[hit], view: state.view === "map" ? "map" : "list" });
   $("detail").focus({ preventScroll: true });
 }
 
 function typed() {
   state.q = $("search").value;
+  wanted = true;
   search();
   $("list").scrollTop = 0;
   draw();
@@ -154,7 +159,6 @@ document.addEventListener("click", event => {
   const link = event.target.closest("a[data-latent]");
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
   event.preventDefault();
-  clearTimeout(following);
   go({ latent: Number(link.dataset.latent), view: state.view === "table" ? "list" : state.view });
   if (!$("list").contains(link)) reveal(true);
 });
