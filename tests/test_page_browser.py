@@ -198,6 +198,11 @@ def test_what_a_person_writes_stays_and_merges(pages, chromium, tmp_path):
     assert page.text("#save") == "Save 3 edits"
     page.open("#8")
     page.wait(lambda: page.text("h2") == '=a "dog", <b>barks</b>')  # kept over a reload
+    page.driver.execute_script("""const key = "sae-concepts:" + page.about.sae_hash, kept = JSON.parse(localStorage[key]);
+        kept[20] = { name: "of another window", stamp: page.about.sae_hash + "/" };
+        localStorage[key] = JSON.stringify(kept);""")
+    page.find(".over .group button:nth-child(2)").click()
+    page.wait(lambda: page.text("#save") == "Save 4 edits")
     page.find("#save").click()
     folder = page.driver.capabilities["chrome"]["userDataDir"]
     saved = re.sub("profile$", "", folder) + "concepts_edits.csv"
@@ -211,7 +216,7 @@ def test_what_a_person_writes_stays_and_merges(pages, chromium, tmp_path):
     assert merged[8] | {"name": '=a "dog", <b>barks</b>', "source": "human", "edited_by": "Ada"} == merged[8]
     assert merged[9]["name"] == "nine" and merged[9]["source"] == "human"
     assert merged[250]["rating"] == "wrong" and merged[250]["name"] == "name250" and merged[250]["f1"] == 0.5
-    assert [i for i, one in merged.items() if one["source"] == "human"] == [8, 9, 250]
+    assert [i for i, one in merged.items() if one["source"] == "human"] == [8, 9, 20, 250]
     # Written again from there, the page says it itself, and the browser's copies go.
     back = read_concepts(path)
     assert merge_concepts(back, back) == (back["concepts"], [])

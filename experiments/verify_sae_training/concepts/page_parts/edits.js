@@ -3,12 +3,29 @@
 const STORE = "sae-concepts:" + about.sae_hash, BY = "sae-concepts-by", WRITTEN = ["name", "description", "notes", "rating"];
 const RATINGS = { good: "✓ good", unclear: "? unclear", wrong: "✗ wrong" };
 let edits = {}, keeps = true;
-try { edits = about.sae_hash && JSON.parse(localStorage.getItem(STORE)) || {}; } catch { keeps = false; }
+edits = stored();
 
-function keep() {
-  try { localStorage.setItem(STORE, JSON.stringify(edits)); } catch { keeps = false; }
-  drawSave();
+function stored() {
+  try { return about.sae_hash && JSON.parse(localStorage.getItem(STORE)) || {}; } catch { keeps = false; return edits; }
 }
+
+// Keep what was written of one latent, or nothing; what other windows have written meanwhile stays.
+function keep(latent, mine) {
+  edits = stored();
+  if (mine) edits[latent] = mine; else delete edits[latent];
+  try { localStorage.setItem(STORE, JSON.stringify(edits)); } catch { keeps = false; }
+  hay = null;
+  drawSave();
+  drawRows();
+}
+
+addEventListener("storage", () => {
+  edits = stored();
+  hay = null;
+  drawSave();
+  drawRows();
+  if (displayed !== null && !document.querySelector(".editor")) show(displayed);
+});
 
 function drawSave() {
   const many = Object.keys(edits).length, save = $("save");
@@ -20,17 +37,13 @@ function drawSave() {
 // An edit that says what the page says by now has been merged.
 function forget(latent, row, d) {
   const mine = edits[latent];
-  if (mine && WRITTEN.every(key => mine[key] === undefined || mine[key] === (key === "name" ? columns.name?.[row] : d[key] ?? ""))) { delete edits[latent]; keep(); }
+  if (mine && WRITTEN.every(key => mine[key] === undefined || mine[key] === (key === "name" ? columns.name?.[row] : d[key] ?? ""))) keep(latent, null);
 }
 
 function write(row, d, change) {
   const latent = columns.latent[row], mine = { ...edits[latent], ...change, stamp: `${about.sae_hash}/${d.digest}` };
   for (const key of WRITTEN) if (mine[key] === ((key === "name" ? columns.name?.[row] : d[key]) ?? "")) delete mine[key];
-  if (WRITTEN.some(key => mine[key] !== undefined)) edits[latent] = { ...mine, name: mine.name ?? columns.name?.[row] };
-  else delete edits[latent];
-  hay = null;
-  keep();
-  drawRows();
+  keep(latent, WRITTEN.some(key => mine[key] !== undefined) ? { ...mine, name: mine.name ?? columns.name?.[row] } : null);
   show(latent);
 }
 
@@ -62,7 +75,7 @@ function openEditor(row, d, why) {
   try { by = localStorage.getItem(BY) || ""; } catch { keeps = false; }
   field("by", "your name, for the file (may be empty)", "input", by);
   inputs.name.required = true;
-  const close = () => { form.remove(); $("detail").focus({ preventScroll: true }); }, again = button("As it was", "take back what you wrote here", () => { delete edits[columns.latent[row]]; hay = null; keep(); drawRows(); show(columns.latent[row]); });
+  const close = () => { form.remove(); $("detail").focus({ preventScroll: true }); }, again = button("As it was", "take back what you wrote here", () => { keep(columns.latent[row], null); show(columns.latent[row]); });
   form.append(element("div", "buttons", Object.assign(element("button", "", "Keep"), { type: "submit" }), button("Cancel", "", close), ...(edits[columns.latent[row]] ? [again] : []), element("span", "", why || "Kept in this browser until you save the file.")));
   form.onsubmit = event => {
     event.preventDefault();
