@@ -198,7 +198,8 @@ def test_what_a_person_writes_stays_and_merges(pages, chromium, tmp_path):
     assert page.text("#save") == "Save 3 edits"
     page.open("#8")
     page.wait(lambda: page.text("h2") == '=a "dog", <b>barks</b>')  # kept over a reload
-    page.driver.execute_script("""const key = "sae-concepts:" + page.about.sae_hash, kept = JSON.parse(localStorage[key]);
+    page.driver.execute_script("""const key = "sae-concepts:" + page.about.sae_hash;
+        const kept = JSON.parse(localStorage[key]);
         kept[20] = { name: "of another window", stamp: page.about.sae_hash + "/" };
         localStorage[key] = JSON.stringify(kept);""")
     page.find(".over .group button:nth-child(2)").click()

@@ -113,7 +113,10 @@ def _write_part(folder: Path, kind: str, data: str) -> str:
 
 
 def _assembled(title: str, blocks: dict[str, str]) -> str:
-    """The page's HTML with blocks of JSON by their ids. Its scripts and styles run by their digests: nothing else that gets into it can."""
+    """The page's HTML with blocks of JSON by their ids.
+
+    Its scripts and styles run by their digests: nothing else that gets into it can.
+    """
     style = (PARTS / "page.css").read_text(encoding="utf-8")
     script = "".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS).replace("UNSPACED", UNSPACED)
     script = f'"use strict";\n(() => {{{script}}})();\n'  # its names are its own, but for window.page

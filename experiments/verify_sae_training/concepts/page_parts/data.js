@@ -44,18 +44,21 @@ const digit = new Uint8Array(128);
 [...DIGITS].forEach((character, at) => { digit[character.charCodeAt(0)] = at; });
 
 const textRows = new Map();  // word of a query -> Uint8Array, 1 where a text of the row has it; undefined while it is read
+// Whether a word has pieces of which the word index can say something: one letter alone is in too many texts.
+function searchable(word) {
+  const pieces = word.match(WORD) || [];
+  return pieces.length > 0 && pieces.every(piece => [...piece].length > 1 || /[UNSPACED]/.test(piece));
+}
+
 async function findInTexts(word) {
-  const found = new Uint8Array(n).fill(1), pieces = word.match(WORD) || [];
-  for (const piece of pieces) {
-    const [first, second] = [...piece].map(character => character.codePointAt(0));
-    const whole = second === undefined;
-    if (!pieces.length || whole && !/[UNSPACED]/.test(piece)) return new Uint8Array(n);
+  const found = new Uint8Array(n).fill(1);
+  for (const piece of word.match(WORD)) {
+    const [first, second] = [...piece].map(character => character.codePointAt(0)), start = piece.slice(0, 40);
     const bucket = await read(firstBucket + (31 * first + (second ?? 0)) % nBuckets), rows = new Uint8Array(n);
-    const start = piece.slice(0, 40);
-    for (const key in bucket) if (whole ? key === start : key.startsWith(start)) mark(bucket[key], rows);
+    for (const key in bucket) if (second === undefined ? key === start : key.startsWith(start)) mark(bucket[key], rows);
     for (let row = 0; row < n; row++) found[row] &= rows[row];
   }
-  return pieces.length ? found : new Uint8Array(n);
+  return found;
 }
 
 function mark(gaps, rows) {

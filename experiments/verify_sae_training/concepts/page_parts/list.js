@@ -1,6 +1,7 @@
 
 // The list and the table: one order, filters, search, and rows drawn only where they are seen.
 const none = "–", ROW = 36;
+const english = new Intl.NumberFormat("en");
 const percent = x => x ? +(100 * x).toPrecision(2) + " %" : "never";
 const fixed = (x, digits = 2) => x === null || x === undefined ? none : Math.abs(x) >= 1000 || (x && Math.abs(x) < .01) ? x.toPrecision(2) : x.toFixed(digits);
 const grade = (x, good, fair) => x >= good ? "good" : x >= fair ? "fair" : "poor";
@@ -85,37 +86,39 @@ function search() {
   const words = state.q.toLowerCase().split(/\s+/).filter(Boolean), number = words.length === 1 && /^\d+$/.test(words[0]);
   if (words.length && !hay) prepare();
   for (const word of words) if (!textRows.has(word)) wantTexts(word);
-  const groups = [[], [], [], []];
-  for (const row of order) {
+  const groups = [[], [], [], []], texts = words.map(word => textRows.get(word));
+  for (let at = 0; at < n; at++) {
+    const row = order[at];
     if (!passes[row]) continue;
     let rank = 1;
     if (number && String(columns.latent[row]).startsWith(words[0])) rank = 0;
-    else for (const word of words) {
-      const at = hay[row].indexOf(word);
-      if (at >= 0) rank = Math.max(rank, at < nameEnds[row] ? 1 : 2);
-      else if (textRows.get(word)?.[row]) rank = 3;
+    else for (let which = 0; which < words.length; which++) {
+      const found = hay[row].indexOf(words[which]);
+      if (found >= 0) { if (found > nameEnds[row] && rank < 2) rank = 2; }
+      else if (texts[which]?.[row]) rank = 3;
       else { rank = 4; break; }
     }
     if (rank < 4) groups[rank].push(row);
   }
   if (number) groups[0].sort((a, b) => columns.latent[a] - columns.latent[b]);
   inTexts = groups[3].length;
-  shown = groups.flat();
+  shown = [].concat(...groups);
 }
 
 function wantTexts(word) {
   if (textRows.size > 200) textRows.clear();
+  if (!searchable(word)) { textRows.set(word, new Uint8Array(n)); return; }
   textRows.set(word, undefined);
-  findInTexts(word).then(found => {
+  findInTexts(word).then(found => requestAnimationFrame(() => setTimeout(() => {  // what was typed is drawn first
     textRows.set(word, found);
     if (state.q.toLowerCase().includes(word)) { search(); draw(); follow(); }
-  }, error => { $("count").textContent = error.message; });
+  })), error => { $("count").textContent = error.message; });
 }
 
 function count() {
-  const of = shown.length === n ? `${n.toLocaleString("en")} latents` : `${shown.length.toLocaleString("en")} of ${n.toLocaleString("en")} latents`;
+  const of = shown.length === n ? `${english.format(n)} latents` : `${english.format(shown.length)} of ${english.format(n)} latents`;
   const reading = state.q.toLowerCase().split(/\s+/).some(word => word && textRows.has(word) && !textRows.get(word));
-  $("count").textContent = of + (inTexts ? `, ${inTexts.toLocaleString("en")} of them by their texts alone` : "") + (reading ? ", searching the texts …" : "");
+  $("count").textContent = of + (inTexts ? `, ${english.format(inTexts)} of them by their texts alone` : "") + (reading ? ", searching the texts …" : "");
 }
 
 let columnsSeen = [];
