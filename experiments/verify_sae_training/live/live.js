@@ -76,7 +76,7 @@
 
   root.append(
     element("label", { className: "live-title", htmlFor: "live-text" }, "Type a text: which latents fire?"), text,
-    element("div", { className: "live-line" }, status, element("span", { className: "live-right" }, legend, " ", colour)),
+    element("div", { className: "live-line" }, status, element("span", {}, legend, " ", colour)),
     tokens, tokenTitle, latents, chosen, steering, without);
   root.hidden = false;
 
@@ -260,7 +260,7 @@
     about = await response.json();
     if (!response.ok) throw new Error(about.error);
     text.maxLength = about.text_characters;
-    legend.textContent = `colour: share of ${about.measured ? "its" : "this text's"} highest code,`;
+    legend.textContent = `colour: code ÷ highest code${about.measured ? "" : " in this text"} of the`;
     steering.hidden = without.hidden = Boolean(about.no_writing);
     if (about.no_writing) chosen.after(element("p", { className: "live-hint" }, about.no_writing + "."));
     else if (!about.measured) {
