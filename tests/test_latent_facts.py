@@ -20,6 +20,7 @@ from concepts.examples import (
 )
 from concepts.facts import Corpus, collect_facts, read_facts, write_facts
 from concepts.firings import collect_firings
+from concepts.page_index import packed_example
 from concepts.top_texts import LONGEST, _cut, read_examples, read_top_texts, write_top_texts
 from lib.activations import SaveSettings, save_activations
 from lib.environment import InputError
@@ -226,8 +227,12 @@ def test_the_file_says_what_was_computed(tmp_path, run, codes, dense, corpus):
             for e in group["examples"]:
                 first, last = e["window"]
                 here = (run.rows["text_id"] == e["text_id"]) & (run.rows["pos"] >= first) & (run.rows["pos"] <= last)
-                assert e["acts"] == pytest.approx(dense[here, latent].tolist(), rel=1e-5)
-                assert e["spans"] == torch.stack([run.rows["char_start"][here], run.rows["char_end"][here]], 1).tolist()
+                spans = torch.stack([run.rows["char_start"][here], run.rows["char_end"][here]], 1).tolist()
+                acts = dense[here, latent].tolist()
+                shown = dict(zip(map(tuple, e["spans"]), e["acts"]))
+                assert [shown.get(tuple(span), 0) for span in spans] == pytest.approx(acts, rel=1e-5)
+                assert [spans[0], spans[-1]] == [e["spans"][0], e["spans"][-1]] and len(shown) == len(e["acts"])
+                assert [e["char_start"], e["char_end"]] in e["spans"]
                 assert e["token_str"] == e["text"][e["char_start"] : e["char_end"]]
                 row = int(((run.rows["text_id"] == e["text_id"]) & (run.rows["pos"] == e["token_idx"])).nonzero())
                 fired = float(dense[row, latent])
@@ -282,6 +287,9 @@ def test_top_texts_hold_what_was_promised(tmp_path, run, codes, dense, corpus):
         for e in found:
             assert e["token_str"] == e["text"][e["char_start"] : e["char_end"]] and e["score"] == max(e["acts"])
             assert e["text"] == run.texts[e["text_id"]]["text"]
+            first, last = e["window"]
+            here = (run.rows["text_id"] == e["text_id"]) & (run.rows["pos"] >= first) & (run.rows["pos"] <= last)
+            assert e["acts"] == pytest.approx(dense[here, latent].tolist(), rel=1e-5)
     assert json.loads((tmp_path / "top_texts.json").read_text())["meta"]["sae_hash"] == "aa"
 
 
@@ -336,3 +344,11 @@ def test_an_older_store_still_opens(tmp_path, codes, corpus):
     write_facts(tmp_path / "latent_facts.safetensors", facts, sae_hash="aa", run_id="r")
     found, top, middle = read_examples(tmp_path, F, "aa")
     assert found is not None and (top, middle) == ({}, {}) and found.top(0, corpus) == facts.top(0, corpus)
+
+
+def test_the_page_shows_the_same_without_the_tokens_that_do_not_fire(codes, corpus):
+    facts = collect_facts(codes, collect_firings(codes, 3))
+    for latent in range(F):
+        for group in facts.places:
+            pair = [facts.examples(latent, group, corpus, whole) for whole in (False, True)]
+            assert [[packed_example(e) for e in part] for part in pair][0] == [packed_example(e) for e in pair[1]]

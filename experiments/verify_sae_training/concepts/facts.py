@@ -114,10 +114,14 @@ class Facts:
 
     def top(self, latent: int, corpus: Corpus) -> list[Example]:
         """A latent's top texts as in top_texts.json, with the character ranges of the tokens around."""
-        return self.examples(latent, self.places[0], corpus)
+        return self.examples(latent, self.places[0], corpus, whole=True)
 
-    def examples(self, latent: int, group: Group, corpus: Corpus) -> list[Example]:
-        """A latent's examples of one group."""
+    def examples(self, latent: int, group: Group, corpus: Corpus, whole: bool = False) -> list[Example]:
+        """A latent's examples of one group.
+
+        whole: with "acts" and "spans" of all tokens of the window; otherwise of its first and last, the example's own,
+        and those that fire, which is all that there is to colour.
+        """
         found, rows, arrays = [], corpus.rows, self.arrays
         n_places = arrays["rows"].shape[1]
         for place in range(group.first, group.beyond):
@@ -127,16 +131,15 @@ class Facts:
             text_id, start, end = (int(rows[name][row]) for name in ("text_id", "char_start", "char_end"))
             text, (first, beyond) = corpus.texts[text_id], corpus.bounds[text_id]
             first, beyond = max(first, row - group.before), min(beyond, row + group.after + 1)
-            acts: list[float] = [0] * (beyond - first)
             kept = slice(*arrays["act_starts"][latent * n_places + place :][:2])
-            for offset, act in zip(arrays["act_offsets"][kept].tolist(), arrays["act_values"][kept].tolist()):
-                if 0 <= row - first + offset < len(acts):
-                    acts[row - first + offset] = short(act)
+            offsets, values = arrays["act_offsets"][kept].tolist(), arrays["act_values"][kept].tolist()
+            acts = {row + offset: short(act) for offset, act in zip(offsets, values) if first <= row + offset < beyond}
+            near = range(first, beyond) if whole else sorted({first, row, beyond - 1, *acts})
             example = {
-                "text": text, "score": acts[row - first], "token_str": text[start:end],
+                "text": text, "score": acts.get(row, 0), "token_str": text[start:end],
                 "token_idx": int(rows["pos"][row]), "text_id": text_id, "char_start": start, "char_end": end,
-                "window": [int(rows["pos"][first]), int(rows["pos"][beyond - 1])], "acts": acts,
-                "spans": corpus.spans[first:beyond].tolist(),
+                "window": [int(rows["pos"][first]), int(rows["pos"][beyond - 1])],
+                "acts": [acts.get(other, 0) for other in near], "spans": corpus.spans[near].tolist(),
             }
             if group.kind == "near_miss":
                 score, needed = (arrays[name][latent, place - group.first] for name in ("near_scores", "near_needed"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from concepts.coherence import interest
 from concepts.counts import HISTOGRAM_BINS
 from concepts.facts import Corpus, Facts
 from lib.environment import InputError
@@ -61,10 +62,12 @@ def page_latents(known: Known) -> Iterator[dict[str, Any]]:
     for latent in known.stats["fires"].nonzero()[:, 0].tolist():
         numbers = {name: float(column[latent]) for name, column in known.stats.items() if name != "fires"}
         fires = int(known.stats["fires"][latent])
-        entry = known.concepts.get(latent)
+        entry, effect = known.concepts.get(latent), known.effects.get(latent)
         data = {"latent": latent, "fires": fires, "frequency": fires / n_tokens, **numbers, "entry": entry,
-                "near": [list(pair) for pair in known.near.get(latent, ())], "effect": known.effects.get(latent),
+                "near": [list(pair) for pair in known.near.get(latent, ())], "effect": effect,
                 **{key: value for key, value in known.stability.get(latent, {}).items() if key in SEVERAL}}
+        if entry and entry.get("f1") is not None:
+            data["interest"] = interest(entry, effect["ablated"]["kl"] if effect else None)
         if known.positions is not None:
             data["map"] = tuple(known.positions[latent].tolist())
         if known.logits is not None and known.token is not None:
