@@ -4,10 +4,14 @@ import json
 import pytest
 import torch
 from conftest import TEXTS, dense_codes, in_batches, tiny_model, word_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from concepts import counts, examples
 from concepts.codes import Codes, encode_run
+from concepts.coherence import interest
 from concepts.counts import MIN_TOGETHER, code_histograms, cofiring, draw_rows, token_shares
+from concepts.directions import logit_effects, token_text
 from concepts.examples import (
     INTERVALS,
     NEAR,
@@ -20,6 +24,8 @@ from concepts.examples import (
 )
 from concepts.facts import Corpus, collect_facts, read_facts, write_facts
 from concepts.firings import collect_firings
+from concepts.page_data import Known, page_latents, read_stability
+from concepts.page_files import write_page
 from concepts.page_index import packed_example
 from concepts.top_texts import LONGEST, _cut, read_examples, read_top_texts, write_top_texts
 from lib.activations import SaveSettings, save_activations
@@ -352,3 +358,64 @@ def test_the_page_shows_the_same_without_the_tokens_that_do_not_fire(codes, corp
         for group in facts.places:
             pair = [facts.examples(latent, group, corpus, whole) for whole in (False, True)]
             assert [[packed_example(e) for e in part] for part in pair][0] == [packed_example(e) for e in pair[1]]
+
+
+def shown(codes, corpus, **more):
+    firings = collect_firings(codes, 3)
+    return Known(firings.stats(), corpus, {0: {"name": "dog", "f1": 0.5, "source": "offline"}},
+                 facts=collect_facts(codes, firings), **more)
+
+
+def test_every_living_latent_comes_to_the_page_named_or_not(tmp_path, codes, corpus, dense):
+    known = shown(codes, corpus, near={1: [(2, 0.5)]}, positions=torch.arange(2 * F).view(F, 2).float(),
+                  logits=(torch.tensor([[[7], [8]]] * F), torch.tensor([[[0.5], [-0.25]]] * F)), token=str,
+                  effects={0: {"ablated": {"kl": 0.3}}}, stability={3: {"stability": 0.8, "other": 1}})
+    found = list(page_latents(known))
+    assert [one["latent"] for one in found] == (dense > 0).any(0).nonzero()[:, 0].tolist() and len(found) > F // 2
+    one = found[0]
+    assert (one["near"], one["map"], one["promotes"], one["demotes"]) == ([], (0.0, 1.0), [("7", 0.5)], [("8", -0.25)])
+    assert one["frequency"] == pytest.approx(float((dense[:, 0] > 0).float().mean()))
+    assert one["interest"] == interest(known.concepts[0], 0.3) > interest(known.concepts[0])
+    assert sum(one["histogram"]["counts"]) == one["fires"]
+    assert one["histogram"]["edges"][-1] == pytest.approx(one["max"])
+    assert one["token_share"][0][0].isdecimal() and found[1]["near"] == [[2, 0.5]]
+    stable = next(one for one in found if one["latent"] == 3)
+    assert stable["stability"] == 0.8 and "other" not in stable
+    assert write_page(tmp_path / "concepts.html", {"title": "t"}, page_latents(known)) == [tmp_path / "concepts.html"]
+    older = list(page_latents(Known(known.stats, corpus, {}, older=({0: ["a"]}, {}))))
+    assert older[0]["top"] == ["a"] and "histogram" not in older[0]
+
+
+def test_stability_is_read_where_several_saes_were_compared(tmp_path):
+    path = tmp_path / "stability.json"
+    assert read_stability(path, "aa") == {}
+    entry = {"stability": 0.9, "seeds": [{"sae": "b", "latent": 4, "correlation": 0.9}]}
+    path.write_text(json.dumps({"sae_hash": "aa", "latents": {"17": entry}}))
+    assert read_stability(path, "aa") == {17: entry}
+    with pytest.raises(InputError, match="another SAE"):
+        read_stability(path, "bb")
+    path.write_text(json.dumps({"sae_hash": "aa", "latents": {"17": {"stability": "high"}}}))
+    with pytest.raises(InputError):
+        read_stability(path, "aa")
+
+
+def test_logit_effects_are_the_products_with_the_unembedding():
+    sae = make()
+    view = torch.randn(9, 16, generator=torch.Generator().manual_seed(5))
+    ids, changes = logit_effects(sae, view, 4)
+    logits = sae.W_dec @ view.T
+    assert torch.equal(ids[:, 0].long(), logits.topk(4).indices)
+    assert torch.equal(ids[:, 1].long(), (-logits).topk(4).indices)
+    assert torch.allclose(changes, logits.gather(1, ids.long().flatten(1)).view(F, 2, 4), atol=1e-5)
+    assert logit_effects(sae, view, 20)[0].shape == (F, 2, 9)
+
+
+def test_pieces_of_characters_are_shown_as_bytes():
+    letters = {chr(code): i for i, code in enumerate([*range(33, 127), *range(161, 173), *range(174, 256),
+                                                      *range(256, 324)])}
+    byte_level = Tokenizer(models.BPE(letters, []))
+    byte_level.pre_tokenizer, byte_level.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level)
+    pieces = [token_text(tokenizer, i) for i in tokenizer("“ a")["input_ids"]]
+    assert pieces[-5:] == ["<0xE2>", "<0x80>", "<0x9C>", " ", "a"]
+    assert token_text(tokenizer, 10**6) == "[1000000]"

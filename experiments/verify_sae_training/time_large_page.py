@@ -18,7 +18,7 @@ TOP_K: Size = 8                 # latents that fire on one token
 TOKENS: Size = 100_000          # the first of the run
 TOP_TEXTS: Size = 10            # examples of each latent
 SEED: NotNegative = 0           # draws the activations that the latents point at
-OUT: Location = "large_page"    # folder to write to
+OUT: Location | None = None     # folder to write to; None: large_page/ in the store
 CONSTANTS = override(globals())
 
 import resource
@@ -42,7 +42,7 @@ from concepts.top_texts import write_top_texts
 from lib.batches import batches_in_order, read_rows
 from lib.environment import run
 from lib.sae import make_sae, sae_hash
-from lib.store import open_run
+from lib.store import experiment_dir, open_run
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def untrained_sae(shards, n_rows):
     rows = functional.normalize(x - mean, dim=1)
     rows += 0.3 * torch.randn(rows.shape, generator=generator) / rows.shape[1] ** 0.5
     rows = functional.normalize(rows, dim=1)
-    return make_sae(rows, torch.zeros(LATENTS), rows, mean, scale, TOP_K)
+    return make_sae(rows, torch.zeros(LATENTS), rows, mean=mean, scale=scale, top_k=TOP_K)
 
 
 def first_rows(shards, n_rows):
@@ -109,7 +109,7 @@ def show(folder, saved, sae, codes, firings):
 
 def main():
     saved = open_run("verify_sae_training", RUN_ID)
-    n_rows, folder = min(TOKENS, saved.n_rows), Path(OUT)
+    n_rows, folder = min(TOKENS, saved.n_rows), Path(OUT or experiment_dir("verify_sae_training") / "large_page")
     shards = first_rows(saved.shards(saved.hook()), n_rows)
     sae = untrained_sae(shards, n_rows)
     with timed(f"codes of {n_rows:,} tokens"):
@@ -123,7 +123,7 @@ def main():
     with timed("facts and top texts written"):
         write_facts(folder / "latent_facts.safetensors", facts, sae_hash=sae_hash(sae), run_id=saved.run_id)
         write_top_texts(folder / "top_texts.json", facts, Corpus(codes.texts, codes.rows), {})
-    show(folder, saved, sae, codes, firings)
+    show(folder, saved, sae, codes=codes, firings=firings)
     print(f"{int((firings.fires > 0).sum()):,} of {LATENTS:,} latents fire; {folder}:")
     for path in sorted(folder.iterdir()):
         size = sum(file.stat().st_size for file in [path, *path.glob("*")] if file.is_file())
