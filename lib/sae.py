@@ -115,9 +115,9 @@ class SAE:
         pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
         if self.threshold is None:
             return pre.relu_().topk(self.top_k, dim=1)
-        pre = pre.where(pre > self.threshold, 0)
-        fullest = max((pre > 0).sum(1).tolist(), default=0)
-        return pre.topk(min(self.top_k, max(1, fullest)), dim=1)
+        fires = pre > self.threshold
+        fullest = max(fires.sum(1).tolist(), default=0)
+        return pre.masked_fill_(~fires, 0).topk(min(self.top_k, max(1, fullest)), dim=1)
 
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:

@@ -235,6 +235,38 @@ def test_llama_scope_by_its_formula(parts, tmp_path):
             read_foreign(write_llama_scope(tmp_path / "bad", p, **change))
 
 
+@pytest.mark.parametrize("change", [{"hook_point_in": "a\nb"}, {"model_name": "a\n" * 200}, {"model_name": ""},
+                                    {"hook_point_out": "a\nb"}])
+def test_names_of_several_lines_are_one(parts, tmp_path, change):
+    whole = {"hook_point_out": None} | change
+    try:
+        facts = read_foreign(write_llama_scope(tmp_path, parts, **whole)).facts
+        assert "" not in facts.values()
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+HARMS = {"no rows": lambda x: x[:0], "another dimension": lambda x: x[None], "whole numbers": lambda x: x.int(),
+         "infinite": lambda x: x * torch.inf, "half": lambda x: x[: len(x) // 2].clone()}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_weights_of_the_newer_formats_are_one_line(parts, tmp_path, harm):
+    llama = write_llama_scope(tmp_path / "llama", parts) / "checkpoints" / "final.safetensors"
+    whole = load_file(llama)
+    for name in whole:
+        save_file(whole | {name: HARMS[harm](whole[name]).contiguous()}, llama)
+        with pytest.raises(InputError) as error:
+            read_foreign(tmp_path / "llama")
+        assert "\n" not in str(error.value)
+    for name in (*BASE, "threshold"):
+        arrays = {key: parts[key] for key in (*BASE, "threshold")} | {name: HARMS[harm](parts[name])}
+        np.savez(tmp_path / "params.npz", **{key: value.numpy() for key, value in arrays.items()})
+        with pytest.raises(InputError) as error:
+            read_foreign(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 def test_latents_whose_decoder_row_is_nothing_never_fire(parts, tmp_path):
     p, x = parts, raw()
     p["W_dec"][[3, 7]] = 0

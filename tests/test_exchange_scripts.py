@@ -80,7 +80,7 @@ def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, t
     assert script("import_sae.py", f"SOURCE={trained}/exports/sparsify/layers.1")[0] == 0
     names = run_notebook(FOLDER / "03_analyze_training.ipynb")
     said = capsys.readouterr().out
-    assert "trained elsewhere (sparsify" in said and "brought no history" in said
+    assert "trained elsewhere (topk SAE of sparsify" in said and "brought no history" in said
     checks = {row["check"] for row in names["checks"]}
     assert {"ev", "dead", "duplicates", "reload", "ce_recovered"} <= checks
     assert not checks & {"loss_fell", "weights_moved", "ev_random", "gap"}
@@ -256,6 +256,8 @@ def test_pushed_and_pulled_again(script, trained, hub, tmp_path):  # noqa: F811
     assert b'from_pretrained("user/name"' in Hub.files["README.md"]
     before = codes_and_reconstruction(trained / "topk_sae.pt")
     shutil.rmtree(trained)
+    refused = run("import_sae.py", "SOURCE=user/name")
+    assert refused.returncode == 2 and f"set SUBFOLDER to the folder of one, like {folder}\n" in refused.stderr
     done = run("import_sae.py", "SOURCE=user/name", f"SUBFOLDER={folder}")
     assert done.returncode == 0, done.stderr
     for mine, other in zip(before, codes_and_reconstruction(find_sae() / "topk_sae.pt")):

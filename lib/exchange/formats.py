@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..environment import InputError
-from ..schemas import Misfit
+from ..schemas import Misfit, Text, check
 from . import dictionary_learning, gemma_scope, llama_scope, sae_lens, sparsify
 from .folded import Folded
 from .places import hub_name, signature_of
+
+ONE_LINE = Text(r"[^\x00-\x1f\x7f]{1,300}")
 
 
 class Reader(NamedTuple):
@@ -52,6 +54,13 @@ def is_foreign(folder: Path) -> bool:
     return any((folder / known.files[0]).exists() for known in READERS.values())
 
 
+def folders_of(files: list[str], most: int = 3) -> list[str]:
+    """The first folders with an SAE, from the paths of a repository's files."""
+    firsts = tuple(f"/{known.files[0]}" for known in READERS.values())
+    found = {path.removesuffix(first) for path in files for first in firsts if path.endswith(first)}
+    return sorted(found)[:most]
+
+
 def read_foreign(folder: Path, where: str | None = None) -> Foreign:
     """The SAE in `folder`; where: its repository and folder there, whose names some formats need; None: the path.
 
@@ -61,6 +70,7 @@ def read_foreign(folder: Path, where: str | None = None) -> Foreign:
         if (folder / known.files[0]).exists():
             try:
                 sae, facts = known.read(folder, where or str(folder))
+                check(facts, dict.fromkeys(facts, ONE_LINE))
             except Misfit as misfit:
                 raise InputError(f"{folder} holds no {name} SAE that can be read: {misfit}") from None
             if "hook_name" in facts:
@@ -68,10 +78,7 @@ def read_foreign(folder: Path, where: str | None = None) -> Foreign:
             if "model_name" in facts:
                 facts["model_name"] = hub_name(facts["model_name"])
             return Foreign(name, sae, facts)
-    below = sorted({path.parent.relative_to(folder).as_posix() for known in READERS.values()
-                    for path in folder.glob(f"*/**/{Path(known.files[0]).name}")})
-    if below:
-        raise InputError(f"{folder} holds several SAEs; set SUBFOLDER to the folder of one, like "
-                         f"{' or '.join(path.removesuffix('/checkpoints') for path in below[:3])}")
+    if below := folders_of([path.relative_to(folder).as_posix() for path in folder.glob("*/**/*.*")]):
+        raise InputError(f"{folder} holds several SAEs; set SUBFOLDER to the folder of one, like {' or '.join(below)}")
     wanted = ", ".join(f"{known.files[0]} ({name})" for name, known in READERS.items())
     raise InputError(f"{folder} holds none of {wanted}; set SOURCE and SUBFOLDER to the folder of one SAE")

@@ -34,7 +34,7 @@ def read_3(folder: Path, where: str) -> tuple[Folded, dict[str, Any]]:
                    "hf_hook_point_in?": str, "hf_hook_point_out?": str})
     point, out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
     if point != out:
-        raise InputError(f"{folder}: it reads {point} and writes {out}, so it is a transcoder, which is no SAE")
+        raise InputError(f"{folder}: it reads {point!r} and writes {out!r}, so it is a transcoder, which is no SAE")
     model = config.get("model_name")
     facts = {"kind": "jumprelu", "model_name": model and model.replace("-v3", "-3"), "hook_name": point}
     sae = _sae(folder, {name.replace("w_", "W_"): t for name, t in read_tensors(folder / FILES_3[0]).items()})

@@ -11,7 +11,7 @@ import huggingface_hub
 from ..environment import InputError, first_line
 from ..models import local_path
 from ..saes import ABOUT_FILE, MODEL_FILE
-from .formats import READERS
+from .formats import READERS, folders_of, is_foreign
 
 OWN = (MODEL_FILE, ABOUT_FILE, "concepts.json")  # of an SAE in this project's own format
 
@@ -34,12 +34,18 @@ def folder_of(source: str, subfolder: str = "") -> Path:
 def pull(repo: str, subfolder: str = "") -> Path:
     """Local folder with the files of an SAE in a model repository, or in one folder of it.
 
-    Raises InputError if it can't be reached.
+    Raises InputError if it can't be reached, or holds SAEs only in other folders, of which it names some.
     """
     names = {*OWN, *(name for known in READERS.values() for name in known.files)}
     patterns = [str(PurePosixPath(subfolder) / name) for name in sorted(names)]
     with one_line(f"SOURCE={repo}", "set a local folder, or a repository that this machine can reach"):
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / subfolder
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns)) / subfolder
+        found = is_foreign(folder) or (folder / MODEL_FILE).exists()
+        others = [] if found else folders_of(huggingface_hub.HfApi().list_repo_files(repo))
+    if others:
+        raise InputError(f"{repo}/{subfolder} holds no SAE; set SUBFOLDER to the folder of one, like "
+                         f"{' or '.join(others)}")
+    return folder
 
 
 @contextmanager

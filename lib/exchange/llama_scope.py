@@ -26,8 +26,8 @@ def read(folder: Path, where: str) -> tuple[Folded, dict[str, Any]]:
         "apply_decoder_bias_to_pre_encoder?": bool, "sparsity_include_decoder_norm?": bool,
     })
     if config.get("hook_point_out") not in (None, config["hook_point_in"]):
-        raise InputError(f"{folder}: it reads {config['hook_point_in']} and writes {config['hook_point_out']}, so it "
-                         "is a transcoder, which is no SAE")
+        raise InputError(f"{folder}: it reads {config['hook_point_in']!r} and writes {config['hook_point_out']!r}, "
+                         "so it is a transcoder, which is no SAE")
     tensors = read_tensors(folder / FILES[0])
     sizes = check_tensors(tensors, {"encoder.weight": "any_float F D", "encoder.bias": "any_float F",
                                     "decoder.weight": "any_float D F", "decoder.bias?": "any_float D"}, finite=False)

@@ -18,9 +18,10 @@ def sae_for(source: str, rows: Rows) -> SAE:
     except InputError:
         if "/" not in source:
             raise
-    else:
+        folder = folder_of(source)
+    if (folder / MODEL_FILE).exists():
         return load_sae(folder / MODEL_FILE)
-    found = read_foreign(folder_of(source), source)
+    found = read_foreign(folder, source)
     sae = fitted(found.sae, rows)
     sae.config["imported"] = {"format": found.format, "source": source, "subfolder": "", **found.facts}
     return sae
