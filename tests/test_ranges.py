@@ -181,7 +181,8 @@ def test_choices_are_those_of_the_library(declared):
     assert set(typing.get_args(kinds[verify, "02", "KIND"])) == set(SAE_KINDS)
     assert set(typing.get_args(kinds[verify, "02", "TRACKER"])) == {"local", *TRACKERS}
     assert set(typing.get_args(kinds[verify, "06", "MODE"])) <= set(MODES)
-    assert set(typing.get_args(kinds[verify, "ex", "FORMAT"])) == {"all", "delphi", "neuronpedia", *FORMATS}
+    own = {"all", "workbench", "delphi", "neuronpedia"}
+    assert set(typing.get_args(kinds[verify, "ex", "FORMAT"])) == own | set(FORMATS)
     assert all(fit(f"{role}, {role}", kinds[verify, "00", "POINTS"]) for role in ROLES)
 
 

@@ -22,6 +22,8 @@ PAGES = {  # notebook -> name of its page, what it shows, its picture
     "05_show_concepts": ("Concepts", "The most active latents, their texts, their effect on the next token, a text of "
                          "your own, steering.", "most_active_latents"),
     "08_compare_kinds": ("Kinds of SAE", "TopK, BatchTopK, JumpReLU and nested TopK at equal L0.", "kinds_at_equal_l0"),
+    "09_compare_saes": ("Side by side", "Several SAEs on the same tokens: EV, L0, shared latents, stable ones.",
+                        "compared_matches"),
 }
 FILES = {
     "topk_sae.pt": "the SAE: weights, and the rows that test its loading",
@@ -39,7 +41,8 @@ NEXT = (
     ("python 06_steer_model.py SAE={name} SEARCH=dog", "Let the model write while one latent is edited."),
     ("python 07_test_causality.py SAE={name}",
      "Does taking a concept away do more than a random direction of the same size?"),
-    ("python 02_train_sae.py TOP_K=8", "Train another SAE on the same activations."),
+    ("python 02_train_sae.py SEED=1", "Train another SAE on the same activations: here with another seed."),
+    ("python run_steps.py 09_compare_saes.ipynb", "Set the SAEs side by side: which latents come back?"),
     ("python run_steps.py MODEL=... DATASET=... LAYER_SIGNATURE=...", "All steps on a model and texts of your own."),
 )
 

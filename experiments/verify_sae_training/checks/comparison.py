@@ -1,0 +1,146 @@
+"""Several SAEs of one language model on the same tokens, for notebook 09.
+
+    run, saes = open_saes(names, run_id, device)
+"""
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from corpora import corpus_of
+from saved_model import hook_of_run
+from torch import Tensor
+
+from checks.ground_truth import Truth
+from checks.recovery import MIN_TOKENS
+from checks.units import best_latents
+from concepts.dictionary import read_concepts
+from lib.batches import read_rows
+from lib.environment import InputError
+from lib.files import read_json, write_json
+from lib.hooks import HookPoint
+from lib.sae import SAE, load_sae, sae_hash
+from lib.saes import ABOUT_FILE, MODEL_FILE, find_sae, list_saes, made_from
+from lib.schemas import SAE_SIDECAR
+from lib.store import Run
+
+DEFAULT = 6  # SAEs that are compared unasked
+RECOVERY_TOKENS = 40_000  # tokens to search for ground-truth concepts
+Matches = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+"""(SAE, other SAE) -> for each latent the other's best match and its correlation, as best_matches gives them."""
+
+
+class One(NamedTuple):
+    """One of the compared SAEs."""
+
+    folder: Path
+    sae: SAE
+    hook: str
+    """Its hook point in the run."""
+    point: HookPoint
+    layer: str
+    """Its short name."""
+    names: dict[int, str]
+    """Latent -> its name, of those that have one."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def kind(self) -> str:
+        imported = self.sae.config.get("imported")
+        return imported["format"] if imported else str(self.sae.config.get("constants", {}).get("KIND", "topk"))
+
+
+def open_saes(which: Sequence[str] | None, run_id: str | None = None, device: torch.device | str = "cpu"
+              ) -> tuple[Run, list[One]]:
+    """The SAEs of these names or folders, and the run on whose tokens they are compared: run_id, or else that of the
+    first. No name: the last SAE, and the newest others that were trained on the same run.
+
+    Raises InputError if the run does not hold the layer of one of them, or is of another language model.
+    """
+    folders = [find_sae(name) for name in which or ()] or _of_one_run()
+    if twice := {folder.name for folder in folders if folders.count(folder) > 1}:
+        raise InputError(f"SAES names {', '.join(sorted(twice))} twice")
+    run, saes = None, []
+    for folder in folders:
+        sae = load_sae(folder / MODEL_FILE, device)
+        run, hook, _ = corpus_of(sae, folder, run.run_id if run else run_id)
+        path, names = folder / "concepts.json", {}
+        if path.exists():
+            concepts = read_concepts(path, sae_hash(sae))["concepts"]
+            names = {latent: entry["name"] for latent, entry in concepts.items()}
+        saes.append(One(folder, sae, hook, point=hook_of_run(run, hook), layer=run.short_name(hook), names=names))
+    assert run is not None
+    return run, saes
+
+
+def _of_one_run() -> list[Path]:
+    """The last SAE, then the newest others of its run, at most DEFAULT in all."""
+    last = find_sae()
+    run_id = read_json(last / ABOUT_FILE, SAE_SIDECAR).get("run_id")
+    others = [folder for folder in reversed(list_saes())
+              if folder != last and read_json(folder / ABOUT_FILE, SAE_SIDECAR).get("run_id") == run_id]
+    return [last, *others][:DEFAULT]
+
+
+def word_f1(one: One, run: Run, truth: Truth) -> float:
+    """Mean F1 on held-out tokens of the best latent, over the leaf concepts with at least MIN_TOKENS of them."""
+    keep = torch.arange(run.n_rows) % max(1, run.n_rows // RECOVERY_TOKENS) == 0
+    x, is_val, labels = read_rows(run.shards(one.hook), keep), run.is_val[keep], truth.labels[keep]
+    enough = labels[is_val].sum(0) >= MIN_TOKENS
+    columns = [i for i, concept in enumerate(truth.concepts) if concept.part == "leaf" and enough[i]]
+    if not columns:
+        return float("nan")
+    values, latents = one.sae.encode(x.to(one.sae.mean))
+    found = best_latents((values.cpu(), latents.cpu()), one.sae.n_latents, labels[:, columns], is_val)
+    return mean(scores["f1"] for scores in found)
+
+
+def as_seeds(saes: Mapping[str, One]) -> list[list[str]]:
+    """The SAEs whose trainings differ in the seed alone, two or more in each group."""
+    groups: dict[str, list[str]] = {}
+    for key, one in saes.items():
+        parts = made_from(one.sae.config)
+        constants = {name: value for name, value in parts["constants"].items() if name != "SEED" and value is not None}
+        if "imported" not in one.sae.config:
+            groups.setdefault(repr((sorted(constants.items()), parts["activations"])), []).append(key)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def write_stability(
+    saes: Mapping[str, One], groups: list[list[str]], matches: Matches, *, run_id: str, n_tokens: int
+) -> list[Path]:
+    """Write each SAE's stability.json, for those that have another seed or layer beside them; returns the files.
+
+    Of each latent: its best match in each other seed, their mean correlation ("stability"), and its best match in each
+    SAE of another layer.
+    """
+    written = []
+    for key, one in saes.items():
+        seeds = [other for group in groups if key in group for other in group if other != key]
+        layers = [other for other in saes if saes[other].layer != one.layer]
+        latents: dict[str, dict[str, Any]] = {}
+        for others, name in ((seeds, "seeds"), (layers, "layers")):
+            for other in others:
+                for latent, (match, r) in enumerate(zip(*(part.tolist() for part in matches[key, other]))):
+                    if match >= 0:
+                        about = {"sae": saes[other].name, "latent": match, "correlation": r}
+                        if name == "layers":
+                            about |= {"layer": saes[other].layer, "name": saes[other].names.get(match)}
+                            if (saes[other].folder.parent == one.folder.parent
+                                and (saes[other].folder / "concepts.html").exists()):
+                                about["href"] = f"../{saes[other].name}/concepts.html#{match}"
+                        latents.setdefault(str(latent), {}).setdefault(name, []).append(about)
+        for entry in latents.values():
+            if found := entry.get("seeds"):
+                # Where it has no match, or a negative one, it is not found.
+                entry["stability"] = sum(max(0.0, match["correlation"]) for match in found) / len(seeds)
+        if seeds or layers:
+            path = one.folder / "stability.json"
+            write_json(path, {"schema_version": 1, "sae_hash": sae_hash(one.sae), "run_id": run_id,
+                              "n_tokens": n_tokens, "latents": latents})
+            written.append(path)
+    return written
