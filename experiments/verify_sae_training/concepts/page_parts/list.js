@@ -24,7 +24,7 @@ for (const key of Object.keys(FIELDS)) if (!has(key)) delete FIELDS[key];
 const fields = Object.keys(FIELDS), numeric = fields.filter(key => key !== "name");
 const SOURCES = { offline: "by statistics", llm: "by a chat model", human: "by a person", none: "no name" };
 const state = { latent: null, q: "", sort: fields[0], up: !!FIELDS[fields[0]].up, view: "list", colour: "", ranges: {}, sources: null, mine: false };
-let shown = [], inTexts = 0;
+let shown = new Uint32Array(0), inTexts = 0;
 
 // Every text enters the page as textContent, never as markup.
 function element(tag, className, ...children) {
@@ -62,6 +62,7 @@ function ordered() {
 
 // What the search looks into, and where the name ends in it. Made at the first wish, or when the page is idle.
 let order, passes, hay, nameEnds;
+const ranks = new Uint8Array(n);
 function prepare() {
   hay = columns.latent.map((_, row) => `${nameOf(row)}\n${(columns.tokens?.[row] || []).join("\n")}`.toLowerCase());
   nameEnds = hay.map(text => text.indexOf("\n"));
@@ -86,23 +87,25 @@ function search() {
   const words = state.q.toLowerCase().split(/\s+/).filter(Boolean), number = words.length === 1 && /^\d+$/.test(words[0]);
   if (words.length && !hay) prepare();
   for (const word of words) if (!textRows.has(word)) wantTexts(word);
-  const groups = [[], [], [], []], texts = words.map(word => textRows.get(word));
-  for (let at = 0; at < n; at++) {
-    const row = order[at];
-    if (!passes[row]) continue;
-    let rank = 1;
-    if (number && String(columns.latent[row]).startsWith(words[0])) rank = 0;
-    else for (let which = 0; which < words.length; which++) {
+  inTexts = 0;
+  if (!words.length && !Object.keys(state.ranges).length && !state.sources && !state.mine) { shown = order; return; }
+  const texts = words.map(word => textRows.get(word)), sizes = [0, 0, 0, 0, 0];
+  for (let row = 0; row < n; row++) {  // by rows: the texts lie in this order in memory
+    let rank = passes[row] ? 1 : 4;
+    if (rank < 4 && number && String(columns.latent[row]).startsWith(words[0])) rank = 0;
+    else for (let which = 0; which < words.length && rank < 4; which++) {
       const found = hay[row].indexOf(words[which]);
-      if (found >= 0) { if (found > nameEnds[row] && rank < 2) rank = 2; }
-      else if (texts[which]?.[row]) rank = 3;
-      else { rank = 4; break; }
+      if (found < 0) rank = texts[which]?.[row] ? 3 : 4;
+      else if (found > nameEnds[row] && rank < 2) rank = 2;
     }
-    if (rank < 4) groups[rank].push(row);
+    ranks[row] = rank;
+    sizes[rank]++;
   }
-  if (number) groups[0].sort((a, b) => columns.latent[a] - columns.latent[b]);
-  inTexts = groups[3].length;
-  shown = [].concat(...groups);
+  const next = [0, sizes[0], sizes[0] + sizes[1], n - sizes[4] - sizes[3]], found = new Uint32Array(n - sizes[4]);
+  for (let at = 0; at < n; at++) if (ranks[order[at]] < 4) found[next[ranks[order[at]]]++] = order[at];
+  if (number) found.subarray(0, sizes[0]).sort((a, b) => columns.latent[a] - columns.latent[b]);
+  inTexts = sizes[3];
+  shown = found;
 }
 
 function wantTexts(word) {
@@ -160,16 +163,24 @@ function drawHead() {
 const wide = () => columns.tokens && innerWidth > 1000;
 const grid = () => `3.4em minmax(0, 1fr) ${wide() ? "minmax(0, 200px) " : ""}${columnsSeen.map(() => "92px").join(" ")}`;
 
+// Where the list is scrolled to, and its height: kept, since to ask for them makes the browser lay out the page at once.
+let scrolled = 0, tall = 0;
+function scrollTo(top) {
+  if (top === scrolled) return;
+  $("list").scrollTop = top;
+  scrolled = $("list").scrollTop;
+}
+
 function drawRows() {
-  const list = $("list"), first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6), last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 6);
-  const made = [];
-  for (let at = first; at < last; at++) made.push(rowAt(at));
+  const list = $("list"), first = Math.max(0, Math.floor(scrolled / ROW) - 4), last = Math.min(shown.length, Math.ceil((scrolled + tall) / ROW) + 4);
+  const made = [], rest = address({ latent: null, view: "list" }).slice(1);
+  for (let at = first; at < last; at++) made.push(rowAt(at, rest));
   $("rows").replaceChildren(...made);
   const on = state.latent !== null && $("row-" + state.latent);
   if (on) list.setAttribute("aria-activedescendant", on.id); else list.removeAttribute("aria-activedescendant");
 }
 
-function rowAt(at) {
+function rowAt(at, rest) {
   const row = shown[at], latent = columns.latent[row], table = state.view === "table", key = state.sort === "name" ? numeric[0] : state.sort;
   const link = element("a", "row"), name = nameOf(row), mine = edits[latent];
   const title = element("span", name ? "name" : "name none", name || "no name");
@@ -179,7 +190,7 @@ function rowAt(at) {
   const keys = table ? columnsSeen : [key === "latent" ? fields[0] : key];
   for (const one of keys) link.append(measured(one, value(one, row)));
   link.id = "row-" + latent;
-  link.href = address({ latent, view: "list" });
+  link.href = "#" + latent + rest;
   link.title = name;
   link.tabIndex = -1;
   link.dataset.latent = latent;
@@ -196,11 +207,11 @@ function rowAt(at) {
 }
 
 function reveal(centre = false) {
-  const at = shown.indexOf(rowOf.get(state.latent)), list = $("list");
+  const at = shown.indexOf(rowOf.get(state.latent));
   if (at < 0) return;
-  if (centre && Math.abs((at + .5) * ROW - list.scrollTop - list.clientHeight / 2) > list.clientHeight / 2) list.scrollTop = (at + .5) * ROW - list.clientHeight / 2;
-  if (at * ROW < list.scrollTop) list.scrollTop = at * ROW;
-  else if ((at + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = (at + 1) * ROW - list.clientHeight;
+  if (centre && Math.abs((at + .5) * ROW - scrolled - tall / 2) > tall / 2) scrollTo((at + .5) * ROW - tall / 2);
+  if (at * ROW < scrolled) scrollTo(at * ROW);
+  else if ((at + 1) * ROW > scrolled + tall) scrollTo((at + 1) * ROW - tall);
 }
 
 function drawTools() {

@@ -71,7 +71,7 @@ function sortBy(key) {
   search();
   drawTools();
   draw();
-  $("list").scrollTop = 0;
+  scrollTo(0);
   rememberSoon();
 }
 
@@ -85,7 +85,7 @@ function follow() {
     const hit = state.q || passes.includes(0) ? shown[0] : undefined;
     if (hit === undefined || narrow.matches || state.view === "table" || columns.latent[hit] === state.latent) return;
     go({ latent: columns.latent[hit] }, false);
-    $("list").scrollTop = 0;
+    scrollTo(0);
   }, 150);
 }
 
@@ -108,7 +108,7 @@ function route() {
 }
 
 function step(event) {
-  const at = shown.indexOf(rowOf.get(state.latent)), many = Math.max(1, Math.floor($("list").clientHeight / ROW) - 1);
+  const at = shown.indexOf(rowOf.get(state.latent)), many = Math.max(1, Math.floor(tall / ROW) - 1);
   const moves = { ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + many, PageUp: at - many, Home: 0, End: shown.length - 1 };
   if (!(event.key in moves) || !shown.length || event.target === $("search") && !event.key.startsWith("Arrow")) return false;
   event.preventDefault();
@@ -139,7 +139,7 @@ function typed() {
   state.q = $("search").value;
   wanted = true;
   search();
-  $("list").scrollTop = 0;
+  scrollTo(0);
   draw();
   follow();
   rememberSoon();
@@ -186,9 +186,10 @@ $("to-filters").onclick = () => {
 };
 $("filters").onsubmit = event => event.preventDefault();
 $("views").onclick = event => { if (event.target.dataset.view) go({ view: event.target.dataset.view }); };
-$("list").onscroll = drawRows;
+$("list").onscroll = () => { scrolled = $("list").scrollTop; drawRows(); };
 for (const event of ["hashchange", "popstate"]) addEventListener(event, () => { if ((location.hash || "#") !== address()) route(); });
-new ResizeObserver(draw).observe($("list"));
+new ResizeObserver(() => { tall = $("list").clientHeight; scrolled = $("list").scrollTop; draw(); }).observe($("list"));
+tall = $("list").clientHeight;
 watchMap();
 drawSave();
 route();
