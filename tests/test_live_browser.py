@@ -56,6 +56,11 @@ def url(store):
     assert process.returncode == 0 and said[0].endswith("\nended\n") and "Traceback" not in said[1], said[1]
 
 
+def test_texts_without_a_page_are_named(store):
+    said = start(store, "PORT=0", "RUN_ID=elsewhere").communicate(timeout=120)[1]
+    assert said.splitlines()[-1].startswith("error: RUN_ID=elsewhere has no page of this SAE's concepts; run notebooks")
+
+
 class Page:
     def __init__(self, browser, url):
         self.browser, self.find = browser, lambda css: browser.find_element(By.CSS_SELECTOR, css)

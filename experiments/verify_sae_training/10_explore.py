@@ -15,9 +15,10 @@ from typing import Annotated
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Device, Location, Positive, Size, at_least, at_most
+from lib.ranges import Device, FileName, Location, Positive, Size, at_least, at_most
 
 SAE: Location | None = None               # name or folder of an SAE; None: the one trained or imported last
+RUN_ID: FileName | None = None            # texts whose page is shown; None: those that the SAE was trained on
 PORT: Annotated[int, at_least(0), at_most(65535)] = 8710  # of 127.0.0.1; 0: any free one
 OPEN = False                              # open the page in the browser of this machine
 TEXT_TOKENS: Size = 512                   # tokens of a text, at most; the model's own limit may be lower
@@ -32,7 +33,7 @@ import asyncio
 import webbrowser
 
 from lib.encoder import load_encoder
-from lib.environment import log, run
+from lib.environment import InputError, log, run
 from lib.saes import find_sae
 from live.answers import Live
 from live.server import Site, serve, take_port
@@ -46,13 +47,24 @@ def ready(url):
         webbrowser.open(url)
 
 
+def page_folder(own):
+    """Where the page of the chosen texts is; own: the run that the SAE was trained on."""
+    if RUN_ID in (None, own):
+        return FOLDER
+    folder = FOLDER / f"on_{RUN_ID}"
+    if not (folder / "concepts.html").exists():
+        raise InputError(f"RUN_ID={RUN_ID} has no page of this SAE's concepts; run notebooks 04 and 05 with it first")
+    return folder
+
+
 def main():
     sockets = take_port(PORT)  # a port that is taken is told before the model is loaded
     encoder = load_encoder(FOLDER, device=DEVICE, trust_remote_code=TRUST_REMOTE_CODE)
-    if not (FOLDER / "concepts.html").exists():
+    folder = page_folder(encoder.sae.config.get("run_id"))
+    if not (folder / "concepts.html").exists():
         log.warning("there is no concepts page yet: run 04_name_sae_concepts.ipynb and 05_show_concepts.ipynb")
     live = Live(encoder, text_tokens=TEXT_TOKENS, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, written={})
-    asyncio.run(serve(Site(live, FOLDER, SECONDS), sockets, ready))
+    asyncio.run(serve(Site(live, folder, SECONDS), sockets, ready))
     print("\nended")
 
 
