@@ -147,8 +147,8 @@ def test_the_report_in_closed_form():
         0: made, 1: made | {"name": "mar…", "score": 0.5, "f1": 0.1, "coherence": 0.75},
         2: made | {"name": "-ing (say)", "score": None, "f1": None, "coherence": 1.0}, 3: {"name": "x", "rule": None},
     }
-    assert naming_report(concepts, UNITS) == {
+    assert naming_report(concepts, ["the dog", "Mary don't say, found t"]) == {
         "names": 3, "with a fragment (%)": 33.3, "with an affix (%)": 33.3, "coherence, 25 %": 0.5,
         "coherence, median": 0.75, "coherence, 75 %": 0.875, "coherence under 0.5 (%)": 33.3,
         "balanced accuracy": 0.625, "F1": 0.5, "F1 >= 0.8 (%)": 50.0, "of these, coherence under 0.5 (%)": 100.0}
-    assert np.isnan(naming_report({}, UNITS)["F1"])
+    assert np.isnan(naming_report({}, [])["F1"])

@@ -1,16 +1,16 @@
 """How well the names of latents read and hold: fragments of words, coherence, scores on held-out texts.
 
-    print(naming_report(concepts, patterns.units))
+    print(naming_report(concepts, codes.texts))
 """
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from concepts.coherence import MIXED
 from concepts.wording import MARKS, PLACES
-from concepts.words import UNSPACED
+from concepts.words import UNIT, UNSPACED
 
 # What a name says beside the words of the texts.
 SAID = sorted([*PLACES.values(), *MARKS.values(), "the start of a text", "the end of a text", "at the start of a text",
@@ -18,15 +18,15 @@ SAID = sorted([*PLACES.values(), *MARKS.values(), "the start of a text", "the en
 PIECE = re.compile(r"[-…]?[^\W_]+(?:['’][^\W_]+)*[-…]?")
 
 
-def naming_report(concepts: Mapping[int, dict[str, Any]], units: Collection[str]) -> dict[str, float]:
-    """Shares in percent, and means, over names that a rule stands for. units: the words of the texts, in lower case.
+def naming_report(concepts: Mapping[int, dict[str, Any]], texts: Iterable[str]) -> dict[str, float]:
+    """Shares in percent, and means, over the names that a rule stands for.
 
     A fragment is an element of a name that is neither a word of the texts nor declared to be an affix ("-ing").
     """
     made = [entry for entry in concepts.values() if entry.get("rule")]
     scored = [entry for entry in made if entry.get("score") is not None]
     coherence = [entry["coherence"] for entry in made if entry.get("coherence") is not None]
-    known = set(units)
+    known = {unit.lower() for text in texts for unit in UNIT.findall(text)}
 
     def share(found: list[bool]) -> float:
         return round(100 * float(np.mean(found)), 1) if found else float("nan")
