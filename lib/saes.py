@@ -85,12 +85,13 @@ def sae_folder(about: dict[str, Any]) -> Path:
     model, constants = about.get("model") or {}, about.get("constants", {})
     layer = about.get("layer") or about["hook"].removeprefix(model.get("class", "").lower() + "_")
     if "imported" in about:
-        parts = [about["imported"]["format"], about["n_latents"], about["sae_hash"][:6]]
+        imported = about["imported"]
+        parts = [imported["format"], imported.get("kind", ""), about["n_latents"], about["sae_hash"][:6]]
     else:
         parts = [f"{constants.get('KIND', 'topk')}{constants.get('TOP_K', about.get('top_k'))}", about["n_latents"],
                  f"seed{constants.get('SEED', 0)}", fingerprint(made_from(about))[:6]]
     words = [Path(model.get("name", "model")).name, layer, *map(str, parts)]
-    name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word).strip("_.") for word in words)
+    name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word).strip("_.") for word in words if word)
     return _root() / "saes" / name
 
 

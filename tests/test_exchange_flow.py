@@ -1,5 +1,6 @@
 """Steps 3 to 7 on SAEs that others published, and training that goes on from one."""
 import json
+import re
 
 import pytest
 import torch
@@ -41,6 +42,9 @@ def test_notebooks_and_scripts_work_on_an_imported_sae(script, published, own_st
     assert code == 0 and f"sae_lens, {kind}: 64 latents, thresholds" in out, err
     sae = load_sae(sae_of(own_store) / "topk_sae.pt")
     assert sae.top_k == 64 and sae.maxima is not None and 1 < sae.config["final"]["l0_mean"] < 40
+    assert f"-sae_lens-{kind}-64-" in sae_of(own_store).name
+    code, out, _ = script("list_saes.py")
+    assert code == 0 and re.search(r"-sae_lens-\S+ +\S+ +64 +- ", out) and re.search(r"topk3\S+ +\S+ +64 +3 ", out), out
     assert {"kind": kind, "hook": "resid_post:1", "model_name": "model"}.items() <= sae.config["imported"].items()
     names = run_notebook(FOLDER / "03_analyze_training.ipynb")
     said = capsys.readouterr().out

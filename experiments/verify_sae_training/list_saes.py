@@ -39,8 +39,10 @@ def row_of(folder):
     """What the files of one SAE say of it; None where a step has not run."""
     about = read_json(folder / ABOUT_FILE, SAE_SIDECAR)
     final, of_this = about.get("final", {}), about["sae_hash"]
+    most = about["top_k"] if about["top_k"] < about["n_latents"] else None  # all: thresholds decide, and there is no k
+    k = about.get("constants", {}).get("TOP_K", most)
     row = {"name": folder.name, "layer": about.get("layer") or about.get("hook"), "latents": about["n_latents"],
-           "k": about["top_k"], "EV": final.get("ev"), "L0": final.get("l0_mean"), "dead": final.get("dead_pct")}
+           "k": k, "EV": final.get("ev"), "L0": final.get("l0_mean"), "dead": final.get("dead_pct")}
     if (path := folder / "verification.json").exists():
         found = read_json(path, VERIFICATION)
         checks = {check["check"]: check["value"] for check in found["checks"] if found["sae_hash"] == of_this}
@@ -64,7 +66,7 @@ def main():
         table = table.sort_values(SORT, na_position="first") if SORT in table else table
     order = ["", "name", "layer", "latents", "k", "EV", "L0", "dead", "recovered", "names", "age"]
     formats = {name: f"{{:.{digits}f}}".format
-               for name, digits in {"EV": 4, "L0": 1, "dead": 1, "recovered": 3, "names": 2}.items()}
+               for name, digits in {"k": 0, "EV": 4, "L0": 1, "dead": 1, "recovered": 3, "names": 2}.items()}
     print(table[[name for name in order if name in table]].to_string(index=False, na_rep="-", formatters=formats))
 
 
