@@ -18,6 +18,7 @@ _BESIDE = Path(__file__).resolve().parents[1]
 INSTALLED = not (_BESIDE / "experiments" / "verify_sae_training").is_dir()
 # The checkout's root; installed there is none, and the working directory takes its place.
 PROJECT = Path.cwd() if INSTALLED else _BESIDE
+IN_A_ROW = "STEPS_IN_A_ROW"  # environment variable of a script that run_steps.py runs
 LONGEST = 1000  # characters of an error's line
 log = logging.getLogger("workbench")
 
@@ -171,15 +172,18 @@ def _check_torchrun(parallel: bool) -> None:
                          "unset WORLD_SIZE")
 
 
-def say_next(script: str, **constants: Any) -> None:
-    """Print the command of the next step, a script or notebook beside this one, as it can be typed here."""
+def say_next(*steps: str, **constants: Any) -> None:
+    """Print the command of the next step, a script or notebooks beside this one, as it can be typed here.
+
+    Nothing where run_steps.py runs this script: it goes on by itself.
+    """
     from .distributed import rank
 
+    if rank() or os.environ.get(IN_A_ROW):
+        return
     given = [f"{name}={shlex.quote(str(value))}" for name, value in constants.items() if value is not None]
-    path = shlex.quote(str(Path(sys.argv[0]).with_name(script)))
-    command = [*given, "jupyter lab", path] if script.endswith(".ipynb") else ["python", path, *given]
-    if rank() == 0:
-        print("next:", *command)
+    first, *others = ("run_steps.py", *steps) if steps[0].endswith(".ipynb") else steps
+    print("next: python", shlex.quote(str(Path(sys.argv[0]).with_name(first))), *others, *given)
 
 
 def log_to(path: Path) -> None:

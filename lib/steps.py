@@ -3,6 +3,7 @@
     for step in plan(Path(__file__), STEPS, sys.argv[1:]):      # all constants are checked before the first one starts
         run_script(step) if step.path.suffix == ".py" else render(step.path, pages / f"{step.path.stem}.html", ...)
 """
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .constants import constants_of, refuse
+from .environment import IN_A_ROW
 from .ranges import nearest
 
 
@@ -67,7 +69,8 @@ def run_script(step: Step) -> None:
     """
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        code = subprocess.Popen([sys.executable, str(step.path), *step.arguments]).wait()
+        code = subprocess.Popen([sys.executable, str(step.path), *step.arguments],
+                                env=os.environ | {IN_A_ROW: "1"}).wait()
     finally:
         signal.signal(signal.SIGINT, before)
     if code:

@@ -39,7 +39,7 @@ CHAINS = {
         Step(f"{VERIFY}/01_save_activations.py", SAVE, "02_train_sae.py"),
         Step(f"{VERIFY}/choose_k.py",
              ["KS=2,3", "EPOCHS=1", "N_LATENTS_MULTIPLIER=2", "N_TEXTS=4", "BATCH_SIZE_TRAIN=64"], "TOP_K="),
-        Step(f"{VERIFY}/02_train_sae.py", TRAIN, "jupyter lab"),
+        Step(f"{VERIFY}/02_train_sae.py", TRAIN, "run_steps.py 03_analyze_training.ipynb 04_"),
         Step(f"{VERIFY}/compare_with_overcomplete.py", ["EPOCHS=1"], "overcomplete   EV"),
         Step(f"{VERIFY}/03_analyze_training.ipynb", ["LOSS_TEXTS=4", "RECOVERY_TOKENS=500"]),
         Step(f"{VERIFY}/04_name_sae_concepts.ipynb", ["CONTROL_NAMES=5"]),
@@ -47,6 +47,8 @@ CHAINS = {
         Step(f"{VERIFY}/06_steer_model.py", ["SEARCH=a", "SAMPLES=2", "N_TOKENS=4", "PROMPTS=the cat"],
              "perplexity"),
         Step(f"{VERIFY}/07_test_causality.py", [], "run notebook 03 on the embedded stories", code=2),
+        Step(f"{VERIFY}/show_verification.py", [], "-- evidence: "),
+        Step(f"{VERIFY}/list_saes.py", [], "recovered"),
         Step(f"{VERIFY}/concept_dictionary.py", ["SEARCH=a"], "latents have a name"),
         Step(f"{VERIFY}/export_sae.py", ["FORMAT=sae_lens", "OUT={store}/out"], "sae_lens"),
         Step(f"{VERIFY}/import_sae.py", ["SOURCE={store}/nowhere"], "there is no file or directory", code=2),
@@ -85,7 +87,7 @@ CHAINS = {
 
 def test_the_chains_hold_every_script_and_notebook():
     scripts = {str(path.relative_to(PROJECT)) for path in (PROJECT / "experiments").glob("*/*.py")
-               if "override(globals()" in path.read_text()}
+               if "override(globals()" in path.read_text() and path.name != "10_explore.py"}  # serves until stopped
     notebooks = {str(path.relative_to(PROJECT)) for path in (PROJECT / "experiments").glob("*/*.ipynb")}
     assert scripts | notebooks == {step.path for chain in CHAINS.values() for step in chain}
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import PROJECT
 
 from lib.constants import constants_of, override, with_values
-from lib.environment import InputError
+from lib.environment import IN_A_ROW, InputError, say_next
 from lib.plots import described
 from lib.reports import render, write_landing
 from lib.steps import Step, plan, run_script
@@ -154,6 +154,17 @@ def test_help_lists_the_constants_of_all_steps(folder, capsys):
         plan(folder, STEPS, ["--help"], "All of it.")
     said = capsys.readouterr().out
     assert ended.value.code == 0 and all(text in said for text in ("All of it.", "of the script", "how many")), said
+
+
+def test_the_next_command_can_be_typed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["my place/02_train_sae.py"])
+    say_next("06_steer_model.py", SAE="a b", LATENT=None)
+    say_next("03_a.ipynb", "04_b.ipynb", SAE="a")
+    monkeypatch.setenv(IN_A_ROW, "1")  # run_steps.py goes on by itself
+    say_next("06_steer_model.py")
+    assert capsys.readouterr().out.splitlines() == [
+        "next: python 'my place/06_steer_model.py' SAE='a b'",
+        "next: python 'my place/run_steps.py' 03_a.ipynb 04_b.ipynb SAE=a"]
 
 
 def test_a_script_that_fails_gives_its_exit_code(tmp_path):

@@ -144,7 +144,7 @@ def main():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             remember(folder)
     log.info("%s", folder)
-    say_next("03_analyze_training.ipynb")
+    say_next("03_analyze_training.ipynb", "04_name_sae_concepts.ipynb", "05_show_concepts.ipynb", SAE=folder.name)
 
 
 if __name__ == "__main__":

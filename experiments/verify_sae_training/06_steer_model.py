@@ -150,7 +150,7 @@ def main():
     elif not STRENGTHS:
         print(f"no strength gives texts of at most {MAX_COST:g} times the unsteered ones' perplexity")
     write_json(FOLDER / "steering.json", about)
-    say_next("07_test_causality.py")
+    say_next("07_test_causality.py", SAE=SAE or FOLDER.name)
 
 
 if __name__ == "__main__":

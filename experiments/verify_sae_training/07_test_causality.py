@@ -36,7 +36,7 @@ from checks.ground_truth import ground_truth
 from checks.verification import VERIFICATION
 from concepts.effects import ablation, divergence, next_logits, of_length, prefixes
 from lib.batches import read_rows
-from lib.environment import InputError, choose_device, run
+from lib.environment import InputError, choose_device, run, say_next
 from lib.files import read_json, write_json
 from lib.sae import load_sae, sae_hash
 from lib.saes import HISTORY_FILE, MODEL_FILE, find_sae
@@ -116,6 +116,7 @@ def main():
     summary = report(table, means, {name: float(delta.norm(dim=1).mean()) for name, delta in arms.items()})
     about = {"schema_version": 2, "sae_hash": sae_hash(sae), "constants": CONSTANTS}
     write_json(FOLDER / "causality.json", about | {"arms": summary, "concepts": table})
+    say_next("10_explore.py", SAE=SAE or FOLDER.name)
 
 
 def report(table, means, lengths):

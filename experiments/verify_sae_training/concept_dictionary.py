@@ -33,7 +33,7 @@ from concepts.dictionary import (
 from concepts.firings import read_latent_stats
 from concepts.formats import check, to_write
 from concepts.tables import concepts_from_csv
-from lib.environment import run
+from lib.environment import run, say_next
 from lib.saes import find_sae
 
 
@@ -82,6 +82,8 @@ def main():
             entry = content["concepts"][latent]
             score = "  -" if entry.get("score") is None else f"{entry['score']:.2f}"
             print(f"{latent:>6}  {score}  {entry['name']}")
+    if MERGE:
+        say_next("05_show_concepts.ipynb", SAE=SAE or path.parent.name)  # which writes the page anew
 
 
 if __name__ == "__main__":

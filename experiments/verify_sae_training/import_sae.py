@@ -88,7 +88,7 @@ def main():
     if final["ev"] <= 0:
         log.warning("it explains less than the mean does: check model, layer and side (input, output) of the layer")
     log.info("%s", folder)
-    say_next("03_analyze_training.ipynb")
+    say_next("03_analyze_training.ipynb", "04_name_sae_concepts.ipynb", "05_show_concepts.ipynb", SAE=folder.name)
 
 
 if __name__ == "__main__":
