@@ -206,8 +206,8 @@ def test_the_landing_page_escapes_what_it_shows(tmp_path):
     row = {"verdict": "WARN", "value": None, "meaning": evil, "threshold": "> 0"}
     write_landing(tmp_path / "index.html", {
         "title": evil, "lead": evil, "facts": [(evil, evil)], "pages": [("Page", "pages/a.html", evil, "")],
-        "checks": [("evidence", [row])], "verdict": "", "files": [("a.json", "1 kB", evil)], "steps": [(evil, evil)],
-        "note": evil})
+        "checks": [("evidence", [row])], "files": [("a.json", "1 kB", evil)], "steps": [(evil, evil)],
+        "note": evil, "up": ("All", "../index.html")})
     page = (tmp_path / "index.html").read_text()
     assert "<script" not in page and page.count("alert(1)") == 11
-    assert [link["href"] for link in Page(page).of("a")] == ["pages/a.html", "a.json"]
+    assert [link["href"] for link in Page(page).of("a")] == ["../index.html", "pages/a.html", "a.json"]

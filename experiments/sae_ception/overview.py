@@ -55,7 +55,6 @@ def write_overview(folder: Path) -> tuple[Path, str]:
         "title": f"Cycles of {folder.name}", "lead": " ".join(said), "facts": _facts(folder, table, arms),
         "pages": [(name, f"pages/{stem}.html", what, "") for stem, (name, what) in PAGES.items()
                   if (folder / "pages" / f"{stem}.html").exists()],
-        "verdict": "", "checks": [],
         "files": [(name, f"{(folder / name).stat().st_size / 1e3:.1f} kB", what) for name, what in FILES.items()
                   if (folder / name).exists()],
         "steps": NEXT, "note": "Every page works offline and asks nothing of any host. Keep this folder together: "
