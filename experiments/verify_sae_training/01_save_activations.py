@@ -167,7 +167,8 @@ def main():
     log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}",
              ", ".join(saved.hooks))
     if SAE:
-        return say_next("03_analyze_training.ipynb", SAE=SAE, RUN_ID=run_id)
+        return say_next("03_analyze_training.ipynb", "04_name_sae_concepts.ipynb", "05_show_concepts.ipynb", SAE=SAE,
+                        RUN_ID=run_id)
     say_next("02_train_sae.py")
 
 

@@ -23,22 +23,23 @@ STEPS = ("00_probe_layers.py", "01_save_activations.py", "02_train_sae.py", "03_
 
 
 def main() -> None:
-    from overview import links, write_overview
+    from overview import links, place_of, write_overview
 
     from lib.reports import render
-    from lib.saes import find_sae
 
-    given = [constants_of(step.path, step.arguments)["CONSTANTS"].get("SAE") for step in planned]
-    chosen = next(filter(None, given), None)
+    place = None
     for step in planned:
         if step.path.suffix == ".py":
             run_script(step)
         else:
-            folder = find_sae(chosen)  # after step 2, which trains it
-            render(step.path, folder / "pages" / f"{step.path.stem}.html", step.arguments, links(folder, planned))
-    path, verdict = write_overview(find_sae(chosen))
-    print(verdict)
-    print(f"all of it: {path}")
+            constants = constants_of(step.path, step.arguments)["CONSTANTS"]
+            place = place_of(constants.get("SAE"), constants.get("RUN_ID"))  # after step 2, which trains the SAE
+            page = place.pages / f"{step.path.stem}.html"
+            render(step.path, page, step.arguments, links(place, planned))
+    if place:
+        path, verdict = write_overview(place)
+        print(verdict)
+        print(f"all of it: {path}")
 
 
 if __name__ == "__main__":
