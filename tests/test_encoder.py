@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, TEXTS, row_text, tiny_model
+from conftest import PROJECT, TEXTS, row_text, run_readme, tiny_model
 from saved_model import model_of_run, model_of_sae
+from test_exchange import PEERS
+from test_verify_scripts import script  # noqa: F401  (a fixture)
 
 from concepts.codes import encode_run
 from concepts.continuations import continue_texts
@@ -22,6 +24,7 @@ from lib.hooks import resolve
 from lib.models import choose_dtype, load_model, load_tokenizer, model_identity, tokenizer_identity
 from lib.origin import about_sae, origin_of
 from lib.sae import make_sae, sae_hash, save_sae
+from lib.saes import find_sae
 from lib.training.loop import TrainSettings, highest_codes, train_sae
 
 
@@ -226,3 +229,34 @@ def test_the_public_names_are_lazy():
     assert done.returncode == 0, done.stderr
     with pytest.raises(ImportError):
         from lib import nothing_like_this  # noqa: F401
+
+
+RESAVE = """
+import sys
+from sae_lens import SAE
+SAE.load_from_disk(sys.argv[1], device="cpu").save_model(sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not PEERS.exists(), reason="the other libraries are not installed: make peers")
+def test_the_block_of_the_readme_on_an_sae_from_saelens(script, own_store, tmp_path, capsys):  # noqa: F811
+    """A file that SAELens wrote: opened as it is, and imported, then with names as README shows it."""
+    assert script("01_save_activations.py", "DATA_LIMIT=100", "PREFLIGHT=False")[0] == 0
+    assert script("02_train_sae.py", "EPOCHS=1", "N_LATENTS_MULTIPLIER=2")[0] == 0
+    assert script("export_sae.py", "FORMAT=sae_lens")[0] == 0
+    ours, made = load_encoder(), tmp_path / "made"
+    source = next((find_sae() / "exports" / "sae_lens").rglob("cfg.json")).parent
+    subprocess.run([str(PEERS), "-c", RESAVE, str(source), str(made)], check=True, capture_output=True)
+    text = "Lily was happy. She ran to the big red ball."
+    opened, expected = load_encoder(made, model="store/embedded/model", hook="resid_post:0"), ours.encode(text)
+    theirs = opened.encode(text)
+    assert theirs.tokens == expected.tokens and torch.equal(theirs.latents[:, 0], expected.latents[:, 0])
+    torch.testing.assert_close(theirs.codes, ours.sae.scale * expected.codes, rtol=1e-4, atol=1e-4)
+    assert script("import_sae.py", f"SOURCE={made}", "LAYER=resid_post:0")[0] == 0
+    imported = load_encoder()
+    assert imported.sae.config["imported"]["format"] == "sae_lens"
+    latent = int(imported.sae.maxima.argmax())
+    (find_sae() / "concepts.json").write_text(json.dumps({"sae_hash": sae_hash(imported.sae),
+                                                          "concepts": {str(latent): {"name": "dog"}}}))
+    said = run_readme(capsys)
+    assert said.count("\n") >= 13 and "'red' " in said and said.splitlines()[-1].startswith("One day")
