@@ -88,6 +88,9 @@ class Page:
     def latents(self):
         return self.browser.find_elements(By.CSS_SELECTOR, "#live .live-latents button")
 
+    def changes(self):
+        return [row.text for row in self.browser.find_elements(By.CSS_SELECTOR, "#live .live-next tbody tr")]
+
     def type(self, text):
         box = self.find("#live-text")
         box.clear()
@@ -134,20 +137,18 @@ def test_type_click_steer_and_take_away(page):
     page.wait(lambda: "".join(page.tokens()).replace("·", "") == "Thedog<b>sat</b>&ran.")
 
     # a token, and one of its latents: the page shows it
-    page.token("dog").click()
+    page.wait(lambda: page.token("dog").click() is None)
     page.wait(lambda: "dog" in page.find("#live h3").text and page.latents())
-    strongest = page.latents()[0]
-    number = strongest.get_attribute("data-latent")
-    assert "<b>&" in strongest.text  # names are text
-    strongest.click()
+    number = page.wait(lambda: page.latents()[0].get_attribute("data-latent"))
+    assert page.wait(lambda: "<b>&" in page.latents()[0].text)  # names are text
+    page.wait(lambda: page.latents()[0].click() is None)
     page.wait(lambda: page.find("#live-chosen").text.startswith(f"latent {number}"))
     page.wait(lambda: page.browser.current_url.partition("#")[2].startswith(number))
     page.wait(lambda: number in page.find("#detail").text)
 
     # without it the next token changes
     page.wait(lambda: "nats" in page.find("#live .live-hint[role=status]").text)
-    rows = page.browser.find_elements(By.CSS_SELECTOR, "#live .live-next tbody tr")
-    assert len(rows) >= 6 and all(re.search(r"\d %", row.text) for row in rows)
+    page.wait(lambda: len(page.changes()) >= 6 and all(re.search(r"\d %", change) for change in page.changes()))
 
     # at 0 both texts are the same, at 3 they are not
     page.find("#live details .live-line button").click()
@@ -166,7 +167,7 @@ def test_the_keyboard_goes_from_token_to_token(page):
     page.browser.execute_script("document.querySelector(\"#live .live-text [tabindex='0']\").focus()")
     for expected in ("home", "ran"):
         page.browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
-        assert page.browser.switch_to.active_element.text == expected
+        page.wait(lambda: page.browser.switch_to.active_element.text == expected)
         assert expected in page.find("#live h3").text
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, TEXTS, WORDS, run_notebook, tiny_model
-from test_concepts import HEADER, planted
+from test_concepts import planted
+from test_dictionary import HEADER
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
