@@ -145,7 +145,7 @@ def _pages(folder: Path) -> list[tuple[str, str, str, str]]:
             drawn = f"figures/{picture}.png"
             found.append((name, f"pages/{stem}.html", what, drawn if (folder / drawn).exists() else ""))
     if (folder / "concepts.html").exists():
-        found.append(("All concepts", "concepts.html", "Every named latent with its texts, statistics and effects; "
+        found.append(("All concepts", "concepts.html", "Every living latent with its texts, statistics and effects; "
                       "search by name or token.", ""))
     return found
 
