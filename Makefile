@@ -44,7 +44,7 @@ ception: $(VENV)/installed
 # The README's pictures, readable at 400 pixels: figures that make run leaves, and the page and its latent PAGE in a
 # narrow browser window.
 SAE_FOLDER = $$STORE_DIR/verify_sae_training/saes/$$(cat "$$STORE_DIR/verify_sae_training/last_sae.txt")
-PAGE ?= 514
+PAGE ?= 819
 pictures:
 	mkdir -p $(VERIFY)/pictures
 	for name in concept_recovery baselines; do \

@@ -257,6 +257,6 @@ def test_the_block_of_the_readme_on_an_sae_from_saelens(script, own_store, tmp_p
     assert imported.sae.config["imported"]["format"] == "sae_lens"
     latent = int(imported.sae.maxima.argmax())
     (find_sae() / "concepts.json").write_text(json.dumps({"sae_hash": sae_hash(imported.sae),
-                                                          "concepts": {str(latent): {"name": "dog"}}}))
+                                                          "concepts": {str(latent): {"name": "river"}}}))
     said = run_readme(capsys)
     assert said.count("\n") >= 13 and "'red' " in said and said.splitlines()[-1].startswith("One day")
