@@ -77,7 +77,7 @@ class Page:
                 if type(error).__name__ in ("StaleElementReferenceException", "NoSuchElementException"):
                     return False
                 raise
-        return WebDriverWait(self.browser, 20, poll_frequency=0.05).until(holds)
+        return WebDriverWait(self.browser, 60, poll_frequency=0.05).until(holds)
 
     def tokens(self):
         return [each.text for each in self.browser.find_elements(By.CSS_SELECTOR, "#live .live-text span")]
@@ -186,7 +186,7 @@ def test_a_narrow_window_has_it_too_without_overflow(page):
                                     if each.is_displayed()))
     button.click()
     page.wait(lambda: page.tokens() and page.find("#live-text").is_displayed())
-    page.latents()[0].click()
+    page.wait(lambda: page.latents()[0].click() is None)
     page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#live .live-next tbody tr"))
     page.slide(2)
     page.wait(lambda: all(page.texts()))
