@@ -108,5 +108,14 @@ def test_the_notebook_on_two_seeds_and_two_layers(script, source, own_store):  #
     assert names["table"]["EV"].between(0, 1).all() and names["table"]["loss recovered"].between(-1, 1.01).all()
     assert 0 < names["seeds"][0]["PW-MCC"] <= 1 and names["seeds"][0]["by chance"] < names["seeds"][0]["correlation"]
     assert list(names["columns"]) == ["token", "A", "B", "C"]
+    run, keep, codes = names["run"], names["keep"], names["codes"]["A"]
+    latent = int(names["fires"]["A"].argmax())
+    tokens = [run.texts[text]["text"][start:end] for text, start, end in
+              zip(*(run.rows[name][keep].tolist() for name in ("text_id", "char_start", "char_end")))]
+    totals = {}
+    for token, code in zip(tokens, codes.toarray()[:, latent]):
+        totals |= {token: totals.get(token, 0) + code} if code else {}
+    first = comparison.strongest_tokens(run, keep, codes, [latent])[latent]
+    assert first == sorted(totals, key=lambda token: -totals[token])[:4]
     content = read_json(own_store / "verify_sae_training" / "comparison.json")
     assert len(content["found_again"]) == 6 and len(content["scores"]) == 3

@@ -2,11 +2,13 @@
 
     run, saes = open_saes(names, run_id, device)
 """
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+import scipy.sparse
 import torch
 from corpora import corpus_of
 from saved_model import hook_of_run
@@ -97,6 +99,25 @@ def word_f1(one: One, run: Run, truth: Truth) -> float:
     values, latents = one.sae.encode(x.to(one.sae.mean))
     found = best_latents((values.cpu(), latents.cpu()), one.sae.n_latents, labels[:, columns], is_val)
     return mean(scores["f1"] for scores in found)
+
+
+def strongest_tokens(
+    run: Run, keep: Tensor, codes: scipy.sparse.csr_array, latents: Sequence[int], n: int = 4
+) -> dict[int, list[str]]:
+    """For each of the latents the texts of the tokens with most of its activation, at most n, the first first.
+
+    keep: bool [n_rows], the rows of the run that `codes` [N, F] are of.
+    """
+    rows, by_latent = keep.nonzero()[:, 0], codes.tocsc()
+    columns = [run.rows[name][rows] for name in ("text_id", "char_start", "char_end")]
+    found = {}
+    for latent in latents:
+        span, total = slice(*by_latent.indptr[latent : latent + 2]), Counter[str]()
+        for row, code in zip(by_latent.indices[span].tolist(), by_latent.data[span].tolist()):
+            text, start, end = (int(column[row]) for column in columns)
+            total[run.texts[text]["text"][start:end].strip()] += code
+        found[latent] = [token for token, _ in total.most_common(n)]
+    return found
 
 
 def as_seeds(saes: Mapping[str, One]) -> list[list[str]]:
