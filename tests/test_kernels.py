@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 from lib.training import kernels  # noqa: E402
+from lib.training.dots import dot64  # noqa: E402
 from lib.training.kernels import use_threads  # noqa: E402
 from lib.training.row_kernels import find_candidates  # noqa: E402
 
@@ -60,6 +61,29 @@ def test_bfloat16_rounding_is_that_of_torch():
     got = torch.from_numpy(low.view(np.int16)).view(torch.bfloat16)
     assert torch.equal(got[:-2], row.bfloat16())
     assert float(got[-2]) + float(got[-1]) == pytest.approx(0.123456, rel=1e-4)
+
+
+@numba.njit
+def dots_of(a, table, out):
+    for i in range(len(out)):
+        out[i] = dot64(a, table[i])
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 63, 64, 65, 127, 128, 288, 301])
+def test_a_dot_product_sums_64_lanes_in_halves_and_reads_nothing_beyond(width):
+    rng = np.random.default_rng(width)
+    a, table = rng.standard_normal(width, np.float32), np.full((4, width), np.nan, np.float32)
+    table[1:3] = rng.standard_normal((2, width), np.float32)  # neighbours that would show
+    out = np.empty(4, np.float32)
+    dots_of(a, table, out)
+    for row, found in zip(table[1:3], out[1:3]):
+        lanes = np.zeros(64, np.float32)
+        for d in range(width):
+            lanes[d % 64] += a[d] * row[d]
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        assert found == lanes[0]
+        assert found == pytest.approx(float(a.astype(np.float64) @ row), abs=1e-5 * width)
 
 
 def test_pairs_are_grouped_by_latent_in_row_order():

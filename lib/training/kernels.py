@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numba import config, njit, prange, set_num_threads
 
+from .dots import dot64
+
 config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # tbb costs 30 %, workqueue 45 % of the speed at F = 1152
-LANES = 64  # partial sums of a dot product
 DECODER, ENCODER = 1, 2
 FROZEN = {None: 0, "decoder": DECODER, "encoder": ENCODER}
 TINY = np.float32(1e-30)  # moments below it become 0: arithmetic on subnormal numbers is a hundred times slower
@@ -55,25 +56,6 @@ def use_threads(n: int) -> int:
 
 
 @compiled()
-def _dot(a, b, lanes):
-    """Sum of products in a fixed order that fits vector instructions; lanes [LANES]: room for partial sums."""
-    whole = len(a) // LANES * LANES
-    for j in range(LANES):
-        lanes[j] = 0
-    for d in range(0, whole, LANES):
-        for j in range(LANES):
-            lanes[j] += a[d + j] * b[d + j]
-    for d in range(whole, len(a)):
-        lanes[d - whole] += a[d] * b[d]
-    half = LANES >> 1
-    while half:
-        for j in range(half):
-            lanes[j] += lanes[j + half]
-        half >>= 1
-    return lanes[0]
-
-
-@compiled()
 def sort_by_latent(codes, pairs):
     """Group the active (row, latent) pairs by latent: those of latent i stand at start[i] : start[i + 1]."""
     index, code, slope = codes
@@ -99,11 +81,9 @@ def sort_by_latent(codes, pairs):
 
 @compiled()
 def _gradient(i, batch, weights, rows, frozen):
-    """Gradient of latent i into the first two rows, [D], with the third as room; returns those of gain and bias, and
-    the squared norm of all.
-    """
+    """Gradient of latent i into the two rows, [D]; returns those of gain and bias, and the squared norm of all."""
     x, error, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
-    g_dec, g_enc, lanes = rows
+    g_dec, g_enc = rows
     dec, enc, gain, _ = weights
     width = len(g_dec)
     zero = np.float32(0)
@@ -127,7 +107,7 @@ def _gradient(i, batch, weights, rows, frozen):
             g_enc[d] += s * x_row[d]
     d_row, e_row = dec[i], enc[i]
     if len(gain):
-        g_gain, s = _dot(d_row, g_enc, lanes), gain[i]
+        g_gain, s = dot64(d_row, g_enc), gain[i]
         for d in range(width):
             u = e_row[d] - s * d_row[d]
             g_dec[d] += s * g_enc[d] - g_gain * u
@@ -136,10 +116,10 @@ def _gradient(i, batch, weights, rows, frozen):
         g_dec[:] = zero
     elif frozen == ENCODER:
         g_enc[:] = zero
-    along = _dot(d_row, g_dec, lanes)
+    along = dot64(d_row, g_dec)
     for d in range(width):
         g_dec[d] -= along * d_row[d]
-    total = _dot(g_dec, g_dec, lanes) + _dot(g_enc, g_enc, lanes) + g_gain * g_gain + g_bias * g_bias
+    total = dot64(g_dec, g_dec) + dot64(g_enc, g_enc) + g_gain * g_gain + g_bias * g_bias
     return g_gain, g_bias, total
 
 
@@ -172,9 +152,9 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
     width = dec.shape[1]
     for piece in prange(len(bounds) - 1):
         g_dec, g_enc = np.empty(width, np.float32), np.empty(width, np.float32)
-        lanes, one = np.empty(LANES, np.float32), np.empty(1, np.float32)
+        one = np.empty(1, np.float32)
         for i in range(bounds[piece], bounds[piece + 1]):
-            g_gain, g_bias, norms[i] = _gradient(i, batch, weights, rows=(g_dec, g_enc, lanes), frozen=frozen)
+            g_gain, g_bias, norms[i] = _gradient(i, batch, weights, rows=(g_dec, g_enc), frozen=frozen)
             d_row, e_row = dec[i], enc[i]
             if len(gain):
                 for d in range(width):
@@ -186,11 +166,11 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
             one[0] = g_bias
             _adam(bias[i : i + 1], one, m=bias_m[i : i + 1], v=bias_v[i : i + 1], rate=lr_bias, rates=adam)
             if frozen != DECODER:
-                shrink = np.float32(1) / np.sqrt(_dot(d_row, d_row, lanes))
+                shrink = np.float32(1) / np.sqrt(dot64(d_row, d_row))
                 for d in range(width):
                     d_row[d] *= shrink
             if len(gain):
-                along = gain[i] - _dot(e_row, d_row, lanes)
+                along = gain[i] - dot64(e_row, d_row)
                 for d in range(width):
                     e_row[d] += along * d_row[d]
             if len(low):

@@ -2,10 +2,8 @@
 import numpy as np
 from numba import prange
 
+from .dots import dot64
 from .kernels import compiled
-
-# This and _dot stand in lib.training.kernels too: numba's cache would not notice a change in another file.
-LANES = 64
 
 
 @compiled()
@@ -129,25 +127,6 @@ def _keep_largest(keys, index, n, keep):
             return
 
 
-@compiled()
-def _dot(a, b, lanes):
-    """Sum of products in a fixed order that fits vector instructions; lanes [LANES]: room for partial sums."""
-    whole = len(a) // LANES * LANES
-    for j in range(LANES):
-        lanes[j] = 0
-    for d in range(0, whole, LANES):
-        for j in range(LANES):
-            lanes[j] += a[d + j] * b[d + j]
-    for d in range(whole, len(a)):
-        lanes[d - whole] += a[d] * b[d]
-    half = LANES >> 1
-    while half:
-        for j in range(half):
-            lanes[j] += lanes[j + half]
-        half >>= 1
-    return lanes[0]
-
-
 @compiled(parallel=True)
 def code_rows(x, weights, candidates, n_pieces, codes, error, loss):
     """Codes of each row from its candidates, the error x - x_hat, and the gradient at each code.
@@ -165,12 +144,11 @@ def code_rows(x, weights, candidates, n_pieces, codes, error, loss):
     for piece in prange(n_pieces):
         room = proposed.shape[1]
         value, place = np.empty(room, np.float32), np.empty(room, np.int32)
-        lanes = np.empty(LANES, np.float32)
         for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
             n = count[r]
             for c in range(n):
                 place[c] = proposed[r, c]
-                value[c] = _dot(x[r], enc[place[c]], lanes) + bias[place[c]]
+                value[c] = dot64(x[r], enc[place[c]]) + bias[place[c]]
             if n > k:
                 _keep_largest(value, place, n, k)
                 n = k
@@ -186,5 +164,5 @@ def code_rows(x, weights, candidates, n_pieces, codes, error, loss):
                         residual[d] -= z * row[d]
             for c in range(n):
                 if code[r, c] > 0:
-                    slope[r, c] = scale * _dot(residual, dec[index[r, c]], lanes)
-            loss[r] = _dot(residual, residual, lanes)
+                    slope[r, c] = scale * dot64(residual, dec[index[r, c]])
+            loss[r] = dot64(residual, residual)
