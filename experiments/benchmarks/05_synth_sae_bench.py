@@ -1,17 +1,17 @@
 """SynthSAEBench-16k (arXiv 2602.14687) with this project's training step: fresh samples, the published scores.
 
     make peers                                                # once: the world is drawn with SAELens' own classes
-    python 05_synth_sae_bench.py                              # 2 million samples
-    python 05_synth_sae_bench.py N_SAMPLES=20_000_000 SEED=1  # every run has a file of its own
+    python 05_synth_sae_bench.py                              # 2 million samples, minutes
+    python 05_synth_sae_bench.py N_SAMPLES=20_000_000 SEED=1  # every run has a folder of its own
     python 05_synth_sae_bench.py N_SAMPLES=200_000_000        # the protocol: hours; rerun the same command to resume
+    python 05_synth_sae_bench.py LR=3e-4                      # at the protocol's own rate
 
-Scores at 1, 2, 5, 10, 20, 50, 100, 200 million samples, by SAELens' formulas, on samples that no training sees:
-F1     for each latent, "its code is not 0" against "the feature of the largest |cosine| fires", mean over latents
-MCC    mean |cosine| of the best one-to-one matching of latents and features
-EV     explained variance; dead: latents that never fire on the samples that score
-The same at thresholds that give a mean L0 of THRESHOLD_L0, chosen on further samples without labels.
+Scores at 1, 2, 5, 10, 20, 50, 100, 200 million samples and at the end, on samples that no training sees: F1, MCC, EV
+and dead latents by SAELens' formulas (synth_scores.py), for the SAE as it is and, to compare at equal L0, for rules at
+the mean L0s of AT_L0: one threshold, and leave-one-out pruning, chosen on further samples without labels.
 
-Reads and writes store/benchmarks/synth_world.safetensors, synth_sae_bench/<hash of the constants>.json, .safetensors
+A run that was killed at any moment resumes; Ctrl-C keeps the step. 07_show_leaderboard.py compares all runs.
+Reads and writes store/benchmarks/synth_world.safetensors, synth_sae_bench/<run>/report.json, state.safetensors
 """
 from typing import Annotated
 
@@ -20,72 +20,81 @@ from lib.constants import override
 from lib.ranges import Count, Part, Rate, Seed, Share, Size, at_least, at_most
 
 MeanL0 = Annotated[float, at_least(0.01), at_most(1000)]
+Scored = Annotated[int, at_least(1024), at_most(10**7)]
 N_SAMPLES: Count = 2_000_000              # of training; each is drawn once
 N_LATENTS: Size = 4096
-TOP_K: Size = 25                          # latents of a sample at the end
+KIND: str = "topk"                        # a kind of lib/training/kinds.py
+TOP_K: Size = 25                          # latents of a sample at the end; on average, where a threshold decides
 START_K: Size = 60                        # at the start; the same as TOP_K: k does not fall
 FALL: Share = 0.9                         # share of the training over which k falls, linearly
 BATCH_SIZE: Size = 1024
 LR: Rate | None = None                    # peak learning rate; None: the rule of step 2
 WHITEN: Part = 1 / 8                      # power of the partial whitening; 0: off
-SCALED = True                             # children scaled by their parents' values: True in the published source,
+SCALED: bool = True                       # children scaled by their parents' values: True in the published source,
                                           # False, it is said, in the published file
-THRESHOLD_L0: tuple[MeanL0, ...] = (15.0, 20.0, 25.0)  # mean L0 of the thresholds that score too
-N_SCORED: Annotated[int, at_least(1024), at_most(10**7)] = 1_000_000  # samples that score
 SEED: Seed = 0                            # of the weights and of the training samples
+# What follows changes no training: a finished run is scored again where it was scored otherwise.
+AT_L0: tuple[MeanL0, ...] = (15.0, 20.0, 25.0)  # mean L0 of the rules that score besides the SAE's own
+PRUNE_FROM: Annotated[float, at_least(1), at_most(10)] = 1.4  # pruning starts from a threshold at so many times the L0
+N_SCORED: Scored = 1_000_000              # samples that score at the end
+N_CURVE: Scored = 200_000                 # samples that score at each milestone before
 CONSTANTS = override(globals())
 
-import subprocess
-from collections.abc import Iterator
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from sampler import Sampler, World, load_world
-from scipy.optimize import linear_sum_assignment
-from side_by_side import peers_python
-from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
+from sampler import Sampler, World
+from synth_reports import MILESTONES, POINT, score_sae, show, write_report
+from synth_samples import batches, moments, open_world
 from tqdm.auto import tqdm
 
-from lib.environment import run
-from lib.files import fingerprint, read_json, write_json, write_tensors
-from lib.schemas import POSITIVE, Schema
+from lib.environment import InputError, run
+from lib.files import fingerprint, read_note, read_tensors, write_tensors
+from lib.outputs import in_use
+from lib.sae import make_sae
 from lib.store import experiment_dir, provenance
 from lib.training.fast_step import fast_step
-from lib.training.settings import aux_after, learning_rate, schedule
-from lib.training.step import folded_weights, init_state, whitening
-from lib.training.workspace import Workspace
+from lib.training.kinds import KINDS, most_codes
+from lib.training.settings import Plan, TrainSettings, make_plan, schedule
+from lib.training.step import dense_step, folded_weights, init_state, whitening
+from lib.training.stopping import stop_between_steps
+from lib.training.workspace import Workspace, choose_precision
 
-POINTS = Schema({"points": [{"samples": POSITIVE, "seconds": float, "mcc": float, "unique": float, "scores": dict}]})
-MILESTONES = [m * 1_000_000 for m in (1, 2, 5, 10, 20, 50, 100, 200)]
-FIRST = 200_000  # samples of the covariance
-SCORING, CHOOSING, COVARIANCE = 1 << 61, 1 << 60, 1 << 59  # seeds of other samples: no training has one as large
-CHUNK = 1 << 14  # samples drawn or scored at one time
-
-
-def open_world(path: Path) -> World:
-    """The published world, drawn by the peers' Python where it is missing."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        script = Path(__file__).with_name("draw_world.py")
-        subprocess.run([str(peers_python()), str(script), str(part)], check=True)
-        part.replace(path)
-    return load_world(path)
+OF_SCORES = ("AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE")
+SAVE_SECONDS = 120.0  # between two saved states
+PROGRESS = {"precision": ("bfloat16", "float32"), "seconds": float, "cpu_seconds": float, "commits": [str],
+            "points": [POINT]}
+Made = dict[str, Any]  # what a saved run holds: the state, the mean of the samples, and PROGRESS
 
 
-def moments(world: World) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] of the first samples."""
-    draw = Sampler(world, SCALED, COVARIANCE)
-    total, product = torch.zeros(768, dtype=torch.float64), torch.zeros(768, 768, dtype=torch.float64)
-    for start in range(0, FIRST, CHUNK):
-        x = draw(start, CHUNK)[0].double()
-        total, product = total + x.sum(0), product + x.T @ x
-    n = len(range(0, FIRST, CHUNK)) * CHUNK
-    mean = total / n
-    return mean.float(), (product / n - mean.outer(mean)).float()
+def begin_or_resume(saved: Path, world: World, plan: Plan) -> Made:
+    if saved.exists():
+        state = {name: tensor.clone() for name, tensor in read_tensors(saved).items()}
+        made = {"state": state, "mean": state.pop("mean"), **read_note(saved, PROGRESS)}
+    else:
+        mean, covariance = moments(world, SCALED)
+        precision, _ = choose_precision(N_LATENTS, len(mean), mean.device)
+        made = {"state": init_state(whitening(covariance, WHITEN), N_LATENTS, SEED, kind=KIND), "mean": mean,
+                "precision": precision, "seconds": 0.0, "cpu_seconds": 0.0, "commits": [], "points": []}
+    commit = str(provenance()["git"])
+    if int(made["state"]["step"]) < plan.n_steps and commit not in made["commits"]:
+        made["commits"].append(commit)
+    return made
+
+
+def save(saved: Path, made: Made) -> None:
+    """Everything that the run needs to go on, in one file."""
+    write_tensors(saved, made["state"] | {"mean": made["mean"]}, note={name: made[name] for name in PROGRESS})
+
+
+def step_of(made: Made, plan: Plan) -> partial[None]:
+    """The training step of this kind."""
+    if KINDS[KIND].fast:
+        return partial(fast_step, work=Workspace(made["state"], made["precision"]), dead_after=plan.dead_after)
+    return partial(dense_step, kind=KIND, dead_after=plan.dead_after)
 
 
 def k_of(step: int, n_steps: int) -> int:
@@ -94,111 +103,71 @@ def k_of(step: int, n_steps: int) -> int:
     return round(START_K + (TOP_K - START_K) * done)
 
 
-class Scores:
-    """Sums over the samples that score, for TopK and for each threshold."""
-
-    def __init__(self, weights: dict[str, Tensor], mean: Tensor, features: Tensor):
-        self.W_enc, self.b_enc, self.W_dec, self.mean = weights["W_enc"], weights["b_enc"], weights["W_dec"], mean
-        similar = (normalize(self.W_dec, dim=1) @ features.T).abs()
-        self.best = similar.argmax(1)
-        self.mcc = float(similar.numpy()[linear_sum_assignment(similar.numpy(), maximize=True)].mean())
-        self.unique = len(self.best.unique()) / len(self.best)
-
-    def pre(self, x: Tensor) -> Tensor:
-        return torch.relu((x - self.mean) @ self.W_enc.T + self.b_enc)
-
-    def thresholds(self, draw: Sampler) -> list[float]:
-        """The code that THRESHOLD_L0 codes of a sample exceed on average, for each."""
-        pre = self.pre(draw(0, CHUNK)[0])
-        largest = pre.topk(min(4 * int(max(THRESHOLD_L0)), pre.shape[1]), dim=1).values.flatten().sort(descending=True)
-        return [float(largest.values[min(int(l0 * CHUNK), len(largest.values) - 1)]) for l0 in THRESHOLD_L0]
-
-    def of(self, draw: Sampler, thresholds: list[float]) -> dict[str, dict[str, float]]:
-        """name of the rule -> f1, precision, recall, l0, ev, dead_pct."""
-        rules = {"topk": None, **{f"threshold {l0:g}": t for l0, t in zip(THRESHOLD_L0, thresholds)}}
-        n_latents = len(self.W_enc)
-        counts = {name: torch.zeros(3, n_latents) for name in rules}  # fires, its feature fires, both
-        squares, n, spread, total = dict.fromkeys(rules, 0.0), 0, 0.0, torch.zeros(768, dtype=torch.float64)
-        for start in tqdm(range(0, N_SCORED, 4096), desc="scoring", leave=False):
-            x, index, _, count = draw(start, 4096)
-            on = torch.zeros(len(x), 16_384, dtype=torch.bool)
-            places = torch.arange(index.shape[1]) < count[:, None]
-            row = torch.arange(len(x)).repeat_interleave(count)
-            on[row, index[places].long()] = True
-            truth = on[:, self.best]
-            pre = self.pre(x)
-            values, chosen = pre.topk(TOP_K, dim=1)
-            for name, threshold in rules.items():
-                if threshold is None:
-                    codes = torch.zeros_like(pre).scatter_(1, chosen, values)
-                    x_hat = embedding_bag(chosen, self.W_dec, per_sample_weights=values, mode="sum") + self.mean
-                else:
-                    codes = pre * (pre > threshold)
-                    x_hat = codes @ self.W_dec + self.mean
-                fires = codes > 0
-                counts[name] += torch.stack([fires.sum(0), truth.sum(0), (fires & truth).sum(0)])
-                squares[name] += float((x - x_hat).double().square().sum())
-            n, total = n + len(x), total + x.double().sum(0)
-            spread += float(x.double().square().sum())
-        spread -= float(total.square().sum()) / n
-        found = {}
-        for name, (fires, truth, both) in counts.items():
-            precision, recall = both / fires.clamp(min=1), both / truth.clamp(min=1)
-            f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-            found[name] = {"f1": float(f1.mean()), "precision": float(precision.mean()), "recall": float(recall.mean()),
-                           "l0": float(fires.sum()) / n, "ev": 1 - squares[name] / spread,
-                           "dead_pct": 100 * float((fires == 0).float().mean())}
-        return found
+def unscored(made: Made, plan: Plan) -> dict[str, Any] | None:
+    """How to score the SAE as it is now; None if it stands at no milestone, or was scored so."""
+    steps = int(made["state"]["step"])
+    samples, is_end = steps * BATCH_SIZE, steps == plan.n_steps
+    if not is_end and not any(samples - BATCH_SIZE < milestone <= samples for milestone in MILESTONES):
+        return None
+    how = {"n": N_SCORED if is_end else N_CURVE, "mean_l0": list(AT_L0), "prune_from": PRUNE_FROM,
+           "batch_k": TOP_K if KIND == "batchtopk" else None}
+    return None if any(p["samples"] == samples and p["how"] == how for p in made["points"]) else how
 
 
-def stream(draw: Sampler, shift: Tensor, first: int, n_steps: int) -> Iterator[tuple[int, Tensor]]:
-    """(step, rows [BATCH_SIZE, D]) from step `first` on; several batches are drawn at one time."""
-    per_draw = max(1, CHUNK // BATCH_SIZE)
-    for step in range(first, n_steps):
-        if step == first or step % per_draw == 0:
-            start, rows = step, draw(step * BATCH_SIZE, (per_draw - step % per_draw) * BATCH_SIZE)[0] - shift
-        yield step, rows[(step - start) * BATCH_SIZE : (step - start + 1) * BATCH_SIZE]
+def add_point(folder: Path, made: Made, world: World, how: dict[str, Any]) -> None:
+    """Score the SAE as it is, and write the report; an older point of the same samples goes."""
+    samples = int(made["state"]["step"]) * BATCH_SIZE
+    sae = make_sae(**folded_weights(made["state"], 1.0), mean=made["mean"], scale=1.0,
+                   top_k=most_codes(KIND, TOP_K, N_LATENTS))
+    point = {"samples": samples, "seconds": made["seconds"], "cpu_seconds": made["cpu_seconds"],
+             **score_sae(sae, world, SCALED, how)}
+    made["points"] = [p for p in made["points"] if p["samples"] != samples] + [point]
+    save(folder / "state.safetensors", made)
+    write_report(folder, Path(__file__).name, CONSTANTS, made)
+    tqdm.write(show(point))
 
 
-def point(state: dict[str, Tensor], mean: Tensor, world: World, seconds: float) -> dict[str, Any]:
-    """The scores of the SAE as it is now."""
-    scores = Scores(folded_weights(state, 1.0), mean, world.features)
-    thresholds = scores.thresholds(Sampler(world, SCALED, CHOOSING))
-    return {"samples": int(state["step"]) * BATCH_SIZE, "seconds": seconds, "mcc": scores.mcc,
-            "unique": scores.unique, "scores": scores.of(Sampler(world, SCALED, SCORING), thresholds)}
-
-
-def show(found: dict[str, Any]) -> None:
-    parts = [f"{name}: F1 {p['f1']:.3f} at L0 {p['l0']:.1f}, EV {p['ev']:.3f}" for name, p in found["scores"].items()]
-    tqdm.write(f"{found['samples']:,} samples, {found['seconds']:.0f} s: MCC {found['mcc']:.3f}; {'; '.join(parts)}")
+def train(folder: Path, made: Made, world: World, plan: Plan) -> None:
+    """All steps that are left."""
+    state, take_step = made["state"], step_of(made, plan)
+    draw = Sampler(replace(world, bias=world.bias - made["mean"]), scaled=SCALED, seed=SEED,
+                   transform=state["transform"])
+    wall, used = time.monotonic(), time.process_time()
+    with stop_between_steps() as stopped, tqdm(total=plan.n_steps * BATCH_SIZE, initial=int(state["step"]) * BATCH_SIZE,
+                                               unit="sample", unit_scale=True) as bar:
+        for step, x in batches(draw, BATCH_SIZE, int(state["step"]), plan.n_steps):
+            take_step(state, x, k=k_of(step, plan.n_steps), lr=plan.learning_rate * schedule(step, plan.n_steps))
+            bar.update(BATCH_SIZE)
+            how = unscored(made, plan)
+            if how or stopped() or time.monotonic() > wall + SAVE_SECONDS:
+                made["seconds"] += time.monotonic() - wall
+                made["cpu_seconds"] += time.process_time() - used
+                save(folder / "state.safetensors", made)
+                if how and not stopped():
+                    add_point(folder, made, world, how)
+                if stopped():
+                    raise KeyboardInterrupt
+                wall, used = time.monotonic(), time.process_time()
 
 
 def main() -> None:
-    folder = experiment_dir("benchmarks")
-    world = open_world(folder / "synth_world.safetensors")
-    report = folder / "synth_sae_bench" / f"{fingerprint([CONSTANTS])}.json"
-    saved, n_steps = report.with_suffix(".safetensors"), N_SAMPLES // BATCH_SIZE
-    report.parent.mkdir(parents=True, exist_ok=True)
-    mean, covariance = moments(world)
-    transform = whitening(covariance, WHITEN)
-    state, points = init_state(transform, N_LATENTS, SEED), []
-    if saved.exists():
-        state, points = load_file(saved), read_json(report, POINTS)["points"]
-    draw, work = Sampler(world, scaled=SCALED, seed=SEED, transform=transform), Workspace(state)
-    rate, silence = LR or learning_rate(N_LATENTS, N_SAMPLES), aux_after(N_LATENTS, TOP_K, BATCH_SIZE)
-    before, first = points[-1]["seconds"] if points else 0.0, int(state["step"])
-    with tqdm(total=N_SAMPLES, initial=first * BATCH_SIZE, unit="sample", unit_scale=True) as bar:
-        for step, x in stream(draw, mean @ transform, first, n_steps):
-            fast_step(state, x, k=k_of(step, n_steps), lr=rate * schedule(step, n_steps), dead_after=silence, work=work)
-            bar.update(BATCH_SIZE)
-            done = (step + 1) * BATCH_SIZE
-            if step + 1 == n_steps or any(done - BATCH_SIZE < milestone <= done for milestone in MILESTONES):
-                points.append(point(state, mean, world, before + bar.format_dict["elapsed"]))
-                write_tensors(saved, state)
-                write_json(report, {"constants": CONSTANTS, "made_with": provenance(), "points": points})
-    for found in points:
-        show(found)
-    print(f"written: {report}")
+    if KIND not in KINDS:
+        raise InputError(f"KIND={KIND} is unknown; choose one of {', '.join(KINDS)}")
+    if max(START_K, TOP_K) > N_LATENTS:
+        raise InputError(f"TOP_K={TOP_K} and START_K={START_K} must be at most N_LATENTS={N_LATENTS}")
+    plan = make_plan(TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR), N_SAMPLES)
+    key = fingerprint([{name: value for name, value in CONSTANTS.items() if name not in OF_SCORES}])
+    folder = experiment_dir("benchmarks") / "synth_sae_bench" / f"{KIND}_{N_SAMPLES}_seed{SEED}_{key}"
+    with in_use(folder):
+        world = open_world()
+        made = begin_or_resume(folder / "state.safetensors", world, plan)
+        if how := unscored(made, plan):  # killed while scoring, or to be scored otherwise
+            add_point(folder, made, world, how)
+        if int(made["state"]["step"]) < plan.n_steps:
+            train(folder, made, world, plan)
+    for point in made["points"]:
+        print(show(point))
+    print(f"written: {folder / 'report.json'}")
 
 
 if __name__ == "__main__":

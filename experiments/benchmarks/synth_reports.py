@@ -1,0 +1,70 @@
+"""The reports of 05 and 06, which 07 reads.
+
+A report holds script, constants, made_with, machine, commits (of the code that took the steps), date (when it was last
+written) and points, one for each milestone: samples, seconds and cpu_seconds (of training alone), how it was scored,
+mcc, unique, chosen (thresholds and prices) and scores: rule -> f1, precision, recall, l0, ev, dead_pct. synth_scores.py
+says which rules there are.
+"""
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from sampler import Sampler, World
+from synth_scores import Dictionary, codings_of, matching, score
+
+from lib.files import read_json, write_json
+from lib.sae import SAE
+from lib.schemas import CONSTANTS, POSITIVE, Number, Schema
+from lib.store import provenance
+
+SHARE = Number(float, -1e9, 1)
+SCORES = {"f1": SHARE, "precision": SHARE, "recall": SHARE, "l0": float, "ev": SHARE, "dead_pct": float}
+POINT = {"samples": POSITIVE, "seconds": float, "cpu_seconds": float, "how": {"n": POSITIVE}, "mcc": SHARE,
+         "unique": SHARE, "chosen": {}, "scores": {}}
+REPORT = Schema({"script": str, "constants": CONSTANTS, "machine": str, "commits": [str], "date": str,
+                 "points": [POINT]})
+MILESTONES = [m * 1_000_000 for m in (1, 2, 5, 10, 20, 50, 100, 200)]  # samples at which a run is scored
+SCORING, CHOOSING = 1 << 61, 1 << 60  # seeds of other samples: no training has one as large
+N_CHOOSING = 1 << 14  # samples on which thresholds are chosen
+
+
+def machine() -> str:
+    """The processor's name, how many threads train, and which of the instructions that matter it has."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    found = torch.cpu.get_capabilities()
+    extras = [word for flag, word in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16")) if found.get(flag)]
+    return ", ".join([name, f"{torch.get_num_threads()} threads", *extras])
+
+
+def score_sae(sae: SAE, world: World, scaled: bool, how: dict[str, Any]) -> dict[str, Any]:
+    """A point's scores; how: samples "n" that score, and what codings_of takes."""
+    rules = {name: value for name, value in how.items() if name != "n"}
+    codings, chosen = codings_of(sae, Sampler(world, scaled, CHOOSING)(0, N_CHOOSING)[0], **rules)
+    best, mcc, unique = matching(sae.W_dec, world.features)
+    scores = score(codings, Dictionary(sae.W_dec, sae.mean), best, draw=Sampler(world, scaled, SCORING), n=how["n"],
+                   n_features=len(world.features))
+    return {"how": how, "mcc": mcc, "unique": unique, "chosen": chosen, "scores": scores}
+
+
+def write_report(folder: Path, script: str, constants: dict[str, Any], made: dict[str, Any]) -> None:
+    """made: among others commits and points."""
+    write_json(folder / "report.json", {
+        "script": script, "constants": constants, "made_with": provenance(), "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(), "commits": made["commits"], "points": made["points"]})
+
+
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """All reports in the folders of `folder` that have a point, by name."""
+    found = [read_json(path, REPORT) for path in sorted(folder.glob("*/report.json"))]
+    return [report for report in found if report["points"]]
+
+
+def show(point: dict[str, Any]) -> str:
+    parts = [f"{name}: F1 {p['f1']:.3f} at L0 {p['l0']:.1f}, EV {p['ev']:.3f}" for name, p in point["scores"].items()]
+    return f"{point['samples']:,} samples, {point['seconds'] / 60:.1f} min: MCC {point['mcc']:.3f}; {'; '.join(parts)}"
