@@ -10,9 +10,10 @@ import torch
 
 numba = pytest.importorskip("numba")
 from lib.training import kernels  # noqa: E402
+from lib.training.code_kernels import keep_above  # noqa: E402
 from lib.training.dots import dot64  # noqa: E402
 from lib.training.kernels import use_threads  # noqa: E402
-from lib.training.row_kernels import find_candidates  # noqa: E402
+from lib.training.row_kernels import count_above, find_above, find_candidates  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -87,14 +88,40 @@ def test_a_dot_product_sums_64_lanes_in_halves_and_reads_nothing_beyond(width):
 
 
 def test_pairs_are_grouped_by_latent_in_row_order():
-    index = np.array([[2, 0], [2, 1], [0, 2]], np.int32)
-    code = np.array([[1.0, 2.0], [3.0, 0.0], [4.0, 5.0]], np.float32)
-    start, row = np.empty(5, np.int64), np.empty(6, np.int32)
-    weight, slope = np.empty(6, np.float32), np.empty(6, np.float32)
-    kernels.sort_by_latent((index, code, -code), (start, row, weight, slope))
+    first, count = np.array([1, 3, 6]), np.array([2, 1, 2], np.int32)  # places that belong to no row hold anything
+    index = np.array([9, 2, 0, 2, 9, 9, 0, 2], np.int32)
+    code = np.array([9, 1, 2, 3, 9, 9, 4, 5], np.float32)
+    start, row = np.empty(5, np.int64), np.empty(5, np.int32)
+    weight, slope = np.empty(5, np.float32), np.empty(5, np.float32)
+    kernels.sort_by_latent((first, count, index, code, -code), (start, row, weight, slope))
     assert start.tolist() == [0, 2, 2, 5, 5]
-    assert (row[:5].tolist() == [0, 2, 0, 1, 2] and weight[:5].tolist() == [2, 4, 1, 3, 5]
-            and slope[:5].tolist() == [-2, -4, -1, -3, -5])
+    assert (row.tolist() == [0, 2, 0, 1, 2] and weight.tolist() == [2, 4, 1, 3, 5]
+            and slope.tolist() == [-2, -4, -1, -3, -5])
+
+
+def test_codes_above_a_floor_and_the_first_of_equals_stay():
+    first, count = np.array([0, 4]), np.array([3, 2], np.int32)
+    index, value = np.array([0, 1, 2, 9, 1, 0], np.int32), np.array([3, 2, 1, 9, 2, 2], np.float32)
+    floor = np.array([1, 2, 1], np.float32)
+    assert keep_above((first, count, index, value), floor, 1) == 3
+    assert first.tolist() == [0, 2] and count.tolist() == [2, 1]
+    assert index[:3].tolist() == [0, 1, 0] and value[:3].tolist() == [3, 2, 2]
+
+
+@pytest.mark.parametrize("dtype,bits", [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
+@pytest.mark.parametrize("n", [5, 64, 131])
+def test_scores_above_the_bound_of_their_latent_are_found(dtype, bits, n):
+    generator = torch.Generator().manual_seed(0)
+    scores, bounds = torch.randn(50, n, generator=generator).to(dtype), torch.rand(n, generator=generator).to(dtype)
+    bounds[0] = scores[7, 0] = 1.0
+    found, count = scores.view(bits).numpy(), np.empty(50, np.int32)
+    count_above(found, bounds.view(bits).numpy(), use_threads(2), count)
+    assert np.array_equal(count, (scores >= bounds).sum(1).numpy())
+    ends = count.cumsum(dtype=np.int64)
+    index, key = np.empty(ends[-1], np.int32), np.empty(ends[-1], found.dtype)
+    find_above(found, bounds.view(bits).numpy(), first=ends - count, n_pieces=use_threads(2), index=index, key=key)
+    row, latent = (scores >= bounds).nonzero().T.numpy()
+    assert np.array_equal(index, latent) and np.array_equal(key, found[row, latent])
 
 
 def run_python(code, **env):

@@ -1,4 +1,4 @@
-"""The TopK training step of lib.training.step without autograd and without an array of rows times latents.
+"""The training step of lib.training.step without autograd and without an array of rows times latents.
 
     work = Workspace(state)
     fast_step(state, rows @ state["transform"], k=k, lr=lr, dead_after=10_000, work=work)
@@ -6,8 +6,8 @@
 The encoder product runs in tiles and only proposes candidates (lib.training.workspace). Their pre-activations are
 computed again in float32, so codes, losses and gradients are those of `dense_step` for the same sets of latents. Rows
 then meet only the dictionary rows that fired, and one pass over the latents does gradient, Adam and unit norm. On a CPU
-with numba the loops are compiled (lib.training.kernels, lib.training.row_kernels); elsewhere torch operations take the
-same steps.
+with numba the loops are compiled (lib.training.selection, and the files named kernels); elsewhere torch operations take
+the same steps for TopK, and the dense step trains the other kinds.
 """
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..distributed import add_up
-from .step import BETAS, EPS, GAIN_RATE, Found, apply_gradients, bias_rate, count_step, dead_in_turn
+from .step import BETAS, EPS, GAIN_RATE, Found, apply_gradients, bias_rate, count_step, dead_in_turn, dense_step
 from .workspace import Workspace, candidates_wanted, kernels, low_precision, scores
 
 if kernels is not None:
-    from .row_kernels import code_rows, find_candidates
+    from .code_kernels import row_errors
+    from .selection import SELECT
 
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 
@@ -30,8 +31,12 @@ def fast_step(
 ) -> None:
     """One step, in place: the mathematics and the arguments of `dense_step`; work: this state's workspace.
 
-    On a CPU the result depends on the number of threads only as far as torch's products do.
+    On a CPU the result depends on the number of threads only as far as torch's products do. Where the kind of `work`
+    has no fast step (lib.training.kinds) this is the dense one.
     """
+    if not work.fast:
+        dense_step(state, x, k=k, lr=lr, dead_after=dead_after, aux_weight=aux_weight, kind=work.kind, frozen=frozen)
+        return
     step = _compiled_step if work.compiled else _torch_step
     found = step(state, x.float().contiguous(), k=k, lr=lr, dead_after=dead_after, work=work, aux_weight=aux_weight,
                  frozen=frozen)
@@ -66,37 +71,26 @@ def _compiled_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> 
     (rows, width), n_latents = x.shape, len(state["dec"])
     arrays = {name: value.numpy() for name, value in state.items()}
     pieces = kernels.use_threads(torch.get_num_threads())
-    proposed = _candidates(state, x, k, work, pieces=pieces)
-    codes = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32), np.empty((rows, k), np.float32)
-    loss = torch.empty(rows)
-    error = work.buffer("error", (rows, width), x)
-    weights = (arrays["dec"], arrays["enc"], arrays.get("gain", np.empty(0, np.float32)), arrays["bias"])
-    code_rows(x.numpy(), weights, proposed, pieces, codes=codes, error=error.numpy(), loss=loss.numpy())
+    selected = SELECT[work.kind](state, x, k=k, work=work, pieces=pieces)
+    codes = (*selected, np.empty(len(selected[3]), np.float32))
+    levels, n_levels = np.zeros(n_latents, np.uint8), 1
+    scale = np.float32(-2 / (rows * n_levels))
+    error, loss = work.buffer("error", (n_levels, rows, width), x), torch.empty(rows)
+    row_errors(x.numpy(), arrays["dec"], codes, levels, scale=scale, n_pieces=pieces, error=error.numpy(),
+               loss=loss.numpy())
 
-    first = np.empty(n_latents + 1, np.int64)
-    pairs = (first, np.empty(rows * k, np.int32), np.empty(rows * k, np.float32), np.empty(rows * k, np.float32))
+    first, n = np.empty(n_latents + 1, np.int64), int(codes[1].sum())
+    pairs = first, np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, np.float32)
     kernels.sort_by_latent(codes, pairs)
     total = loss.sum()
-    found = aux_gradients(state, x, error, total=total, dead_after=dead_after, aux_weight=aux_weight)
+    found = aux_gradients(state, x, error[-1], total=total, dead_after=dead_after, aux_weight=aux_weight)
     auxk, aux = _aux_arrays(found, n_latents, width)
     state["step"] += 1
-    batch = (x.numpy(), error.numpy(), *pairs, *aux)
+    weights = (arrays["dec"], arrays["enc"], arrays.get("gain", np.empty(0, np.float32)), arrays["bias"])
+    batch = (x.numpy(), error.numpy(), levels, scale, *pairs, *aux)
     norm = _update(batch, arrays, weights, work=work, lr=lr, pieces=pieces, frozen=frozen)
-    return Found(rows, recon=total / rows, auxk=auxk, n_active=torch.tensor(float(first[-1])),
+    return Found(rows, recon=total / rows, auxk=auxk, n_active=torch.tensor(float(n)),
                  fired=torch.from_numpy(first[1:] > first[:-1]), grad_norm=norm)
-
-
-def _candidates(state, x, k, work, *, pieces):
-    """Latents to compute again, int32 [B, k or more], and how many of them each row has, int32 [B]."""
-    n_latents = len(state["dec"])
-    wanted = candidates_wanted(k, n_latents, work)
-    proposed, count = np.empty((len(x), wanted), np.int32), np.empty(len(x), np.int32)
-    n_blocks = min(n_latents, 1 << max(3 * wanted, int(1.3 * n_latents**0.5)).bit_length())
-    for start, out in scores(state, x, work):
-        bits = out.view(torch.int32 if work.low is None else torch.int16).numpy()
-        end = start + len(bits)
-        find_candidates(bits, wanted, n_blocks, pieces, index=proposed[start:end], count=count[start:end])
-    return proposed, count
 
 
 def _aux_arrays(found, n_latents, width):
@@ -114,7 +108,7 @@ def _update(batch, arrays, weights, *, work, lr, pieces, frozen) -> Tensor:
     step, n_latents = int(arrays["step"]), len(weights[0])
     none = np.empty(0, np.float32)
     moments = tuple(arrays.get(f"{name}_{m}", none) for name in ("dec", "enc", "gain", "bias") for m in "mv")
-    first = batch[2]
+    first = batch[4]
     cost = first[1:] + 4 * np.arange(1, n_latents + 1)  # a latent's Adam costs about what four pairs do
     bounds = np.searchsorted(cost, cost[-1] * np.arange(pieces + 1) / pieces)
     bounds[-1] = n_latents

@@ -4,7 +4,8 @@ Functions write into the arrays they are given. Rows and latents are split into 
 nothing is summed across pieces, so the result does not depend on the number of threads.
 
     weights   dec, enc [F, D], gain [F or 0], bias [F]
-    codes     latents int32 [B, k], values [B, k], and the loss's gradient at each value [B, k]
+    codes     where each row's begin, int64 [B], how many they are, int32 [B], then of all: latents int32 [N], values
+              [N], and the loss's gradient at each value [N]
     pairs     the active (row, latent) pairs by latent: start [F + 1], row, value and gradient of each pair
     aux       slot of each latent [F] or -1, and AuxK's gradients of dec, enc [A, D], bias [A] by slot
 
@@ -58,22 +59,20 @@ def use_threads(n: int) -> int:
 @compiled()
 def sort_by_latent(codes, pairs):
     """Group the active (row, latent) pairs by latent: those of latent i stand at start[i] : start[i + 1]."""
-    index, code, slope = codes
+    first, count, index, code, slope = codes
     start, row, weight, slope_sorted = pairs
-    rows, k = index.shape
+    rows = len(first)
     start[:] = 0
     for r in range(rows):
-        for c in range(k):
-            if code[r, c] > 0:
-                start[index[r, c] + 1] += 1
+        for c in range(first[r], first[r] + count[r]):
+            start[index[c] + 1] += 1
     for i in range(1, len(start)):
         start[i] += start[i - 1]
     for r in range(rows):
-        for c in range(k):
-            if code[r, c] > 0:
-                p = start[index[r, c]]
-                row[p], weight[p], slope_sorted[p] = r, code[r, c], slope[r, c]
-                start[index[r, c]] += 1
+        for c in range(first[r], first[r] + count[r]):
+            p = start[index[c]]
+            row[p], weight[p], slope_sorted[p] = r, code[c], slope[c]
+            start[index[c]] += 1
     for i in range(len(start) - 1, 0, -1):
         start[i] = start[i - 1]
     start[0] = 0
@@ -82,12 +81,11 @@ def sort_by_latent(codes, pairs):
 @compiled()
 def _gradient(i, batch, weights, rows, frozen):
     """Gradient of latent i into the two rows, [D]; returns those of gain and bias, and the squared norm of all."""
-    x, error, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
+    x, errors, levels, scale, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
     g_dec, g_enc = rows
     dec, enc, gain, _ = weights
     width = len(g_dec)
-    zero = np.float32(0)
-    scale = np.float32(-2.0 / len(x))
+    zero, error = np.float32(0), errors[levels[i]]
     g_gain, g_bias = zero, zero
     slot = aux_slot[i]
     if start[i] == start[i + 1] and slot < 0:
@@ -140,7 +138,8 @@ def _adam(w, g, m, v, rate, rates):
 def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
     """Gradient, Adam, unit norm and constraint of every latent in one pass over its row.
 
-    batch: x, error [B, D], *pairs, *aux (numba takes no tuples of tuples here). moments: m and v of each of the
+    batch: x [B, D], errors [L, B, D], levels uint8 [F], scale (code_kernels.row_errors), *pairs, *aux (numba takes no
+    tuples of tuples here). moments: m and v of each of the
     weights, in order. low: bfloat16 bits of the encoder and of the bias in two columns, uint16 [F, D + 2 or more], or
     [0, 0]. bounds: piece p has latents bounds[p] : bounds[p + 1]. rates: (lr of dec and enc, of gain, of bias, each
     over 1 - beta1^t), and `_adam`'s. norms [F]: squared norm of each gradient. frozen: see FROZEN; a frozen row gets a

@@ -9,8 +9,9 @@ matryoshka  topk, but the first F/16, F/8, F/4 and F/2 latents must also reconst
             (Bussmann et al. 2025, arXiv 2503.17547).
 
 To add a kind, write the functions in which it differs, add a row to KINDS, and add its name to KIND in
-02_train_sae.py, which lists the names so that --help need not load torch (a test compares the two). A kind whose
-trained SAE is more than an encoder, a dictionary and thresholds also changes encode() in lib/sae.py.
+02_train_sae.py, which lists the names so that --help need not load torch (a test compares the two). lib.training.
+selection has the same selection for the compiled step. A kind whose trained SAE is more than an encoder, a dictionary
+and thresholds also changes encode() in lib/sae.py.
 
 Codes are never negative. k is the number of latents that fire: on each row, or on average where a threshold decides.
 """
@@ -65,15 +66,15 @@ class Kind(NamedTuple):
     """Of the trained SAE: how training finds it; None: the k largest codes of a row fire."""
     rate: float = 1.0
     """Times the rule for the learning rate (lib.training.settings); a higher one kills latents."""
-    fast: bool = False
-    """Whether lib.training.fast_step trains it, on any number of ranks; otherwise the dense step does, in one
-    process.
+    fast: Literal["compiled", "everywhere"] | None = None
+    """Where lib.training.fast_step trains it: where its loops are compiled (lib.training.selection), which is on a CPU
+    with numba, in one process; or everywhere. Elsewhere the dense step does, in one process.
     """
 
 
 KINDS = {
-    "topk": Kind(topk_codes, fast=True),
-    "batchtopk": Kind(batchtopk_codes, threshold="running mean", rate=0.7),
+    "topk": Kind(topk_codes, fast="everywhere"),
+    "batchtopk": Kind(batchtopk_codes, threshold="running mean", rate=0.7, fast="compiled"),
     "jumprelu": Kind(jumprelu_codes, threshold="learnt", rate=0.5),
     "matryoshka": Kind(topk_codes, nested_errors),
 }
@@ -92,13 +93,20 @@ def prefix_sizes(n_latents: int) -> list[int]:
 
 def first_threshold(pre: Tensor, k: int) -> Tensor:
     """The threshold above which k codes a row fire on average: 0-dim, from pre-activations [B, F]."""
-    return pre.flatten().topk(min(k * len(pre), pre.numel())).values[-1].clamp(min=LEAST_THRESHOLD)
+    return pre.flatten().topk(min(k * len(pre), pre.numel())).values[-1]
 
 
-def follow_smallest(log_threshold: Tensor, codes: Tensor) -> None:
-    """Move batchtopk's threshold, in place, towards the smallest code [B, F] that fired."""
-    smallest, threshold = codes.where(codes > 0, torch.inf).amin(), log_threshold.exp()
-    log_threshold.copy_((threshold + FORGET * (smallest - threshold)).log())
+def set_first_threshold(state: dict[str, Tensor], first: Tensor) -> None:
+    """Let all thresholds of a state start at `first`, 0-dim, in its first step, unless a start has set them."""
+    if int(state["step"]) == 0 and not state["log_threshold"].any():
+        state["log_threshold"].fill_(first.clamp(min=LEAST_THRESHOLD).log())
+
+
+def follow_smallest(log_threshold: Tensor, smallest: Tensor) -> None:
+    """Move batchtopk's threshold, in place, towards the smallest code that fired, 0-dim; it stays if that is inf."""
+    threshold = log_threshold.exp()
+    moved = (threshold + FORGET * (smallest - threshold)).log()
+    log_threshold.copy_(moved.where(smallest < torch.inf, log_threshold))
 
 
 class _Jump(torch.autograd.Function):

@@ -31,9 +31,9 @@ from .fast_step import fast_step
 from .kinds import KINDS, most_codes
 from .settings import Plan, TrainSettings, check_settings, make_plan, schedule
 from .start import check_start, rows_about, state_of
-from .step import dense_step, folded_weights, init_state, whitening
+from .step import folded_weights, init_state, whitening
 from .stopping import stop_between_steps
-from .workspace import Workspace, choose_precision
+from .workspace import Workspace, choose_precision, runs_compiled
 
 MAXIMA_ROWS = 1_000_000  # of training and of validation, whose codes are compared
 
@@ -133,9 +133,9 @@ def _resumed_or_new(
 
 def _precision(settings: TrainSettings, state: dict[str, Tensor]) -> str:
     """Of the encoder product, the same on all ranks."""
-    if not KINDS[settings.kind].fast:
-        return "float32"
     (n_latents, width), device = state["dec"].shape, state["dec"].device
+    if KINDS[settings.kind].fast != "everywhere" and not runs_compiled(device, shared=world_size() > 1):
+        return "float32"
     precision, choice = settings.precision, f"encoder product in {settings.precision}"
     if precision == "auto":
         precision, choice = choose_precision(n_latents, width, device)
@@ -145,11 +145,9 @@ def _precision(settings: TrainSettings, state: dict[str, Tensor]) -> str:
 
 def _step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], precision: str) -> Callable[..., None]:
     """take_step(state, x, lr=...) for this kind of SAE."""
-    options: dict[str, Any] = {"k": settings.top_k, "dead_after": plan.dead_after, "aux_weight": settings.aux_weight,
-                               "frozen": settings.frozen}
-    if KINDS[settings.kind].fast:
-        return partial(fast_step, work=Workspace(state, precision, shared=world_size() > 1), **options)
-    return partial(dense_step, kind=settings.kind, **options)
+    work = Workspace(state, precision, shared=world_size() > 1, kind=settings.kind)
+    return partial(fast_step, k=settings.top_k, dead_after=plan.dead_after, work=work, aux_weight=settings.aux_weight,
+                   frozen=settings.frozen)
 
 
 def _batches(

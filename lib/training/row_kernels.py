@@ -1,9 +1,10 @@
-"""Compiled loops of the fast step over rows: candidates from tiles of pre-activations, then exact codes and errors."""
+"""Compiled loops of the fast step over rows: candidates from tiles of pre-activations. Codes: code_kernels.py."""
 import numpy as np
 from numba import prange
 
-from .dots import dot64
 from .kernels import compiled
+
+SPAN = 32  # scores compared at once, of which most spans hold none above the bound
 
 
 @compiled()
@@ -102,67 +103,37 @@ def find_candidates(scores, n_wanted, n_blocks, n_pieces, index, count):
                 index[r, c] = found[c]
 
 
-@compiled()
-def _keep_largest(keys, index, n, keep):
-    """Reorder the first n entries so that the `keep` largest keys come first (Hoare's selection)."""
-    low, high = 0, n - 1
-    while low < high:
-        pivot = keys[(low + high) >> 1]
-        i, j = low, high
-        while i <= j:
-            while keys[i] > pivot:
-                i += 1
-            while keys[j] < pivot:
-                j -= 1
-            if i <= j:
-                keys[i], keys[j] = keys[j], keys[i]
-                index[i], index[j] = index[j], index[i]
-                i += 1
-                j -= 1
-        if keep - 1 <= j:
-            high = j
-        elif keep - 1 >= i:
-            low = i
-        else:
-            return
+@compiled(parallel=True)
+def count_above(scores, bounds, n_pieces, count):
+    """How many of each row's scores, int [R, F], reach their latent's bound, int [F] above 0 -> count int32 [R]."""
+    rows = len(scores)
+    for piece in prange(n_pieces):
+        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
+            row = scores[r]
+            n = 0
+            for j in range(len(row)):
+                n += row[j] >= bounds[j]
+            count[r] = n
 
 
 @compiled(parallel=True)
-def code_rows(x, weights, candidates, n_pieces, codes, error, loss):
-    """Codes of each row from its candidates, the error x - x_hat, and the gradient at each code.
-
-    x [B, D], candidates: int32 [B, C] and how many each row has, int32 [B] -> codes, error [B, D], loss [B].
-    A code is the exact float32 pre-activation; slots without a positive one hold code 0 and latent 0. Gradients are
-    those of the mean over rows.
-    """
-    dec, enc, _, bias = weights
-    proposed, count = candidates
-    index, code, slope = codes
-    k = index.shape[1]
-    rows, width = x.shape
-    scale = np.float32(-2.0 / rows)
+def find_above(scores, bounds, first, n_pieces, index, key):
+    """The scores that `count_above` counts, row r's from place first[r] on -> latents int32 [N], scores [N]."""
+    rows, n_latents = scores.shape
+    whole = n_latents // SPAN * SPAN
     for piece in prange(n_pieces):
-        room = proposed.shape[1]
-        value, place = np.empty(room, np.float32), np.empty(room, np.int32)
         for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
-            n = count[r]
-            for c in range(n):
-                place[c] = proposed[r, c]
-                value[c] = dot64(x[r], enc[place[c]]) + bias[place[c]]
-            if n > k:
-                _keep_largest(value, place, n, k)
-                n = k
-            residual = error[r]
-            residual[:] = x[r]
-            for c in range(k):
-                index[r, c], code[r, c], slope[r, c] = 0, 0, 0
-            for c in range(n):
-                if value[c] > 0:
-                    row, z = dec[place[c]], value[c]
-                    index[r, c], code[r, c] = place[c], z
-                    for d in range(width):
-                        residual[d] -= z * row[d]
-            for c in range(n):
-                if code[r, c] > 0:
-                    slope[r, c] = scale * dot64(residual, dec[index[r, c]])
-            loss[r] = dot64(residual, residual)
+            row, p = scores[r], first[r]
+            for start in range(0, whole, SPAN):
+                n = 0
+                for j in range(start, start + SPAN):
+                    n += row[j] >= bounds[j]
+                if n:
+                    for j in range(start, start + SPAN):
+                        if row[j] >= bounds[j]:
+                            index[p], key[p] = j, row[j]
+                            p += 1
+            for j in range(whole, n_latents):
+                if row[j] >= bounds[j]:
+                    index[p], key[p] = j, row[j]
+                    p += 1

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..environment import InputError
-from .kinds import KINDS, first_threshold, follow_smallest
+from .kinds import KINDS, first_threshold, follow_smallest, set_first_threshold
 
 FROZEN = {"decoder": "dec", "encoder": "enc"}  # parts that may keep their random start, and their name in the state
 GAIN_RATE = 0.3  # times the learning rate of the dictionary
@@ -139,8 +139,8 @@ def dense_step(
     leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state, kind)}
     dec = leaves["dec"]
     pre = torch.relu(x @ _encoder(state, leaves).T + leaves["bias"])
-    if rules.threshold and int(state["step"]) == 0 and not state["log_threshold"].any():  # nor set by a start
-        state["log_threshold"].fill_(first_threshold(pre.detach(), k).log())
+    if rules.threshold and int(state["step"]) == 0:
+        set_first_threshold(state, first_threshold(pre.detach(), k))
         if "log_threshold" in leaves:
             leaves["log_threshold"] = state["log_threshold"].clone().requires_grad_()
     codes, penalty = rules.codes(pre, k, leaves.get("log_threshold"))
@@ -158,7 +158,7 @@ def dense_step(
     with torch.no_grad():
         fires = codes > 0
         if rules.threshold == "running mean":
-            follow_smallest(state["log_threshold"], codes)
+            follow_smallest(state["log_threshold"], codes.where(fires, torch.inf).amin())
         found = Found(len(x), total / len(x), auxk, fires.sum(), fired=fires.any(0), grad_norm=norm)
         count_step(state, found, aux_weight, dead_after)
 

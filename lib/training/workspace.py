@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..environment import log
+from .kinds import KINDS
 
 try:
     from . import kernels
@@ -34,18 +35,22 @@ class Workspace:
     changed the state. compiled: run the numba loops; None: where they can run.
     shared: every rank has a part of the step's rows and the whole state. The compiled loops apply a latent's gradient
     as soon as it is summed, before the other ranks' parts can be added, so they don't run.
+    kind: of SAE (lib.training.kinds).
     """
 
     def __init__(
-        self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None, shared: bool = False
+        self, state: dict[str, Tensor], precision: str = "auto", compiled: bool | None = None, shared: bool = False,
+        kind: str = "topk",
     ):
         (n_latents, width), device = state["dec"].shape, state["dec"].device
-        self.shared = shared
-        self.compiled = kernels is not None and device.type == "cpu" and not shared if compiled is None else compiled
+        self.shared, self.kind = shared, kind
+        self.compiled = runs_compiled(device, shared) if compiled is None else compiled
+        self.fast = KINDS[kind].fast in ("everywhere", "compiled" if self.compiled else "everywhere")
         self.precision, self.choice = precision, f"encoder product in {precision}"
         if precision == "auto":
             self.precision, self.choice = choose_precision(n_latents, width, device)
         self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
+        self.batch_bound = 0.0  # about the smallest score that batchtopk looked at in the last step; 0: not known
         self._buffers: dict[str, Tensor] = {}
         if self.compiled:
             threads = torch.get_num_threads()
@@ -53,7 +58,8 @@ class Workspace:
             torch.set_num_threads(threads)  # numba's first launch replaces torch's number by its own
             if not kernels.is_cached(kernels.update_latents):
                 log.info("compiling the training step: some seconds, once on this machine")
-        self.low = low_precision(state["enc"], state["bias"]) if self.precision == "bfloat16" else None
+        low = self.fast and self.precision == "bfloat16"
+        self.low = low_precision(state["enc"], state["bias"]) if low else None
 
     def buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor in the same memory at every call: new memory costs as much as filling it."""
@@ -61,6 +67,11 @@ class Workspace:
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size, dtype=dtype, device=like.device)
         return self._buffers[name][:size].view(shape)
+
+
+def runs_compiled(device: torch.device, shared: bool) -> bool:
+    """Whether the fast step's loops are compiled: on a CPU with numba, in one process."""
+    return kernels is not None and device.type == "cpu" and not shared
 
 
 def choose_precision(n_latents: int, width: int, device: torch.device) -> tuple[str, str]:

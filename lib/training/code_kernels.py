@@ -1,0 +1,112 @@
+"""Compiled loops of the fast step over codes: exact values, selection, errors and gradients.
+
+Codes are ragged: those of row r stand at first[r] : first[r] + count[r] of flat arrays of latents (int32), values and
+the loss's gradients at them (float32).
+"""
+from numba import prange
+
+from .dots import dot64
+from .kernels import compiled
+
+
+@compiled()
+def _keep_largest(keys, index, n, keep):
+    """Reorder the first n entries so that the `keep` largest keys come first (Hoare's selection)."""
+    low, high = 0, n - 1
+    while low < high:
+        pivot = keys[(low + high) >> 1]
+        i, j = low, high
+        while i <= j:
+            while keys[i] > pivot:
+                i += 1
+            while keys[j] < pivot:
+                j -= 1
+            if i <= j:
+                keys[i], keys[j] = keys[j], keys[i]
+                index[i], index[j] = index[j], index[i]
+                i += 1
+                j -= 1
+        if keep - 1 <= j:
+            high = j
+        elif keep - 1 >= i:
+            low = i
+        else:
+            return
+
+
+@compiled(parallel=True)
+def exact_codes(x, weights, codes, k, n_pieces):
+    """Pre-activations of the candidates of each row in float32; the k largest positive ones stay, the rest goes.
+
+    x [B, D]; weights: encoder [F, D] and bias [F]; codes: first, count, latents and room for values.
+    """
+    enc, bias = weights
+    first, count, index, value = codes
+    rows = len(x)
+    for piece in prange(n_pieces):
+        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
+            start, n = first[r], count[r]
+            place, z = index[start : start + n], value[start : start + n]
+            for c in range(n):
+                z[c] = dot64(x[r], enc[place[c]]) + bias[place[c]]
+            if n > k:
+                _keep_largest(z, place, n, k)
+                n = k
+            kept = 0
+            for c in range(n):
+                if z[c] > 0:
+                    place[kept], z[kept] = place[c], z[c]
+                    kept += 1
+            count[r] = kept
+
+
+@compiled()
+def keep_above(codes, floor, equals):
+    """Keep the values above their latent's floor [F], and the first `equals` that equal it; close the gaps.
+
+    Returns how many are left.
+    """
+    first, count, index, value = codes
+    to = 0
+    for r in range(len(first)):
+        start, n = first[r], count[r]
+        first[r] = to
+        for p in range(start, start + n):
+            bound = floor[index[p]]
+            if value[p] > bound or (value[p] == bound and equals > 0):
+                equals -= value[p] == bound
+                index[to], value[to] = index[p], value[p]
+                to += 1
+        count[r] = to - first[r]
+    return to
+
+
+@compiled(parallel=True)
+def row_errors(x, dec, codes, levels, scale, n_pieces, error, loss):
+    """Errors of each row, the gradient at each of its codes, and the squared error of all its codes, [B].
+
+    x [B, D]. error [L, B, D]: for each level, what trains its latents, whose levels are uint8 [F]: the sum of the
+    errors after this level and after every later one, so the last is x - x_hat. scale: gradient over code times error.
+    """
+    first, count, index, value, slope = codes
+    n_levels, rows, width = error.shape
+    for piece in prange(n_pieces):
+        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
+            start, end = first[r], first[r] + count[r]
+            residual = error[n_levels - 1, r]
+            residual[:] = x[r]
+            for level in range(n_levels):
+                for p in range(start, end):
+                    if levels[index[p]] == level:
+                        row, z = dec[index[p]], value[p]
+                        for d in range(width):
+                            residual[d] -= z * row[d]
+                if level < n_levels - 1:
+                    error[level, r] = residual
+            loss[r] = dot64(residual, residual)
+            for level in range(n_levels - 2, -1, -1):
+                below, above = error[level, r], error[level + 1, r]
+                for d in range(width):
+                    below[d] += above[d]
+            for p in range(start, end):
+                slope[p] = scale * dot64(error[levels[index[p]], r], dec[index[p]])

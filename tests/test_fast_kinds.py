@@ -1,0 +1,177 @@
+"""The compiled step of every kind against the dense one: the same codes, gradients, thresholds and statistics."""
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_fast_step import LATENTS, activations, assert_close, one_thread, pair_of_states  # noqa: F401  (fixture)
+
+from lib.training import workspace as module
+from lib.training.fast_step import fast_step
+from lib.training.kinds import KINDS
+from lib.training.step import dense_step, init_state, read_stats
+from lib.training.workspace import Workspace
+
+FAST = [kind for kind, rules in KINDS.items() if rules.fast and kind != "topk"]  # test_fast_step.py has topk
+pytestmark = pytest.mark.skipif(module.kernels is None, reason="without numba these kinds take the dense step")
+
+
+def without_sums(state):
+    return {name: value for name, value in state.items() if name != "sums"}
+
+
+@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_hundred_steps_equal_the_dense_reference(kind, aligned):
+    x = activations()
+    dense, fast = pair_of_states(x, aligned, kind=kind)
+    work = Workspace(fast, "float32", kind=kind)
+    generator, dead = torch.Generator().manual_seed(1), 0
+    for i in range(100):
+        rows = x[torch.randint(0, len(x), (29 + i % 3,), generator=generator)] @ dense["transform"]
+        dense_step(dense, rows, k=6 - i // 50, lr=1e-3, dead_after=60, kind=kind)
+        fast_step(fast, rows, k=6 - i // 50, lr=1e-3, dead_after=60, work=work)
+        dead += int((dense["silent"] > 60).sum())
+    assert dead > 100  # AuxK was at work
+    assert_close(without_sums(dense), without_sums(fast))
+    assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_equal_autograd_with_and_without_dead_latents(kind, precision):
+    x = activations()
+    for dead_after in (10**9, 0):
+        dense, fast = pair_of_states(x, kind=kind)
+        for state in (dense, fast):
+            state["silent"][::3] = 100
+            state["bias"][::3] = -0.1
+        rows, work = x[:200] @ dense["transform"], Workspace(fast, precision, kind=kind)
+        dense_step(dense, rows, k=4, lr=0.0, dead_after=dead_after, kind=kind)
+        fast_step(fast, rows, k=4, lr=0.0, dead_after=dead_after, work=work)
+        for name in (name for name in dense if name.endswith("_m") or name == "log_threshold"):
+            assert torch.allclose(dense[name], fast[name], atol=1e-6, rtol=1e-4), name
+        assert torch.equal(dense["silent"], fast["silent"])
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_bfloat16_selection_follows_the_reference_over_a_run(kind):
+    x = activations()
+    dense, fast = pair_of_states(x, kind=kind)
+    work = Workspace(fast, "bfloat16", kind=kind)
+    for part in (x @ dense["transform"]).split(50):
+        dense_step(dense, part, k=5, lr=1e-3, dead_after=300, kind=kind)
+        fast_step(fast, part, k=5, lr=1e-3, dead_after=300, work=work)
+    assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_tiles_and_threads_do_not_change_the_result(kind):
+    x = activations()
+    states = []
+    for n_threads, tile_rows in ((1, 40), (2, 40), (2, 512)):
+        torch.set_num_threads(n_threads)
+        state, _ = pair_of_states(x, kind=kind)
+        work = Workspace(state, "float32", kind=kind)
+        work.tile_rows, work.tile_bytes = tile_rows, 0
+        for part in (x @ state["transform"]).split(301):
+            fast_step(state, part, k=3, lr=1e-3, dead_after=200, work=work)
+        states.append(state)
+    assert_close(states[0], states[1], atol=1e-5)
+    assert_close(states[0], states[2], atol=1e-5)
+
+
+ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1), (1, 3, 8, 1), (5, 37, 3, 2),
+       (257, 6, 300, 17)]  # latents, width, rows, k
+
+
+@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("rows", ["plain", "half zero", "duplicates", "all zero", "one huge"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_odd_shapes_and_rows_equal_the_dense_reference(kind, precision, rows):
+    for number, (n_latents, width, n_rows, k) in enumerate(ODD):
+        generator = torch.Generator().manual_seed(number)
+        dense = init_state(torch.eye(width), n_latents, 0, aligned=number % 2 == 0, kind=kind)
+        dense["bias"] += 0.1 * torch.randn(n_latents, generator=generator)
+        fast = {name: value.clone() for name, value in dense.items()}
+        work = Workspace(fast, precision, kind=kind)
+        for _ in range(4):
+            x = torch.randn(n_rows, width, generator=generator)
+            if rows == "half zero":
+                x[::2] = 0
+            elif rows == "duplicates":
+                x[:] = x[:1]
+            elif rows == "all zero":
+                x[:] = 0
+            elif rows == "one huge":
+                x[0] *= 1e6
+            dense_step(dense, x, k=k, lr=0.0, dead_after=2 * n_rows, kind=kind)
+            fast_step(fast, x.T.contiguous().T, k=k, lr=0.0, dead_after=2 * n_rows, work=work)
+        moments = [name for name in dense if name.endswith("_m")]
+        largest = max(float(dense[name].abs().max()) for name in moments)
+        place = (n_latents, width, n_rows, k)
+        if not (kind == "batchtopk" and rows == "duplicates"):  # which of equal codes fire is anyone's choice
+            for name in moments:
+                assert (fast[name] - dense[name]).abs().max() <= 1e-5 + 1e-5 * largest, (name, place)
+            assert torch.equal(fast["silent"], dense["silent"])
+        assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-3, abs=1e-6), place
+
+
+@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, kind, precision):
+    x = activations()
+    whole, _ = pair_of_states(x, kind=kind)
+    parts, work = (x @ whole["transform"]).split(100), Workspace(whole, precision, kind=kind)
+    for i, part in enumerate(parts):
+        if i == 7:
+            save_file(whole, tmp_path / "state.safetensors")
+        fast_step(whole, part, k=3, lr=1e-2, dead_after=300, work=work)
+    resumed = load_file(tmp_path / "state.safetensors")
+    work = Workspace(resumed, precision, kind=kind)
+    for part in parts[7:]:
+        fast_step(resumed, part, k=3, lr=1e-2, dead_after=300, work=work)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_a_row_that_is_not_finite_shows_in_the_loss(kind):
+    x = activations(50)
+    state, _ = pair_of_states(x, kind=kind)
+    work = Workspace(state, "bfloat16", kind=kind)
+    fast_step(state, x, k=3, lr=1e-3, dead_after=10**9, work=work)
+    read_stats(state)
+    x[7, 3] = float("nan")
+    fast_step(state, x, k=3, lr=1e-3, dead_after=10**9, work=work)
+    assert math.isnan(read_stats(state)["loss"])
+
+
+def test_batchtopk_is_exact_whatever_bound_it_starts_from():
+    """Rows far apart in size, so that a few rows hold most codes, and a bound far too high and far too low."""
+    x = activations(200) * torch.logspace(0, 2, 200)[:, None]
+    expected, _ = pair_of_states(x, kind="batchtopk")
+    dense_step(expected, x @ expected["transform"], k=3, lr=1e-3, dead_after=10**9, kind="batchtopk")
+    for bound in (0.0, 1e-6, 1.0, 1e6):
+        state, _ = pair_of_states(x, kind="batchtopk")
+        work = Workspace(state, "float32", kind="batchtopk")
+        work.batch_bound = bound
+        fast_step(state, x @ state["transform"], k=3, lr=1e-3, dead_after=10**9, work=work)
+        assert read_stats(state)["l0"] == 3
+        assert_close(without_sums(expected), without_sums(state))
+
+
+def test_batchtopk_fires_k_times_rows_and_the_first_of_equals():
+    state = init_state(torch.eye(4), LATENTS, 0, kind="batchtopk")
+    x = torch.ones(50, 4)
+    fast_step(state, x, k=3, lr=0.0, dead_after=10**9, work=Workspace(state, "float32", kind="batchtopk"))
+    assert read_stats(state)["l0"] == 3
+
+
+def test_a_batch_in_which_nothing_fires_leaves_the_threshold():
+    for step in (dense_step, fast_step):
+        state = init_state(torch.eye(4), 9, 0, kind="batchtopk")
+        options = {"kind": "batchtopk"} if step is dense_step else {"work": Workspace(state, kind="batchtopk")}
+        step(state, torch.randn(20, 4), k=2, lr=0.0, dead_after=10**9, **options)
+        before = state["log_threshold"].clone()
+        step(state, torch.zeros(20, 4), k=2, lr=0.0, dead_after=10**9, **options)
+        assert torch.isfinite(before).all() and torch.equal(state["log_threshold"], before)
