@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -36,10 +37,10 @@ def bench(monkeypatch, own_store):
     monkeypatch.syspath_prepend(str(FOLDER))
     small_world(own_store / "benchmarks" / "synth_world.safetensors")
 
-    def load(*arguments):
-        spec = importlib.util.spec_from_file_location("synth_bench", FOLDER / "05_synth_sae_bench.py")
+    def load(*arguments, script="05_synth_sae_bench.py", common=SMALL):
+        spec = importlib.util.spec_from_file_location("synth_bench", FOLDER / script)
         module = importlib.util.module_from_spec(spec)
-        module.__dict__["__arguments__"] = [*SMALL, *arguments]
+        module.__dict__["__arguments__"] = [*common, *arguments]
         spec.loader.exec_module(module)
         return module
 
@@ -140,3 +141,22 @@ def test_every_kind_trains_and_is_scored(bench, own_store, kind):
     assert {"own", "threshold 2", "pruned 4"} <= scores.keys() and ("batch 3" in scores) == (kind == "batchtopk")
     assert all(0 <= found["f1"] <= 1 for found in scores.values())
     assert sys.modules.get("synth_bench") is None
+
+
+@pytest.mark.skipif(not (PROJECT / ".venv-peers" / "bin" / "python").exists(), reason="needs make peers")
+def test_saelens_trains_on_our_samples_and_resumes(bench, own_store, tmp_path):
+    """Twelve steps at once, and eight with four more: the same weights."""
+    small = ["N_LATENTS=150", "TOP_K=3", *SMALL[4:], "KIND=matryoshka", "LR=0.01"]
+    load = partial(bench, script="06_saelens_on_synth.py", common=small)
+    runs = own_store / "benchmarks" / "synth_sae_bench"
+    load("N_SAMPLES=768").main()
+    runs.rename(tmp_path / "whole")
+    load("N_SAMPLES=512").main()
+    load("N_SAMPLES=768").main()
+    weights = [load_file(next(folder.glob("*/checkpoint_768/weights.safetensors")))
+               for folder in (runs, tmp_path / "whole")]
+    assert same(*weights) and not list(runs.glob("*/checkpoint_512"))
+    (folder,) = runs.iterdir()
+    report = json.loads((folder / "report.json").read_text())
+    assert [point["samples"] for point in report["points"]] == [512, 768]
+    assert report["points"][1]["scores"]["batch 3"]["l0"] == pytest.approx(3)

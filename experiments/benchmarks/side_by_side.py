@@ -102,12 +102,13 @@ def last_line(output: str) -> str:
 
 
 class Trainer:
-    """A process of trainers.py: `ours` with this Python, the peers with theirs."""
+    """A process of trainers.py, or of another script with its interface: `ours` with this Python, the peers with
+    theirs.
+    """
 
-    def __init__(self, name: str, rows: Path, settings: dict[str, Any]):
+    def __init__(self, name: str, rows: Path, settings: dict[str, Any], script: str = "trainers.py"):
         python = Path(sys.executable) if name == "ours" else peers_python()
-        script = Path(__file__).with_name("trainers.py")
-        command = [str(python), str(script), name, str(rows), json.dumps(settings)]
+        command = [str(python), str(Path(__file__).with_name(script)), name, str(rows), json.dumps(settings)]
         self.name = name
         self.log = open(rows.with_suffix(f".{name}.log"), "w+")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,

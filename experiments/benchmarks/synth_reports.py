@@ -17,7 +17,7 @@ from synth_scores import Dictionary, codings_of, matching, score
 
 from lib.files import read_json, write_json
 from lib.sae import SAE
-from lib.schemas import CONSTANTS, POSITIVE, Number, Schema
+from lib.schemas import CONSTANTS, COUNT, NAME, POSITIVE, Number, Schema
 from lib.store import provenance
 
 SHARE = Number(float, -1e9, 1)
@@ -26,6 +26,7 @@ POINT = {"samples": POSITIVE, "seconds": float, "cpu_seconds": float, "how": {"n
          "unique": SHARE, "chosen": {}, "scores": {}}
 REPORT = Schema({"script": str, "constants": CONSTANTS, "machine": str, "commits": [str], "date": str,
                  "points": [POINT]})
+RESUMED = {"samples": COUNT, "seconds": float, "cpu_seconds": float, "checkpoint": (NAME, None)}
 MILESTONES = [m * 1_000_000 for m in (1, 2, 5, 10, 20, 50, 100, 200)]  # samples at which a run is scored
 SCORING, CHOOSING = 1 << 61, 1 << 60  # seeds of other samples: no training has one as large
 N_CHOOSING = 1 << 14  # samples on which thresholds are chosen
@@ -53,10 +54,16 @@ def score_sae(sae: SAE, world: World, scaled: bool, how: dict[str, Any]) -> dict
 
 
 def write_report(folder: Path, script: str, constants: dict[str, Any], made: dict[str, Any]) -> None:
-    """made: among others commits and points."""
+    """made: among others commits and points; tensors in it are left out."""
+    kept = {name: value for name, value in made.items() if name in ("commits", "points", *RESUMED)}
     write_json(folder / "report.json", {
         "script": script, "constants": constants, "made_with": provenance(), "machine": machine(),
-        "date": datetime.now(UTC).date().isoformat(), "commits": made["commits"], "points": made["points"]})
+        "date": datetime.now(UTC).date().isoformat(), **kept})
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """One report of 06, with all that it resumes from."""
+    return read_json(path, Schema(REPORT.content | RESUMED))
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
