@@ -76,19 +76,14 @@ def test_a_stopped_run_ends_with_the_same_weights_and_scores(bench, own_store, w
         script = bench()
         monkeypatch.setattr(script, "SAVE_SECONDS", 0.0)
 
-        def step_of(made, plan, original=script.step_of, stop_at=stop_at):
-            step = original(made, plan)
+        def stopping(state, *values, original=script.fast_step, stop_at=stop_at, **settings):
+            if how == "between" and int(state["step"]) == stop_at:
+                raise ZeroDivisionError  # as if killed: nothing is saved any more
+            original(state, *values, **settings)
+            if how != "between" and int(state["step"]) == stop_at:
+                os.kill(os.getpid(), how)
 
-            def stopping(state, *values, **settings):
-                if how == "between" and int(state["step"]) == stop_at:
-                    raise ZeroDivisionError  # as if killed: nothing is saved any more
-                step(state, *values, **settings)
-                if how != "between" and int(state["step"]) == stop_at:
-                    os.kill(os.getpid(), how)
-
-            return stopping
-
-        monkeypatch.setattr(script, "step_of", step_of)
+        monkeypatch.setattr(script, "fast_step", stopping)
         with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
             script.main()
         assert int(left_in(own_store)[0]["step"]) == stop_at
@@ -115,7 +110,7 @@ def test_a_run_killed_while_it_scores_scores_when_it_resumes(bench, own_store, w
 def test_scores_are_made_again_where_they_are_asked_for_otherwise(bench, own_store, whole, monkeypatch):
     bench().main()
     again = bench("AT_L0=5,")
-    monkeypatch.setattr(again, "step_of", None)  # nothing is trained
+    monkeypatch.setattr(again, "fast_step", None)  # nothing is trained
     again.main()
     state, report = left_in(own_store)
     assert same(state, whole[0]) and len(report["points"]) == 1

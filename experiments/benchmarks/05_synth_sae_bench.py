@@ -42,7 +42,6 @@ CONSTANTS = override(globals())
 
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ from lib.store import experiment_dir, provenance
 from lib.training.fast_step import fast_step
 from lib.training.kinds import KINDS, most_codes
 from lib.training.settings import Plan, TrainSettings, make_plan, schedule
-from lib.training.step import dense_step, folded_weights, init_state, whitening
+from lib.training.step import folded_weights, init_state, whitening
 from lib.training.stopping import stop_between_steps
 from lib.training.workspace import Workspace, choose_precision
 
@@ -88,13 +87,6 @@ def begin_or_resume(saved: Path, world: World, plan: Plan) -> Made:
 def save(saved: Path, made: Made) -> None:
     """Everything that the run needs to go on, in one file."""
     write_tensors(saved, made["state"] | {"mean": made["mean"]}, note={name: made[name] for name in PROGRESS})
-
-
-def step_of(made: Made, plan: Plan) -> partial[None]:
-    """The training step of this kind."""
-    if KINDS[KIND].fast:
-        return partial(fast_step, work=Workspace(made["state"], made["precision"]), dead_after=plan.dead_after)
-    return partial(dense_step, kind=KIND, dead_after=plan.dead_after)
 
 
 def k_of(step: int, n_steps: int) -> int:
@@ -129,14 +121,15 @@ def add_point(folder: Path, made: Made, world: World, how: dict[str, Any]) -> No
 
 def train(folder: Path, made: Made, world: World, plan: Plan) -> None:
     """All steps that are left."""
-    state, take_step = made["state"], step_of(made, plan)
+    state, work = made["state"], Workspace(made["state"], made["precision"], kind=KIND)
     draw = Sampler(replace(world, bias=world.bias - made["mean"]), scaled=SCALED, seed=SEED,
                    transform=state["transform"])
     wall, used = time.monotonic(), time.process_time()
     with stop_between_steps() as stopped, tqdm(total=plan.n_steps * BATCH_SIZE, initial=int(state["step"]) * BATCH_SIZE,
                                                unit="sample", unit_scale=True) as bar:
         for step, x in batches(draw, BATCH_SIZE, int(state["step"]), plan.n_steps):
-            take_step(state, x, k=k_of(step, plan.n_steps), lr=plan.learning_rate * schedule(step, plan.n_steps))
+            lr = plan.learning_rate * schedule(step, plan.n_steps)
+            fast_step(state, x, k=k_of(step, plan.n_steps), lr=lr, dead_after=plan.dead_after, work=work)
             bar.update(BATCH_SIZE)
             how = unscored(made, plan)
             if how or stopped() or time.monotonic() > wall + SAVE_SECONDS:
