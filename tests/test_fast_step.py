@@ -1,4 +1,4 @@
-"""The fast step against the dense reference, in both precisions, compiled and in torch operations."""
+"""The fast step against the dense reference, in all precisions, compiled and in torch operations."""
 import math
 import subprocess
 import sys
@@ -7,13 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.environment import PROJECT
+from lib.environment import PROJECT, InputError
 from lib.training import workspace as module
 from lib.training.fast_step import fast_step
 from lib.training.step import BETAS, dense_step, init_state, read_stats, whitening
-from lib.training.workspace import Workspace, choose_precision, low_precision
+from lib.training.workspace import (
+    Workspace,
+    candidates_wanted,
+    choose_precision,
+    low_precision,
+    multiplies_bfloat16,
+    scores,
+)
 
 PATHS = [True, False] if module.kernels is not None else [False]
+WAYS = [(compiled, precision) for compiled in PATHS for precision in ("float32", "bfloat16", "int8")[: 2 + compiled]]
 WIDTH, LATENTS = 21, 67  # multiples of nothing
 
 
@@ -107,8 +115,7 @@ def test_the_gradient_of_what_is_not_frozen_is_autograds(compiled, frozen):
         torch.testing.assert_close(state[name] / (1 - BETAS[0]), expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("compiled", PATHS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled, precision", WAYS)
 def test_gradients_equal_autograd_with_and_without_dead_latents(compiled, precision):
     x = activations()
     for dead_after in (10**9, 0):
@@ -124,16 +131,20 @@ def test_gradients_equal_autograd_with_and_without_dead_latents(compiled, precis
         assert torch.equal(dense["silent"], fast["silent"])
 
 
-@pytest.mark.parametrize("compiled", PATHS)
-def test_bfloat16_selection_follows_the_reference_over_a_run(compiled):
+@pytest.mark.parametrize("compiled, precision", [way for way in WAYS if way[1] != "float32"])
+def test_selection_in_low_precision_follows_the_reference_over_a_run(compiled, precision):
     x = activations()
     dense, fast = pair_of_states(x)
-    work = Workspace(fast, "bfloat16", compiled)
+    work = Workspace(fast, precision, compiled)
     for part in (x @ dense["transform"]).split(50):
         dense_step(dense, part, k=5, lr=1e-3, dead_after=300)
         fast_step(fast, part, k=5, lr=1e-3, dead_after=300, work=work)
     assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-3)
-    assert torch.equal(work.low, low_precision(fast["enc"], fast["bias"]))
+    if precision == "bfloat16":
+        assert torch.equal(work.low, low_precision(fast["enc"], fast["bias"]))
+    else:
+        new = Workspace(fast, precision)
+        assert torch.equal(work.low, new.low) and torch.equal(work.scale, new.scale)
 
 
 @pytest.mark.parametrize("compiled", PATHS)
@@ -168,8 +179,7 @@ ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1),
 
 
 @pytest.mark.parametrize("rows", ["plain", "half zero", "duplicates", "constant dimension", "all zero", "one huge"])
-@pytest.mark.parametrize("compiled", PATHS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled, precision", WAYS)
 def test_odd_shapes_and_rows_equal_the_dense_reference(compiled, precision, rows):
     """One row, one dimension, one latent, fewer rows than dimensions, no round numbers."""
     for number, (n_latents, width, n_rows, k) in enumerate(ODD):
@@ -201,28 +211,28 @@ def test_odd_shapes_and_rows_equal_the_dense_reference(compiled, precision, rows
         assert read_stats(fast) == pytest.approx(read_stats(dense), rel=1e-3, abs=1e-6), (n_latents, width, n_rows, k)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, precision):
+@pytest.mark.parametrize("compiled, precision", [way for way in WAYS if way[0] == PATHS[0]])
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, compiled, precision):
     x = activations()
     whole, _ = pair_of_states(x)
-    parts, work = (x @ whole["transform"]).split(100), Workspace(whole, precision)
+    parts, work = (x @ whole["transform"]).split(100), Workspace(whole, precision, compiled)
     for i, part in enumerate(parts):
         if i == 7:
             save_file(whole, tmp_path / "state.safetensors")
         fast_step(whole, part, k=3, lr=1e-2, dead_after=300, work=work)
     resumed = load_file(tmp_path / "state.safetensors")
-    work = Workspace(resumed, precision)
+    work = Workspace(resumed, precision, compiled)
     for part in parts[7:]:
         fast_step(resumed, part, k=3, lr=1e-2, dead_after=300, work=work)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("compiled", PATHS)
-def test_a_row_that_is_not_finite_shows_in_the_loss(compiled):
+@pytest.mark.parametrize("compiled, precision", WAYS)
+def test_a_row_that_is_not_finite_shows_in_the_loss(compiled, precision):
     x = activations(50)
     state, _ = pair_of_states(x)
     x[7, 3] = float("nan")
-    fast_step(state, x, k=3, lr=1e-3, dead_after=10**9, work=Workspace(state, "bfloat16", compiled))
+    fast_step(state, x, k=3, lr=1e-3, dead_after=10**9, work=Workspace(state, precision, compiled))
     assert math.isnan(read_stats(state)["loss"])
 
 
@@ -243,8 +253,10 @@ def test_moments_of_latents_that_never_fire_end_at_zero_not_at_subnormal_numbers
 @pytest.mark.parametrize(
     "flags, platform, expected",
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, "linux", "bfloat16"),  # Xeon with AMX
-        ({"avx512_bf16": True, "amx_bf16": False}, "linux", "bfloat16"),  # EPYC from Zen 4
+        ({"amx_bf16": True, "avx512_bf16": True, "avx512_vnni": True}, "linux", "bfloat16"),  # Xeon with AMX
+        ({"avx512_bf16": True, "amx_bf16": False, "avx512_vnni": True}, "linux", "int8"),  # EPYC from Zen 4
+        ({"avx512_vnni": True}, "linux", "int8"),  # Xeon without AMX
+        ({"avx512_bf16": True}, "linux", "bfloat16"),
         ({"avx512_f": True, "avx512_bf16": False}, "linux", "float32"),
         ({"avx2": True}, "linux", "float32"),
         ({"neon": True, "bf16": True}, "linux", "bfloat16"),
@@ -256,17 +268,58 @@ def test_precision_is_chosen_by_what_the_processor_can_do(monkeypatch, flags, pl
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     monkeypatch.setattr(module.sys, "platform", platform)
     assert not hasattr(module, "time")  # no clock
-    precision, line = choose_precision(2048, 128, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    precision, line = choose_precision(2048, 128, cpu, compiled=True)
     assert precision == expected and expected in line
-    assert choose_precision(2048, 127, torch.device("cpu"))[0] == choose_precision(64, 16,
-                                                                                   torch.device("cpu"))[0] == "float32"
+    without = "bfloat16" if multiplies_bfloat16(cpu) else "float32"
+    assert choose_precision(2048, 128, cpu, compiled=False)[0] == without
+    for shape in ((2048, 127), (64, 16)):
+        assert choose_precision(*shape, cpu, compiled=True)[0] == "float32"
 
 
 @pytest.mark.parametrize("device, capability, expected",
                          [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float32"), ("mps", None, "float32")])
 def test_precision_is_chosen_by_what_the_gpu_can_do(monkeypatch, device, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert choose_precision(4096, 512, torch.device(device))[0] == expected
+    assert choose_precision(4096, 512, torch.device(device), compiled=False)[0] == expected
+
+
+def test_int8_without_compiled_loops_is_refused():
+    state = init_state(torch.eye(8), 16, 0)
+    with pytest.raises(InputError, match="PRECISION=int8 needs numba"):
+        Workspace(state, "int8", compiled=False)
+
+
+@pytest.mark.skipif(not PATHS[0], reason="only with numba")
+def test_the_int8_product_is_exact_and_its_scores_are_rounded_once():
+    x = activations(300)
+    state, _ = pair_of_states(x)
+    x[5], x[6] = 0, 1e30
+    state["enc"][3] = 0
+    work = Workspace(state, "int8")
+    low_x, low = (rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-30) * 127 for rows in (x, state["enc"]))
+    assert (work.low - low).abs().max() < 0.5001 and (work.low == 127).logical_or(work.low == -127).any(1)[4:].all()
+    assert torch.allclose(work.scale[:, None] * 127, state["enc"].abs().amax(1, keepdim=True))
+    for start, found in scores(state, x, work):
+        sums = low_x.round().double() @ work.low.double().T
+        expected = sums * (x.abs().amax(1, keepdim=True) / 127) * work.scale + state["bias"]
+        assert found.dtype == torch.bfloat16 and start == 0
+        assert torch.allclose(found.double(), expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled, precision", [way for way in WAYS if way[1] != "float32"])
+@pytest.mark.parametrize("outlier", [1, 30])
+def test_low_precision_proposes_the_largest_even_beside_an_outlier_dimension(compiled, precision, outlier):
+    x = activations(600, width=64)
+    x[:, 5] *= outlier
+    state = init_state(whitening(x.T @ x / len(x), power=0), 512, 0)
+    rows, work = x @ state["transform"], Workspace(state, precision, compiled)
+    for part in rows.split(50):
+        fast_step(state, part, k=8, lr=1e-2, dead_after=10**9, work=work)
+    exact, k = rows @ state["enc"].T + state["bias"], candidates_wanted(8, 512, work)
+    proposed = torch.cat([tile.float().topk(k).indices for _, tile in scores(state, rows, work)])
+    least = exact.gather(1, proposed).topk(8).values[:, -1]
+    assert (least >= exact.topk(8).values[:, -1]).float().mean() > 0.99
 
 
 def test_low_precision_product_includes_the_bias():

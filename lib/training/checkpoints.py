@@ -32,7 +32,7 @@ from ..schemas import (
     check_tensors,
 )
 from .kinds import KINDS
-from .settings import Plan, TrainSettings
+from .settings import PRECISIONS, Plan, TrainSettings
 from .step import init_state, read_stats
 
 CHECKPOINT_SECONDS = 30.0  # at least, between two checkpoints
@@ -58,7 +58,7 @@ HISTORY = Schema(CURVES | {
     "settings": {"top_k": POSITIVE, "epochs": POSITIVE},
     "units": {Text(".+"): str}, "best_epoch": POSITIVE, "final": NUMBERS,
 }, sealed=True, remedy="delete it and run 02_train_sae.py again")
-CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision": ("float32", "bfloat16"),
+CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision": PRECISIONS,
               "history": CURVES, "state": {}, "best": {}}
 TRAINING = {"aligned": bool, "kind": tuple(KINDS)}
 STATE = {

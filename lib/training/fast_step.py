@@ -115,11 +115,17 @@ def _update(batch, arrays, weights, *, work, lr, pieces, frozen) -> Tensor:
     rate = lr / (1 - BETAS[0] ** step)
     rates = tuple(np.float32(value) for value in (1 - BETAS[0], 1 - BETAS[1], 1 / (1 - BETAS[1] ** step), EPS))
     lrs = tuple(np.float32(value) for value in (rate, rate * GAIN_RATE, rate * bias_rate(*weights[0].shape)))
-    low = np.empty((0, 0), np.uint16) if work.low is None else work.low.view(torch.uint16).numpy()
     norms = np.empty(n_latents, np.float32)
-    kernels.update_latents(batch, weights, moments, low, bounds=bounds, rates=(lrs, rates), norms=norms,
-                           frozen=kernels.FROZEN[frozen])
+    kernels.update_latents(batch, weights, moments, _low_arrays(work), bounds=bounds, rates=(lrs, rates),
+                           norms=norms, frozen=kernels.FROZEN[frozen])
     return torch.tensor(float(np.sqrt(norms.sum(dtype=np.float64))))
+
+
+def _low_arrays(work):
+    """The copies of the encoder that the update keeps: bfloat16 bits, int8 and its scales; without rows if unused."""
+    low16 = np.empty((0, 0), np.uint16) if work.precision != "bfloat16" else work.low.view(torch.uint16).numpy()
+    low8 = np.empty((0, 0), np.int8) if work.precision != "int8" else work.low.numpy()
+    return low16, low8, work.scale.numpy()
 
 
 def _torch_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> Found:

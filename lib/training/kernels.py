@@ -139,15 +139,16 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
     """Gradient, Adam, unit norm and constraint of every latent in one pass over its row.
 
     batch: x [B, D], errors [L, B, D], levels uint8 [F], scale (code_kernels.row_errors), *pairs, *aux (numba takes no
-    tuples of tuples here). moments: m and v of each of the
-    weights, in order. low: bfloat16 bits of the encoder and of the bias in two columns, uint16 [F, D + 2 or more], or
-    [0, 0]. bounds: piece p has latents bounds[p] : bounds[p + 1]. rates: (lr of dec and enc, of gain, of bias, each
-    over 1 - beta1^t), and `_adam`'s. norms [F]: squared norm of each gradient. frozen: see FROZEN; a frozen row gets a
-    gradient of 0, with which Adam moves nothing, not even the last bit.
+    tuples of tuples here). moments: m and v of each of the weights, in order. low: bfloat16 bits of the encoder and of
+    the bias in two columns, uint16 [F, D + 2 or more], and the encoder as int8 [F, D or more] with scales [F]
+    (`round_row`); what is not used has no rows. bounds: piece p has latents bounds[p] : bounds[p + 1]. rates: (lr of
+    dec and enc, of gain, of bias, each over 1 - beta1^t), and `_adam`'s. norms [F]: squared norm of each gradient.
+    frozen: see FROZEN; a frozen row gets a gradient of 0, with which Adam moves nothing, not even the last bit.
     """
     dec, enc, gain, bias = weights
     dec_m, dec_v, enc_m, enc_v, gain_m, gain_v, bias_m, bias_v = moments
     (lr_rows, lr_gain, lr_bias), adam = rates
+    low16, low8, scale8 = low
     width = dec.shape[1]
     for piece in prange(len(bounds) - 1):
         g_dec, g_enc = np.empty(width, np.float32), np.empty(width, np.float32)
@@ -172,8 +173,10 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
                 along = gain[i] - dot64(e_row, d_row)
                 for d in range(width):
                     e_row[d] += along * d_row[d]
-            if len(low):
-                _to_bfloat16(e_row, bias[i], low[i])
+            if len(low16):
+                _to_bfloat16(e_row, bias[i], low16[i])
+            if len(low8):
+                scale8[i] = round_row(e_row, low8[i])
 
 
 @compiled()
@@ -192,3 +195,18 @@ def _to_bfloat16(row, bias, low):
         low[column] = bits >> np.uint32(16)
         pair.view(np.uint32)[0] = bits
         rest = rest - pair[0]
+
+
+@compiled()
+def round_row(row, low):
+    """Fill the start of int8 `low`: times the scale that is returned it is about `row`. The largest number is 127.
+
+    Who changes this gives it another name, as with `dot64`.
+    """
+    top = np.float32(1e-30)
+    for d in range(len(row)):
+        top = max(top, abs(row[d]))
+    up = np.float32(127) / top
+    for d in range(len(row)):
+        low[d] = np.int8(np.rint(row[d] * up))
+    return top / np.float32(127)

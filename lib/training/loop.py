@@ -138,7 +138,8 @@ def _precision(settings: TrainSettings, state: dict[str, Tensor]) -> str:
         return "float32"
     precision, choice = settings.precision, f"encoder product in {settings.precision}"
     if precision == "auto":
-        precision, choice = choose_precision(n_latents, width, device)
+        compiled = runs_compiled(device, shared=world_size() > 1)
+        precision, choice = choose_precision(n_latents, width, device, compiled)
     log.info(choice)
     return precision if agree(precision == "bfloat16") else "float32"
 

@@ -15,6 +15,8 @@ from ..environment import InputError
 from .kinds import KINDS
 from .step import FROZEN
 
+PRECISIONS = ("float32", "bfloat16", "int8")  # of the encoder product
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -41,7 +43,7 @@ class TrainSettings:
     aligned: bool = True
     """Encoder tied to its dictionary row up to a learnt gain and an orthogonal part; False: free encoder."""
     precision: str = "auto"
-    """Of the product that proposes candidates (codes are exact): float32, bfloat16, or auto (by shape and device)."""
+    """Of the product that proposes candidates (codes are exact): one of PRECISIONS, or auto (by shape and device)."""
     log_every: int = 50
     """Steps between two points of the training curve."""
     seed: int = 0
@@ -56,8 +58,8 @@ def check_settings(settings: TrainSettings, rows: Rows) -> None:
     faults = [
         (not 1 <= s.top_k <= s.n_latents,
          f"TOP_K={s.top_k} must be between 1 and the number of latents, {s.n_latents}"),
-        (s.precision not in ("auto", "float32", "bfloat16"),
-         f"PRECISION={s.precision} must be auto, float32 or bfloat16"),
+        (s.precision not in ("auto", *PRECISIONS),
+         f"PRECISION={s.precision} must be one of auto, {', '.join(PRECISIONS)}"),
         *((getattr(s, name) < 1, f"{name}={getattr(s, name)} must be at least 1")
           for name in ("epochs", "batch_size", "log_every")),
         (s.lr is not None and not 0 < s.lr < math.inf,
