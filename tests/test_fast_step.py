@@ -44,6 +44,8 @@ def pair_of_states(x, aligned=True, n_latents=LATENTS, kind="topk"):
     """The same state twice. Without a bias some gradients of k=1 are mere rounding, which Adam would scale up."""
     state = init_state(whitening(x.T @ x / len(x)), n_latents, 0, aligned=aligned, kind=kind)
     state["bias"] += 0.1 * torch.randn(n_latents, generator=torch.Generator().manual_seed(2))
+    if kind == "jumprelu":  # the first threshold is a code, which rounding puts on either side of it
+        state["log_threshold"].fill_(-1.2)
     return state, {name: value.clone() for name, value in state.items()}
 
 

@@ -13,7 +13,7 @@ from lib.training import kernels  # noqa: E402
 from lib.training.code_kernels import keep_above  # noqa: E402
 from lib.training.dots import dot64  # noqa: E402
 from lib.training.kernels import use_threads  # noqa: E402
-from lib.training.row_kernels import count_above, find_above, find_candidates  # noqa: E402
+from lib.training.row_kernels import count_above, count_between, find_above, find_candidates, sum_between  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -106,6 +106,20 @@ def test_codes_above_a_floor_and_the_first_of_equals_stay():
     assert keep_above((first, count, index, value), floor, 1) == 3
     assert first.tolist() == [0, 2] and count.tolist() == [2, 1]
     assert index[:3].tolist() == [0, 1, 0] and value[:3].tolist() == [3, 2, 2]
+
+
+@pytest.mark.parametrize("n", [1, 131])
+def test_scores_in_a_window_are_counted_and_their_values_added_up(n):
+    generator = torch.Generator().manual_seed(0)
+    scores, values = torch.randn(2, 50, n, generator=generator)
+    low = torch.rand(n, generator=generator)
+    window = low.view(torch.int32).numpy(), (low + 0.5).view(torch.int32).numpy()
+    inside = (scores > low) & (scores < low + 0.5)
+    count, total = np.ones(n, np.int32), np.ones(n, np.float32)
+    count_between(scores.view(torch.int32).numpy(), window, use_threads(2), count)
+    sum_between(scores.view(torch.int32).numpy(), window, values.numpy(), n_pieces=use_threads(2), total=total)
+    assert np.array_equal(count, 1 + inside.sum(0).numpy())
+    assert np.allclose(total, 1 + (values * inside).sum(0).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype,bits", [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..distributed import add_up
-from .step import BETAS, EPS, GAIN_RATE, Found, apply_gradients, bias_rate, count_step, dead_in_turn, dense_step
+from .kinds import KINDS
+from .step import BETAS, EPS, GAIN_RATE, Found, adam, apply_gradients, bias_rate, count_step, dead_in_turn, dense_step
 from .workspace import Workspace, candidates_wanted, kernels, low_precision, scores
 
 if kernels is not None:
     from .code_kernels import row_errors
-    from .selection import SELECT
+    from .selection import SELECT, threshold_gradient
 
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 
@@ -71,9 +72,11 @@ def _compiled_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> 
     (rows, width), n_latents = x.shape, len(state["dec"])
     arrays = {name: value.numpy() for name, value in state.items()}
     pieces = kernels.use_threads(torch.get_num_threads())
-    selected = SELECT[work.kind](state, x, k=k, work=work, pieces=pieces)
+    selected, near = SELECT[work.kind](state, x, k=k, work=work, pieces=pieces)
     codes = (*selected, np.empty(len(selected[3]), np.float32))
-    levels, n_levels = np.zeros(n_latents, np.uint8), 1
+    level_of = KINDS[work.kind].levels
+    levels = np.zeros(n_latents, np.uint8) if level_of is None else level_of(state).numpy()
+    n_levels = int(levels.max()) + 1
     scale = np.float32(-2 / (rows * n_levels))
     error, loss = work.buffer("error", (n_levels, rows, width), x), torch.empty(rows)
     row_errors(x.numpy(), arrays["dec"], codes, levels, scale=scale, n_pieces=pieces, error=error.numpy(),
@@ -88,7 +91,12 @@ def _compiled_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> 
     state["step"] += 1
     weights = (arrays["dec"], arrays["enc"], arrays.get("gain", np.empty(0, np.float32)), arrays["bias"])
     batch = (x.numpy(), error.numpy(), levels, scale, *pairs, *aux)
+    if near is not None:
+        grad = threshold_gradient(near, state["dec"], error[-1], n_fires=n, k=k, work=work, pieces=pieces)
     norm = _update(batch, arrays, weights, work=work, lr=lr, pieces=pieces, frozen=frozen)
+    if near is not None:
+        adam(state, "log_threshold", grad, lr)
+        norm = torch.hypot(norm, grad.norm())
     return Found(rows, recon=total / rows, auxk=auxk, n_active=torch.tensor(float(n)),
                  fired=torch.from_numpy(first[1:] > first[:-1]), grad_norm=norm)
 

@@ -137,3 +137,31 @@ def find_above(scores, bounds, first, n_pieces, index, key):
                 if row[j] >= bounds[j]:
                     index[p], key[p] = j, row[j]
                     p += 1
+
+
+@compiled(parallel=True)
+def count_between(scores, window, n_pieces, count):
+    """Add to count int32 [F] how many of each latent's scores, int [R, F], lie between its two bounds, int [F] each."""
+    low, high = window
+    rows, n_latents = scores.shape
+    for piece in prange(n_pieces):
+        first, end = n_latents * piece // n_pieces, n_latents * (piece + 1) // n_pieces
+        own, below, above = count[first:end], low[first:end], high[first:end]
+        for r in range(rows):
+            row = scores[r, first:end]
+            for j in range(len(row)):
+                own[j] += np.int32(row[j] > below[j] and row[j] < above[j])
+
+
+@compiled(parallel=True)
+def sum_between(scores, window, values, n_pieces, total):
+    """Add to total float32 [F] the values [R, F] where each latent's scores, int [R, F], lie between its bounds."""
+    low, high = window
+    rows, n_latents = scores.shape
+    for piece in prange(n_pieces):
+        first, end = n_latents * piece // n_pieces, n_latents * (piece + 1) // n_pieces
+        own, below, above = total[first:end], low[first:end], high[first:end]
+        for r in range(rows):
+            row, value = scores[r, first:end], values[r, first:end]
+            for j in range(len(row)):
+                own[j] += value[j] if row[j] > below[j] and row[j] < above[j] else np.float32(0)

@@ -1,29 +1,43 @@
 """Which codes fire, for the compiled step: one function for each rule of lib.training.kinds.
 
-    select = SELECT[kind]
-    first, count, index, value = select(state, x, k=k, work=work, pieces=pieces)
+    (first, count, index, value), near = SELECT[kind](state, x, k=k, work=work, pieces=pieces)
 
 Codes are ragged: those of row r stand at first[r] : first[r] + count[r] of the flat arrays `index` (latents, int32) and
 `value` (float32, above 0). The low-precision scores only propose; values are exact, and so is the selection among what
-was proposed.
+was proposed. `near` is None, or what jumprelu's thresholds learn from (`threshold_gradient`).
 """
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .code_kernels import exact_codes, keep_above
-from .kinds import follow_smallest, set_first_threshold
-from .row_kernels import count_above, find_above, find_candidates
+from .kinds import WINDOW, follow_smallest, sampled_rows, set_first_threshold
+from .row_kernels import count_above, count_between, find_above, find_candidates, sum_between
 from .workspace import Workspace, candidates_wanted, scores
 
+Tiles = Iterator[tuple[int, np.ndarray]]
 Ragged = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+MARGIN = 1 / 32  # below its threshold by which a low-precision score is still computed again
 SLACK = 0.9  # the first bound tried, times the last step's: thresholds move by a few percent in a step at most
 
 
-def topk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces: int) -> Ragged:
+class Near(NamedTuple):
+    """Which scores lie in the window around their latent's threshold."""
+
+    threshold: np.ndarray
+    """[F]."""
+    window: tuple[np.ndarray, np.ndarray]
+    """Bits of the scores between which it lies, [F] each."""
+    inside: np.ndarray
+    """Rows in it, of all, int32 [F]."""
+    scores: Tensor
+    """Bits of the first rows' scores [sampled_rows, F]."""
+
+
+def topk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces: int) -> tuple[Ragged, None]:
     """The k largest of each row."""
     rows, n_latents = len(x), len(state["dec"])
     wanted = candidates_wanted(k, n_latents, work)
@@ -34,16 +48,73 @@ def topk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces
         find_candidates(bits, wanted, n_blocks, pieces, index=index[start:end], count=count[start:end])
     codes = np.arange(0, rows * wanted, wanted), count, index.reshape(-1), np.empty(rows * wanted, np.float32)
     exact_codes(x.numpy(), _encoder(state), codes, k, n_pieces=pieces)
-    return codes
+    return codes, None
 
 
-def batchtopk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces: int) -> Ragged:
+def batchtopk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces: int) -> tuple[Ragged, None]:
     """The k B largest of the batch; the threshold follows the smallest of them."""
     codes, last = _largest_of_batch(state, x, k, work, pieces=pieces)
     set_first_threshold(state, torch.tensor(last))
     values = codes[3][: codes[1].sum()]
     follow_smallest(state["log_threshold"], torch.tensor(values.min() if len(values) else np.inf))
-    return codes
+    return codes, None
+
+
+def jumprelu(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces: int) -> tuple[Ragged, Near]:
+    """All above their latent's threshold."""
+    if int(state["step"]) == 0:
+        set_first_threshold(state, torch.tensor(_largest_of_batch(state, x, k, work, pieces=pieces)[1]))
+    threshold, dtype = state["log_threshold"].exp().numpy(), np.int32 if work.low is None else np.int16
+    sample = work.buffer("near", (sampled_rows(len(x)), len(threshold)), x,
+                         torch.int32 if work.low is None else torch.int16)
+    near = Near(threshold, _window(threshold, dtype), np.zeros(len(threshold), np.int32), sample)
+    bounds = np.maximum(_bits((1 - MARGIN) * threshold, dtype), dtype(1))
+    first, count, index, _ = _collect(_watched(_tiles(state, x, work), near, pieces), len(x), bounds, pieces)
+    codes = first, count, index, np.empty(len(index), np.float32)
+    exact_codes(x.numpy(), _encoder(state), codes, len(threshold), n_pieces=pieces)
+    keep_above(codes, threshold, 0)
+    return codes, near
+
+
+def threshold_gradient(
+    near: Near, dec: Tensor, error: Tensor, *, n_fires: int, k: int, work: Workspace, pieces: int
+) -> Tensor:
+    """Gradient of the loss and of the penalty (L0 / k - 1)^2 by the logarithm of each threshold, [F].
+
+    dec [F, D]; error [B, D]. The products of errors and dictionary are taken in the precision of the scores.
+    """
+    rows, dtype = len(error), torch.float32 if work.low is None else torch.bfloat16
+    total, n = np.zeros(len(dec), np.float32), len(near.scores)
+    low_dec, low_error = dec.to(dtype), error[:n].to(dtype)
+    for start in range(0, n, work.tile_rows):
+        part = low_error[start : start + work.tile_rows]
+        product = work.buffer("scores", (len(part), len(dec)), error, dtype)
+        along = work.buffer("along", product.shape, error).copy_(torch.mm(part, low_dec.T, out=product))
+        bits = near.scores[start : start + work.tile_rows].numpy()
+        sum_between(bits, near.window, along.numpy(), n_pieces=pieces, total=total)
+    of_codes = total * near.threshold * (-2 / n)
+    of_count = near.inside * (2 * (n_fires / rows / k - 1) / (k * rows))
+    return torch.from_numpy((-(of_codes + of_count) / WINDOW * near.threshold).astype(np.float32))
+
+
+def _watched(tiles: Tiles, near: Near, pieces: int) -> Tiles:
+    """The tiles as they are, after `near` has taken from each what it needs."""
+    for start, bits in tiles:
+        count_between(bits, near.window, pieces, near.inside)
+        sample = near.scores[start : start + len(bits)]
+        sample.copy_(torch.from_numpy(bits[: len(sample)]))
+        yield start, bits
+
+
+def _window(threshold: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Bits between which the scores lie that differ from the threshold by less than half the window.
+
+    Scores up to 0 count as 0, so they lie in it where the threshold is below half the window.
+    """
+    low, high = threshold - np.float32(WINDOW / 2), threshold + np.float32(WINDOW / 2)
+    whole = high.view(np.int32)
+    above = whole if dtype is np.int32 else (whole + 0xFFFF >> 16).astype(np.int16)
+    return np.where(low < 0, np.iinfo(dtype).min, _bits(np.maximum(low, 0), dtype)).astype(dtype), above
 
 
 def _largest_of_batch(state, x, k, work, *, pieces) -> tuple[Ragged, float]:
@@ -51,7 +122,7 @@ def _largest_of_batch(state, x, k, work, *, pieces) -> tuple[Ragged, float]:
     n_latents = len(state["dec"])
     wanted = min(len(x) * candidates_wanted(k, n_latents, work), len(x) * n_latents)
     for bound in _bounds(state, x, work, wanted / len(x)):
-        first, count, index, keys = _collect(state, x, work, np.full(n_latents, bound), pieces=pieces)
+        first, count, index, keys = _collect(_tiles(state, x, work), len(x), np.full(n_latents, bound), pieces)
         if len(keys) >= wanted or bound <= 1:
             break
     # What is proposed no longer depends on the bound, which followed earlier steps.
@@ -86,11 +157,10 @@ def _bounds(state, x, work, wanted: float) -> Iterator[Any]:
     yield dtype(1)
 
 
-def _collect(state, x, work, bounds: np.ndarray, *, pieces) -> Ragged:
+def _collect(tiles: Tiles, rows: int, bounds: np.ndarray, pieces: int) -> Ragged:
     """All scores that reach their latent's bound: (first, count, latents, bits)."""
-    count, parts, n = np.empty(len(x), np.int32), [], 0
-    first = np.empty(len(x), np.int64)
-    for start, bits in _tiles(state, x, work):
+    first, count, parts, n = np.empty(rows, np.int64), np.empty(rows, np.int32), [], 0
+    for start, bits in tiles:
         here = count[start : start + len(bits)]
         count_above(bits, bounds, pieces, here)
         ends = here.cumsum(dtype=np.int64)
@@ -103,7 +173,7 @@ def _collect(state, x, work, bounds: np.ndarray, *, pieces) -> Ragged:
     return first, count, index, keys
 
 
-def _tiles(state, x, work) -> Iterator[tuple[int, np.ndarray]]:
+def _tiles(state, x, work) -> Tiles:
     """(first row, bits of the scores of a tile of rows, int16 or int32 [R, F]), in the order of positive scores."""
     dtype = torch.int32 if work.low is None else torch.int16
     for start, out in scores(state, x, work):
@@ -125,4 +195,5 @@ def _encoder(state) -> tuple[np.ndarray, np.ndarray]:
     return state["enc"].numpy(), state["bias"].numpy()
 
 
-SELECT = {"topk": topk, "batchtopk": batchtopk}
+SELECT: dict[str, Callable[..., tuple[Ragged, Near | None]]] = {
+    "topk": topk, "batchtopk": batchtopk, "jumprelu": jumprelu, "matryoshka": topk}

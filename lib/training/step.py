@@ -141,8 +141,7 @@ def dense_step(
     pre = torch.relu(x @ _encoder(state, leaves).T + leaves["bias"])
     if rules.threshold and int(state["step"]) == 0:
         set_first_threshold(state, first_threshold(pre.detach(), k))
-        if "log_threshold" in leaves:
-            leaves["log_threshold"] = state["log_threshold"].clone().requires_grad_()
+        leaves["log_threshold"] = state["log_threshold"].clone().requires_grad_()
     codes, penalty = rules.codes(pre, k, leaves.get("log_threshold"))
     error, objective = rules.errors(x, codes, dec)
 
@@ -202,7 +201,7 @@ def apply_gradients(
     if "gain" in state:
         state["enc"] -= state["gain"][:, None] * dec
     for name, grad in grads.items():
-        _adam(state, name, grad, lr * ratios.get(name, 1.0))
+        adam(state, name, grad, lr * ratios.get(name, 1.0))
     if frozen != "decoder":
         dec.copy_(normalize(dec, dim=1))
     if "gain" in state:
@@ -236,7 +235,8 @@ def count_step(state: dict[str, Tensor], found: Found, aux_weight: float, dead_a
     state["sums"] += torch.stack(values).to(state["sums"].dtype)
 
 
-def _adam(state: dict[str, Tensor], name: str, grad: Tensor, lr: float) -> None:
+def adam(state: dict[str, Tensor], name: str, grad: Tensor, lr: float) -> None:
+    """Move one parameter and its moments, in place; the state counts this step already."""
     step = int(state["step"])
     m, v = state[f"{name}_m"], state[f"{name}_v"]
     m.lerp_(grad, 1 - BETAS[0])
