@@ -57,14 +57,14 @@ from lib.sae import make_sae
 from lib.store import experiment_dir, provenance
 from lib.training.fast_step import fast_step
 from lib.training.kinds import KINDS, most_codes
-from lib.training.settings import Plan, TrainSettings, make_plan, schedule
+from lib.training.settings import PRECISIONS, Plan, TrainSettings, make_plan, schedule
 from lib.training.step import folded_weights, init_state, whitening
 from lib.training.stopping import stop_between_steps
 from lib.training.workspace import Workspace, choose_precision
 
 OF_SCORES = ("AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE")
 SAVE_SECONDS = 120.0  # between two saved states
-PROGRESS = {"precision": ("bfloat16", "float32"), "seconds": float, "cpu_seconds": float, "commits": [str],
+PROGRESS = {"precision": PRECISIONS, "seconds": float, "cpu_seconds": float, "commits": [str],
             "points": [POINT]}
 Made = dict[str, Any]  # what a saved run holds: the state, the mean of the samples, and PROGRESS
 
