@@ -1,33 +1,41 @@
-"""The fast sampler of synthetic worlds against a plain one that draws everything, against SAELens', and exact rates."""
+"""The fast sampler of synthetic worlds against a plain one that draws everything, and exact rates."""
 import math
-import subprocess
 import sys
 
+import numba
+import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
-from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(PROJECT / "experiments" / "benchmarks"))
-from sampler import Sampler, World, load_world  # noqa: E402
+import sampler as sampler_module  # noqa: E402
+import sampler_loops as loops  # noqa: E402
+from sampler import Sampler, World  # noqa: E402
 
-ROOTS, BRANCHES, N, RANK, WIDTH = 6, 3, 120, 4, 8  # 6 + 18 + 54 features in trees, 42 outside
+N, RANK, WIDTH = 120, 4, 8
 DRAWN = 60_000
+
+
+def world_of(roots, branches):
+    """Trees of three levels, and what is left of the features outside them."""
+    g = torch.Generator().manual_seed(0)
+    parent, second = torch.full((N,), -1), roots * (1 + branches)
+    in_trees = second + roots * branches**2
+    parent[roots:second] = torch.arange(roots).repeat_interleave(branches)
+    parent[second:in_trees] = torch.arange(roots, second).repeat_interleave(branches)
+    factor = 0.2 * torch.randn(N, RANK, generator=g)
+    p = torch.cat([torch.full((roots,), 0.4), torch.full((in_trees - roots,), 0.5),
+                   torch.logspace(-0.5, -3, N - in_trees)])
+    return World(normalize(torch.randn(N, WIDTH, generator=g), dim=1), torch.randn(WIDTH, generator=g), factor,
+                 (1 - factor.square().sum(1)).sqrt(), -torch.special.ndtri(p), 3 + torch.rand(N, generator=g),
+                 2 * torch.rand(N, generator=g), parent)
 
 
 @pytest.fixture(scope="module")
 def world():
-    g = torch.Generator().manual_seed(0)
-    parent = torch.full((N,), -1)
-    parent[ROOTS : ROOTS * (1 + BRANCHES)] = torch.arange(ROOTS).repeat_interleave(BRANCHES)
-    second = ROOTS * (1 + BRANCHES)
-    parent[second : second + ROOTS * BRANCHES**2] = torch.arange(ROOTS, second).repeat_interleave(BRANCHES)
-    factor = 0.2 * torch.randn(N, RANK, generator=g)
-    p = torch.cat([torch.full((ROOTS,), 0.4), torch.full((72,), 0.5), torch.logspace(-0.5, -3, 42)])
-    return World(normalize(torch.randn(N, WIDTH, generator=g), dim=1), torch.randn(WIDTH, generator=g), factor,
-                 (1 - factor.square().sum(1)).sqrt(), -torch.special.ndtri(p), 3 + torch.rand(N, generator=g),
-                 2 * torch.rand(N, generator=g), parent)
+    return world_of(roots=6, branches=3)  # 6 + 18 + 54 features in trees, 42 outside
 
 
 def plain(world, scaled, n, seed=0):
@@ -111,14 +119,82 @@ def test_the_rate_of_a_root_is_the_exact_one(both, world):
     assert z.abs().max() < 4.5
 
 
+@pytest.mark.parametrize("branches", [3, 5], ids=["one group", "two groups"])
+def test_the_bound_silences_nothing_that_fires(branches):
+    """The same random numbers, and every feature computed: the same features fire, and the same children win."""
+    world, seed, n = world_of(3, branches), 11, 400
+    sampler = Sampler(world, False, seed)
+    _, index, _, count = sampler(5, n)
+    u = np.zeros((n, RANK), np.float32)
+    loops.factors(seed, 5, rank=RANK, layers=sampler.tables[1], u=u, norm=np.empty(n, np.float32))
+    z = (torch.from_numpy(u).double() @ world.factor.double().T - world.threshold) / world.spread
+    chance = torch.special.ndtr(z) * torch.special.ndtr((world.mean / world.std).double())
+    columns = sampler.roots[0][: int((world.parent < 0).sum())]
+    base = RANK + len(sampler.roots[0]) // 4
+    children = [(world.parent == f).nonzero().flatten().tolist() for f in range(N)]
+    for r in range(n):
+        key, step = (np.uint64(number) for number in loops.start(seed, 5 + r))
+        uniform = [loops.uniform(np.uint64(loops.bits(key, step, base + i))) for i in range(3 * N)]
+        fire = []
+        for c, f in enumerate(columns.tolist()):
+            low = int(loops.bits(key, step, RANK + c // 4)) >> 16 * (c % 4) & 0xFFFF
+            if (low + uniform[3 * f]) / 65536 < chance[r, f]:
+                fire.append(f)
+        for f in fire:
+            contenders = [c for c in children[f] if uniform[3 * c] < chance[r, c]]
+            fire += [contenders[int(uniform[3 * f + 1] * len(contenders))]] if contenders else []
+        assert sorted(index[r, : count[r]].tolist()) == sorted(fire), r
+
+
+def test_the_precision_of_the_bound_and_the_number_of_threads_change_no_sample(world, monkeypatch):
+    expected = Sampler(world, True, 3)(7, 700)
+    monkeypatch.setattr(sampler_module, "multiplies_bfloat16", lambda device: False)
+    before = numba.get_num_threads()
+    for threads in {1, before}:
+        numba.set_num_threads(threads)
+        found = Sampler(world, True, 3)(7, 700)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[3], expected[3])
+    numba.set_num_threads(before)
+
+
+def test_normals_are_normal_into_the_tail():
+    layers, n = sampler_module._layers(), 2_000_000
+    assert layers[255, 0] ** 2 == pytest.approx(-2 * math.log(1 - np.diff(layers[:, 1])[-1]))
+    u = np.empty((n // 25, 25), np.float32)
+    loops.factors(1 << 40, 0, rank=25, layers=layers, u=u, norm=np.empty(len(u), np.float32))
+    edges = np.array([-np.inf, *np.linspace(-3.6, 3.6, 73), 3.8, 4.2, np.inf])
+    expected = n * np.diff(torch.special.ndtr(torch.from_numpy(edges)).numpy())
+    z = (np.histogram(u, edges)[0] - expected) / np.sqrt(expected)
+    assert abs(z).max() < 4.5 and 0.65 < (z**2).mean() < 1.45
+    assert abs(np.corrcoef(u.T) - np.eye(25)).max() < 5 / math.sqrt(len(u))
+
+
+def test_no_two_samples_share_random_numbers():
+    """Runs of neighbouring seeds and the seeds of scoring, far beyond a million samples: all keys differ, and so do
+    the factors that sample i of one seed has and sample j of another."""
+    seeds = [0, 1, 2, 3, 1 << 59, 1 << 60, 1 << 61]
+    starts = [0, 1_000_000, 1 << 20, 200_000_000, 1 << 32]
+    keys = {int(loops.start(seed, first + i)[0]) for seed in seeds for first in starts for i in range(2000)}
+    assert len(keys) == len(seeds) * (2000 * len(starts))
+    u, layers = np.empty((len(seeds), 4000, 25), np.float32), sampler_module._layers()
+    for place, seed in enumerate(seeds):
+        loops.factors(seed, 0, rank=25, layers=layers, u=u[place], norm=np.empty(4000, np.float32))
+    rows = u.reshape(-1, 25)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    assert abs(np.corrcoef(u.reshape(len(seeds), -1)) - np.eye(len(seeds))).max() < 5 / math.sqrt(4000 * 25)
+
+
 def test_rows_are_sums_of_features_and_a_transform_folds_in(world):
     g = torch.Generator().manual_seed(1)
     transform = torch.randn(WIDTH, WIDTH, generator=g)
     transform = transform + transform.T
-    drawn, folded = Sampler(world, True, 5)(100, 300), Sampler(world, True, 5, transform)(100, 300)
-    expected = dense(drawn, 300) @ world.features + world.bias
-    torch.testing.assert_close(drawn[0], expected, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(folded[0], expected @ transform, atol=2e-3, rtol=1e-4)
+    for matrix in (torch.eye(WIDTH), transform):
+        drawn = Sampler(world, True, 5, matrix)(100, 300)
+        features = (world.features @ matrix).bfloat16().float()
+        torch.testing.assert_close(drawn[0], dense(drawn, 300) @ features + world.bias @ matrix, atol=2e-4, rtol=1e-5)
+    assert torch.equal(Sampler(world, True, 5)(100, 300)[0], Sampler(world, True, 5, torch.eye(WIDTH))(100, 300)[0])
+    features = normalize(torch.randn(4000, 768, generator=g, dtype=torch.float64), dim=1)
+    assert torch.cosine_similarity(features.bfloat16().double(), features).min() > 0.99999
 
 
 def test_a_sample_depends_on_its_number_and_seed_alone(world):
@@ -129,53 +205,3 @@ def test_a_sample_depends_on_its_number_and_seed_alone(world):
         assert torch.equal(whole[0][part], again[0]) and torch.equal(whole[3][part], again[3])
     assert not torch.equal(whole[0], Sampler(world, False, 8)(1 << 33, 64)[0])
     assert not torch.equal(whole[0], sampler((1 << 33) + 64, 64)[0])
-
-
-PEERS = PROJECT / ".venv-peers" / "bin" / "python"
-THEIRS = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from draw_world import configuration, gradient, orthogonalised, tensors
-from sae_lens.synthetic import SyntheticModel
-from sae_lens.synthetic.feature_dictionary import orthogonalize_embeddings
-from safetensors.torch import save_file
-rows = torch.nn.functional.normalize(torch.randn(60, 12), dim=1)
-theirs = orthogonalize_embeddings(rows, num_steps=20, lr=1e-2, chunk_size=16)
-torch.testing.assert_close(orthogonalised(rows, 20, 1e-2), theirs, atol=2e-5, rtol=0)
-model = SyntheticModel(configuration(3000, 16, scaled=sys.argv[3] == "True"))
-torch.manual_seed(0)
-value = torch.cat([model.activation_generator.sample(1024) for _ in range(20)])
-x = model.feature_dict(value[:64])
-save_file(tensors(model, model.feature_dict.feature_vectors), sys.argv[2] + "/world.safetensors")
-save_file({"value": value, "x": x.detach()}, sys.argv[2] + "/drawn.safetensors")
-"""
-
-
-@pytest.mark.skipif(not PEERS.exists(), reason="needs make peers")
-@pytest.mark.parametrize("scaled", [False, True])
-def test_samples_are_those_of_saelens(tmp_path, scaled):
-    """On a world of 3,000 features in four levels: rates, pairs, magnitudes; and rows are the same sums."""
-    command = [str(PEERS), "-c", THEIRS, str(PROJECT / "experiments" / "benchmarks"), str(tmp_path), str(scaled)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = load_file(tmp_path / "drawn.safetensors")
-    world = load_world(tmp_path / "world.safetensors")
-    torch.testing.assert_close(theirs["value"][:64] @ world.features + world.bias, theirs["x"])
-    n = len(theirs["value"])
-    _, index, value, count = Sampler(world, scaled, 1)(0, n)
-    on = torch.arange(index.shape[1]) < count[:, None]
-    ours = torch.zeros(n, len(world.mean)).scatter_add_(1, torch.where(on, index, 0).long(),
-                                                        torch.where(on, value, 0.0))
-    a, b = (ours > 0).double(), (theirs["value"] > 0).double()
-    pooled = (a.sum(0) + b.sum(0)) / (2 * n)
-    seen = pooled * n > 20
-    z = ((a.sum(0) - b.sum(0)) / (2 * n * pooled * (1 - pooled)).sqrt())[seen]
-    assert z.abs().max() < 5 and 0.85 < z.square().mean() < 1.15
-    often = pooled.argsort(descending=True)[:100]
-    pairs, reference = a[:, often].T @ a[:, often], b[:, often].T @ b[:, often]
-    chosen = torch.triu(torch.ones(100, 100, dtype=torch.bool), 1) & (reference > 20)
-    p = ((pairs + reference) / (2 * n))[chosen]
-    z = (pairs - reference)[chosen] / (2 * n * p * (1 - p)).sqrt()
-    assert z.abs().max() < 5.5 and 0.85 < z.square().mean() < 1.2
-    for f in (ours, theirs["value"]):
-        assert f[f > 0].mean() == pytest.approx(float(theirs["value"][theirs["value"] > 0].mean()), rel=0.01)

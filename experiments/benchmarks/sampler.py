@@ -6,16 +6,17 @@
 
 A feature fires where L.u + sqrt(d) e > t, with 25 factors u that a sample's features share and e of its own. Given u
 all features are independent: feature i fires with q_i = Phi((L_i.u - t_i) / sqrt(d_i)). So children of silent parents
-need not be drawn, and features outside the trees are proposed block by block, by geometric skips under a bound of the
-block's q, and accepted with q over the bound. What is drawn has the distribution of SAELens' sampler, which draws
-16,384 normals a sample.
+need not be drawn. Of the features without a parent all get 16 random bits, and a bound of q from a bfloat16 product,
+with a margin that its rounding can't exceed, silences all but a few; these get 53 more bits and the exact q. What is
+drawn has the distribution of SAELens' sampler, which draws 16,384 normals a sample.
 
 Order, as there: a root or a feature outside the trees fires; its magnitude is max(0, mean + std N), and 0 is silence;
 of its children that fire, with magnitudes of their own, one wins, each with equal chance; then the winner's children.
 `scaled`: a child's magnitude is multiplied by its parent's value over its parent's mean.
 
-Every sample has random numbers of its own (SplitMix64, its start and its odd step hashed from seed and number), so a
-sample depends on neither the number of threads nor what was drawn before it.
+Rows are sums of features rounded to bfloat16 (cosine with the world's above .99999), exact otherwise. Every sample has
+random numbers of its own, by their numbers (see sampler_loops), so it depends on neither the number of threads, nor
+the precision of the bound, nor what was drawn before it.
 """
 import math
 from dataclasses import dataclass
@@ -23,20 +24,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import prange
 from safetensors.torch import load_file
+from sampler_loops import GRID, PER_WORD, REACH, TAIL, factors, fire
+from sampler_rows import add_up
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lib.training.kernels import compiled
+from lib.training.workspace import low_precision, multiplies_bfloat16
 
-BLOCK = 16  # features that share a bound
-STEPS, REACH = 64, 8.0  # grid of the bound: steps of 1 / 64 from -8 to 8 standard deviations
 ROOM = 256  # features of one sample at most
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-S11, S27, S30, S31 = (np.uint64(s) for s in (11, 27, 30, 31))
-ONE = np.uint64(1)
-TO_UNIT = 2.0**-53
+CHUNK = 256  # samples whose bounds are kept at one time
+COLUMNS = 8 * PER_WORD  # the number of columns is a multiple of this
+NEVER = -100.0  # shift of columns without a feature
 
 
 @dataclass
@@ -71,159 +70,92 @@ class Sampler:
 
     def __init__(self, world: World, scaled: bool, seed: int, transform: Tensor | None = None):
         """transform [D, D], symmetric: rows come as x @ transform; it is folded into the features."""
-        n = len(world.features)
-        parent = world.parent.numpy()
-        first, many = np.zeros(n, np.int32), np.zeros(n, np.int32)
-        inner = np.flatnonzero(parent >= 0)
-        np.add.at(many, parent[inner], 1)
-        first[parent[inner[::-1]]] = inner[::-1]  # the smallest number stays
-        free = np.flatnonzero(parent < 0)
-        free = free[np.argsort(world.threshold.numpy()[free], kind="stable")]  # alike in frequency within a block
-        n_blocks = -(-len(free) // BLOCK)
-        spare = n_blocks * BLOCK - len(free)
-        scaled_factor = world.factor / world.spread[:, None]
-        shift = -world.threshold / world.spread
-        # Feature j of block b stands in column j * n_blocks + b: the maximum over a block is one of whole vectors.
-        place = np.concatenate([free, np.full(spare, -1)]).reshape(n_blocks, BLOCK).T.reshape(-1)
-        of = torch.from_numpy(np.where(place < 0, 0, place))
-        self.factor_free = scaled_factor[of].T.contiguous()
-        self.shift_free = torch.where(torch.from_numpy(place) < 0, torch.tensor(-math.inf), shift[of])
-        self.seed, self.rank, self.n_blocks = seed, world.factor.shape[1], n_blocks
-        rows, bias = (world.features, world.bias) if transform is None else (world.features @ transform,
-                                                                             world.bias @ transform)
-        self.rows, self.bias = rows.contiguous().numpy(), bias.numpy()
-        self.tree = (first, many, scaled_factor.numpy(), shift.numpy(), world.mean.numpy(), world.std.numpy())
-        self.free, self.scaled = place.astype(np.int32), scaled
-        self.bounds = _bounds()
+        self.seed, self.scaled, self.rank = seed, scaled, world.factor.shape[1]
+        factor, shift = world.factor / world.spread[:, None], -world.threshold / world.spread
+        roots = (world.parent < 0).nonzero().flatten()
+        roots = roots[world.threshold[roots].argsort(stable=True)]  # what fires often stands side by side
+        spare = -len(roots) % COLUMNS
+        self.low = low_precision(factor[roots], shift[roots])
+        self.low = pad(self.low, (0, 0, 0, spare))
+        self.low[len(roots) :, self.rank] = NEVER
+        self.z = torch.empty(CHUNK, len(self.low), dtype=torch.bfloat16)
+        self.reach = 1.02 / 128 * float(factor[roots].norm(dim=1).max())  # two factors, each off by up to 1 / 256
+        record = _records(world, factor, shift)
+        self.roots = pad(roots.int(), (0, spare)).numpy(), pad(record[roots], (0, 0, 0, spare)).numpy()
+        self.kin, most = _kin(world.parent, record)
+        self.tables = _phi(), _layers(), most
+        features, bias = world.features, world.bias
+        if transform is not None:
+            features, bias = features @ transform, bias @ transform
+        self.rows, self.bias = features.bfloat16().contiguous().view(torch.uint16).numpy(), bias.numpy()
 
     def __call__(self, first: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Samples first ... first + n - 1: x [n, D]; index int32, value float32 [n, ROOM] of what fires; count [n]."""
-        u = np.empty((n, self.rank), np.float32)
-        _factors(self.seed, first, u)
-        z = torch.addmm(self.shift_free, torch.from_numpy(u), self.factor_free).numpy()
-        index, value = np.empty((n, ROOM), np.int32), np.empty((n, ROOM), np.float32)
-        count, x = np.empty(n, np.int32), np.empty((n, self.rows.shape[1]), np.float32)
-        _fire((self.seed, first, self.scaled), (u, z, self.free, self.bounds), self.tree, (index, value), count=count)
-        if count.max(initial=0) >= ROOM:
+        found = np.empty((n, ROOM), np.int32), np.empty((n, ROOM), np.float32), np.empty(n, np.int32)
+        u, norm = np.zeros((n, self.roots[1].shape[1] - 4), np.float32), np.empty(n, np.float32)
+        x = np.empty((n, len(self.bias)), np.float32)
+        factors(self.seed, first, rank=self.rank, layers=self.tables[1], u=u, norm=norm)
+        margin = norm * np.float32(self.reach) + np.float32(0.001)
+        for start in range(0, n, CHUNK):
+            part = slice(start, min(start + CHUNK, n))
+            drawn, out = (u[part], self._bound(u[part]), margin[part]), tuple(a[part] for a in found)
+            fire((self.seed, first + start, self.scaled, self.rank), drawn, roots=self.roots, kin=self.kin,
+                 tables=self.tables, out=out)
+            add_up(out, self.rows, bias=self.bias, x=x[part])
+        index, value, count = (torch.from_numpy(a) for a in found)
+        if n and count.max() >= ROOM:
             raise RuntimeError(f"a sample has {ROOM} features or more")
-        _add_up((index, value), count, rows=self.rows, bias=self.bias, x=x)
-        return torch.from_numpy(x), torch.from_numpy(index), torch.from_numpy(value), torch.from_numpy(count)
+        return torch.from_numpy(x), index, value, count
+
+    def _bound(self, u: np.ndarray) -> np.ndarray:
+        """factors . u + shift of every column, bits of bfloat16 [n, C]."""
+        given = torch.zeros(len(u), self.low.shape[1], dtype=torch.bfloat16)
+        given[:, : self.rank], given[:, self.rank : self.rank + 2] = torch.from_numpy(u[:, : self.rank]), 1
+        z = self.z[: len(u)]
+        if multiplies_bfloat16(given.device):
+            torch.mm(given, self.low.T, out=z)
+        else:
+            z.copy_(given.float() @ self.low.float().T)
+        return z.view(torch.uint16).numpy()
 
 
-def _bounds() -> np.ndarray:
-    """[grid, 3]: q at the grid's point, (1 - q)^BLOCK, log(1 - q)."""
-    z = torch.arange(int(2 * REACH * STEPS) + 2, dtype=torch.float64) / STEPS - REACH
-    q = torch.special.ndtr(z).clamp(1e-300, 1 - 1e-12)
-    return torch.stack([q, torch.exp(BLOCK * torch.log1p(-q)), torch.log1p(-q)], 1).numpy()
+def _records(world: World, factor: Tensor, shift: Tensor) -> Tensor:
+    """[N, U + 4]: see sampler_loops."""
+    chance = torch.special.ndtr(world.mean.double() / world.std.double()).float()
+    rest = torch.stack([shift, chance, world.mean, world.std], 1)
+    return torch.cat([pad(factor, (0, -factor.shape[1] % 4)), rest], 1)
 
 
-@compiled()
-def _hash(x):
-    x = (x ^ (x >> S30)) * MIX_1
-    x = (x ^ (x >> S27)) * MIX_2
-    return x ^ (x >> S31)
+def _kin(parent: Tensor, record: Tensor) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+    """The children in groups of four (see sampler_loops), and the most children that one feature has, rounded up."""
+    many = torch.bincount(parent[parent >= 0], minlength=len(parent))
+    inner = (parent >= 0).nonzero().flatten()
+    first_child = torch.full_like(parent, len(parent)).scatter_reduce_(0, parent[inner], inner, "amin")
+    n_groups = -(-many // 4)
+    groups = torch.stack([n_groups.cumsum(0) - n_groups, n_groups], 1)
+    own = torch.arange(len(parent)).repeat_interleave(n_groups)
+    turn = torch.arange(len(own)) - groups[own, 0]
+    child = first_child[own] + 4 * turn
+    place = child[:, None] + torch.arange(4)
+    there = 4 * turn[:, None] + torch.arange(4) < many[own, None]
+    kin = torch.where(there[:, :, None], record[place.clamp(max=len(parent) - 1)], 0).transpose(1, 2).contiguous()
+    return (groups.int().numpy(), child.int().numpy(), kin.numpy()), 4 * int(n_groups.max())
 
 
-@compiled()
-def _start(seed, number):
-    """State and odd step of a sample's random numbers."""
-    key = _hash(_hash(np.uint64(seed) + GOLDEN) + np.uint64(number) * GOLDEN)
-    return key, _hash(key + GOLDEN) | ONE
+def _phi() -> np.ndarray:
+    """[steps, 2]: least and largest Phi in each step of the grid, the first and last without end."""
+    z = torch.arange(2 * int(REACH) * GRID + 1, dtype=torch.float64) / GRID - REACH
+    phi = torch.special.ndtr(z)
+    table = torch.stack([phi, torch.cat([phi[1:], torch.ones(1)])], 1)
+    table[0, 0] = 0
+    return table.numpy()
 
 
-@compiled()
-def _uniform(state):
-    """In (0, 1)."""
-    return (np.float64(_hash(state) >> S11) + 0.5) * TO_UNIT
-
-
-@compiled()
-def _normal(state, step):
-    return math.sqrt(-2 * math.log(_uniform(state))) * math.cos(2 * math.pi * _uniform(state + step))
-
-
-@compiled()
-def _phi(z):
-    return 0.5 * math.erfc(-z * 0.7071067811865476)
-
-
-@compiled(parallel=True)
-def _factors(seed, first, u):
-    """Standard normals u [n, R]; number i of a sample takes its random numbers 2 i and 2 i + 1."""
-    for r in prange(len(u)):
-        state, step = _start(seed, np.uint64(first) + np.uint64(r))
-        for i in range(u.shape[1]):
-            u[r, i] = _normal(state, step)
-            state += step + step
-
-
-@compiled(parallel=True)
-def _fire(sample, drawn, tree, found, count):
-    seed, first, scaled = sample
-    u, z, free, bounds = drawn
-    index, value = found
-    n_blocks = len(free) // BLOCK
-    first_child, n_children, factor, shift, mean, std = tree
-    rank, last = u.shape[1], len(bounds) - 1
-    for r in prange(len(u)):
-        state, step = _start(seed, np.uint64(first) + np.uint64(r))
-        state += np.uint64(2 * rank) * step
-        row, n = z[r], 0
-        top = row[:n_blocks].copy()
-        for j in range(1, BLOCK):
-            for b in range(n_blocks):
-                other = row[j * n_blocks + b]
-                top[b] = other if other > top[b] else top[b]
-        for b in range(n_blocks):
-            at = min(max(int((top[b] + REACH) * STEPS) + 1, 0), last)
-            guess = _uniform(state)
-            state += step
-            if guess <= bounds[at, 1]:
-                continue
-            position = int(math.log(guess) / bounds[at, 2])
-            while position < BLOCK:
-                column = position * n_blocks + b
-                accept = _uniform(state) * bounds[at, 0] < _phi(row[column])
-                state += step
-                if accept:
-                    f = free[column]
-                    amount = mean[f] + std[f] * _normal(state, step)
-                    state += step + step
-                    while amount > 0 and n < ROOM:
-                        index[r, n], value[r, n] = f, amount
-                        n += 1
-                        winner, won, firing = -1, 0.0, 0
-                        for c in range(first_child[f], first_child[f] + n_children[f]):
-                            total = shift[c]
-                            for i in range(rank):
-                                total += factor[c, i] * u[r, i]
-                            fires = _uniform(state) < _phi(total)
-                            state += step
-                            if fires:
-                                own = mean[c] + std[c] * _normal(state, step)
-                                state += step + step
-                                if own > 0:
-                                    firing += 1
-                                    if _uniform(state) * firing < 1:
-                                        winner, won = c, own
-                                    state += step
-                        if winner < 0:
-                            break
-                        amount = won * amount / mean[f] if scaled else won
-                        f = winner
-                position += 1 + int(math.log(_uniform(state)) / bounds[at, 2])
-                state += step
-        count[r] = n
-
-
-@compiled(parallel=True)
-def _add_up(found, count, rows, bias, x):
-    """x = bias + sum of value times feature."""
-    index, value = found
-    for r in prange(len(x)):
-        out = x[r]
-        out[:] = bias
-        for c in range(count[r]):
-            row, amount = rows[index[r, c]], value[r, c]
-            for d in range(len(out)):
-                out[d] += amount * row[d]
+def _layers() -> np.ndarray:
+    """The ziggurat, [257, 2]: half-width of each layer, the widest first, and exp(-x^2 / 2) there."""
+    area = TAIL * math.exp(-TAIL**2 / 2) + math.sqrt(math.pi / 2) * math.erfc(TAIL / math.sqrt(2))
+    x = [area * math.exp(TAIL**2 / 2), TAIL]
+    while len(x) < 256:
+        x.append(math.sqrt(-2 * math.log(area / x[-1] + math.exp(-x[-1]**2 / 2))))
+    half = np.array([*x, 0.0])
+    return np.stack([half, np.exp(-half**2 / 2)], 1)
