@@ -1,4 +1,5 @@
-"""The synthetic world drawn with SAELens' classes: its samples against those of SAELens' own sampler."""
+"""The synthetic world drawn with SAELens' classes: its figures, and its samples against those of SAELens' sampler."""
+import math
 import subprocess
 import sys
 
@@ -8,7 +9,43 @@ from conftest import PROJECT
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(PROJECT / "experiments" / "benchmarks"))
-from sampler import Sampler, load_world  # noqa: E402
+import world_figures  # noqa: E402
+from sampler import Sampler, World, load_world  # noqa: E402
+
+
+def test_configured_rates_fall_from_most_to_least():
+    p = world_figures.configured(16_384)
+    assert float(p[0]) == pytest.approx(0.4) and float(p[-1]) == pytest.approx(5e-4) and (p.diff() < 0).all()
+    assert float(p[3]) == pytest.approx(5e-4 + 0.3995 * (0.5 - 1 / 128) / (1 - 1 / 128))
+
+
+def test_levels_count_parents_and_features_outside_trees_have_none():
+    assert world_figures.levels(torch.tensor([-1, -1, 0, 0, 2, -1])).tolist() == [0, -1, 1, 1, 2, -1]
+
+
+def test_largest_cosine_of_known_directions():
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-math.sqrt(0.5), math.sqrt(0.5), 0.0], [0.0, 0.0, 1.0]])
+    assert world_figures.largest_cosine(rows) == pytest.approx(0.75 * math.sqrt(0.5))
+
+
+def test_firings_are_counted_in_all_chunks_and_rates_compared_with_exact_ones(monkeypatch):
+    monkeypatch.setattr(world_figures, "CHUNK", 3)
+
+    def draw(first, n):  # sample i has feature 2, and feature 0 where i is even
+        even = torch.arange(first, first + n) % 2 == 0
+        return None, torch.tensor([[2, 0, 99]]).repeat(n, 1).int(), None, 1 + even.int()
+
+    fired = world_figures.count_firings(draw, 10, 3)
+    assert fired.tolist() == [5, 0, 10]
+    parent, zero = torch.tensor([-1, 0, -1]), torch.zeros(3)
+    world = World(torch.eye(3), zero, zero[:, None], zero + 1, -torch.special.ndtri(torch.tensor([0.5, 0.5, 0.9])),
+                  zero + 50, zero + 1, parent)
+    square, largest = world_figures.rates_against_exact(world, fired, 10)
+    assert largest == pytest.approx(1 / math.sqrt(0.9), rel=1e-4) and square == pytest.approx(0.5 / 0.9, rel=1e-4)
+    x, index, value = torch.tensor([[1.0, 3.0], [4.0, 5.0]]), torch.zeros(2, 2), torch.tensor([[2.0, 9.0], [4.0, 6.0]])
+    found = world_figures.strength(lambda first, n: (x, index, value, torch.tensor([1, 2])), torch.ones(2), 2)
+    assert found == pytest.approx((4.0, 3.5))
+
 
 PEERS = PROJECT / ".venv-peers" / "bin" / "python"
 THEIRS = """
