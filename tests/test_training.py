@@ -14,9 +14,10 @@ from checks.evaluation import shuffled, untrained_sae
 from lib.batches import Rows, rows_of_tensor, sample_rows, shuffled_batches
 from lib.environment import InputError
 from lib.metrics.reconstruction import explained_variance
-from lib.sae import make_sae
+from lib.sae import make_sae, sae_hash
 from lib.saving import write_stats
 from lib.training.loop import TrainSettings, score, train_sae
+from lib.training.settings import falling_k
 from lib.training.step import whitening
 from lib.training.stopping import stop_between_steps
 
@@ -356,3 +357,44 @@ def test_a_control_with_a_frozen_part_still_learns(frozen, still, moved):
 def test_what_is_frozen_must_be_named_and_random(wrong):
     with pytest.raises(InputError, match="frozen"):
         train_sae(make_rows(200)[0], TrainSettings(**SMALL, **wrong), progress=False)
+
+
+def test_k_falls_in_a_straight_line_and_then_stays():
+    settings = TrainSettings(48, 4, start_k=10, fall=0.5)
+    assert [falling_k(settings, step, 24) for step in range(24)] == [
+        10, 10, 9, 8, 8, 8, 7, 6, 6, 6, 5, 4, *[4] * 12]
+    assert {falling_k(TrainSettings(48, 4), step, 24) for step in range(24)} == {4}
+
+
+def test_a_falling_k_resumes_to_the_same_weights(tmp_path):
+    rows, _ = make_rows(1000)
+    settings = TrainSettings(**SMALL, kind="batchtopk", start_k=8)
+    seen, real = [], training.fast_step
+
+    def noted(state, x, **options):
+        seen.append(options["k"])
+        if len(seen) == 15 and stops:
+            raise KeyboardInterrupt
+        real(state, x, **options)
+
+    found = []
+    for stops in (False, True):
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "fast_step", noted)
+            patch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
+            patch.setattr(checkpoints, "CHECKPOINT_SHARE", 1.0)
+            if stops:
+                with pytest.raises(KeyboardInterrupt):
+                    train_sae(rows, settings, tmp_path / "stopped", progress=False)
+                assert len(seen) == 15
+            folder = tmp_path / ("stopped" if stops else "whole")
+            found.append(sae_hash(train_sae(rows, settings, folder, progress=False)[0]))
+        assert seen[0] == 8 and seen[-1] == 4
+    assert found[0] == found[1]
+
+
+def test_a_start_with_more_codes_than_latents_is_refused():
+    rows, _ = make_rows(400)
+    with pytest.raises(InputError, match="START_K=49"):
+        train_sae(rows, TrainSettings(**SMALL, start_k=49), progress=False)

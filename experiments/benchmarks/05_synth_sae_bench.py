@@ -57,11 +57,12 @@ from lib.sae import make_sae
 from lib.store import experiment_dir, provenance
 from lib.training.fast_step import fast_step
 from lib.training.kinds import KINDS, most_codes
-from lib.training.settings import PRECISIONS, Plan, TrainSettings, make_plan, schedule
+from lib.training.settings import PRECISIONS, Plan, TrainSettings, falling_k, make_plan, schedule
 from lib.training.step import folded_weights, init_state, whitening
 from lib.training.stopping import stop_between_steps
 from lib.training.workspace import Workspace, choose_precision
 
+SETTINGS = TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR, start_k=START_K, fall=FALL)
 OF_SCORES = ("AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE")
 SAVE_SECONDS = 120.0  # between two saved states
 PROGRESS = {"precision": PRECISIONS, "seconds": float, "cpu_seconds": float, "commits": [str],
@@ -87,12 +88,6 @@ def begin_or_resume(saved: Path, world: World, plan: Plan) -> Made:
 def save(saved: Path, made: Made) -> None:
     """Everything that the run needs to go on, in one file."""
     write_tensors(saved, made["state"] | {"mean": made["mean"]}, note={name: made[name] for name in PROGRESS})
-
-
-def k_of(step: int, n_steps: int) -> int:
-    """Latents of a sample in this step."""
-    done = min(1.0, step / max(1, FALL * n_steps))
-    return round(START_K + (TOP_K - START_K) * done)
 
 
 def unscored(made: Made, plan: Plan) -> dict[str, Any] | None:
@@ -129,7 +124,7 @@ def train(folder: Path, made: Made, world: World, plan: Plan) -> None:
                                                unit="sample", unit_scale=True) as bar:
         for step, x in batches(draw, BATCH_SIZE, int(state["step"]), plan.n_steps):
             lr = plan.learning_rate * schedule(step, plan.n_steps)
-            fast_step(state, x, k=k_of(step, plan.n_steps), lr=lr, dead_after=plan.dead_after, work=work)
+            fast_step(state, x, k=falling_k(SETTINGS, step, plan.n_steps), lr=lr, dead_after=plan.dead_after, work=work)
             bar.update(BATCH_SIZE)
             how = unscored(made, plan)
             if how or stopped() or time.monotonic() > wall + SAVE_SECONDS:
@@ -148,7 +143,7 @@ def main() -> None:
         raise InputError(f"KIND={KIND} is unknown; choose one of {', '.join(KINDS)}")
     if max(START_K, TOP_K) > N_LATENTS:
         raise InputError(f"TOP_K={TOP_K} and START_K={START_K} must be at most N_LATENTS={N_LATENTS}")
-    plan = make_plan(TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR), N_SAMPLES)
+    plan = make_plan(SETTINGS, N_SAMPLES)
     key = fingerprint([{name: value for name, value in CONSTANTS.items() if name not in OF_SCORES}])
     folder = experiment_dir("benchmarks") / "synth_sae_bench" / f"{KIND}_{N_SAMPLES}_seed{SEED}_{key}"
     with in_use(folder):

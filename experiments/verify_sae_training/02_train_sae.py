@@ -17,14 +17,16 @@ from typing import Annotated, Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Count, Device, FileName, Location, Name, Part, Rate, Seed, Size, Tracker, at_least, at_most
+from lib.ranges import Count, Device, FileName, Location, Name, Part, Rate, Seed, Share, Size, Tracker, at_least, at_most
 
 PRESET = "standard"                       # standard: the values below; quick, full, large; bielik: the original's sizes
 RUN_ID: FileName | None = None            # None: the run that 01_save_activations.py finished last
 LAYER: Name | None = None                 # which of the run's hook points, as in step 1 (resid_post:3); None: the first
 N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension
 TOP_K: Size = 4                           # latents that may fire on one token
-KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # only topk has the fast step
+START_K: Size | None = None               # as TOP_K, at the start of training, from where it falls; None: TOP_K
+FALL: Share = 0.9                         # share of the training over which it falls, in a straight line
+KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # what decides which latents fire
 EPOCHS: Size = 10                         # passes over the training tokens; the best one by validation is kept
 BATCH_SIZE_TRAIN: Size = 1024             # tokens per step; larger is faster but learns less per token
 LR: Rate | None = None                    # peak learning rate; None: a rule over shape and length of the run
@@ -66,8 +68,8 @@ from lib.training.loop import TrainSettings, highest_codes, score, train_sae
 from lib.training.start import kind_of
 
 FOLDER = experiment_dir("verify_sae_training")
-MADE_WITH = {name: value for name, value in CONSTANTS.items()
-             if name not in ("VERIFY", "TRACKER") and (name, value) != ("START_FROM", None)}
+UNUSED = ({"START_FROM"} if START_FROM is None else set()) | ({"START_K", "FALL"} if START_K is None else set())
+MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in {"VERIFY", "TRACKER"} | UNUSED}
 
 
 def source_of(name, rows):
@@ -90,7 +92,7 @@ def train(folder, origin, saved, rows, start):
     settings = TrainSettings(
         n_latents=origin["n_latents"], top_k=TOP_K, kind=KIND, epochs=EPOCHS,
         batch_size=BATCH_SIZE_TRAIN, lr=LR, dead_after=DEAD_AFTER_TOKENS, aux_weight=AUXK_ALPHA, whiten=WHITEN,
-        aligned=ALIGNED, precision=PRECISION, log_every=LOG_EVERY, seed=SEED,
+        aligned=ALIGNED, precision=PRECISION, log_every=LOG_EVERY, seed=SEED, start_k=START_K, fall=FALL,
     )
     with open_tracker("local" if rank() else TRACKER, folder / "tracker", MADE_WITH) as track:
         try:

@@ -29,7 +29,7 @@ from ..sae import SAE, make_sae, sae_hash
 from . import checkpoints
 from .fast_step import fast_step
 from .kinds import KINDS, most_codes
-from .settings import Plan, TrainSettings, check_settings, make_plan, schedule
+from .settings import Plan, TrainSettings, check_settings, falling_k, make_plan, schedule
 from .start import check_start, rows_about, state_of
 from .step import folded_weights, init_state, whitening
 from .stopping import stop_between_steps
@@ -93,7 +93,7 @@ def train_sae(
                  disable=not progress or rank() > 0) as bar:
         for x in _batches(rows, settings, plan, transform=transform, state=state):
             lr = plan.learning_rate * schedule(int(state["step"]), plan.n_steps)
-            take_step(state, x, lr=lr)
+            take_step(state, x, lr=lr, k=falling_k(settings, int(state["step"]), plan.n_steps))
             bar.update()
             at = (int(state["step"]) - 1) % plan.steps_per_epoch + 1
             if at % settings.log_every == 0 or at == plan.steps_per_epoch:
@@ -145,9 +145,9 @@ def _precision(settings: TrainSettings, state: dict[str, Tensor]) -> str:
 
 
 def _step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], precision: str) -> Callable[..., None]:
-    """take_step(state, x, lr=...) for this kind of SAE."""
+    """take_step(state, x, lr=..., k=...) for this kind of SAE."""
     work = Workspace(state, precision, shared=world_size() > 1, kind=settings.kind)
-    return partial(fast_step, k=settings.top_k, dead_after=plan.dead_after, work=work, aux_weight=settings.aux_weight,
+    return partial(fast_step, dead_after=plan.dead_after, work=work, aux_weight=settings.aux_weight,
                    frozen=settings.frozen)
 
 

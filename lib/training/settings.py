@@ -48,6 +48,10 @@ class TrainSettings:
     """Steps between two points of the training curve."""
     seed: int = 0
     """Draws the start and the order of the rows."""
+    start_k: int | None = None
+    """Latents that may fire on one token at the start, from where they fall to top_k (`falling_k`); None: top_k."""
+    fall: float = 0.9
+    """Share of the steps over which they fall."""
     frozen: str | None = None
     """decoder or encoder keeps its random start, as a control (arXiv 2602.14111); needs whiten=0 and aligned=False."""
 
@@ -58,6 +62,9 @@ def check_settings(settings: TrainSettings, rows: Rows) -> None:
     faults = [
         (not 1 <= s.top_k <= s.n_latents,
          f"TOP_K={s.top_k} must be between 1 and the number of latents, {s.n_latents}"),
+        (s.start_k is not None and not 1 <= s.start_k <= s.n_latents,
+         f"START_K={s.start_k} must be between 1 and the number of latents, {s.n_latents}; None starts with TOP_K"),
+        (not 0 < s.fall < 1, f"FALL={s.fall} must be above 0 and below 1"),
         (s.precision not in ("auto", *PRECISIONS),
          f"PRECISION={s.precision} must be one of auto, {', '.join(PRECISIONS)}"),
         *((getattr(s, name) < 1, f"{name}={getattr(s, name)} must be at least 1")
@@ -121,6 +128,12 @@ def aux_after(n_latents: int, k: int, batch: int) -> int:
     dead. This is earlier than one would call a latent dead: waiting longer ends with more dead latents and higher FVU.
     """
     return max(3000, 10 * n_latents // k, 2 * batch)
+
+
+def falling_k(settings: TrainSettings, step: int, n_steps: int) -> int:
+    """Latents that may fire on one token at `step` (from 0): in a straight line from start_k to top_k, rounded."""
+    start = settings.top_k if settings.start_k is None else settings.start_k
+    return round(start + (settings.top_k - start) * min(1.0, step / max(1.0, settings.fall * n_steps)))
 
 
 def schedule(step: int, n_steps: int) -> float:
