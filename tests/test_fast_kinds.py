@@ -16,7 +16,7 @@ FAST = [kind for kind, rules in KINDS.items() if rules.fast and kind != "topk"] 
 pytestmark = pytest.mark.skipif(module.kernels is None, reason="without numba these kinds take the dense step")
 
 
-ROUNDED = {("bfloat16", "log_threshold_m")}  # what moves thresholds is taken in the precision of the scores
+ROUNDED = {("bfloat16", "log_threshold_m"), ("int8", "log_threshold_m")}  # what moves thresholds is taken in the precision of the scores
 
 
 def without_sums(state):
@@ -41,7 +41,7 @@ def test_a_hundred_steps_equal_the_dense_reference(kind, aligned):
 
 
 @pytest.mark.parametrize("kind", FAST)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 def test_gradients_equal_autograd_with_and_without_dead_latents(kind, precision):
     x = activations()
     for dead_after in (10**9, 0):

@@ -20,7 +20,7 @@ from .workspace import Workspace, candidates_wanted, scores
 
 Tiles = Iterator[tuple[int, np.ndarray]]
 Ragged = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-MARGIN = 1 / 32  # below its threshold by which a low-precision score is still computed again
+MARGIN = 1 / 16  # below its threshold by which a low-precision score is still computed again: 4 deviations of int8
 SLACK = 0.9  # the first bound tried, times the last step's: thresholds move by a few percent in a step at most
 
 
