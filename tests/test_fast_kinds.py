@@ -16,7 +16,8 @@ FAST = [kind for kind, rules in KINDS.items() if rules.fast and kind != "topk"] 
 pytestmark = pytest.mark.skipif(module.kernels is None, reason="without numba these kinds take the dense step")
 
 
-ROUNDED = {("bfloat16", "log_threshold_m"), ("int8", "log_threshold_m")}  # what moves thresholds is taken in the precision of the scores
+# What moves thresholds is taken in the precision of the scores.
+ROUNDED = {("bfloat16", "log_threshold_m"), ("int8", "log_threshold_m")}
 
 
 def without_sums(state):

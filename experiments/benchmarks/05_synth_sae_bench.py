@@ -62,7 +62,8 @@ from lib.training.step import folded_weights, init_state, whitening
 from lib.training.stopping import stop_between_steps
 from lib.training.workspace import Workspace, choose_precision
 
-SETTINGS = TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR, start_k=START_K, fall=FALL)
+SETTINGS = TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR, start_k=START_K,
+                         fall=FALL)
 OF_SCORES = ("AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE")
 SAVE_SECONDS = 120.0  # between two saved states
 PROGRESS = {"precision": PRECISIONS, "seconds": float, "cpu_seconds": float, "commits": [str],

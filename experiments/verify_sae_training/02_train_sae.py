@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Count, Device, FileName, Location, Name, Part, Rate, Seed, Share, Size, Tracker, at_least, at_most
+from lib.ranges import Count, Device, FileName, Location, Name, Part, Rate, Seed, Size, Tracker, at_least, at_most
 
 PRESET = "standard"                       # standard: the values below; quick, full, large; bielik: the original's sizes
 RUN_ID: FileName | None = None            # None: the run that 01_save_activations.py finished last
@@ -25,7 +25,7 @@ LAYER: Name | None = None                 # which of the run's hook points, as i
 N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension
 TOP_K: Size = 4                           # latents that may fire on one token
 START_K: Size | None = None               # as TOP_K, at the start of training, from where it falls; None: TOP_K
-FALL: Share = 0.9                         # share of the training over which it falls, in a straight line
+FALL: Part = 0.9                          # share of the training over which it falls, in a straight line
 KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka"] = "topk"  # what decides which latents fire
 EPOCHS: Size = 10                         # passes over the training tokens; the best one by validation is kept
 BATCH_SIZE_TRAIN: Size = 1024             # tokens per step; larger is faster but learns less per token

@@ -64,7 +64,7 @@ def check_settings(settings: TrainSettings, rows: Rows) -> None:
          f"TOP_K={s.top_k} must be between 1 and the number of latents, {s.n_latents}"),
         (s.start_k is not None and not 1 <= s.start_k <= s.n_latents,
          f"START_K={s.start_k} must be between 1 and the number of latents, {s.n_latents}; None starts with TOP_K"),
-        (not 0 < s.fall < 1, f"FALL={s.fall} must be above 0 and below 1"),
+        (not 0 <= s.fall <= 1, f"FALL={s.fall} must be from 0 to 1"),
         (s.precision not in ("auto", *PRECISIONS),
          f"PRECISION={s.precision} must be one of auto, {', '.join(PRECISIONS)}"),
         *((getattr(s, name) < 1, f"{name}={getattr(s, name)} must be at least 1")
