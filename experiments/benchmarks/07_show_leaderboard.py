@@ -1,0 +1,45 @@
+"""All runs of 05 and 06 beside what was published: the table of README, who passed whom when, and the learning curves.
+
+    python 07_show_leaderboard.py                        # prints two tables and writes one figure
+    python 07_show_leaderboard.py RULES=own CURVE=own    # only the SAEs as they are
+
+Reads  store/benchmarks/synth_sae_bench/<run>/report.json
+Writes store/benchmarks/learning_curves.png
+"""
+import checkout  # noqa: F401  (first: finds lib)
+from lib.constants import override
+from lib.ranges import Positive
+
+AT_L0: Positive = 25.0                    # mean L0 of the published scores that are compared
+RULES: tuple[str, ...] = ("own", "batch 25", "threshold 25", "pruned 25")  # a row for each that a run was scored by
+CURVE: str = "threshold 25"               # the rule of the curves, and of who passed whom
+CONSTANTS = override(globals())
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from leaderboard import draw, groups_of, markdown, reached, table
+from synth_reports import read_reports
+
+from lib.environment import InputError, run
+from lib.plots import style
+from lib.store import experiment_dir
+
+
+def main() -> None:
+    folder = experiment_dir("benchmarks")
+    groups = groups_of(read_reports(folder / "synth_sae_bench"))
+    if not groups:
+        raise InputError("there is no run to show; run 05_synth_sae_bench.py first")
+    print(markdown(table(groups, RULES)), end="\n\n")
+    print(markdown(reached(groups, CURVE, AT_L0)), end="\n\n")
+    style()
+    figure = plt.figure(figsize=(12, 4.6))
+    draw(groups, CURVE, AT_L0, figure)
+    figure.savefig(folder / "learning_curves.png")
+    print(f"written: {folder / 'learning_curves.png'}")
+
+
+if __name__ == "__main__":
+    run(main)
