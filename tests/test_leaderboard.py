@@ -45,11 +45,11 @@ def reports():
 
 def test_rows_are_groups_over_seeds_with_intervals(board, reports):
     found = board.table(board.groups_of(reports), ["own", "batch 25"])
-    ours = found[found["what"] == "topk, k 60 to 25, children scaled"].iloc[0]
+    ours = found[found["what"] == "topk, k 60 to 25, children scaled, 2M samples"].iloc[0]
     assert ours["F1"] == ".910 ± .127" and ours["MCC"] == ".820 ± .254" and ours["seeds"] == 2  # t(1) = 12.7, sd .0141
     assert ours["samples"] == "2M" and ours["command"] == "`05_synth_sae_bench.py N_SAMPLES=2000384 SEED=0 ... 1`"
     other = found[found["what"].str.contains("rate")].iloc[0]
-    assert other["what"] == "topk, k 60 to 25, rate 0.0003, children not scaled" and other["F1"] == ".500"
+    assert other["what"] == "topk, k 60 to 25, rate 0.0003, children not scaled, 200M samples" and other["F1"] == ".500"
     assert other["samples"] == "1M of 200M"
     assert other["command"] == "`05_synth_sae_bench.py N_SAMPLES=200000000 LR=0.0003 SCALED=False SEED=0`"
     assert list(found["F1"]) == sorted(found["F1"], key=lambda text: -float(text.split()[0]))
@@ -61,7 +61,7 @@ def test_rows_are_groups_over_seeds_with_intervals(board, reports):
 def test_who_passed_a_published_row_and_after_how_many_samples(board, reports):
     found = board.reached(board.groups_of(reports), "threshold 25", 25)
     rows = {(row["published"].split(":")[0], row["passed by"]): row["after"] for _, row in found.iterrows()}
-    ours = "topk, k 60 to 25, children scaled"
+    ours = "topk, k 60 to 25, children scaled, 2M samples"
     assert rows["Matryoshka", ours] == rows["BatchTopK", ours] == "2M samples"
     assert rows["standard (L1)", ours] == "1M samples" and ("LISTA-Matryoshka", ours) not in rows
     assert rows["BatchTopK", "SAELens' matryoshka, children scaled"] == "2M samples"

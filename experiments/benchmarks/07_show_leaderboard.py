@@ -35,7 +35,7 @@ def main() -> None:
     print(markdown(table(groups, RULES)), end="\n\n")
     print(markdown(reached(groups, CURVE, AT_L0)), end="\n\n")
     style()
-    figure = plt.figure(figsize=(12, 4.6))
+    figure = plt.figure(figsize=(11.5, 4.8))
     draw(groups, CURVE, AT_L0, figure)
     figure.savefig(folder / "learning_curves.png")
     print(f"written: {folder / 'learning_curves.png'}")

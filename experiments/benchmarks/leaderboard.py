@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.constants import constants_of
@@ -16,6 +17,8 @@ NOT_OF_A_GROUP = {"SEED", "MINUTES", "THREADS", "AT_L0", "PRUNE_FROM", "N_SCORED
 WORDS = {"START_K": "k from {}", "LR": "rate {:g}", "N_LATENTS": "{:,} latents", "TOP_K": "k {}",
          "WHITEN": "whitening {:g}", "BATCH_SIZE": "batch {:,}"}
 SHOWN = ("f1", "mcc", "ev")
+
+ON_A_GPU, UNKNOWN = {"minutes": "15 to 20", "machine": "H100"}, {"minutes": "", "machine": ""}  # as SAELens says
 
 
 class Published(NamedTuple):
@@ -29,17 +32,17 @@ class Published(NamedTuple):
 
 
 PAPER, RECIPE = "arXiv 2602.14687", "chanind/claude-auto-research-synthsaebench"
-PUBLISHED = (
-    Published("standard (L1)", 25, 0.556, 0.604, PAPER),
-    Published("Matching Pursuit", 25, 0.45, 0.69, PAPER),
-    Published("JumpReLU", 25, 0.61, 0.73, PAPER),
-    Published("JumpReLU", 15, 0.715, 0.685, PAPER),
-    Published("BatchTopK", 25, 0.73, 0.757, PAPER),
-    Published("BatchTopK", 20, 0.82, 0.752, PAPER),
-    Published("Matryoshka", 25, 0.88, 0.793, PAPER),
-    Published("LISTA-Matryoshka", 25, 0.977, 0.818, RECIPE),
-    Published("LISTA-Matryoshka, leave-one-out pruning", 25, 0.989, None, "a comment on it"),
-)
+PUBLISHED = tuple(Published(*row) for row in (
+    ("standard (L1)", 25, 0.556, 0.604, PAPER),
+    ("Matching Pursuit", 25, 0.45, 0.69, PAPER),
+    ("JumpReLU", 25, 0.61, 0.73, PAPER),
+    ("JumpReLU", 15, 0.715, 0.685, PAPER),
+    ("BatchTopK", 25, 0.73, 0.757, PAPER),
+    ("BatchTopK", 20, 0.82, 0.752, PAPER),
+    ("Matryoshka", 25, 0.88, 0.793, PAPER),
+    ("LISTA-Matryoshka", 25, 0.977, 0.818, RECIPE),
+    ("LISTA-Matryoshka, leave-one-out pruning", 25, 0.989, None, "a comment on it"),
+))
 
 
 class Group(NamedTuple):
@@ -89,7 +92,8 @@ def _words(report: Report, changed: dict[str, Any]) -> str:
         parts.append(f"k {constants['START_K']} to {constants['TOP_K']}")
     parts += [WORDS.get(name, name.lower() + " {}").format(value) for name, value in changed.items()
               if name not in ("KIND", "N_SAMPLES", "START_K", "SCALED")]
-    return ", ".join([*parts, "children scaled" if constants["SCALED"] else "children not scaled"])
+    parts.append("children scaled" if constants["SCALED"] else "children not scaled")
+    return ", ".join([*parts, *([] if "MINUTES" in constants else [f"{constants['N_SAMPLES'] / 1e6:.3g}M samples"])])
 
 
 def value_of(point: dict[str, Any], rule: str, name: str) -> float:
@@ -140,8 +144,8 @@ def table(groups: list[Group], rules: Iterable[str]) -> pandas.DataFrame:
     rows = [row for group in groups for row in rows_of(group, rules)]
     rows += [{"date": "published", "commit": "", "what": f"{p.name} ({p.source})", "codes": "", "L0": f"{p.l0:g}",
               "F1": _number(p.f1), "MCC": "" if p.mcc is None else _number(p.mcc), "EV": "", "seeds": "",
-              "samples": "200M", "minutes": "15 to 20", "machine": "H100, as reported", "command": "",
-              "order": p.f1} for p in PUBLISHED]
+              "samples": "200M", **(ON_A_GPU if p.source == PAPER else UNKNOWN), "command": "", "order": p.f1}
+             for p in PUBLISHED]
     return pandas.DataFrame(sorted(rows, key=lambda row: -row["order"])).drop(columns="order")
 
 
@@ -180,13 +184,21 @@ def draw(groups: list[Group], rule: str, l0: float, figure: Figure) -> None:
                       color=colour, label=f"{group.what} ({len(group.reports)})")
             if len(group.reports) > 1:
                 axis.plot(list(curves), list(curves.values()), linewidth=0.6, alpha=0.5, color=colour)
-        goals = sorted((value, p.name) for p in PUBLISHED
-                       if p.l0 == l0 and (value := getattr(p, name)) is not None)
-        for value, label in goals:
-            axis.axhline(value, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-            axis.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), fontsize=7, color="#555",
-                          verticalalignment="center")
+        _published(axis, name, l0)
         title = f"F1 at L0 {l0:g}" if name == "f1" else "MCC"
         axis.set(title=title, xlabel="training samples", ylabel=title, xscale="log")
-    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
-    figure.suptitle(f"SynthSAEBench-16k: learning curves; dashed: published after 200 million samples ({rule})")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    figure.suptitle(f"SynthSAEBench-16k; dashed: published after 200 million samples; ours by the rule {rule}")
+
+
+def _published(axis: Axes, name: str, l0: float) -> None:
+    """A dashed line for each published score, with its name beside it; names keep a line's height from one another."""
+    goals = sorted((value, p.name) for p in PUBLISHED if p.l0 == l0 and (value := getattr(p, name)) is not None)
+    for value, _ in goals:
+        axis.axhline(value, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+    low, high = axis.get_ylim()
+    at = low
+    for value, label in goals:
+        at = max(value, at + 0.035 * (high - low))
+        axis.annotate(label, (1.01, at), xycoords=("axes fraction", "data"), fontsize=7, color="#555",
+                      verticalalignment="center", annotation_clip=False)
