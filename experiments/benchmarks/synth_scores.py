@@ -178,8 +178,10 @@ def score(
     total, spread = torch.zeros(len(dictionary.centre), dtype=torch.float64), 0.0
     for start in tqdm(range(0, n, ROWS), desc="scoring", leave=False):
         x, index, _, count = draw(start, min(ROWS, n - start))
-        on = _on(index, count, n_features)
-        true += on.sum(0)
+        fires = index[torch.arange(index.shape[1]) < count[:, None]].long()
+        true += fires.bincount(minlength=n_features)
+        on = torch.zeros(len(x), n_features, dtype=torch.bool)
+        on[torch.arange(len(x)).repeat_interleave(count), fires] = True
         total, spread = total + x.sum(0, dtype=torch.float64), spread + float(x.square().sum(dtype=torch.float64))
         for encode, rules in codings:
             values, latents = encode(x)
@@ -193,14 +195,6 @@ def score(
     spread -= float(total.square().sum()) / n
     return {name: _summary(fired[name], true[best], both[name], n) | {"ev": 1 - squares[name] / spread}
             for name in names}
-
-
-def _on(index: Tensor, count: Tensor, n_features: int) -> Tensor:
-    """bool [B, n_features]: which fire."""
-    on = torch.zeros(len(index), n_features, dtype=torch.bool)
-    places = torch.arange(index.shape[1]) < count[:, None]
-    on[torch.arange(len(index)).repeat_interleave(count), index[places].long()] = True
-    return on
 
 
 def _summary(fired: Tensor, true: Tensor, both: Tensor, n: int) -> dict[str, float]:
