@@ -27,13 +27,13 @@ from torch.nn.functional import embedding_bag, normalize
 from tqdm.auto import tqdm
 
 from lib.sae import SAE
+from lib.training.dots import dot64
 from lib.training.kernels import compiled
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 Draw = Callable[[int, int], tuple[Tensor, Tensor, Tensor, Tensor]]
 """(first, n) -> x [n, D]; feature [n, M], value [n, M]; how many of the M fire in each sample [n] (sampler.py)."""
 ROWS = 4096  # samples scored at once
-LANES = 64  # partial sums of a dot product
 GROUP = 1024  # samples over which BatchTopK chooses, as SAELens does where it scores
 
 
@@ -105,27 +105,17 @@ def decode(codes: Codes, dictionary: Dictionary) -> Tensor:
 def costs(x: Tensor, codes: Codes, dictionary: Dictionary) -> Tensor:
     """By how much the squared error rises without each code, the others staying: 2 z r.d + z^2, r = x - x_hat."""
     along = np.empty(len(codes.value), np.float32)
-    _dots((x - decode(codes, dictionary)).numpy(), dictionary.rows.numpy(), codes.first.numpy(), codes.latent.numpy(),
-          along=along)
+    _dots((x - decode(codes, dictionary)).numpy(), dictionary.rows.contiguous().numpy(), codes.first.numpy(),
+          codes.latent.numpy(), along=along)
     return codes.value * (2 * torch.from_numpy(along) + codes.value)
 
 
 @compiled(parallel=True)
 def _dots(rest, rows, first, latent, along):
     """Row of each sample times the dictionary row of each of its codes."""
-    whole = rows.shape[1] // LANES * LANES
     for r in prange(len(first)):
-        lanes = np.empty(LANES, np.float32)
-        end = first[r + 1] if r + 1 < len(first) else len(latent)
-        for c in range(first[r], end):
-            row = rows[latent[c]]
-            lanes[:] = 0
-            for d in range(0, whole, LANES):
-                for i in range(LANES):
-                    lanes[i] += rest[r, d + i] * row[d + i]
-            for d in range(whole, len(row)):
-                lanes[0] += rest[r, d] * row[d]
-            along[c] = lanes.sum()
+        for c in range(first[r], first[r + 1] if r + 1 < len(first) else len(latent)):
+            along[c] = dot64(rest[r], rows[latent[c]])
 
 
 def codings_of(
