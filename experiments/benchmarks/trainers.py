@@ -34,6 +34,7 @@ def ours(x, s):
     from lib.training.workspace import Workspace
 
     transform = whitening(x.T @ x / len(x))
+    x[:] = x @ transform  # once, as lib.batches reads a run that fits into memory
     state = init_state(transform, s["n_latents"], s["seed"])
     rate = s["lr"] or learning_rate(s["n_latents"], s["n_steps"] * s["batch"])
     dead_after = s["dead_after"] or aux_after(s["n_latents"], s["k"], s["batch"])
@@ -42,7 +43,7 @@ def ours(x, s):
 
     def step(i, rows):
         lr = rate * schedule(i, s["n_steps"])
-        fast_step(state, rows @ transform, k=s["k"], lr=lr, dead_after=dead_after, work=work)
+        fast_step(state, rows, k=s["k"], lr=lr, dead_after=dead_after, work=work)
 
     def weights():
         return (*folded_weights(state, 1.0).values(), torch.zeros(x.shape[1]))
