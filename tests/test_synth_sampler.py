@@ -147,12 +147,12 @@ def test_the_bound_silences_nothing_that_fires(branches):
 
 
 def test_the_precision_of_the_bound_and_the_number_of_threads_change_no_sample(world, monkeypatch):
-    expected = Sampler(world, True, 3)(7, 700)
+    expected = Sampler(world, True, 3)(7, 1500)
     monkeypatch.setattr(sampler_module, "multiplies_bfloat16", lambda device: False)
     before = numba.get_num_threads()
     for threads in {1, before}:
         numba.set_num_threads(threads)
-        found = Sampler(world, True, 3)(7, 700)
+        found = Sampler(world, True, 3)(7, 1500)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[3], expected[3])
     numba.set_num_threads(before)
 

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 from lib.training.workspace import low_precision, multiplies_bfloat16
 
 ROOM = 256  # features of one sample at most
-CHUNK = 256  # samples whose bounds are kept at one time
+CHUNK = 1024  # samples whose bounds are kept at one time; with fewer, threads wait for each other more often
 COLUMNS = 8 * PER_WORD  # the number of columns is a multiple of this
 NEVER = -100.0  # shift of columns without a feature
 
