@@ -58,6 +58,12 @@ def test_rows_are_groups_over_seeds_with_intervals(board, reports):
     assert "a \\| b" in text and len(text.splitlines()) == 2 + len(found)
 
 
+def test_codes_outside_the_protocols_l0_have_no_row(board):
+    for l0, n in ((14.0, 0), (14.6, 1), (45.4, 1), (1400.0, 0)):
+        (group,) = board.groups_of([report(0, [scores(0.2, 0.1, 1_000_448, l0)])])
+        assert len(board.rows_of(group, ["own"])) == n
+
+
 def test_who_passed_a_published_row_and_after_how_many_samples(board, reports):
     found = board.reached(board.groups_of(reports), "threshold 25", 25)
     rows = {(row["published"].split(":")[0], row["passed by"]): row["after"] for _, row in found.iterrows()}

@@ -16,6 +16,7 @@ Report = dict[str, Any]
 NOT_OF_A_GROUP = {"SEED", "MINUTES", "THREADS", "AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE"}
 WORDS = {"START_K": "k from {}", "LR": "rate {:g}", "N_LATENTS": "{:,} latents", "TOP_K": "k {}",
          "WHITEN": "whitening {:g}", "BATCH_SIZE": "batch {:,}"}
+PROTOCOL_L0 = (15, 45)
 SHOWN = ("f1", "mcc", "ev")
 
 ON_A_GPU, UNKNOWN = {"minutes": "15 to 20", "machine": "H100"}, {"minutes": "", "machine": ""}  # as SAELens says
@@ -102,7 +103,10 @@ def value_of(point: dict[str, Any], rule: str, name: str) -> float:
 
 
 def rows_of(group: Group, rules: Iterable[str]) -> list[dict[str, Any]]:
-    """A row for each rule, after the most samples that all seeds have reached."""
+    """A row for each rule within the protocol's L0, after the most samples that all seeds have reached.
+
+    Codes that fire nearly always have a high F1 with the most frequent features: an untrained SAE may reach .2.
+    """
     if not (curve := group.curve):
         return []
     samples, points = list(curve.items())[-1]
@@ -111,6 +115,8 @@ def rows_of(group: Group, rules: Iterable[str]) -> list[dict[str, Any]]:
     rows = []
     for rule in rules:
         if any(rule not in point["scores"] for point in points):
+            continue
+        if not PROTOCOL_L0[0] - 0.5 <= _mean(points, rule, "l0") <= PROTOCOL_L0[1] + 0.5:
             continue
         scores = {name: _with_interval([value_of(point, rule, name) for point in points]) for name in SHOWN}
         rows.append({
