@@ -1,11 +1,12 @@
-"""Tokens per second of one TopK SAE training step, ours and the peers', taking turns in one run.
+"""Tokens per second of one SAE training step, ours and the peers', taking turns in one run.
 
     python 02_time_sae_training.py                          # every shape; about half an hour on two cores
+    python 02_time_sae_training.py PRESET=kinds             # BatchTopK, JumpReLU and Matryoshka beside TopK
     python 02_time_sae_training.py SHAPES="((288, 1152, 8, 1024),)" THREADS=1
 
 A step is forward, backward and optimiser on synthetic activations, with AuxK on and no dead latents. On an idle machine
 wall time is what a user feels; processor time also holds on a busy one. `make peers` installs the peers.
-Writes store/benchmarks/sae_training_speed.json
+Writes store/benchmarks/sae_training_speed.json, of other presets sae_training_speed_<preset>.json
 """
 import statistics
 import tempfile
@@ -17,7 +18,11 @@ import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Positive, Size, Threads, at_least, at_most
 
-Trained = Literal["ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens"]
+Trained = Literal[  # a trainer, and its kind of SAE if that is not TopK
+    "ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens", "ours batchtopk", "ours jumprelu",
+    "ours matryoshka", "dictionary_learning batchtopk", "dictionary_learning jumprelu", "sae_lens batchtopk",
+    "sae_lens jumprelu"]
+PRESET = "topk"                           # topk: TopK at every shape; kinds: the other kinds beside it
 SHAPES: tuple[tuple[Size, Size, Size, Size], ...] = (  # (width, latents, k, rows of a step)
     (288, 1152, 8, 1024), (288, 1152, 8, 4096), (768, 6144, 32, 1024), (768, 6144, 32, 4096), (768, 24576, 32, 1024),
     (768, 24576, 32, 4096),
@@ -26,7 +31,12 @@ TRAINERS: tuple[Trained, ...] = ("ours", "overcomplete", "dictionary_learning", 
 ROUNDS: Annotated[int, at_least(2), at_most(1000)] = 7  # turns of each trainer; the median without the first
 SECONDS: Positive = 1.0                   # of one turn, at least one step
 THREADS: Threads = 2                      # processor cores each may use
-CONSTANTS = override(globals())
+PRESETS = {"topk": {}, "kinds": {
+    "SHAPES": ((288, 1152, 8, 1024), (768, 6144, 32, 4096)),
+    "TRAINERS": ("ours", "ours batchtopk", "ours jumprelu", "ours matryoshka", "dictionary_learning batchtopk",
+                 "dictionary_learning jumprelu", "sae_lens batchtopk", "sae_lens jumprelu"),
+}}
+CONSTANTS = override(globals(), PRESETS)
 
 import pandas
 import torch
@@ -97,7 +107,8 @@ def main() -> None:
         for shape in SHAPES:
             timed.append(time_shape(shape, Path(folder)))
             print_shape(timed[-1])
-    write_json(experiment_dir("benchmarks") / "sae_training_speed.json",
+    name = "sae_training_speed.json" if PRESET == "topk" else f"sae_training_speed_{PRESET}.json"
+    write_json(experiment_dir("benchmarks") / name,
                {"constants": CONSTANTS, "made_with": provenance(), "timed": timed})
     say_next("04_show_benchmarks.ipynb")
 

@@ -106,11 +106,14 @@ class Trainer:
     theirs.
     """
 
-    def __init__(self, name: str, rows: Path, settings: dict[str, Any], script: str = "trainers.py"):
-        python = Path(sys.executable) if name == "ours" else peers_python()
-        command = [str(python), str(Path(__file__).with_name(script)), name, str(rows), json.dumps(settings)]
+    def __init__(self, name: str, rows: Path, settings: dict[str, Any]):
+        trainer, _, kind = name.partition(" ")
+        python = Path(sys.executable) if trainer == "ours" else peers_python()
+        script = Path(__file__).with_name("trainers.py")
+        settings = settings | {"kind": kind or "topk"}
+        command = [str(python), str(script), trainer, str(rows), json.dumps(settings)]
         self.name = name
-        self.log = open(rows.with_suffix(f".{name}.log"), "w+")
+        self.log = open(rows.with_suffix(f".{name.replace(' ', '.')}.log"), "w+")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
                                         text=True)
 

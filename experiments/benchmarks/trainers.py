@@ -1,15 +1,18 @@
-"""TopK training steps of ours and of each peer behind one interface; 02 and 03 run one process per trainer.
+"""Training steps of ours and of each peer behind one interface; 02 and 03 run one process per trainer.
 
     python trainers.py NAME ROWS.safetensors '{"n_latents": 1152, "k": 8, "batch": 1024, "lr": 1e-3, "n_steps": 800,
-                                               "seed": 0, "threads": 2, "dead_after": 10000}'
+                                               "seed": 0, "threads": 2, "dead_after": 10000,
+                                               "kind": "topk"}'
 
 Orders come on standard input, one line of JSON each:
     {"steps": 5}                      trains on the next 5 batches and answers {"seconds": 0.1, "cpu_seconds": 0.2}
     {"save": "weights.safetensors"}   writes W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D], for every trainer, of
-                                      codes = TopK(ReLU((x - b_dec) W_enc^T + b_enc)), x_hat = codes W_dec + b_dec
+                                      codes = TopK(ReLU((x - b_dec) W_enc^T + b_enc)), x_hat = codes W_dec + b_dec;
+                                      of the other kinds without their thresholds
 
 The peers run their own code as installed. Rows are centred and have a mean squared norm of 1, as every trainer does
-itself or expects. Ours takes "lr" and "dead_after" from its rules where they are null.
+itself or expects. dictionary_learning and SAELens also have batchtopk and jumprelu, ours all kinds. Ours takes "lr" and
+"dead_after" from its rules where they are null.
 """
 import json
 import os
@@ -35,10 +38,10 @@ def ours(x, s):
 
     transform = whitening(x.T @ x / len(x))
     x[:] = x @ transform  # once, as lib.batches reads a run that fits into memory
-    state = init_state(transform, s["n_latents"], s["seed"])
+    state = init_state(transform, s["n_latents"], s["seed"], kind=s["kind"])
     rate = s["lr"] or learning_rate(s["n_latents"], s["n_steps"] * s["batch"])
     dead_after = s["dead_after"] or aux_after(s["n_latents"], s["k"], s["batch"])
-    work = Workspace(state)
+    work = Workspace(state, kind=s["kind"])
     print(work.choice, file=sys.stderr)
 
     def step(i, rows):
@@ -46,7 +49,8 @@ def ours(x, s):
         fast_step(state, rows, k=s["k"], lr=lr, dead_after=dead_after, work=work)
 
     def weights():
-        return (*folded_weights(state, 1.0).values(), torch.zeros(x.shape[1]))
+        found = folded_weights(state, 1.0)
+        return found["W_enc"], found["b_enc"], found["W_dec"], torch.zeros(x.shape[1])
 
     return step, weights
 
@@ -74,15 +78,25 @@ def overcomplete(x, s):
 
 
 def dictionary_learning(x, s):
-    from dictionary_learning.trainers.top_k import TopKTrainer
+    """Its trainers at their defaults, but for warm-up and decay; JumpReLU's penalty aims at the same L0."""
+    from dictionary_learning.trainers import batch_top_k, jumprelu, top_k
 
-    trainer = TopKTrainer(
-        steps=s["n_steps"], activation_dim=x.shape[1], dict_size=s["n_latents"], k=s["k"], layer=0, lm_name="none",
-        lr=s["lr"], warmup_steps=max(1, s["n_steps"] // 20), decay_start=int(0.8 * s["n_steps"]), seed=s["seed"],
-        device="cpu")
+    aims = {"topk": (top_k.TopKTrainer, {"k": s["k"]}), "batchtopk": (batch_top_k.BatchTopKTrainer, {"k": s["k"]}),
+            "jumprelu": (jumprelu.JumpReluTrainer, {"target_l0": float(s["k"]), "sparsity_warmup_steps": None})}
+    trainer_of, aim = aims[s["kind"]]
+    trainer = trainer_of(
+        steps=s["n_steps"], activation_dim=x.shape[1], dict_size=s["n_latents"], layer=0, lm_name="none", lr=s["lr"],
+        warmup_steps=max(1, s["n_steps"] // 20), decay_start=int(0.8 * s["n_steps"]), seed=s["seed"], device="cpu",
+        **aim)
     trainer.dead_feature_threshold = s["dead_after"]
     ae = trainer.ae
-    return trainer.update, lambda: (ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec)
+
+    def weights():
+        if s["kind"] == "jumprelu":
+            return ae.W_enc.T, ae.b_enc, ae.W_dec, ae.b_dec
+        return ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec
+
+    return trainer.update, weights
 
 
 def sparsify(x, s):
@@ -119,12 +133,19 @@ def sparsify(x, s):
 def sae_lens(x, s):
     """Its SAETrainer.step; it expects rows of mean squared norm D."""
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes import batchtopk_sae, jumprelu_sae, topk_sae
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(s["seed"])
     grow = x.shape[1] ** 0.5
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=s["n_latents"], k=s["k"], device="cpu"))
+    size = {"d_in": x.shape[1], "d_sae": s["n_latents"], "device": "cpu"}
+    if s["kind"] == "topk":
+        sae = topk_sae.TopKTrainingSAE(topk_sae.TopKTrainingSAEConfig(**size, k=s["k"]))
+    elif s["kind"] == "batchtopk":
+        sae = batchtopk_sae.BatchTopKTrainingSAE(batchtopk_sae.BatchTopKTrainingSAEConfig(**size, k=s["k"]))
+    else:
+        sae = jumprelu_sae.JumpReLUTrainingSAE(jumprelu_sae.JumpReLUTrainingSAEConfig(
+            **size, jumprelu_sparsity_loss_mode="quadratic", target_l0=s["k"]))
     config = SAETrainerConfig(
         total_training_samples=s["n_steps"] * s["batch"], train_batch_size_samples=s["batch"], lr=s["lr"],
         lr_end=s["lr"] / 10, lr_warm_up_steps=s["n_steps"] // 20, lr_decay_steps=s["n_steps"] // 5,
