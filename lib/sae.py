@@ -2,9 +2,11 @@
 
     x' = (x - mean) / scale        z = TopK_k(ReLU(W_enc x' + b_enc))        xhat = scale * (z W_dec) + mean
 
-Where an SAE has thresholds (lib.training.kinds; standard and gated SAEs of lib.exchange), codes that don't exceed them
-are 0, and k is the most that a row keeps. x are raw activations [N, D]; rows of W_dec have unit norm; codes z are kept
-sparse as (values, indices) [N, k], or with thresholds as [N, K], K the codes of the fullest row.
+An SAE that refines codes a row twice with the same weights: x' + refine (x' - z0 W_dec) takes the place of x', z0 the
+codes of x' above thresholds of their own. Where an SAE has thresholds (lib.training.kinds; standard and gated SAEs of
+lib.exchange), codes that don't exceed them are 0, and k is the most that a row keeps. x are raw activations [N, D];
+rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k], or with thresholds as [N, K], K the
+codes of the fullest row.
 
     sae = load_sae(folder / "topk_sae.pt")
     values, indices = sae.encode(x)
@@ -23,13 +25,14 @@ from . import schemas
 from .environment import InputError, as_device
 from .files import fingerprint, read_torch, write_json, write_torch
 from .origin import Config
+from .rounding import reload_error
 from .schemas import Misfit, check, check_tensors
 from .store import Run
 
 SCHEMA_VERSION = 1
 ENCODE_ROWS = 4096  # rows encoded at once, with dense pre-activations [rows, F]
 PROBE_ROWS = 64  # rows kept in the file with their codes, which loading must reproduce
-TENSORS = ("W_enc", "b_enc", "W_dec", "mean", "threshold")
+TENSORS = ("W_enc", "b_enc", "W_dec", "mean", "threshold", "threshold_first")
 
 
 @dataclass
@@ -52,6 +55,10 @@ class SAE:
     """Where it comes from: model, hook, run_id, data digest, seed, constants, final metrics."""
     threshold: Tensor | None = None
     """[F], in x' units: codes up to it are 0. None: the k largest fire."""
+    threshold_first: Tensor | None = None
+    """[F], in x' units, of the first of two codings; None: there is one coding."""
+    refine: float = 0.0
+    """Share of the first coding's error that is added to x' before the second."""
     maxima: Tensor | None = None
     """[F]: each latent's highest code on the activations that it was trained on; None: not known."""
 
@@ -110,9 +117,17 @@ class SAE:
                            for column in zip(*parts))
         return values, indices
 
+    def refined(self, scaled: Tensor) -> Tensor:
+        """The rows x' that the encoder codes, [N, D], refined where this SAE refines."""
+        if self.threshold_first is None:
+            return scaled
+        pre = functional.linear(scaled, self.W_enc, self.b_enc)
+        first = pre.masked_fill_(pre <= self.threshold_first, 0)
+        return scaled + self.refine * (scaled - first @ self.W_dec)
+
     def _fired(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """encode() of a few rows, with as many columns as they need."""
-        pre = functional.linear((rows.to(self.mean) - self.mean) / self.scale, self.W_enc, self.b_enc)
+        pre = functional.linear(self.refined((rows.to(self.mean) - self.mean) / self.scale), self.W_enc, self.b_enc)
         if self.threshold is None:
             return pre.relu_().topk(self.top_k, dim=1)
         fires = pre > self.threshold
@@ -145,10 +160,20 @@ def make_sae(
     # Unit rows stay as they are: normalising again would change their last digit at each save and load.
     if (W_dec.detach().float().norm(dim=1) - 1).abs().max() > 1e-6:
         W_dec = functional.normalize(W_dec.detach().cpu().double(), dim=1)
-    kept = {name: tensor.detach().float().to("cpu", copy=True)
-            for name, tensor in zip(TENSORS, (W_enc, b_enc, W_dec, mean, threshold)) if tensor is not None}
+    kept: dict[str, Any] = {name: tensor.detach().float().to("cpu", copy=True)
+                            for name, tensor in zip(TENSORS, (W_enc, b_enc, W_dec, mean, threshold))
+                            if tensor is not None}
     # In float32, as the file keeps it, so that an SAE and its file have the same hash.
     return SAE(**kept, scale=float(torch.tensor(scale, dtype=torch.float32)), top_k=top_k, config=dict(config or {}))
+
+
+def refining(sae: SAE, threshold_first: Tensor, refine: float) -> SAE:
+    """The SAE with a first coding of these thresholds [F], in x' units. Raises InputError if they can't be."""
+    if threshold_first.shape != sae.b_enc.shape or (threshold_first < 0).any() or not 0 < refine <= 1:
+        raise InputError(f"a first coding needs {sae.n_latents} thresholds from 0 up and a share of its error above 0 "
+                         f"and at most 1, not {refine}")
+    kept = threshold_first.detach().float().to(sae.mean.device, copy=True)
+    return replace(sae, threshold_first=kept, refine=float(torch.tensor(refine, dtype=torch.float32)))
 
 
 def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
@@ -161,6 +186,7 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     values, indices = sae.encode(probe.to(sae.mean.device))
     config = {"n_inputs": len(sae.mean), "n_latents": sae.n_latents, "top_k": sae.top_k, **sae.config}
     found = sae.tensors | {"scale": torch.tensor(sae.scale)}
+    found |= {} if sae.threshold_first is None else {"refine": torch.tensor(sae.refine)}
     state = {name: value.detach().float().cpu().clone() for name, value in found.items()}
     try:  # write nothing that could not be read back
         check(config, schemas.SAE_CONFIG)
@@ -188,13 +214,18 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
         check(content, {"config": schemas.SAE_CONFIG})
         state, config, probe = content.get("state"), content["config"], content.get("probe")
         sizes = check_tensors(state, schemas.SAE_STATE, F=config["n_latents"], D=config["n_inputs"])
+        if ("threshold_first" in state) != ("refine" in state):
+            raise Misfit("threshold_first and refine together", sorted(state))
         width = {} if "threshold" in state else {"K": config["top_k"]}
         check_tensors(probe, schemas.SAE_PROBE, D=sizes["D"], **width)
         check_tensors(content, {"maxima?": "float32 F"}, F=sizes["F"])
     except Misfit as misfit:
         raise InputError(f"{path} is damaged: {misfit}; delete it, then run 02_train_sae.py again") from None
-    weights = {name: state[name] for name in TENSORS if name in state}
-    sae = make_sae(**weights, scale=state["scale"].item(), top_k=config["top_k"], config=config).to(device)
+    weights = {name: state[name] for name in TENSORS if name in state and name != "threshold_first"}
+    sae = make_sae(**weights, scale=state["scale"].item(), top_k=config["top_k"], config=config)
+    if "refine" in state:
+        sae = refining(sae, state["threshold_first"], state["refine"].item())
+    sae = sae.to(device)
     if content.get("sae_hash", sae_hash(sae)) != sae_hash(sae):
         raise InputError(f"{path}: its weights are not those that were saved; the file was altered, so train again")
     if not (error := reload_error(sae, probe)) <= 1:
@@ -205,40 +236,10 @@ def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
     return sae
 
 
-@torch.no_grad()
-def reload_error(sae: SAE, probe: dict[str, Tensor]) -> float:
-    """How far the codes of the probe's rows are from the stored ones, over what rounding explains; at most 1 is fine.
-
-    probe: x [N, D], values and indices [N, k], as save_sae writes them; inf if this SAE has another k. A float32 sum of
-    n products, taken in any order, errs by at most n u / (1 - n u) times the sum of their absolute values, u = 2^-24
-    (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1), so two devices differ by at most twice
-    that. n is D, plus 1 for the bias, plus 2 for a GPU that divides by multiplying with the inverse. Latents equal to
-    rounding may swap places: each stored code must be right, and no other latent may exceed the least of them by more.
-    """
-    x, values, indices = (probe[name].to(sae.mean.device) for name in ("x", "values", "indices"))
-    whole = values.shape[1] == sae.top_k
-    if values.shape != indices.shape or not whole and (sae.threshold is None or values.shape[1] > sae.top_k):
-        return float("inf")
-    scaled = (x - sae.mean) / sae.scale
-    pre = functional.linear(scaled, sae.W_enc, sae.b_enc)
-    n_terms = (len(sae.mean) + 3) * 2.0**-24
-    magnitude = functional.linear(scaled.abs(), sae.W_enc.abs(), sae.b_enc.abs()).amax(1, keepdim=True)
-    allowed = 2 * n_terms / (1 - n_terms) * magnitude
-    fired = values > 0
-    wrong = ((pre.gather(1, indices) - values).abs() * fired).amax(1)
-    # What did not fire is below the least code of a row with k, its threshold, or 0.
-    floor = torch.zeros_like(sae.b_enc) if sae.threshold is None else sae.threshold
-    limit = torch.maximum(values.amin(1, keepdim=True), floor) if whole else floor
-    others = torch.ones_like(pre).scatter_reduce(1, indices, (~fired).to(pre), "amin")
-    over = ((pre - limit).clamp(min=0) * others).amax(1)
-    under = ((floor[indices] - values).clamp(min=0) * fired).amax(1)
-    worst = torch.stack([wrong, over, under]).amax(0)
-    return float((worst / allowed[:, 0].clamp(min=torch.finfo(torch.float32).tiny)).max())
-
-
 def sae_hash(sae: SAE) -> str:
     """Sixteen hex digits that identify this SAE's weights."""
-    return fingerprint([*map(fingerprint, sae.tensors.values()), sae.scale, sae.top_k])
+    refined = [] if sae.threshold_first is None else [sae.refine]
+    return fingerprint([*map(fingerprint, sae.tensors.values()), sae.scale, sae.top_k, *refined])
 
 
 def require_trained_on(sae: SAE, run: Run, hook: str) -> None:

@@ -244,7 +244,7 @@ SAE_CONFIG = {
     "provenance?": {"git": (str, None)}, "imported?": {"format": str, "source": str}, "origin?": {},
 }
 SAE_STATE = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "mean": "float32 D",
-             "scale": "float32", "threshold?": "float32 F"}
+             "scale": "float32", "threshold?": "float32 F", "threshold_first?": "float32 F", "refine?": "float32"}
 SAE_PROBE = {"x": "float32 N D", "values": "float32 N K", "indices": "int64 N K"}
 SAE_SIDECAR = Schema(SAE_CONFIG | {"schema_version": 1, "sae_hash": SHORT_HASH}, sealed=True,
                      remedy="run 02_train_sae.py again")

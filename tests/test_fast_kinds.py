@@ -197,7 +197,7 @@ def test_batchtopk_is_exact_whatever_bound_it_starts_from():
     for bound in (0.0, 1e-6, 1.0, 1e6):
         state, _ = pair_of_states(x, kind="batchtopk")
         work = Workspace(state, "float32", kind="batchtopk")
-        work.batch_bound = bound
+        work.batch_bounds["log_threshold"] = bound
         fast_step(state, x @ state["transform"], k=3, lr=1e-3, dead_after=10**9, work=work)
         assert read_stats(state)["l0"] == 3
         assert_close(without_sums(expected), without_sums(state))

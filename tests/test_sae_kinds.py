@@ -5,9 +5,10 @@ from torch.nn.functional import normalize
 
 from lib.batches import rows_of_tensor, sample_rows
 from lib.environment import InputError
-from lib.sae import load_sae, make_sae, sae_hash, save_sae
+from lib.exchange.folded import fold
+from lib.sae import load_sae, make_sae, refining, sae_hash, save_sae
 from lib.training.kinds import KINDS, WINDOW, WITH_THRESHOLD, first_threshold, prefix_sizes
-from lib.training.loop import TrainSettings, score, train_sae
+from lib.training.loop import TrainSettings, score, train_sae, unfolded
 from lib.training.step import dense_step, folded_weights, init_state, whitening
 
 
@@ -67,9 +68,13 @@ def test_folded_thresholds_make_the_same_latents_fire(kind, rows):
     assert ("threshold" in weights) == (kind in WITH_THRESHOLD)
     if kind not in WITH_THRESHOLD:
         return
-    sae = make_sae(**weights, mean=rows.mean, scale=rows.scale, top_k=40)
+    sae = unfolded(weights, kind, mean=rows.mean, scale=rows.scale, top_k=40)
     values, indices = sae.encode(rows.shards[0][:500])
-    pre = torch.relu((rows.shards[0][:500] - rows.mean) @ state["transform"] @ state["enc"].T + state["bias"])
+    x = (rows.shards[0][:500] - rows.mean) @ state["transform"]
+    if KINDS[kind].refine:
+        pre = torch.relu(x @ state["enc"].T + state["bias"])
+        x = x + KINDS[kind].refine * (x - pre * (pre > state["log_threshold_first"].exp()) @ state["dec"])
+    pre = torch.relu(x @ state["enc"].T + state["bias"])
     fires = torch.zeros(500, 40).scatter(1, indices, (values > 0).float()) > 0
     assert (fires == (pre > state["log_threshold"].exp())).float().mean() > 0.999
 
@@ -87,6 +92,21 @@ def test_every_kind_learns_resumes_and_is_read_back(kind, rows, tmp_path):
     assert sae_hash(found) == sae_hash(sae)
     assert all(torch.equal(a, b) for a, b in zip(found.encode(rows.shards[0]), sae.encode(rows.shards[0])))
     assert sae_hash(found.to("cpu")) == sae_hash(sae)
+
+
+def test_an_sae_that_refines_codes_twice_and_says_so_in_its_hash():
+    eye = torch.eye(2)
+    plain = make_sae(eye, torch.zeros(2), eye, torch.zeros(2), 1.0, 2, threshold=torch.tensor([0.7, 0.7]))
+    twice = refining(plain, torch.tensor([0.9, 0.2]), 0.5)
+    values, indices = twice.encode(torch.tensor([[0.6, 0.5]]))  # the first coding has the second latent alone
+    assert indices[0, 0] == 0 and values.tolist() == [[pytest.approx(0.9)]]
+    assert plain.encode(torch.tensor([[0.6, 0.5]]))[0].tolist() == [[0.0]]
+    assert len({sae_hash(sae) for sae in (plain, twice, refining(plain, torch.tensor([0.9, 0.2]), 0.25))}) == 3
+    with pytest.raises(InputError, match="KIND=lista"):
+        fold(twice)
+    for threshold, share in ((torch.zeros(3), 0.5), (torch.tensor([-1.0, 0]), 0.5), (torch.zeros(2), 0.0)):
+        with pytest.raises(InputError, match="first coding"):
+            refining(plain, threshold, share)
 
 
 def test_wrong_kinds_and_thresholds_are_refused(rows):

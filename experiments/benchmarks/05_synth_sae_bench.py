@@ -53,10 +53,10 @@ from tqdm.auto import tqdm
 from lib.environment import InputError, run
 from lib.files import fingerprint, read_note, read_tensors, write_tensors
 from lib.outputs import in_use
-from lib.sae import make_sae
 from lib.store import experiment_dir, provenance
 from lib.training.fast_step import fast_step
 from lib.training.kinds import KINDS, most_codes
+from lib.training.loop import unfolded
 from lib.training.settings import PRECISIONS, Plan, TrainSettings, falling_k, make_plan, schedule
 from lib.training.step import folded_weights, init_state, whitening
 from lib.training.stopping import stop_between_steps
@@ -105,7 +105,7 @@ def unscored(made: Made, plan: Plan) -> dict[str, Any] | None:
 def add_point(folder: Path, made: Made, world: World, how: dict[str, Any]) -> None:
     """Score the SAE as it is, and write the report; an older point of the same samples goes."""
     samples = int(made["state"]["step"]) * BATCH_SIZE
-    sae = make_sae(**folded_weights(made["state"], 1.0), mean=made["mean"], scale=1.0,
+    sae = unfolded(folded_weights(made["state"], 1.0), KIND, mean=made["mean"], scale=1.0,
                    top_k=most_codes(KIND, TOP_K, N_LATENTS))
     point = {"samples": samples, "seconds": made["seconds"], "cpu_seconds": made["cpu_seconds"],
              **score_sae(sae, world, SCALED, how)}

@@ -103,15 +103,14 @@ def last_line(output: str) -> str:
 
 class Trainer:
     """A process of trainers.py, or of another script with its interface: `ours` with this Python, the peers with
-    theirs.
+    theirs. name: the trainer, and its kind if that is not topk: "ours jumprelu".
     """
 
-    def __init__(self, name: str, rows: Path, settings: dict[str, Any]):
+    def __init__(self, name: str, rows: Path, settings: dict[str, Any], script: str = "trainers.py"):
         trainer, _, kind = name.partition(" ")
         python = Path(sys.executable) if trainer == "ours" else peers_python()
-        script = Path(__file__).with_name("trainers.py")
-        settings = settings | {"kind": kind or "topk"}
-        command = [str(python), str(script), trainer, str(rows), json.dumps(settings)]
+        order = json.dumps({"kind": kind or "topk", **settings})
+        command = [str(python), str(Path(__file__).with_name(script)), trainer, str(rows), order]
         self.name = name
         self.log = open(rows.with_suffix(f".{name.replace(' ', '.')}.log"), "w+")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,

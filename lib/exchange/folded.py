@@ -48,7 +48,10 @@ class Folded(NamedTuple):
 
 
 def fold(sae: SAE) -> Folded:
-    """Our SAE on raw activations; float32 on the CPU."""
+    """Our SAE on raw activations; float32 on the CPU. Raises InputError for one that refines, as no other tool does."""
+    if sae.threshold_first is not None:
+        raise InputError("this SAE codes each row twice (KIND=lista), which no other tool's format can hold; export it "
+                         "as workbench")
     tensors = (sae.W_enc, sae.b_enc * sae.scale, sae.W_dec, sae.mean)
     W, b, W_dec, b_dec = (tensor.detach().float().cpu().contiguous() for tensor in tensors)
     threshold = None if sae.threshold is None else (sae.threshold * sae.scale).cpu()

@@ -63,10 +63,12 @@ CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision
 TRAINING = {"aligned": bool, "kind": tuple(KINDS)}
 STATE = {
     "transform": "float32 D D", "dec": "float32 F D", "enc": "float32 F D", "bias": "float32 F", "gain": "float32 F",
-    "log_threshold": "float32 F", "silent": "int64 F", "step": "int64", "sums": "sums S",
+    "log_threshold": "float32 F", "log_threshold_first": "float32 F", "frequency": "float32 F",
+    "silent": "int64 F", "step": "int64", "sums": "sums S",
 }
 BEST = {"ev": float, "epoch": POSITIVE}
-BEST_WEIGHTS = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "threshold?": "float32 F"}
+BEST_WEIGHTS = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "threshold?": "float32 F",
+                "threshold_first?": "float32 F"}
 
 
 class Diverged(InputError):

@@ -82,12 +82,14 @@ def keep_above(codes, floor, equals):
 
 
 @compiled(parallel=True)
-def row_errors(x, dec, codes, levels, scale, n_pieces, error, loss):
+def row_errors(x, dec, codes, training, n_pieces, error, loss):
     """Errors of each row, the gradient at each of its codes, and the squared error of all its codes, [B].
 
-    x [B, D]. error [L, B, D]: for each level, what trains its latents, whose levels are uint8 [F]: the sum of the
-    errors after this level and after every later one, so the last is x - x_hat. scale: gradient over code times error.
+    x [B, D]. training: levels of the latents, uint8 [F], the gradient over code times error, and `own`. error
+    [L, B, D]: for each level what trains its latents, the last x - x_hat: with own < 0 the sum of the errors after this
+    level and after every later one, else own times that after this level + (1 - own) times the last.
     """
+    levels, scale, own = training
     first, count, index, value, slope = codes
     n_levels, rows, width = error.shape
     for piece in prange(n_pieces):
@@ -106,7 +108,51 @@ def row_errors(x, dec, codes, levels, scale, n_pieces, error, loss):
             loss[r] = dot64(residual, residual)
             for level in range(n_levels - 2, -1, -1):
                 below, above = error[level, r], error[level + 1, r]
-                for d in range(width):
-                    below[d] += above[d]
+                if own < 0:
+                    for d in range(width):
+                        below[d] += above[d]
+                else:
+                    for d in range(width):
+                        below[d] = own * below[d] + (1 - own) * residual[d]
             for p in range(start, end):
                 slope[p] = scale * dot64(error[levels[index[p]], r], dec[index[p]])
+
+
+@compiled(parallel=True)
+def refine_rows(x, dec, codes, refine, n_pieces, out):
+    """x + refine * (x - x_hat), x_hat of the codes -> out [B, D]."""
+    first, count, index, value = codes
+    rows, width = x.shape
+    for piece in prange(n_pieces):
+        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
+            row = out[r]
+            for d in range(width):
+                row[d] = (1 + refine) * x[r, d]
+            for p in range(first[r], first[r] + count[r]):
+                atom, z = dec[index[p]], refine * value[p]
+                for d in range(width):
+                    row[d] -= z * atom[d]
+
+
+@compiled(parallel=True)
+def pull_back(weights, codes, earlier, factors, n_pieces, pull):
+    """Gradient of the loss through the rows that `refine_rows` made: pull [B, D] is to the earlier codes what an error
+    is to codes, - that by x - x_hat over `scale`, and the gradient at each of them is filled in.
+
+    weights: encoder and dictionary [F, D]; codes: the second coding with its gradients; factors: refine and scale.
+    """
+    enc, dec = weights
+    first, count, index, _, slope = codes
+    first0, count0, index0, _, slope0 = earlier
+    refine, scale = factors
+    rows, width = pull.shape
+    for piece in prange(n_pieces):
+        for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
+            row = pull[r]
+            row[:] = 0
+            for p in range(first[r], first[r] + count[r]):
+                atom, s = enc[index[p]], refine * slope[p] / -scale
+                for d in range(width):
+                    row[d] += s * atom[d]
+            for p in range(first0[r], first0[r] + count0[r]):
+                slope0[p] = scale * dot64(row, dec[index0[p]])

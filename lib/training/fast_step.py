@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..distributed import add_up
-from .kinds import KINDS
+from .kinds import KINDS, REMEMBER
 from .step import BETAS, EPS, GAIN_RATE, Found, adam, apply_gradients, bias_rate, count_step, dead_in_turn, dense_step
 from .workspace import Workspace, candidates_wanted, kernels, low_precision, scores
 
 if kernels is not None:
-    from .code_kernels import row_errors
-    from .selection import SELECT, threshold_gradient
+    from .code_kernels import pull_back, refine_rows, row_errors
+    from .selection import SELECT, batchtopk, threshold_gradient
 
 GATHER_BYTES = 64 << 20  # of encoder or dictionary rows copied side by side where the loops are not compiled
 
@@ -72,25 +72,40 @@ def _compiled_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> 
     (rows, width), n_latents = x.shape, len(state["dec"])
     arrays = {name: value.numpy() for name, value in state.items()}
     pieces = kernels.use_threads(torch.get_num_threads())
-    selected, near = SELECT[work.kind](state, x, k=k, work=work, pieces=pieces)
-    codes = (*selected, np.empty(len(selected[3]), np.float32))
-    level_of = KINDS[work.kind].levels
-    levels = np.zeros(n_latents, np.uint8) if level_of is None else level_of(state).numpy()
+    rules, earlier, seen = KINDS[work.kind], None, x
+    if rules.refine:
+        earlier, _ = batchtopk(state, x, k=k, work=work, pieces=pieces, name="log_threshold_first")
+        both = work.buffer("both", (2 * rows, width), x)  # rows of the second coding, then of the first
+        both[rows:] = x
+        seen = both[:rows]
+        refine_rows(x.numpy(), arrays["dec"], earlier, np.float32(rules.refine), n_pieces=pieces, out=seen.numpy())
+    selected, near = SELECT[work.kind](state, seen, k=k, work=work, pieces=pieces)
+    codes, n = _with_slopes(selected), int(selected[1].sum())
+    levels = np.zeros(n_latents, np.uint8) if rules.levels is None else rules.levels(state).numpy()
     n_levels = int(levels.max()) + 1
-    scale = np.float32(-2 / (rows * n_levels))
+    scale = np.float32(-2 / (rows * (n_levels if rules.own is None else 1)))
     error, loss = work.buffer("error", (n_levels, rows, width), x), torch.empty(rows)
-    row_errors(x.numpy(), arrays["dec"], codes, levels, scale=scale, n_pieces=pieces, error=error.numpy(),
-               loss=loss.numpy())
+    training = levels, scale, np.float32(-1 if rules.own is None else rules.own)
+    row_errors(x.numpy(), arrays["dec"], codes, training, n_pieces=pieces, error=error.numpy(), loss=loss.numpy())
 
-    first, n = np.empty(n_latents + 1, np.int64), int(codes[1].sum())
-    pairs = first, np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, np.float32)
-    kernels.sort_by_latent(codes, pairs)
     total = loss.sum()
-    found = aux_gradients(state, x, error[-1], total=total, dead_after=dead_after, aux_weight=aux_weight)
+    found = aux_gradients(state, seen, error[-1], total=total, dead_after=dead_after, aux_weight=aux_weight)
     auxk, aux = _aux_arrays(found, n_latents, width)
+    first, pull = np.empty(n_latents + 1, np.int64), np.empty((0, width), np.float32)
+    pairs = _pairs(codes, first)
+    fired = first[1:] > first[:-1]
+    if "frequency" in state:
+        state["frequency"].lerp_(torch.from_numpy(np.diff(first) / np.float32(rows)).float(), 1 - REMEMBER)
+    if earlier is not None:
+        pull, early = work.buffer("pull", (rows, width), x).numpy(), _with_slopes(earlier)
+        pull_back((arrays["enc"], arrays["dec"]), codes, early, (np.float32(rules.refine), scale), n_pieces=pieces,
+                  pull=pull)
+        places = np.concatenate([codes[0], early[0] + len(codes[2])])
+        pairs = _pairs((places, *(np.concatenate(two) for two in zip(codes[1:], early[1:]))), first)
+        seen = both
     state["step"] += 1
     weights = (arrays["dec"], arrays["enc"], arrays.get("gain", np.empty(0, np.float32)), arrays["bias"])
-    batch = (x.numpy(), error.numpy(), levels, scale, *pairs, *aux)
+    batch = (seen.numpy(), error.numpy(), pull, levels, scale, *pairs, *aux)
     if near is not None:
         grad = threshold_gradient(near, state["dec"], error[-1], n_fires=n, k=k, work=work, pieces=pieces)
     norm = _update(batch, arrays, weights, work=work, lr=lr, pieces=pieces, frozen=frozen)
@@ -98,7 +113,19 @@ def _compiled_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> 
         adam(state, "log_threshold", grad, lr)
         norm = torch.hypot(norm, grad.norm())
     return Found(rows, recon=total / rows, auxk=auxk, n_active=torch.tensor(float(n)),
-                 fired=torch.from_numpy(first[1:] > first[:-1]), grad_norm=norm)
+                 fired=torch.from_numpy(fired), grad_norm=norm)
+
+
+def _with_slopes(codes):
+    return *codes, np.empty(len(codes[3]), np.float32)
+
+
+def _pairs(codes, first):
+    """The active (row, latent) pairs by latent (`kernels.sort_by_latent`)."""
+    n = int(codes[1].sum())
+    pairs = first, np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, np.float32)
+    kernels.sort_by_latent(codes, pairs)
+    return pairs
 
 
 def _aux_arrays(found, n_latents, width):
@@ -116,7 +143,7 @@ def _update(batch, arrays, weights, *, work, lr, pieces, frozen) -> Tensor:
     step, n_latents = int(arrays["step"]), len(weights[0])
     none = np.empty(0, np.float32)
     moments = tuple(arrays.get(f"{name}_{m}", none) for name in ("dec", "enc", "gain", "bias") for m in "mv")
-    first = batch[4]
+    first = batch[5]
     cost = first[1:] + 4 * np.arange(1, n_latents + 1)  # a latent's Adam costs about what four pairs do
     bounds = np.searchsorted(cost, cost[-1] * np.arange(pieces + 1) / pieces)
     bounds[-1] = n_latents

@@ -81,11 +81,11 @@ def sort_by_latent(codes, pairs):
 @compiled()
 def _gradient(i, batch, weights, rows, frozen):
     """Gradient of latent i into the two rows, [D]; returns those of gain and bias, and the squared norm of all."""
-    x, errors, levels, scale, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
+    x, errors, pull, levels, scale, start, row, weight, slope, aux_slot, aux_dec, aux_enc, aux_bias = batch
     g_dec, g_enc = rows
     dec, enc, gain, _ = weights
     width = len(g_dec)
-    zero, error = np.float32(0), errors[levels[i]]
+    zero, error, n_rows = np.float32(0), errors[levels[i]], errors.shape[1]
     g_gain, g_bias = zero, zero
     slot = aux_slot[i]
     if start[i] == start[i + 1] and slot < 0:
@@ -98,7 +98,8 @@ def _gradient(i, batch, weights, rows, frozen):
         g_dec[:] = zero
         g_enc[:] = zero
     for p in range(start[i], start[i + 1]):
-        x_row, e_row, z, s = x[row[p]], error[row[p]], scale * weight[p], slope[p]
+        x_row, z, s = x[row[p]], scale * weight[p], slope[p]
+        e_row = error[row[p]] if row[p] < n_rows else pull[row[p] - n_rows]
         g_bias += s
         for d in range(width):
             g_dec[d] += z * e_row[d]
@@ -138,10 +139,11 @@ def _adam(w, g, m, v, rate, rates):
 def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
     """Gradient, Adam, unit norm and constraint of every latent in one pass over its row.
 
-    batch: x [B, D], errors [L, B, D], levels uint8 [F], scale (code_kernels.row_errors), *pairs, *aux (numba takes no
-    tuples of tuples here). moments: m and v of each of the weights, in order. low: bfloat16 bits of the encoder and of
-    the bias in two columns, uint16 [F, D + 2 or more], and the encoder as int8 [F, D or more] with scales [F]
-    (`round_row`); what is not used has no rows. bounds: piece p has latents bounds[p] : bounds[p + 1]. rates: (lr of
+    batch: x [B, D] (of two codings [2 B, D]), errors [L, B, D], pull (code_kernels.pull_back), levels uint8 [F], scale
+    (code_kernels.row_errors), *pairs, *aux (numba takes no tuples of tuples here). moments: m and v of each of the
+    weights, in order. low: bfloat16 bits of the encoder and of the bias in two columns, uint16 [F, D + 2 or more], and
+    the encoder as int8 [F, D or more] with scales [F] (`round_row`); what is not used has no rows. bounds:
+    piece p has latents bounds[p] : bounds[p + 1]. rates: (lr of
     dec and enc, of gain, of bias, each over 1 - beta1^t), and `_adam`'s. norms [F]: squared norm of each gradient.
     frozen: see FROZEN; a frozen row gets a gradient of 0, with which Adam moves nothing, not even the last bit.
     """

@@ -15,6 +15,10 @@ To add a kind, write the functions in which it differs, add a row to KINDS, and 
 selection has the same selection for the compiled step. A kind whose trained SAE is more than an encoder, a dictionary
 and thresholds also changes encode() in lib/sae.py.
 
+lista       batchtopk of two codings: the first one's error, times `refine`, is added to the row, which is coded again
+            with the same weights (Gregor & LeCun 2010); gradients flow through both. The latents that fire most make
+            the lower levels, and a level learns from the error that it and the lower ones leave.
+
 Codes are never negative. k is the number of latents that fire: on each row, or on average where a threshold decides.
 """
 from collections.abc import Callable
@@ -25,6 +29,7 @@ from torch import Tensor
 
 WINDOW = 0.1  # width of the window around a threshold, in units of a row's root mean square norm
 LEAST_THRESHOLD = 1e-6  # in training, where rows have mean squared norm 1
+REMEMBER = 0.99  # of a latent's firing frequency, a step: what decides its level
 FORGET = 0.05  # weight of the newest batch in the running mean of batchtopk's threshold
 
 
@@ -67,6 +72,28 @@ def prefix_levels(state: dict[str, Tensor]) -> Tensor:
     return torch.bucketize(torch.arange(n_latents), torch.tensor(prefix_sizes(n_latents)), right=True).to(torch.uint8)
 
 
+def frequency_levels(state: dict[str, Tensor]) -> Tensor:
+    """Level of each latent: the F/32 that fire most often make level 0, up to F/8 level 1, up to F/2 level 2."""
+    n = len(state["frequency"])
+    rank = torch.empty(n, dtype=torch.int64, device=state["frequency"].device)
+    rank[state["frequency"].argsort(descending=True, stable=True)] = torch.arange(n, device=rank.device)
+    ends = torch.tensor(sorted({max(1, n // part) for part in (32, 8, 2)}), device=rank.device)
+    return torch.bucketize(rank, ends, right=True).to(torch.uint8)
+
+
+def level_errors(x: Tensor, codes: Tensor, dec: Tensor, levels: Tensor, own: float) -> tuple[Tensor, Tensor]:
+    """x - x_hat, and a loss whose gradient by the codes and rows of a level is that of `own` times the squared error
+    after this level, with the lower ones constant, + (1 - own) times that of all.
+    """
+    error, total = x, x.new_zeros(())
+    for level in range(int(levels.max()) + 1):
+        inside = levels == level
+        error = error.detach() - codes[:, inside] @ dec[inside]
+        total = total + own * error.square().sum(-1).sum() / len(x)
+    error = x - codes @ dec
+    return error, total + (1 - own) * error.square().sum(-1).sum() / len(x)
+
+
 class Kind(NamedTuple):
     """How one kind of SAE differs from the others."""
 
@@ -82,6 +109,12 @@ class Kind(NamedTuple):
     """A state -> the level of each latent, uint8 [F], where the loss of `errors` is the mean over levels of the error
     after this level and the ones before; None: all latents are of one level.
     """
+    refine: float = 0.0
+    """Share of the first coding's error that is added to the row before the second; 0: there is one coding."""
+    own: float | None = None
+    """Share of a level's own error in what trains it, the rest is the error of all levels (`level_errors`); None: the
+    mean over this and later levels' errors.
+    """
     fast: Literal["compiled", "everywhere"] | None = None
     """Where lib.training.fast_step trains it: where its loops are compiled (lib.training.selection), which is on a CPU
     with numba, in one process; or everywhere. Elsewhere the dense step does, in one process.
@@ -93,6 +126,8 @@ KINDS = {
     "batchtopk": Kind(batchtopk_codes, threshold="running mean", rate=0.7, fast="compiled"),
     "jumprelu": Kind(jumprelu_codes, threshold="learnt", rate=0.5, fast="compiled"),
     "matryoshka": Kind(topk_codes, nested_errors, levels=prefix_levels, fast="compiled"),
+    "lista": Kind(batchtopk_codes, threshold="running mean", levels=frequency_levels, refine=0.3, own=1.0,
+                  fast="compiled"),
 }
 WITH_THRESHOLD = tuple(name for name, kind in KINDS.items() if kind.threshold)
 
@@ -107,10 +142,10 @@ def first_threshold(pre: Tensor, k: int) -> Tensor:
     return pre.flatten().topk(min(k * len(pre), pre.numel())).values[-1]
 
 
-def set_first_threshold(state: dict[str, Tensor], first: Tensor) -> None:
+def set_first_threshold(state: dict[str, Tensor], first: Tensor, name: str = "log_threshold") -> None:
     """Let all thresholds of a state start at `first`, 0-dim, in its first step, unless a start has set them."""
-    if int(state["step"]) == 0 and not state["log_threshold"].any():
-        state["log_threshold"].fill_(first.clamp(min=LEAST_THRESHOLD).log())
+    if int(state["step"]) == 0 and not state[name].any():
+        state[name].fill_(first.clamp(min=LEAST_THRESHOLD).log())
 
 
 def follow_smallest(log_threshold: Tensor, smallest: Tensor) -> None:

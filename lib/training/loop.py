@@ -25,7 +25,7 @@ from ..distributed import agree, rank, world_size
 from ..environment import InputError, as_device, log
 from ..files import fingerprint
 from ..metrics.reconstruction import Reconstruction
-from ..sae import SAE, make_sae, sae_hash
+from ..sae import SAE, make_sae, refining, sae_hash
 from . import checkpoints
 from .fast_step import fast_step
 from .kinds import KINDS, most_codes
@@ -176,6 +176,12 @@ def _end_epoch(
 
 def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings) -> SAE:
     """The SAE of folded weights."""
-    return make_sae(weights["W_enc"], weights["b_enc"], weights["W_dec"], mean=rows.mean, scale=rows.scale,
-                    top_k=most_codes(settings.kind, settings.top_k, settings.n_latents),
-                    threshold=weights.get("threshold"))
+    top_k = most_codes(settings.kind, settings.top_k, settings.n_latents)
+    return unfolded(weights, settings.kind, mean=rows.mean, scale=rows.scale, top_k=top_k)
+
+
+def unfolded(weights: dict[str, Any], kind: str, *, mean: Tensor, scale: float, top_k: int) -> SAE:
+    """The SAE of that kind whose weights lib.training.step.folded_weights gave; they may hold more than those."""
+    sae = make_sae(weights["W_enc"], weights["b_enc"], weights["W_dec"], mean=mean, scale=scale, top_k=top_k,
+                   threshold=weights.get("threshold"))
+    return refining(sae, weights["threshold_first"], KINDS[kind].refine) if KINDS[kind].refine else sae

@@ -51,12 +51,14 @@ def topk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces
     return codes, None
 
 
-def batchtopk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces: int) -> tuple[Ragged, None]:
-    """The k B largest of the batch; the threshold follows the smallest of them."""
-    codes, last = _largest_of_batch(state, x, k, work, pieces=pieces)
-    set_first_threshold(state, torch.tensor(last))
+def batchtopk(
+    state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces: int, name: str = "log_threshold"
+) -> tuple[Ragged, None]:
+    """The k B largest of the batch; the threshold of that name follows the smallest of them."""
+    codes, last = _largest_of_batch(state, x, k, work, pieces=pieces, name=name)
+    set_first_threshold(state, torch.tensor(last), name)
     values = codes[3][: codes[1].sum()]
-    follow_smallest(state["log_threshold"], torch.tensor(values.min() if len(values) else np.inf))
+    follow_smallest(state[name], torch.tensor(values.min() if len(values) else np.inf))
     return codes, None
 
 
@@ -117,18 +119,18 @@ def _window(threshold: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]
     return np.where(low < 0, np.iinfo(dtype).min, _bits(np.maximum(low, 0), dtype)).astype(dtype), above
 
 
-def _largest_of_batch(state, x, k, work, *, pieces) -> tuple[Ragged, float]:
+def _largest_of_batch(state, x, k, work, *, pieces, name="log_threshold") -> tuple[Ragged, float]:
     """The k B largest codes above 0, without gaps, and the last of them; 0 if there are fewer."""
     n_latents = len(state["dec"])
     wanted = min(len(x) * candidates_wanted(k, n_latents, work), len(x) * n_latents)
-    for bound in _bounds(state, x, work, wanted / len(x)):
+    for bound in _bounds(state, x, work, wanted / len(x), last=work.batch_bounds.get(name)):
         first, count, index, keys = _collect(_tiles(state, x, work), len(x), np.full(n_latents, bound), pieces)
         if len(keys) >= wanted or bound <= 1:
             break
     # What is proposed no longer depends on the bound, which followed earlier steps.
     if len(keys) > wanted:
         floor = np.partition(keys, len(keys) - wanted)[-wanted]
-        work.batch_bound = float(_values(np.array([floor]))[0])
+        work.batch_bounds[name] = float(_values(np.array([floor]))[0])
         n = keep_above((first, count, index, keys), np.full(n_latents, floor, keys.dtype), len(keys))
         index = index[:n]
     codes = first, count, index, np.empty(len(index), np.float32)
@@ -143,14 +145,14 @@ def _largest_of_batch(state, x, k, work, *, pieces) -> tuple[Ragged, float]:
     return codes, float(smallest)
 
 
-def _bounds(state, x, work, wanted: float) -> Iterator[Any]:
+def _bounds(state, x, work, wanted: float, *, last: float | None) -> Iterator[Any]:
     """Bounds to try in turn, from above, as bits of scores; the last keeps all that is above 0.
 
-    wanted: scores of a row on average.
+    wanted: scores of a row on average. last: about the smallest score that the last step looked at.
     """
     dtype = np.int32 if work.low is None else np.int16
-    if work.batch_bound:
-        yield _bits(np.array([SLACK * work.batch_bound], np.float32), dtype)[0]
+    if last:
+        yield _bits(np.array([SLACK * last], np.float32), dtype)[0]
     _, bits = next(_tiles(state, x, work))
     n = min(bits.size, int(1.2 * wanted * len(bits)) + 1)
     yield max(np.partition(bits, bits.size - n, axis=None)[-n], dtype(1))
@@ -196,4 +198,4 @@ def _encoder(state) -> tuple[np.ndarray, np.ndarray]:
 
 
 SELECT: dict[str, Callable[..., tuple[Ragged, Near | None]]] = {
-    "topk": topk, "batchtopk": batchtopk, "jumprelu": jumprelu, "matryoshka": topk}
+    "topk": topk, "batchtopk": batchtopk, "jumprelu": jumprelu, "matryoshka": topk, "lista": batchtopk}

@@ -27,7 +27,8 @@ def kind_of(sae: SAE) -> str:
 def check_start(sae: SAE, settings: TrainSettings, width: int) -> None:
     """Raise InputError if these settings can't continue the SAE's training on activations of that width."""
     kind = kind_of(sae)
-    able = [name for name in KINDS if (name in WITH_THRESHOLD) == (sae.threshold is not None)]
+    able = [name for name, rules in KINDS.items() if (name in WITH_THRESHOLD) == (sae.threshold is not None)
+            and bool(rules.refine) == (sae.threshold_first is not None)]
     faults = [
         (len(sae.mean) != width, f"START_FROM is for activations of width {len(sae.mean)}, not {width}"),
         (kind not in KINDS, f"START_FROM is a {kind} SAE, which no KIND trains; KIND is {', '.join(KINDS)}"),
@@ -59,6 +60,7 @@ def state_of(sae: SAE, transform: Tensor, aligned: bool) -> dict[str, Tensor]:
              "bias": g * sae.scale * b_enc}
     if aligned:
         found["gain"] = (found["enc"] * found["dec"]).sum(1)
-    if sae.threshold is not None:
-        found["log_threshold"] = (g * sae.scale * sae.threshold.cpu()).clamp(min=LEAST_THRESHOLD).log()
+    for name, threshold in (("log_threshold", sae.threshold), ("log_threshold_first", sae.threshold_first)):
+        if threshold is not None:
+            found[name] = (g * sae.scale * threshold.cpu()).clamp(min=LEAST_THRESHOLD).log()
     return {name: value.float().to(transform.device) for name, value in found.items()}

@@ -12,6 +12,8 @@ The state is a plain dict of tensors; training resumed from a saved copy ends wi
     dec, enc [F, D], bias [F]         dictionary (unit rows), encoder, encoder bias
     gain [F]                          with an aligned encoder: enc_i = gain_i dec_i + u_i, u_i orthogonal to dec_i
     log_threshold [F]                 for the kinds with a threshold (lib.training.kinds)
+    log_threshold_first [F]           of the first coding, for the kinds that refine it
+    frequency [F]                     running mean of how often a latent fires, where it decides the latent's level
     <name>_m, <name>_v                Adam's moments (with a gain, those of enc belong to u)
     silent int64 [F]                  tokens since the latent last fired
     step int64 [], sums [7]           steps taken; what `read_stats` averages
@@ -29,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..environment import InputError
-from .kinds import KINDS, first_threshold, follow_smallest, set_first_threshold
+from .forward import forward
+from .kinds import KINDS, REMEMBER, follow_smallest, frequency_levels
 
 FROZEN = {"decoder": "dec", "encoder": "enc"}  # parts that may keep their random start, and their name in the state
 GAIN_RATE = 0.3  # times the learning rate of the dictionary
@@ -75,6 +78,10 @@ def init_state(
         state["gain"] = torch.ones(n_latents, device=device)
     if KINDS[kind].threshold:
         state["log_threshold"] = torch.zeros(n_latents, device=device)  # set by the first step
+    if KINDS[kind].refine:
+        state["log_threshold_first"] = torch.zeros(n_latents, device=device)
+    if KINDS[kind].levels is frequency_levels:
+        state["frequency"] = torch.zeros(n_latents, device=device)
     for name in _parameters(state, kind):
         state[f"{name}_m"], state[f"{name}_v"] = torch.zeros_like(state[name]), torch.zeros_like(state[name])
     state["silent"] = torch.zeros(n_latents, dtype=torch.int64, device=device)
@@ -120,8 +127,9 @@ def folded_weights(state: dict[str, Tensor], scale: float) -> dict[str, Any]:
         parts.append((W_enc.float(), (norms[:, 0] * bias.cpu().double()).float(), (rows / norms).float(), norms[:, 0]))
     W_enc, b_enc, W_dec, n = (torch.cat(column) for column in zip(*parts))
     weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec}
-    if "log_threshold" in state:
-        weights["threshold"] = (n * state["log_threshold"].cpu().double().exp()).float()
+    for name in ("threshold", "threshold_first"):
+        if f"log_{name}" in state:
+            weights[name] = (n * state[f"log_{name}"].cpu().double().exp()).float()
     return weights
 
 
@@ -138,19 +146,14 @@ def dense_step(
     rules = KINDS[kind]
     leaves = {name: state[name].detach().clone().requires_grad_() for name in _parameters(state, kind)}
     dec = leaves["dec"]
-    pre = torch.relu(x @ _encoder(state, leaves).T + leaves["bias"])
-    if rules.threshold and int(state["step"]) == 0:
-        set_first_threshold(state, first_threshold(pre.detach(), k))
-        leaves["log_threshold"] = state["log_threshold"].clone().requires_grad_()
-    codes, penalty = rules.codes(pre, k, leaves.get("log_threshold"))
-    error, objective = rules.errors(x, codes, dec)
+    pre, codes, error, loss = forward(state, leaves, x, k, kind=kind)
 
     dead, is_dead = dead_in_turn(state, dead_after)
     residual = error.detach()
     total = residual.square().sum(-1).sum()
     rest = residual - (pre[:, dead] * is_dead) @ dec[dead]
     auxk = rest.square().sum(-1).sum() / total.clamp(min=1e-30)
-    (objective + penalty + aux_weight * auxk).backward()
+    (loss + aux_weight * auxk).backward()
 
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     norm = apply_gradients(state, grads, lr=lr, frozen=frozen)
@@ -158,16 +161,10 @@ def dense_step(
         fires = codes > 0
         if rules.threshold == "running mean":
             follow_smallest(state["log_threshold"], codes.where(fires, torch.inf).amin())
+        if "frequency" in state:
+            state["frequency"].lerp_(fires.float().mean(0), 1 - REMEMBER)
         found = Found(len(x), total / len(x), auxk, fires.sum(), fired=fires.any(0), grad_norm=norm)
         count_step(state, found, aux_weight, dead_after)
-
-
-def _encoder(state: dict[str, Tensor], leaves: dict[str, Tensor]) -> Tensor:
-    """The encoder [F, D] as a function of the leaves: gain dec + u, where there is a gain."""
-    if "gain" not in leaves:
-        return leaves["enc"]
-    dec, u = leaves["dec"], leaves["enc"] - (state["gain"][:, None] * state["dec"])
-    return leaves["gain"][:, None] * dec + u - (u * dec).sum(1, keepdim=True) * dec
 
 
 def dead_in_turn(state: dict[str, Tensor], dead_after: int) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class Workspace:
         if self.precision == "int8" and not self.compiled:
             raise InputError("PRECISION=int8 needs numba, a CPU and one process; use auto, bfloat16 or float32")
         self.tile_rows, self.tile_bytes = TILE_ROWS, TILE_BYTES.get(device.type, TILE_BYTES["cpu"])
-        self.batch_bound = 0.0  # about the smallest score that batchtopk looked at in the last step; 0: not known
+        self.batch_bounds: dict[str, float] = {}  # by threshold: about the smallest score that the last step looked at
         self._buffers: dict[str, Tensor] = {}
         if self.compiled:
             threads = torch.get_num_threads()
