@@ -98,7 +98,7 @@ ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1),
 def test_odd_shapes_and_rows_equal_the_dense_reference(kind, precision, rows):
     if rows == "one huge" and (kind, precision) in (("jumprelu", "bfloat16"), ("batchtopk", "int8")):
         return  # codes near the threshold are below the rounding of such a row's scores
-    if (kind, precision) == ("jumprelu", "int8"):
+    if kind in ("jumprelu", "lista") and precision == "int8":
         return  # the error of int8 falls with the root of the width, and near thresholds these are too narrow
     for number, (n_latents, width, n_rows, k) in enumerate(ODD):
         generator = torch.Generator().manual_seed(number)
@@ -123,7 +123,7 @@ def test_odd_shapes_and_rows_equal_the_dense_reference(kind, precision, rows):
         moments = [name for name in dense if name.endswith("_m")]
         largest = max(float(dense[name].abs().max()) for name in moments)
         place = (n_latents, width, n_rows, k)
-        if not (kind == "batchtopk" and rows == "duplicates"):  # which of equal codes fire is anyone's choice
+        if not (kind in ("batchtopk", "lista") and rows == "duplicates"):  # which of equals fire is open
             for name in (name for name in moments if (precision, name) not in ROUNDED):
                 assert (fast[name] - dense[name]).abs().max() <= 1e-5 + 1e-5 * largest, (name, place)
             assert torch.equal(fast["silent"], dense["silent"])
