@@ -52,7 +52,8 @@ CHAINS = {
         Step(f"{VERIFY}/concept_dictionary.py", ["SEARCH=a"], "latents have a name"),
         Step(f"{VERIFY}/export_sae.py", ["FORMAT=sae_lens", "OUT={store}/out"], "sae_lens"),
         Step(f"{VERIFY}/import_sae.py", ["SOURCE={store}/nowhere"], "there is no file or directory", code=2),
-        Step(f"{VERIFY}/08_compare_kinds.ipynb", ["TOP_KS=(2,)", "SEEDS=(0, 1)", "RECOVERY_TOKENS=500"]),
+        Step(f"{VERIFY}/08_compare_kinds.py", ["ARMS=batchtopk", "SEEDS=0,1", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1",
+                                               "BATCH_SIZE_TRAIN=64", "LOSS_TEXTS=2", "N_NAMES=4"], "minus topk"),
         Step(f"{VERIFY}/09_compare_saes.ipynb", ["LOSS_TEXTS=2", "MATCH_TOKENS=500"]),
     ],
     "sae_ception": [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ASSETS, PROJECT, run_notebook, run_readme, sae_of, tiny_model
 
+from checks.arm_scores import MEASURES
 from checks.verification import RULES
 from lib.environment import InputError, run
 from lib.sae import load_sae
@@ -218,10 +219,12 @@ def test_all_five_steps_on_the_embedded_default(script, own_store, capsys):
     assert code == 0 and "Wilcoxon" in out and causality["arms"]["random"]["p_value"] < 0.05
     assert set(causality["arms"]) >= {"latent", "untrained", "frozen_decoder", "frozen_encoder",
                                       "frozen_decoder, same length"}
-    names = run_notebook(FOLDER / "08_compare_kinds.ipynb")
-    topk = names["frame"].query("kind == 'topk'")
-    assert (len(names["results"]) == 36 and (topk["l0"] <= topk["top_k"]).all()
-            and names["frame"]["ev"].between(0, 1).all())
+    code, out, _ = script("08_compare_kinds.py", "ARMS=jumprelu", "SEEDS=0,1,2", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1",
+                          "LOSS_TEXTS=5", "RECOVERY_TOKENS=5000", "N_NAMES=10")
+    kinds = json.loads((own_store / "verify_sae_training" / "kinds.json").read_text())
+    assert code == 0 and "frozen at random" in out and len(kinds["results"]) == 6
+    assert all(3 < result["l0"] < 5 and 0 < result["concepts"] < 1 for result in kinds["results"])
+    assert {row["measure"] for row in kinds["table"]} == set(MEASURES)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -21,7 +21,6 @@ PAGES = {  # notebook -> name of its page, what it shows, its picture
                              "it was not made from.", "name_scores"),
     "05_show_concepts": ("Concepts", "The most active latents, their texts, their effect on the next token, a text of "
                          "your own, steering.", "most_active_latents"),
-    "08_compare_kinds": ("Kinds of SAE", "TopK, BatchTopK, JumpReLU and nested TopK at equal L0.", "kinds_at_equal_l0"),
     "09_compare_saes": ("Side by side", "Several SAEs on the same tokens: EV, L0, shared latents, stable ones.",
                         "compared_matches"),
 }

@@ -5,13 +5,14 @@
 Beside the units stand two tables fitted to the labels, which show what the token alone, or with the one before it,
 gives away. Concepts that the token table finds are *word* concepts, the others *context* concepts.
 """
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checks.ground_truth import Truth
+from checks.ground_truth import Concept, Truth
 from checks.units import Scores, best_dimensions, best_latents, best_tokens, token_tables
 from concepts.codes import Codes
 from lib.batches import read_rows
@@ -40,13 +41,39 @@ def recover_concepts(
     """
     ids = run.rows["token_id"].long()
     before = torch.where(run.rows["text_id"].diff(prepend=torch.tensor([-1])) == 0, ids.roll(1), -1)
+    found = []
+    for part in searched_parts(run, hook, truth, n_rows):
+        scores = recovery(saes, part.x, part.labels, part.is_val, principal=principal, ids=ids[part.rows],
+                          before=before[part.rows])
+        for concept, n, row in zip(part.concepts, part.n_val, scores):
+            context = row["table"]["f1_train"] < WORD_F1
+            found.append({"concept": concept.name, "part": concept.part, "context": context, "n_val": n, **row})
+    return found
+
+
+class Searched(NamedTuple):
+    """Rows in which concepts are sought: those of every text for most of them, those of its word for a sense."""
+
+    rows: Tensor
+    """bool [n_rows], which of the run's."""
+    x: Tensor
+    """[N, D], their activations."""
+    is_val: Tensor
+    """bool [N]."""
+    concepts: list[Concept]
+    labels: Tensor
+    """bool [N, C]."""
+    n_val: list[int]
+    """Held-out tokens of each concept."""
+
+
+def searched_parts(run: Run, hook: str, truth: Truth, n_rows: int = 120_000) -> Iterator[Searched]:
+    """The concepts with enough held-out tokens, with the rows in which they are sought; see recover_concepts."""
     every = torch.arange(run.n_rows) % max(1, run.n_rows // n_rows) == 0
     with_senses = torch.stack([torch.zeros_like(every), *truth.words.values()]).any(0)
     x_all, x_senses = (read_rows(run.shards(hook), wanted) for wanted in (every, with_senses))
-    found = []
     for word in (None, *truth.words):
         rows = every if word is None else truth.words[word]
-        x = x_all if word is None else x_senses[rows[with_senses]]
         columns = [i for i, concept in enumerate(truth.concepts) if concept.word == word]
         labels, is_val = truth.labels[rows][:, columns], run.is_val[rows]
         n_val = labels[is_val].sum(0)
@@ -54,13 +81,9 @@ def recover_concepts(
                   else (n_val >= MIN_SENSE) & (int(is_val.sum()) - n_val >= MIN_SENSE))
         if not enough.any() or not labels[~is_val].any():
             continue
-        scores = recovery(saes, x, labels[:, enough], is_val, principal=principal, ids=ids[rows], before=before[rows])
-        chosen = [(column, n) for column, n, is_enough in zip(columns, n_val.tolist(), enough) if is_enough]
-        for (column, n), row in zip(chosen, scores):
-            concept = truth.concepts[column]
-            context = row["table"]["f1_train"] < WORD_F1
-            found.append({"concept": concept.name, "part": concept.part, "context": context, "n_val": n, **row})
-    return found
+        x = x_all if word is None else x_senses[rows[with_senses]]
+        chosen = [truth.concepts[column] for column, is_enough in zip(columns, enough) if is_enough]
+        yield Searched(rows, x, is_val, chosen, labels=labels[:, enough], n_val=n_val[enough].tolist())
 
 
 def recovery(

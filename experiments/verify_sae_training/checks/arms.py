@@ -1,0 +1,102 @@
+"""Trainings that are compared with plain TopK: arms, each from several seeds, all at one L0.
+
+    settings = arm_settings("batchtopk", settings, seed)
+    place = arm_place(run, hook, settings, folder=folder, arm="batchtopk")
+    with arm_sae(run, hook, settings, place) as sae:             # trained once
+
+A new arm is one row of ARMS.
+"""
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.batches import Rows, rows_of_run, sample_rows
+from lib.environment import InputError
+from lib.files import fingerprint
+from lib.outputs import in_use
+from lib.sae import SAE, load_sae, save_sae
+from lib.store import Run
+from lib.training.loop import TrainSettings, train_sae
+from lib.training.settings import make_plan
+
+REFERENCE = "topk"  # the arm that all others are compared with
+# Arm -> the settings in which it differs from step 2's defaults.
+ARMS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batchtopk": {"kind": "batchtopk"},
+    "matryoshka": {"kind": "matryoshka"},
+    "jumprelu": {"kind": "jumprelu"},
+    "not_whitened": {"whiten": 0.0},
+    "free_encoder": {"aligned": False},
+}
+HALVINGS = 18  # of the interval in which the factor on the thresholds lies: it is found to 1 in 50,000
+WIDEST = 16.0  # the factor is sought from 1 / WIDEST to WIDEST
+
+
+def arm_settings(arm: str, settings: TrainSettings, seed: int) -> TrainSettings:
+    """Settings as the arm has them with this seed. Raises InputError for an arm that there is not."""
+    if arm not in ARMS:
+        raise InputError(f"ARMS holds {arm}, which is unknown; choose from {', '.join(ARMS)}")
+    return replace(settings, **ARMS[arm], seed=seed)
+
+
+def arm_place(run: Run, hook: str, settings: TrainSettings, *, folder: Path, arm: str) -> Path:
+    """Where in `folder` this arm's SAE lies, named by all that decides its weights.
+
+    settings: of arm_settings. Those at their defaults are not in the name, so that a new setting changes none.
+    """
+    plan = make_plan(settings, rows_of_run(run, hook).n_train)
+    changed = {field.name: value for field in fields(settings)
+               if (value := getattr(settings, field.name)) != field.default}
+    key = fingerprint([changed, list(plan), run.digest(hook)])
+    return folder / f"{arm}_seed{settings.seed}_{key[:8]}"
+
+
+@contextmanager
+def arm_sae(
+    run: Run, hook: str, settings: TrainSettings, place: Path, device: torch.device | str = "cpu"
+) -> Iterator[SAE]:
+    """The SAE of these settings, at a mean L0 of top_k on training rows, while this process holds its folder `place`.
+
+    It is trained unless the folder holds it; a training that was killed goes on.
+    """
+    rows, path = rows_of_run(run, hook), place / "topk_sae.pt"
+    with in_use(place):
+        if not path.exists():
+            sae, _ = train_sae(rows, settings, place, device)
+            sae = at_mean_l0(sae, rows, settings.top_k)
+            sae.config.update(hook=hook, run_id=run.run_id, data_digest=run.digest(hook), settings=asdict(settings))
+            save_sae(sae, path, probe=next(sample_rows(rows, validation=True)))
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        yield load_sae(path, device)
+
+
+def at_mean_l0(sae: SAE, rows: Rows, l0: float) -> SAE:
+    """The SAE with all its thresholds times one factor, chosen so that on average `l0` codes of a training row fire.
+
+    As it is where it has no thresholds: the k largest codes fire. On about 16,000 rows. A threshold of 0 stays 0.
+    Raises InputError where no factor between 1 / WIDEST and WIDEST does it.
+    """
+    if sae.threshold is None:
+        return sae
+
+    def scaled(power: float) -> SAE:
+        return replace(sae, threshold=sae.threshold * WIDEST**power, config=dict(sae.config))
+
+    def fires(power: float) -> float:
+        counts = [(scaled(power).encode(x.to(sae.mean.device))[0] > 0).sum(1) for x in sample_rows(rows, False)]
+        return float(torch.cat(counts).double().mean())
+
+    low, high = -1.0, 1.0
+    if not fires(high) <= l0 <= fires(low):
+        raise InputError(f"no factor on the thresholds gives a mean L0 of {l0:g}: between {fires(high):.2f} and "
+                         f"{fires(low):.2f} codes fire; set another TOP_K")
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fires(middle) > l0 else (low, middle)
+    return scaled(high)
