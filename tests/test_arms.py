@@ -52,6 +52,7 @@ def test_every_arm_can_be_trained_and_only_plain_topk_changes_nothing():
         check_settings(found, rows)
         assert found.seed == 3 and found.top_k == 4
     assert [arm for arm, found in arms.items() if found == replace(settings, seed=3)] == [REFERENCE]
+    assert arms["falling_k"].start_k == 10
     with pytest.raises(InputError, match="ARMS holds gated, which is unknown; choose from topk, "):
         arm_settings("gated", settings, seed=0)
 

@@ -25,9 +25,10 @@ from lib.training.loop import TrainSettings, train_sae
 from lib.training.settings import make_plan
 
 REFERENCE = "topk"  # the arm that all others are compared with
-# Arm -> the settings in which it differs from step 2's defaults.
+# Arm -> the settings in which it differs from step 2's defaults; a function of TOP_K where it gives the value.
 ARMS: dict[str, dict[str, Any]] = {
     "topk": {},
+    "falling_k": {"start_k": lambda top_k: round(2.4 * top_k)},  # 60 for 25, as on SynthSAEBench
     "batchtopk": {"kind": "batchtopk"},
     "matryoshka": {"kind": "matryoshka"},
     "jumprelu": {"kind": "jumprelu"},
@@ -42,7 +43,8 @@ def arm_settings(arm: str, settings: TrainSettings, seed: int) -> TrainSettings:
     """Settings as the arm has them with this seed. Raises InputError for an arm that there is not."""
     if arm not in ARMS:
         raise InputError(f"ARMS holds {arm}, which is unknown; choose from {', '.join(ARMS)}")
-    return replace(settings, **ARMS[arm], seed=seed)
+    changes = {name: value(settings.top_k) if callable(value) else value for name, value in ARMS[arm].items()}
+    return replace(settings, **changes, seed=seed)
 
 
 def arm_place(run: Run, hook: str, settings: TrainSettings, *, folder: Path, arm: str) -> Path:
