@@ -19,8 +19,8 @@ from lib.statistics import holm, paired
 from lib.training.loop import TrainSettings
 from lib.training.settings import check_settings
 
-KINDS = ["ARMS=batchtopk", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64", "LOSS_TEXTS=4", "N_NAMES=4",
-         "TOP_K=3"]
+KINDS = ["ARMS=batchtopk,falling_k", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64", "LOSS_TEXTS=4",
+         "N_NAMES=4", "TOP_K=3"]
 
 
 def rows_and_sae():
@@ -98,6 +98,6 @@ def test_the_script_keeps_what_is_finished(script, source, own_store):  # noqa: 
     assert code == 0 and "PW-MCC" in out and "concepts, F1" not in out  # these texts have no ground truth
     assert {name: after[name] for name in before} == before and len(after) > len(before)
     kinds = json.loads((folder / "kinds.json").read_text())
-    assert len(kinds["results"]) == 6 and all(abs(result["l0"] - 3) <= 1 for result in kinds["results"])
+    assert len(kinds["results"]) == 9 and all(abs(result["l0"] - 3) <= 1 for result in kinds["results"])
     code, _, err = script("08_compare_kinds.py", *KINDS[1:], "ARMS=gated")
     assert code == 2 and err.count("\n") == 1 and "ARMS holds gated" in err

@@ -13,14 +13,15 @@ Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
 Writes store/verify_sae_training/kinds/<run_id>/<arm>_seed<seed>_<hash>/, kinds.json
 """
 import math
+from typing import Annotated
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Count, Device, FileName, Name, NotNegative, Seed, Size
+from lib.ranges import Count, Device, FileName, Name, NotNegative, Seed, Size, like
 
 RUN_ID: FileName | None = None            # None: the run that 01_save_activations.py finished last
 LAYER: Name | None = None                 # which of the run's hook points, by its folder's name; None: the first
-ARMS: tuple[Name, ...] | None = None      # which rows of checks/arms.py to compare with topk; None: all
+ARMS: tuple[Annotated[str, like("[a-z0-9_]+", "an arm's name")], ...] | None = None  # in checks/arms.py; None: all
 SEEDS: tuple[Seed, ...] = (0, 1, 2, 3, 4)  # starts and orders of the tokens; every arm has each
 N_LATENTS_MULTIPLIER: Size = 8            # latents per activation dimension, as in step 2
 TOP_K: Size = 4                           # latents that fire on one token; on average, where thresholds decide
