@@ -96,6 +96,7 @@ def test_the_script_keeps_what_is_finished(script, source, own_store):  # noqa: 
     code, out, _ = script("08_compare_kinds.py", *KINDS, "SEEDS=0,1,2")
     after = files(folder / "kinds")
     assert code == 0 and "PW-MCC" in out and "concepts, F1" not in out  # these texts have no ground truth
+    assert "L0 on held-out tokens, mean over seeds: topk " in out
     assert {name: after[name] for name in before} == before and len(after) > len(before)
     kinds = json.loads((folder / "kinds.json").read_text())
     assert len(kinds["results"]) == 9 and all(abs(result["l0"] - 3) <= 1 for result in kinds["results"])

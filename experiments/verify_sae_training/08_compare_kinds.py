@@ -13,6 +13,7 @@ Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
 Writes store/verify_sae_training/kinds/<run_id>/<arm>_seed<seed>_<hash>/, kinds.json
 """
 import math
+from statistics import fmean
 from typing import Annotated
 
 import checkout  # noqa: F401  (first: finds lib)
@@ -162,6 +163,8 @@ def main():
         "constants": CONSTANTS, "run_id": saved.run_id, "hook": hook, "baselines": found["f1"], "results": results,
         "table": table}))
     print_table(table)
+    print("\nL0 on held-out tokens, mean over seeds: " + ", ".join(
+        f"{arm} {fmean(result['l0'] for result in results if result['arm'] == arm):.3f}" for arm in arms))
     if found["f1"]:
         print("\nmean F1 over the concepts, plain TopK's first seed: " + ", ".join(
             f"{KINDS[kind]} {value['all']:.3f}" for kind, value in found["f1"].items()))
