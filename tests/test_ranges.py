@@ -179,6 +179,7 @@ def test_choices_are_those_of_the_library(declared):
     verify = "verify_sae_training"
     assert typing.get_args(kinds[verify, "01", "STORE_DTYPE"]) == tuple(STORE_DTYPES)
     assert set(typing.get_args(kinds[verify, "02", "KIND"])) == set(SAE_KINDS)
+    assert kinds["benchmarks", "05", "KIND"] == kinds[verify, "02", "KIND"]
     assert set(typing.get_args(kinds[verify, "02", "TRACKER"])) == {"local", *TRACKERS}
     assert set(typing.get_args(kinds[verify, "06", "MODE"])) <= set(MODES)
     own = {"all", "workbench", "delphi", "neuronpedia"}

@@ -13,7 +13,7 @@ the mean L0s of AT_L0: one threshold, and leave-one-out pruning, chosen on furth
 A run that was killed at any moment resumes; Ctrl-C keeps the step. 07_show_leaderboard.py compares all runs.
 Reads and writes store/benchmarks/synth_world.safetensors, synth_sae_bench/<run>/report.json, state.safetensors
 """
-from typing import Annotated
+from typing import Annotated, Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
@@ -23,12 +23,13 @@ MeanL0 = Annotated[float, at_least(0.01), at_most(1000)]
 Scored = Annotated[int, at_least(1024), at_most(10**7)]
 N_SAMPLES: Count = 2_000_000              # of training; each is drawn once
 N_LATENTS: Size = 4096
-KIND: str = "topk"                        # a kind of lib/training/kinds.py
+KIND: Literal["topk", "batchtopk", "jumprelu", "matryoshka", "lista"] = "topk"  # as in step 2
 TOP_K: Size = 25                          # latents of a sample at the end; on average, where a threshold decides
 START_K: Size = 60                        # at the start; the same as TOP_K: k does not fall
 FALL: Share = 0.9                         # share of the training over which k falls, linearly
 BATCH_SIZE: Size = 1024
 LR: Rate | None = None                    # peak learning rate; None: the rule of step 2
+DEAD_AFTER: Count | None = None           # samples of silence before a latent is revived; None: the rule of step 2
 WHITEN: Part = 1 / 8                      # power of the partial whitening; 0: off
 SCALED: bool = True                       # children scaled by their parents' values: True in the published source,
                                           # False, it is said, in the published file
@@ -62,8 +63,8 @@ from lib.training.step import folded_weights, init_state, whitening
 from lib.training.stopping import stop_between_steps
 from lib.training.workspace import Workspace, choose_precision
 
-SETTINGS = TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR, start_k=START_K,
-                         fall=FALL)
+SETTINGS = TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR, dead_after=DEAD_AFTER,
+                         start_k=START_K, fall=FALL)
 OF_SCORES = ("AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE")
 SAVE_SECONDS = 120.0  # between two saved states
 PROGRESS = {"precision": PRECISIONS, "seconds": float, "cpu_seconds": float, "commits": [str],
@@ -140,12 +141,11 @@ def train(folder: Path, made: Made, world: World, plan: Plan) -> None:
 
 
 def main() -> None:
-    if KIND not in KINDS:
-        raise InputError(f"KIND={KIND} is unknown; choose one of {', '.join(KINDS)}")
     if max(START_K, TOP_K) > N_LATENTS:
         raise InputError(f"TOP_K={TOP_K} and START_K={START_K} must be at most N_LATENTS={N_LATENTS}")
     plan = make_plan(SETTINGS, N_SAMPLES)
-    key = fingerprint([{name: value for name, value in CONSTANTS.items() if name not in OF_SCORES}])
+    rules = {name: value for name, value in KINDS[KIND]._asdict().items() if isinstance(value, float)}
+    key = fingerprint([{name: value for name, value in CONSTANTS.items() if name not in OF_SCORES}, rules])
     folder = experiment_dir("benchmarks") / "synth_sae_bench" / f"{KIND}_{N_SAMPLES}_seed{SEED}_{key}"
     with in_use(folder):
         world = open_world()

@@ -8,11 +8,11 @@ Writes store/benchmarks/learning_curves.png
 """
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Positive
+from lib.ranges import Name, Positive
 
 AT_L0: Positive = 25.0                    # mean L0 of the published scores that are compared
-RULES: tuple[str, ...] = ("own", "batch 25", "threshold 25", "pruned 25")  # a row for each that a run was scored by
-CURVE: str = "threshold 25"               # the rule of the curves, and of who passed whom
+RULES: tuple[Name, ...] = ("own", "batch 25", "threshold 25", "pruned 25")  # a row for each that a run was scored by
+CURVE: Name = "threshold 25"               # the rule of the curves, and of who passed whom
 CONSTANTS = override(globals())
 
 import matplotlib

@@ -85,11 +85,11 @@ def keep_above(codes, floor, equals):
 def row_errors(x, dec, codes, training, n_pieces, error, loss):
     """Errors of each row, the gradient at each of its codes, and the squared error of all its codes, [B].
 
-    x [B, D]. training: levels of the latents, uint8 [F], the gradient over code times error, and `own`. error
+    x [B, D]. training: levels of the latents, uint8 [F], the gradient over code times error, `own` and `ridge`. error
     [L, B, D]: for each level what trains its latents, the last x - x_hat: with own < 0 the sum of the errors after this
     level and after every later one, else own times that after this level + (1 - own) times the last.
     """
-    levels, scale, own = training
+    levels, scale, own, ridge = training
     first, count, index, value, slope = codes
     n_levels, rows, width = error.shape
     for piece in prange(n_pieces):
@@ -115,7 +115,7 @@ def row_errors(x, dec, codes, training, n_pieces, error, loss):
                     for d in range(width):
                         below[d] = own * below[d] + (1 - own) * residual[d]
             for p in range(start, end):
-                slope[p] = scale * dot64(error[levels[index[p]], r], dec[index[p]])
+                slope[p] = scale * (dot64(error[levels[index[p]], r], dec[index[p]]) - ridge * value[p])
 
 
 @compiled(parallel=True)

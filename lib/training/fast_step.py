@@ -85,7 +85,7 @@ def _compiled_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> 
     n_levels = int(levels.max()) + 1
     scale = np.float32(-2 / (rows * (n_levels if rules.own is None else 1)))
     error, loss = work.buffer("error", (n_levels, rows, width), x), torch.empty(rows)
-    training = levels, scale, np.float32(-1 if rules.own is None else rules.own)
+    training = levels, scale, np.float32(-1 if rules.own is None else rules.own), np.float32(rules.ridge)
     row_errors(x.numpy(), arrays["dec"], codes, training, n_pieces=pieces, error=error.numpy(), loss=loss.numpy())
 
     total = loss.sum()

@@ -27,7 +27,7 @@ def forward(state: dict[str, Tensor], leaves: dict[str, Tensor], x: Tensor, k: i
         error, loss = level_errors(x, codes, dec, rules.levels(state), own=rules.own)
     if rules.refine:
         pre = torch.relu(seen.detach() @ enc.T + leaves["bias"])
-    return pre, codes, error, loss + penalty
+    return pre, codes, error, loss + penalty + rules.ridge * codes.square().sum(-1).sum() / len(x)
 
 
 def _first_codes(state: dict[str, Tensor], pre: Tensor, k: int, rules: Kind) -> Tensor:

@@ -10,14 +10,17 @@ jumprelu    each latent fires above a threshold of its own. The threshold learns
 matryoshka  topk, but the first F/16, F/8, F/4 and F/2 latents must also reconstruct the row by themselves
             (Bussmann et al. 2025, arXiv 2503.17547).
 
+lista       batchtopk of two codings: the first one's error, times `refine`, is added to the row, which is coded again
+            with the same weights (Gregor & LeCun 2010); gradients flow through both. The latents that fire most make
+            the lowest of eight levels; a level learns from the error that it and the lower ones leave, which keeps
+            frequent latents whole where rarer ones could absorb them (nested prefixes, as matryoshka). `ridge`: a
+            parent and children of which one always fires could share their directions in many ways at one error;
+            little energy of the codes means that little is shared.
+
 To add a kind, write the functions in which it differs, add a row to KINDS, and add its name to KIND in
 02_train_sae.py, which lists the names so that --help need not load torch (a test compares the two). lib.training.
 selection has the same selection for the compiled step. A kind whose trained SAE is more than an encoder, a dictionary
 and thresholds also changes encode() in lib/sae.py.
-
-lista       batchtopk of two codings: the first one's error, times `refine`, is added to the row, which is coded again
-            with the same weights (Gregor & LeCun 2010); gradients flow through both. The latents that fire most make
-            the lower levels, and a level learns from the error that it and the lower ones leave.
 
 Codes are never negative. k is the number of latents that fire: on each row, or on average where a threshold decides.
 """
@@ -73,11 +76,13 @@ def prefix_levels(state: dict[str, Tensor]) -> Tensor:
 
 
 def frequency_levels(state: dict[str, Tensor]) -> Tensor:
-    """Level of each latent: the F/32 that fire most often make level 0, up to F/8 level 1, up to F/2 level 2."""
+    """Level of each latent: the F/64 that fire most often make level 0; the next ones end at the F/32, F/16, F/8, F/4,
+    F/2, 3F/4 and F that fire most often.
+    """
     n = len(state["frequency"])
     rank = torch.empty(n, dtype=torch.int64, device=state["frequency"].device)
     rank[state["frequency"].argsort(descending=True, stable=True)] = torch.arange(n, device=rank.device)
-    ends = torch.tensor(sorted({max(1, n // part) for part in (32, 8, 2)}), device=rank.device)
+    ends = torch.tensor(sorted({max(1, n * part // 64) for part in (1, 2, 4, 8, 16, 32, 48)}), device=rank.device)
     return torch.bucketize(rank, ends, right=True).to(torch.uint8)
 
 
@@ -115,6 +120,8 @@ class Kind(NamedTuple):
     """Share of a level's own error in what trains it, the rest is the error of all levels (`level_errors`); None: the
     mean over this and later levels' errors.
     """
+    ridge: float = 0.0
+    """Weight of the codes' squared norm, mean over rows."""
     fast: Literal["compiled", "everywhere"] | None = None
     """Where lib.training.fast_step trains it: where its loops are compiled (lib.training.selection), which is on a CPU
     with numba, in one process; or everywhere. Elsewhere the dense step does, in one process.
@@ -126,8 +133,8 @@ KINDS = {
     "batchtopk": Kind(batchtopk_codes, threshold="running mean", rate=0.7, fast="compiled"),
     "jumprelu": Kind(jumprelu_codes, threshold="learnt", rate=0.5, fast="compiled"),
     "matryoshka": Kind(topk_codes, nested_errors, levels=prefix_levels, fast="compiled"),
-    "lista": Kind(batchtopk_codes, threshold="running mean", levels=frequency_levels, refine=0.3, own=1.0,
-                  fast="compiled"),
+    "lista": Kind(batchtopk_codes, threshold="running mean", levels=frequency_levels, refine=0.5, own=0.7,
+                  ridge=0.05, fast="compiled"),
 }
 WITH_THRESHOLD = tuple(name for name, kind in KINDS.items() if kind.threshold)
 
