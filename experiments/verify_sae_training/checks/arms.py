@@ -21,17 +21,26 @@ from lib.files import fingerprint
 from lib.outputs import in_use
 from lib.sae import SAE, load_sae, save_sae
 from lib.store import Run
+from lib.training.kinds import KINDS
 from lib.training.loop import TrainSettings, train_sae
 from lib.training.settings import make_plan
 
 REFERENCE = "topk"  # the arm that all others are compared with
+
+
+def falling(top_k: int) -> int:
+    """Where k starts: 60 for 25, as on SynthSAEBench."""
+    return round(2.4 * top_k)
+
+
 # Arm -> the settings in which it differs from step 2's defaults; a function of TOP_K where it gives the value.
 ARMS: dict[str, dict[str, Any]] = {
     "topk": {},
-    "falling_k": {"start_k": lambda top_k: round(2.4 * top_k)},  # 60 for 25, as on SynthSAEBench
+    "falling_k": {"start_k": falling},
     "batchtopk": {"kind": "batchtopk"},
     "matryoshka": {"kind": "matryoshka"},
     "jumprelu": {"kind": "jumprelu"},
+    "lista": {"kind": "lista", "start_k": falling},
     "not_whitened": {"whiten": 0.0},
     "free_encoder": {"aligned": False},
 }
@@ -55,7 +64,9 @@ def arm_place(run: Run, hook: str, settings: TrainSettings, *, folder: Path, arm
     plan = make_plan(settings, rows_of_run(run, hook).n_train)
     changed = {field.name: value for field in fields(settings)
                if (value := getattr(settings, field.name)) != field.default}
-    key = fingerprint([changed, list(plan), run.digest(hook)])
+    kind = KINDS[settings.kind]
+    twice = [kind.refine, kind.own] if kind.refine else []
+    key = fingerprint([changed, list(plan), run.digest(hook), *twice])
     return folder / f"{arm}_seed{settings.seed}_{key[:8]}"
 
 
@@ -88,7 +99,9 @@ def at_mean_l0(sae: SAE, rows: Rows, l0: float) -> SAE:
         return sae
 
     def scaled(power: float) -> SAE:
-        return replace(sae, threshold=sae.threshold * WIDEST**power, config=dict(sae.config))
+        both: dict[str, Any] = {name: tensor * WIDEST**power for name in ("threshold", "threshold_first")
+                if (tensor := getattr(sae, name)) is not None}
+        return replace(sae, **both, config=dict(sae.config))
 
     def fires(power: float) -> float:
         counts = [(scaled(power).encode(x.to(sae.mean.device))[0] > 0).sum(1) for x in sample_rows(rows, False)]
