@@ -65,7 +65,7 @@ def arm_place(run: Run, hook: str, settings: TrainSettings, *, folder: Path, arm
     changed = {field.name: value for field in fields(settings)
                if (value := getattr(settings, field.name)) != field.default}
     kind = KINDS[settings.kind]
-    twice = [kind.refine, kind.own] if kind.refine else []
+    twice = [kind.refine, kind.own, kind.ridge] if kind.refine else []
     key = fingerprint([changed, list(plan), run.digest(hook), *twice])
     return folder / f"{arm}_seed{settings.seed}_{key[:8]}"
 
