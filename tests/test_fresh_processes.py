@@ -83,6 +83,9 @@ CHAINS = {
                                                             "ours"),
         Step(f"{BENCHMARKS}/04_show_benchmarks.ipynb"),
         Step(f"{BENCHMARKS}/05_synth_sae_bench.py", ["N_SAMPLES=2048", "N_SCORED=1024"], "make peers", code=2),
+        Step(f"{BENCHMARKS}/06_saelens_on_synth.py", ["N_SAMPLES=2048", "N_SCORED=1024"], "make peers", code=2),
+        Step(f"{BENCHMARKS}/07_show_leaderboard.py", [], "run 05_synth_sae_bench.py first", code=2),
+        Step(f"{BENCHMARKS}/world_figures.py", [], "make peers", code=2),
     ],
 }
 

@@ -120,8 +120,6 @@ def test_scores_are_made_again_where_they_are_asked_for_otherwise(bench, own_sto
 def test_wrong_constants_are_refused(bench):
     from lib.environment import InputError
 
-    with pytest.raises(InputError, match="KIND=other is unknown; choose one of topk"):
-        bench("KIND=other").main()
     with pytest.raises(InputError, match="must be at most N_LATENTS=24"):
         bench("TOP_K=25").main()
 
