@@ -4,7 +4,15 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_fast_step import LATENTS, activations, assert_close, one_thread, pair_of_states  # noqa: F401  (fixture)
+from test_fast_step import (  # noqa: F401  (one_thread is a fixture)
+    LATENTS,
+    ODD,
+    activations,
+    assert_close,
+    odd_rows,
+    one_thread,
+    pair_of_states,
+)
 
 from lib.training import workspace as module
 from lib.training.fast_step import fast_step
@@ -88,10 +96,6 @@ def test_tiles_and_threads_do_not_change_the_result(kind):
     assert_close(states[0], states[2], atol=1e-5)
 
 
-ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1), (1, 3, 8, 1), (5, 37, 3, 2),
-       (257, 6, 300, 17)]  # latents, width, rows, k
-
-
 @pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("rows", ["plain", "half zero", "duplicates", "all zero", "one huge"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
@@ -111,15 +115,7 @@ def test_odd_shapes_and_rows_equal_the_dense_reference(kind, precision, rows):
         fast = {name: value.clone() for name, value in dense.items()}
         work = Workspace(fast, precision, kind=kind)
         for _ in range(4):
-            x = torch.randn(n_rows, width, generator=generator)
-            if rows == "half zero":
-                x[::2] = 0
-            elif rows == "duplicates":
-                x[:] = x[:1]
-            elif rows == "all zero":
-                x[:] = 0
-            elif rows == "one huge":
-                x[0] *= 1e6
+            x = odd_rows(rows, n_rows, width, generator=generator)
             dense_step(dense, x, k=k, lr=0.0, dead_after=2 * n_rows, kind=kind)
             fast_step(fast, x.T.contiguous().T, k=k, lr=0.0, dead_after=2 * n_rows, work=work)
         moments = [name for name in dense if name.endswith("_m")]

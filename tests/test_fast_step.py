@@ -177,7 +177,22 @@ def test_every_latent_may_be_asked_for_and_rows_of_zeros_fire_nothing(compiled):
 
 
 ODD = [(7, 1, 5, 1), (7, 1, 1, 7), (33, 2, 3, 33), (67, 3, 1, 5), (31, 4, 2, 1), (1, 3, 8, 1), (5, 37, 3, 2),
-       (257, 6, 300, 17)]
+       (257, 6, 300, 17)]  # latents, width, rows, k
+
+
+def odd_rows(rows, n_rows, width, generator):
+    x = torch.randn(n_rows, width, generator=generator)
+    if rows == "half zero":
+        x[::2] = 0
+    elif rows == "duplicates":
+        x[:] = x[:1]
+    elif rows == "constant dimension":
+        x[:, 0] = 0
+    elif rows == "all zero":
+        x[:] = 0
+    elif rows == "one huge":
+        x[0] *= 1e6
+    return x
 
 
 @pytest.mark.parametrize("rows", ["plain", "half zero", "duplicates", "constant dimension", "all zero", "one huge"])
@@ -191,17 +206,7 @@ def test_odd_shapes_and_rows_equal_the_dense_reference(compiled, precision, rows
         fast = {name: value.clone() for name, value in dense.items()}
         work = Workspace(fast, precision, compiled)
         for _ in range(4):
-            x = torch.randn(n_rows, width, generator=generator)
-            if rows == "half zero":
-                x[::2] = 0
-            elif rows == "duplicates":
-                x[:] = x[:1]
-            elif rows == "constant dimension":
-                x[:, 0] = 0
-            elif rows == "all zero":
-                x[:] = 0
-            elif rows == "one huge":
-                x[0] *= 1e6
+            x = odd_rows(rows, n_rows, width, generator=generator)
             # Without a rate: Adam would scale a gradient that is 0 but for rounding up to a whole step.
             dense_step(dense, x, k=k, lr=0.0, dead_after=2 * n_rows)
             fast_step(fast, x.T.contiguous().T, k=k, lr=0.0, dead_after=2 * n_rows, work=work)

@@ -81,7 +81,9 @@ def train_sae(
     transform = whitening(rows.covariance, settings.whiten).to(device)
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
     begun = [] if start is None else [sae_hash(start)]
-    key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device), *begun])
+    kind = KINDS[settings.kind]
+    twice = [kind.refine, kind.own, kind.ridge] if kind.refine else []  # may be tuned, unlike what names a kind
+    key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device), *begun, *twice])
     made = _resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform, start=start)
     state = made["state"]
     take_step = _step_of(settings, plan, state, made["precision"])
