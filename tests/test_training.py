@@ -16,6 +16,7 @@ from lib.environment import InputError
 from lib.metrics.reconstruction import explained_variance
 from lib.sae import make_sae, sae_hash
 from lib.saving import write_stats
+from lib.training.kinds import KINDS
 from lib.training.loop import TrainSettings, score, train_sae
 from lib.training.settings import falling_k
 from lib.training.step import whitening
@@ -218,6 +219,17 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path):
     with pytest.raises(InputError, match="other constants or data .top_k was 4, is 2."):
         train_sae(rows, TrainSettings(**{**SMALL, "top_k": 2}), tmp_path, progress=False)
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == held
+
+
+@pytest.mark.parametrize("number", ["refine", "own", "ridge"])
+def test_a_checkpoint_of_listas_other_numbers_is_not_continued(tmp_path, monkeypatch, number):
+    rows, _ = make_rows()
+    settings = TrainSettings(**{**SMALL, "kind": "lista"})
+    train_sae(rows, settings, tmp_path, progress=False)
+    changed = KINDS["lista"]._replace(**{number: getattr(KINDS["lista"], number) / 2})
+    monkeypatch.setitem(KINDS, "lista", changed)
+    with pytest.raises(InputError, match="other constants or data"):
+        train_sae(rows, settings, tmp_path, progress=False)
 
 
 def test_a_diverging_loss_stops_with_a_word():
