@@ -7,7 +7,9 @@ Shards are memory-mapped, so only the rows of a batch are read from the disk.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,38 @@ from .store import Run
 BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
 BATCH_ROWS = 8192  # rows of a batch in order; sums over a run, and so its last digits, depend on it
 EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after each epoch
+
+
+class Source(Protocol):
+    """What a training reads: shuffled training rows, rows to score it on, and what is known of them beforehand.
+
+    Stored rows are one (`Rows`). covariance: of the training rows about `mean`; scale: sqrt of its trace. n_train: rows
+    of an epoch. n_val: held-out rows.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def n_train(self) -> int: ...
+    @property
+    def n_val(self) -> int: ...
+
+    def sample(self, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
+        """Raw validation (or training) rows in batches, float32 [n, D]: about `limit`, all that it has with None."""
+
+    def batches(
+        self, transform: Tensor, batch_size: int, *, seed: int, step: int, place: dict[str, Any] | None
+    ) -> Iterator[Tensor]:
+        """Batches of (x - mean) @ transform from step `step` (from 0) on, as long as anyone asks, epoch after epoch.
+
+        place: what `place` gave when that many steps had been taken; None: it gave nothing.
+        """
+
+    def place(self) -> dict[str, Any]:
+        """What must go into a checkpoint, beside the number of steps, to go on after the batch that was given last."""
 
 
 @dataclass
@@ -37,9 +71,28 @@ class Rows:
         """sqrt(mean squared norm of x - mean), the divisor of x'."""
         return float(self.covariance.cpu().double().trace().sqrt())
 
-    @property
+    @cached_property
     def n_train(self) -> int:
-        return int((~self.is_val).sum())
+        return len(self.is_val) - self.n_val
+
+    @cached_property
+    def n_val(self) -> int:
+        return int(self.is_val.sum())
+
+    def sample(self, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
+        return sample_rows(self, validation, limit)
+
+    def batches(
+        self, transform: Tensor, batch_size: int, *, seed: int, step: int, place: dict[str, Any] | None = None
+    ) -> Iterator[Tensor]:
+        cache: dict[str, Tensor] = {}
+        epoch, done = divmod(step, steps_per_epoch(self.n_train, batch_size))
+        while True:
+            yield from shuffled_batches(self, transform, batch_size, seed=seed, epoch=epoch, start=done, cache=cache)
+            epoch, done = epoch + 1, 0
+
+    def place(self) -> dict[str, Any]:
+        return {}  # seed and step say it all
 
 
 def rows_of_run(run: Run, hook: str) -> Rows:
@@ -102,13 +155,16 @@ def steps_per_epoch(n_train: int, batch_size: int) -> int:
 
 
 def shuffled_batches(
-    rows: Rows, transform: Tensor, batch_size: int, *, seed: int, epoch: int, cache: dict[str, Tensor] | None = None
+    rows: Rows, transform: Tensor, batch_size: int, *, seed: int, epoch: int, start: int = 0,
+    cache: dict[str, Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """One pass over the training rows: float32 [batch_size, D] on the transform's device, (x - mean) @ transform.
+    """One pass over the training rows, from batch `start` on: (x - mean) @ transform, float32 [batch_size, D] on the
+    transform's device.
 
     Shuffled in two levels: the order of the shards, then the rows of a buffer of at least two shards. Rows that don't
     fill a batch go into the next buffer; those left at the end sit out this epoch. The same (seed, epoch) gives the
-    same batches. cache: keeps a run that fits into one buffer, so that later epochs only permute it.
+    same batches. Rows of batches before `start` are not read, unless the buffer keeps them for the next epoch. cache:
+    keeps a run that fits into one buffer, so that later epochs only permute it.
     With several ranks, each gets (and reads) its part of every batch.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -130,12 +186,13 @@ def shuffled_batches(
         if len(groups) == 1:
             if "rows" not in cache:
                 cache["rows"] = (read_rows(rows.shards, ids, transform.device) - mean) @ transform
-            yield from (cache["rows"][batch.to(transform.device)] for batch in batches)
-        elif batches:
-            wanted, place = ids[torch.cat(batches)].sort()  # in the order of the disk
+            yield from (cache["rows"][batch.to(transform.device)] for batch in batches[start:])
+        elif batches[start:]:
+            wanted, place = ids[torch.cat(batches[start:])].sort()  # in the order of the disk
             buffer = read_rows(rows.shards, wanted, transform.device)
-            places = place.argsort().to(transform.device).split([len(batch) for batch in batches])
+            places = place.argsort().to(transform.device).split([len(batch) for batch in batches[start:]])
             yield from ((buffer[where] - mean) @ transform for where in places)
+        start = max(0, start - len(batches))
         left_over = ids[order[n_full:]]
 
 

@@ -68,3 +68,14 @@ def test_batches_differ_as_little_as_samples_of_their_buffer_do(rows, in_memory)
     assert means.var() < 1.25 * expected
     unshuffled = (torch.arange(N)[~rows.is_val][: len(means) // 10 * BATCH].view(-1, BATCH).double().mean(1)).var()
     assert unshuffled > 5 * means.var()
+
+
+@pytest.mark.parametrize("start", [1, 33, 34, 170, 179])
+def test_a_pass_can_begin_at_any_batch_and_reads_no_buffer_before_it(rows, in_memory, monkeypatch, start):
+    whole = list(shuffled_batches(rows, torch.eye(WIDTH), BATCH, seed=3, epoch=1))
+    read, real = [], batches_module.read_rows
+    monkeypatch.setattr(batches_module, "read_rows", lambda shards, ids, *rest: (read.append(len(ids)),
+                                                                              real(shards, ids, *rest))[1])
+    rest = list(shuffled_batches(rows, torch.eye(WIDTH), BATCH, seed=3, epoch=1, start=start))
+    assert len(rest) == len(whole) - start and all(map(torch.equal, rest, whole[start:]))
+    assert sum(read) == (rows.n_train if in_memory else BATCH * (len(whole) - start))

@@ -177,6 +177,42 @@ def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, s
         assert torch.equal(getattr(again, name), getattr(whole, name))
 
 
+class Drawn:
+    """A source that stores nothing: rows drawn from a generator, whose state is its place."""
+
+    def __init__(self):
+        rows = make_rows()[0]
+        self.mean, self.covariance, self.scale, self.sample = rows.mean, rows.covariance, rows.scale, rows.sample
+        self.n_train, self.n_val = 640, rows.n_val
+        self.generator = torch.Generator().manual_seed(1)
+
+    def batches(self, transform, batch_size, *, seed, step, place=None):
+        if place:
+            self.generator.set_state(place["generator"])
+        while True:
+            yield torch.randn(batch_size, 24, generator=self.generator) @ transform
+
+    def place(self):
+        return {"generator": self.generator.get_state()}
+
+
+def test_a_training_reads_any_source_and_resumes_at_its_place(tmp_path, monkeypatch):
+    settings, real, steps = TrainSettings(**SMALL), training.fast_step, []
+    whole, whole_history = train_sae(Drawn(), settings, tmp_path / "whole", progress=False)
+
+    def interrupted(*args, **options):
+        steps.append(1)
+        if len(steps) == 13:
+            signal.raise_signal(signal.SIGINT)
+        real(*args, **options)
+
+    monkeypatch.setattr(training, "fast_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(Drawn(), settings, tmp_path / "stopped", progress=False)
+    again, history = train_sae(Drawn(), settings, tmp_path / "stopped", progress=False)
+    assert len(steps) == 30 and history == whole_history and sae_hash(again) == sae_hash(whole)
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_the_step_it_came_in(tmp_path, monkeypatch, kind):
     rows, _ = make_rows()

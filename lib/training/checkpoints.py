@@ -1,8 +1,8 @@
 """How far a training has got: its history, and the checkpoint from which it resumes.
 
 Progress is a dict, which is what checkpoints/last.pt holds: `key` and `settings` of the training, the `state` of
-lib.training.step, the `precision` of the encoder product, the `history` so far, and `best`: folded weights, EV and
-number of the best epoch.
+lib.training.step, the `precision` of the encoder product, the `history` so far, `best`: folded weights, EV and
+number of the best epoch; and the `place` of a source of rows that has one (lib.batches.Source).
 """
 import math
 import time
@@ -59,7 +59,7 @@ HISTORY = Schema(CURVES | {
     "units": {Text(".+"): str}, "best_epoch": POSITIVE, "final": NUMBERS,
 }, sealed=True, remedy="delete it and run 02_train_sae.py again")
 CHECKPOINT = {"key": SHORT_HASH, "settings": {"n_latents": POSITIVE}, "precision": PRECISIONS,
-              "history": CURVES, "state": {}, "best": {}}
+              "history": CURVES, "state": {}, "best": {}, "place?": {}}
 TRAINING = {"aligned": bool, "kind": tuple(KINDS)}
 STATE = {
     "transform": "float32 D D", "dec": "float32 F D", "enc": "float32 F D", "bias": "float32 F", "gain": "float32 F",

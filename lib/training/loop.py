@@ -1,4 +1,4 @@
-"""Training an SAE on stored activations, from shuffled batches to the best epoch's weights.
+"""Training an SAE on activations, from shuffled batches to the best epoch's weights.
 
     rows = rows_of_run(run, hook)                       # or rows_of_tensor(x, is_val)
     sae, history = train_sae(rows, TrainSettings(n_latents=512, top_k=8), folder)
@@ -10,9 +10,9 @@ write before they end it, and ends with the same bytes.
 """
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..batches import Rows, sample_rows, shuffled_batches
+from ..batches import Source
 from ..distributed import agree, rank, world_size
 from ..environment import InputError, as_device, log
 from ..files import fingerprint
@@ -48,20 +48,42 @@ def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
     return sums.result()
 
 
-def highest_codes(sae: SAE, rows: Rows) -> Tensor:
+def highest_codes(sae: SAE, source: Source) -> Tensor:
     """Each latent's highest code, float32 [F], over about a million training and a million validation rows at most."""
     maxima = torch.zeros(sae.n_latents, device=sae.mean.device)
-    for x in chain(sample_rows(rows, False, MAXIMA_ROWS), sample_rows(rows, True, MAXIMA_ROWS)):
+    for x in chain(source.sample(False, MAXIMA_ROWS), source.sample(True, MAXIMA_ROWS)):
         values, indices = sae.encode(x.to(sae.mean.device))
         maxima.scatter_reduce_(0, indices.flatten(), values.flatten(), "amax")
     return maxima.cpu()
 
 
+@dataclass
+class Training:
+    """One SAE in training: `begin` makes it, `take_batch` moves it by a step, `finish` gives the SAE."""
+
+    source: Source
+    settings: TrainSettings
+    plan: Plan
+    transform: Tensor
+    """[D, D], of centred rows to what the step sees."""
+    made: dict[str, Any]
+    """Progress (lib.training.checkpoints)."""
+    take_step: Callable[..., None]
+    track: Callable[[dict[str, float]], None]
+    checkpoint: Path | None
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return int(self.made["state"]["step"])
+
+
 def train_sae(
-    rows: Rows, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu",
+    source: Source, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu",
     progress: bool = True, track: Callable[[dict[str, float]], None] = lambda record: None, start: SAE | None = None,
 ) -> tuple[SAE, dict[str, Any]]:
-    """Train an SAE on the training rows; returns that of the epoch with the best validation EV, and the history.
+    """Train an SAE on the source's training rows; returns that of the epoch with the best validation EV, and the
+    history.
 
     folder: keeps checkpoints/last.pt, from which a training with the same settings and rows resumes; None keeps
     nothing. progress: show a bar. track: called with each new entry of the history's `train`, and of its `val` as
@@ -72,46 +94,86 @@ def train_sae(
     Raises InputError for settings that can't work, or can't continue `start`, for a loss that is no longer finite, and
     if `folder` holds an unfinished training with other settings.
     """
-    check_settings(settings, rows)
+    training = begin(source, settings, folder, device, track=track, start=start)
+    take_batches(training, progress)
+    return finish(training)
+
+
+def begin(
+    source: Source, settings: TrainSettings, folder: Path | None, device: torch.device | str,
+    track: Callable[[dict[str, float]], None] = lambda record: None, start: SAE | None = None,
+) -> Training:
+    """A training before its next step, resumed from its checkpoint if there is one; see `train_sae`."""
+    check_settings(settings, source)
     device = as_device(device)
     if start is not None:
-        check_start(start, settings, len(rows.mean))
-        rows = rows_about(rows, start.mean)
-    plan = make_plan(settings, rows.n_train)
-    transform = whitening(rows.covariance, settings.whiten).to(device)
+        check_start(start, settings, len(source.mean))
+        source = rows_about(source, start.mean)
+    plan = make_plan(settings, source.n_train)
+    transform = whitening(source.covariance, settings.whiten).to(device)
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
     begun = [] if start is None else [sae_hash(start)]
     kind = KINDS[settings.kind]
     twice = [kind.refine, kind.own, kind.ridge] if kind.refine else []  # may be tuned, unlike what names a kind
-    key = fingerprint([asdict(settings), fingerprint(rows.mean), rows.n_train, str(device), *begun, *twice])
+    key = fingerprint([asdict(settings), fingerprint(source.mean), source.n_train, str(device), *begun, *twice])
     made = _resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform, start=start)
-    state = made["state"]
-    take_step = _step_of(settings, plan, state, made["precision"])
     log.info("peak learning rate %.1e, %s steps", plan.learning_rate, f"{plan.n_steps:,}")
+    return Training(source, settings, plan, transform, made=made, track=track, checkpoint=checkpoint,
+                    take_step=_step_of(settings, plan, made["state"], made["precision"]))
+
+
+def take_batches(training: Training, progress: bool = True) -> None:
+    """Take all steps that are left, with a checkpoint now and then, and one where Ctrl-C or SIGTERM ends it."""
+    source, settings, plan = training.source, training.settings, training.plan
+    batches = source.batches(training.transform, settings.batch_size, seed=settings.seed, step=training.step,
+                             place=training.made.get("place"))
     due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
     # With several ranks one that stops leaves the others waiting for it, so there Ctrl-C acts at once.
-    with stop_between_steps(checkpoint is not None and world_size() == 1) as stopped, \
-            tqdm(total=plan.n_steps, initial=int(state["step"]), unit="step", desc="training the SAE",
+    with stop_between_steps(training.checkpoint is not None and world_size() == 1) as stopped, \
+            tqdm(total=plan.n_steps, initial=training.step, unit="step", desc="training the SAE",
                  disable=not progress or rank() > 0) as bar:
-        for x in _batches(rows, settings, plan, transform=transform, state=state):
-            lr = plan.learning_rate * schedule(int(state["step"]), plan.n_steps)
-            take_step(state, x, lr=lr, k=falling_k(settings, int(state["step"]), plan.n_steps))
+        while training.step < plan.n_steps:
+            val = take_batch(training, next(batches))
             bar.update()
-            at = (int(state["step"]) - 1) % plan.steps_per_epoch + 1
-            if at % settings.log_every == 0 or at == plan.steps_per_epoch:
-                track(checkpoints.log_steps(made, settings, lr))
-            if at == plan.steps_per_epoch:
-                track(val := _end_epoch(made, rows, settings, device))
-                bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{made['history']['train']['dead_pct'][-1]:.1f}%")
-            if checkpoint and (stopped() or time.monotonic() > due):
-                due = checkpoints.save_checkpoint(checkpoint, made)
+            if val:
+                dead_pct = training.made["history"]["train"]["dead_pct"][-1]
+                bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{dead_pct:.1f}%")
+            if training.checkpoint and (stopped() or time.monotonic() > due):
+                due = _save(training)
             if stopped():
                 raise KeyboardInterrupt
-    if checkpoint:
-        checkpoints.save_checkpoint(checkpoint, made)
+    if training.checkpoint:
+        _save(training)
+
+
+def take_batch(training: Training, x: Tensor) -> dict[str, float] | None:
+    """One step on a batch of whitened rows; at the end of an epoch what `track` was told of its scores."""
+    made, settings, plan, step = training.made, training.settings, training.plan, training.step
+    lr = plan.learning_rate * schedule(step, plan.n_steps)
+    training.take_step(made["state"], x, lr=lr, k=falling_k(settings, step, plan.n_steps))
+    at = step % plan.steps_per_epoch + 1
+    if at % settings.log_every == 0 or at == plan.steps_per_epoch:
+        training.track(checkpoints.log_steps(made, settings, lr))
+    if at < plan.steps_per_epoch:
+        return None
+    training.track(val := _end_epoch(made, training.source, settings, training.transform.device))
+    return val
+
+
+def finish(training: Training) -> tuple[SAE, dict[str, Any]]:
+    """The SAE of the best epoch, and the history, after the last step."""
+    made, settings = training.made, training.settings
     history = made["history"] | {"settings": asdict(settings), "precision": made["precision"],
                                  "units": checkpoints.UNITS, "best_epoch": made["best"]["epoch"]}
-    return _sae_of(made["best"], rows, settings).to(device), history
+    return _sae_of(made["best"], training.source, settings).to(training.transform.device), history
+
+
+def _save(training: Training) -> float:
+    """Write the checkpoint; returns when the next is due."""
+    if place := training.source.place():
+        training.made["place"] = place
+    assert training.checkpoint is not None
+    return checkpoints.save_checkpoint(training.checkpoint, training.made)
 
 
 def _resumed_or_new(
@@ -153,33 +215,22 @@ def _step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], prec
                    frozen=settings.frozen)
 
 
-def _batches(
-    rows: Rows, settings: TrainSettings, plan: Plan, transform: Tensor, state: dict[str, Tensor]
-) -> Iterator[Tensor]:
-    """The batches from the state's next step to the end; a step is taken between any two of them."""
-    cache: dict[str, Tensor] = {}
-    while (step := int(state["step"])) < plan.n_steps:
-        epoch, done = divmod(step, plan.steps_per_epoch)
-        batches = shuffled_batches(rows, transform, settings.batch_size, seed=settings.seed, epoch=epoch, cache=cache)
-        yield from islice(batches, done, None)
-
-
 def _end_epoch(
-    made: dict[str, Any], rows: Rows, settings: TrainSettings, device: torch.device | str
+    made: dict[str, Any], source: Source, settings: TrainSettings, device: torch.device | str
 ) -> dict[str, float]:
     """Score the SAE as it would be saved now, and enter it into the history; returns what to track."""
-    weights = folded_weights(made["state"], rows.scale)
-    sae = _sae_of(weights, rows, settings).to(device)
-    scores = {block: score(sae, sample_rows(rows, validation))
+    weights = folded_weights(made["state"], source.scale)
+    sae = _sae_of(weights, source, settings).to(device)
+    scores = {block: score(sae, source.sample(validation))
               for block, validation in (("val", True), ("train_sample", False))}
     val = checkpoints.log_epoch(made, settings, weights, scores)
     return {name if name == "step" else f"val_{name}": value for name, value in val.items()}
 
 
-def _sae_of(weights: dict[str, Any], rows: Rows, settings: TrainSettings) -> SAE:
+def _sae_of(weights: dict[str, Any], source: Source, settings: TrainSettings) -> SAE:
     """The SAE of folded weights."""
     top_k = most_codes(settings.kind, settings.top_k, settings.n_latents)
-    return unfolded(weights, settings.kind, mean=rows.mean, scale=rows.scale, top_k=top_k)
+    return unfolded(weights, settings.kind, mean=source.mean, scale=source.scale, top_k=top_k)
 
 
 def unfolded(weights: dict[str, Any], kind: str, *, mean: Tensor, scale: float, top_k: int) -> SAE:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..batches import Rows, steps_per_epoch
+from ..batches import Source, steps_per_epoch
 from ..distributed import world_size
 from ..environment import InputError
 from .kinds import KINDS
@@ -56,9 +56,9 @@ class TrainSettings:
     """decoder or encoder keeps its random start, as a control (arXiv 2602.14111); needs whiten=0 and aligned=False."""
 
 
-def check_settings(settings: TrainSettings, rows: Rows) -> None:
+def check_settings(settings: TrainSettings, rows: Source) -> None:
     """Raise InputError for settings that can't work, alone or on these rows."""
-    s, n_val, kind = settings, len(rows.is_val) - rows.n_train, KINDS.get(settings.kind)
+    s, kind = settings, KINDS.get(settings.kind)
     faults = [
         (not 1 <= s.top_k <= s.n_latents,
          f"TOP_K={s.top_k} must be between 1 and the number of latents, {s.n_latents}"),
@@ -79,7 +79,7 @@ def check_settings(settings: TrainSettings, rows: Rows) -> None:
          "a frozen part must be random; train it with whiten=0 and aligned=False, which would otherwise shape it"),
         (kind and kind.fast != "everywhere" and world_size() > 1,
          f"KIND={s.kind} trains in one process only; use KIND=topk with several ranks"),
-        (rows.n_train == 0 or n_val < 2,  # a single row has no variance to explain
+        (rows.n_train == 0 or rows.n_val < 2,  # a single row has no variance to explain
          "the run needs at least one training row and two validation rows; raise DATA_LIMIT in 01_save_activations.py"),
         (min(s.batch_size, rows.n_train) < world_size(),
          f"batch_size={s.batch_size} leaves some of {world_size()} ranks without a row; raise it"),

@@ -6,12 +6,12 @@
 With the SAE's codes z and dictionary W_dec on raw activations, and rows (x - mean) T in training, latent j's code there
 is g_j z_j, with g_j = |W_dec_j T|: lib.training.step.folded_weights gives the SAE back.
 """
-from dataclasses import replace
+from copy import copy
 
 import torch
 from torch import Tensor
 
-from ..batches import Rows
+from ..batches import Source
 from ..environment import InputError
 from ..sae import SAE
 from .kinds import KINDS, LEAST_THRESHOLD, WITH_THRESHOLD
@@ -44,10 +44,11 @@ def check_start(sae: SAE, settings: TrainSettings, width: int) -> None:
             raise InputError(message)
 
 
-def rows_about(rows: Rows, mean: Tensor) -> Rows:
-    """The rows with another centre than their mean: `covariance` is their second moment about it."""
-    shift = (rows.mean - mean.cpu()).double()
-    return replace(rows, mean=mean.cpu(), covariance=(rows.covariance.double() + shift.outer(shift)).float())
+def rows_about(source: Source, mean: Tensor) -> Source:
+    """The same rows with another centre than their mean: `covariance` is their second moment about it."""
+    shift, moved = (source.mean - mean.cpu()).double(), copy(source)
+    moved.mean, moved.covariance = mean.cpu(), (source.covariance.double() + shift.outer(shift)).float()
+    return moved
 
 
 def state_of(sae: SAE, transform: Tensor, aligned: bool) -> dict[str, Tensor]:
