@@ -96,6 +96,20 @@ def test_u_of_an_attribute_given_the_label():
     assert scores["u"].tolist() == pytest.approx((both[0] - both[1]).tolist(), abs=1e-12)
     given = selectivity_given(fired[:, :2], digit, 10, y=parity, n_classes=2)
     assert given["u_weighted"] == pytest.approx((100 * 0.5 * inside / h_b + 0) / 600)
+    assert given["information"] == pytest.approx(0.5 * inside)
+
+
+def test_information_is_not_raised_by_firing_rarely():
+    """A unit that fires on one example has a larger u than one that fires on a quarter of all examples and on three
+    quarters of a digit's, and tells less.
+    """
+    digit = torch.arange(10).repeat(100)
+    rare = torch.zeros(1000, dtype=torch.bool)
+    rare[1] = True
+    broad = torch.arange(1000) // 10 % 4 < torch.where(digit == 1, 3, 1)
+    u, information = (uncertainty_given(torch.stack([rare, broad], 1), digit, 10, y=digit % 2, n_classes=2)[key]
+                      for key in ("u", "information"))
+    assert u[0] > u[1] and information[0] < 0.1 * information[1]
 
 
 def test_u_given_is_the_conditional_information_and_chance_is_zero():

@@ -2,7 +2,15 @@
 import pytest
 import torch
 
-from lib.metrics.performance import classification, k_sparse_probe, logistic_probe, next_token_loss, perplexity
+from lib.metrics.performance import (
+    classification,
+    k_sparse_probe,
+    logistic_probe,
+    next_token_loss,
+    perplexity,
+    probe_within,
+    worst_group,
+)
 
 
 def test_classification():
@@ -25,6 +33,33 @@ def test_probe_runs():
         assert scores["train_accuracy"] == scores["test_accuracy"] == scores["test_f1_macro"] == 1
     chance = logistic_probe(noise[:120], y[:120], noise[120:], y[120:])
     assert chance["test_accuracy"] < 0.6
+
+
+def test_probe_within_a_class():
+    """One column tells the attribute in class 0, nothing does in class 1, and class 2 has one value only."""
+    y = torch.arange(300) % 3
+    a = (torch.arange(300) // 3) % 2
+    a[y == 2] = 0
+    x = torch.zeros(300, 2)
+    x[:, 0] = torch.where(y == 0, a, 0).float()
+    x[:, 1] = y.float()
+    rows = torch.arange(300)
+    train, test = rows[:180], rows[180:]
+    a[test[(y[test] == 1)][:5]] = 0  # of 40 test rows of class 1 more are 0
+    share = float((a[test][y[test] == 1] == 0).double().mean())
+    found = probe_within(x[train], x[test], attribute=(a[train], a[test]), y=(y[train], y[test]))
+    assert found["accuracy"] == pytest.approx((1 + share) / 2)
+    assert found["majority"] == pytest.approx((0.5 + share) / 2)
+    assert probe_within(x, x, attribute=(y, y), y=(y, y)) == {}
+
+
+def test_the_worst_group():
+    """Right on all of class 0; of class 1 on a half of those without the shortcut, all of those with it."""
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    group = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
+    guess = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    assert worst_group(torch.nn.functional.one_hot(guess, 2).float(), y, group) == 0.5
+    assert worst_group(torch.nn.functional.one_hot(y, 2).float(), y, group) == 1
 
 
 def test_k_sparse():

@@ -19,6 +19,7 @@ from lib.ranges import (
     Location,
     Name,
     NotNegative,
+    Part,
     Positive,
     Precision,
     Rate,
@@ -45,6 +46,8 @@ ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose sele
 LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # (0, 0, 1, 1): train on groups, measure classes too
 DATA_LIMIT: Count | None = 600            # training examples, drawn with each class's share; None: all
 VAL_FRAC: Share = 0.1                     # of the training examples; validates where there is no validation set
+LABEL_NOISE: Part = 0.0                   # share of training labels that the seed replaces by wrong ones
+SHORTCUT: Part | None = None              # images: share of training images whose class a planted corner block names
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
 PIXEL_SCALE: Positive = 1.0               # images: pixels are multiplied by this
 MODEL: Location = "store/embedded/model"  # hub name or directory of a transformers model; "mlp": inputs-16-16-classes

@@ -43,7 +43,8 @@ def uncertainty_given(
     """What each column of `fired` (bool [N, F]) tells of an attribute beyond the label y, float64 [F] each.
 
     u = I(b;attribute|y)/H(b), and u_adj = (I - E[I])/(H(b) - E[I]) with E[I] over all permutations of the attribute
-    within each class of y. Where the attribute decides the label (digit and parity), u is U(attribute) - U(label).
+    within each class of y; information = I(b;attribute|y) in nats, which a unit can't raise by firing rarely. Where the
+    attribute decides the label (digit and parity), u is U(attribute) - U(label).
     """
     information, chance = torch.zeros(2, fired.shape[1], dtype=torch.float64)
     for c in range(n_classes):
@@ -54,7 +55,8 @@ def uncertainty_given(
             information = information + share * inside
             chance = chance + share * _expected_information(fires, sizes)
     h_b = _entropy(fired.double().mean(0))
-    return {"u": _share(information, h_b), "u_adj": _above_chance(information, h_b, chance)}
+    return {"u": _share(information, h_b), "u_adj": _above_chance(information, h_b, chance),
+            "information": information}
 
 
 def _information(fired: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,10 +149,13 @@ def selectivity(
 def selectivity_given(
     fired: Tensor, attribute: Tensor, n_values: int, *, y: Tensor, n_classes: int
 ) -> dict[str, float]:
-    """uncertainty_given over the columns of `fired` [N, F]: u_weighted, u_adj_weighted by how often each fires."""
+    """uncertainty_given over the columns of `fired` [N, F]: u_weighted and u_adj_weighted count each column as often
+    as it fires; information is the sum over all columns, in nats.
+    """
     fires = fired.sum(0)
     found = uncertainty_given(fired, attribute, n_values, y=y, n_classes=n_classes)
-    return {f"{name}_weighted": _by_firing(score, fires) for name, score in found.items()}
+    total = float(found.pop("information").sum())
+    return {f"{name}_weighted": _by_firing(score, fires) for name, score in found.items()} | {"information": total}
 
 
 def _by_firing(scores: Tensor, fires: Tensor) -> float:

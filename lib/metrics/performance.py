@@ -3,6 +3,7 @@ import math
 import warnings
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -50,6 +51,36 @@ def logistic_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor)
     f1 = {f"test_{name}": score for name, score in _f1(y_test.numpy(), guess).items()}
     train_accuracy, test_accuracy = float(probe.score(x, y_train.numpy())), float((guess == y_test.numpy()).mean())
     return {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy} | f1
+
+
+def probe_within(
+    train: Tensor, test: Tensor, *, attribute: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """What features [N, F] tell linearly of an attribute where the label y is known: logistic_probe's regression in
+    each class, on training and test rows of that class alone.
+
+    attribute, y: int64, for training rows and for test rows. Returns accuracy, the mean over classes of the test
+    accuracy, and majority, that of always guessing the class's commonest training value. Classes with one value or
+    without test rows are left out; without any other, the result is empty.
+    """
+    scores = []
+    for c in y[0].unique():
+        inside, outside = y[0] == c, y[1] == c
+        values, counts = attribute[0][inside].unique(return_counts=True)
+        if len(values) > 1 and outside.any():
+            expected = attribute[1][outside]
+            found = logistic_probe(train[inside], attribute[0][inside], test[outside], expected)
+            guess = values[counts.argmax()]
+            scores.append((found["test_accuracy"], float((expected == guess).double().mean())))
+    return dict(zip(("accuracy", "majority"), np.mean(scores, 0).tolist())) if scores else {}
+
+
+def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> float:
+    """The lowest accuracy of logits [N, C] among the groups of examples with one label and one value of `group` [N]
+    (Sagawa et al. 2020).
+    """
+    right = (logits.argmax(1) == y).double()
+    return min(float(right[(y == c) & (group == g)].mean()) for c, g in torch.stack([y, group], 1).unique(dim=0))
 
 
 def k_sparse_probe(

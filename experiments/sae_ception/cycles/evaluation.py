@@ -19,7 +19,7 @@ from lib.metrics.clustering import clustering as class_separation
 from lib.metrics.clustering import unit_rows
 from lib.metrics.interpretability import base_threshold, selectivity_given
 from lib.metrics.interpretability import selectivity as unit_selectivity
-from lib.metrics.performance import classification, k_sparse_probe, logistic_probe
+from lib.metrics.performance import classification, k_sparse_probe, logistic_probe, probe_within, worst_group
 from lib.metrics.reconstruction import Reconstruction, explained_variance
 from lib.sae import SAE
 
@@ -44,7 +44,10 @@ def evaluate(session: Session, sae: SAE, split: str, groups: tuple[str, ...]) ->
 
 
 def task(x: Scored) -> Scores:
-    return named("task", classification(x.logits, x.y))
+    scores = classification(x.logits, x.y)
+    if (shortcut := x.session.task.shortcut) is not None:
+        scores["worst_group_accuracy"] = worst_group(x.logits, x.y, shortcut[x.ids])
+    return named("task", scores)
 
 
 def reconstruction(x: Scored) -> Scores:
@@ -107,6 +110,19 @@ def probes(x: Scored) -> Scores:
         f"k{k}": score for k, score in sparse.items()})
 
 
+def beyond(x: Scored) -> Scores:
+    """What activations and codes tell linearly of the attribute where the label is known."""
+    task = x.session.task
+    if task.attribute is None:
+        return {}
+    scores: Scores = {}
+    for part, train, test in (("base", x.h_train, x.h), ("sae_features", dense_codes(x.sae, x.h_train), x.codes)):
+        found = probe_within(train, test, attribute=(task.attribute[x.train_ids], task.attribute[x.ids]),
+                             y=(task.y[x.train_ids], x.y))
+        scores |= named(f"{part}_probe_within", found)
+    return scores
+
+
 def clustering(x: Scored) -> Scores:
     scores: Scores = {}
     for suffix, rows in (("", x.codes), ("_unit", unit_rows(x.codes)), ("_base", x.h)):
@@ -118,5 +134,5 @@ def clustering(x: Scored) -> Scores:
 
 COMPUTE: dict[str, Callable[[Scored], Scores]] = {
     "task": task, "reconstruction": reconstruction, "selectivity": selectivity, "probes": probes,
-    "clustering": clustering, "robustness": robustness, "language": language,
+    "beyond": beyond, "clustering": clustering, "robustness": robustness, "language": language,
 }

@@ -37,6 +37,7 @@ GROUPS = {
     "reconstruction": Group("how well and how sparsely the SAE explains the target layer", always=True),
     "selectivity": Group("U and CSI of base units and latents, for the label and the attribute", always=True),
     "probes": Group("linear and k-sparse probes on the codes"),
+    "beyond": Group("linear probes for the attribute within each class, on activations and codes"),
     "clustering": Group("how well codes and activations fall into the classes"),
     "robustness": Group("accuracy and active latents under FGSM and PGD; costs most"),
     "language": Group("perplexity and first-letter absorption; texts only"),

@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from cycles.labels import classes
+from cycles.planted import flip_labels, plant_shortcut
 from cycles.tasks import Task
 from lib.environment import InputError, first_line, log
 from lib.files import read_json
@@ -40,6 +41,10 @@ def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None) -> Ta
         task, where = _texts(constants, tokenizer)
     _group(task, constants["LABEL_GROUPS"])
     task.splits = _split(task.y, where, constants["VAL_FRAC"], seed)
+    if constants["SHORTCUT"] is not None:
+        plant_shortcut(task, constants["SHORTCUT"], seed)
+    if constants["LABEL_NOISE"]:
+        flip_labels(task, constants["LABEL_NOISE"], seed)
     return task
 
 

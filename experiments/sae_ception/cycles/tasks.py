@@ -25,6 +25,8 @@ class Task:
     """train, val, test -> example ids, int64, disjoint."""
     attribute: Tensor | None = None
     """A label that is never trained on, int64 [N]."""
+    shortcut: Tensor | None = None
+    """The class that a planted shortcut names in each image, int64 [N] (cycles/planted.py)."""
     images: Tensor | None = None
     """Pixels times PIXEL_SCALE, float32 [N, P]."""
     texts: list[str] = field(default_factory=list)
