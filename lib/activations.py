@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .blocks import input_device, n_embeddings, no_cache, require_positions
-from .distributed import add_up, own_part, rank, wait_for_all, world_size
+from .distributed import add_up, beat, own_part, rank, wait_for_all, world_size
 from .environment import InputError, is_out_of_memory, log
 from .files import read_json, write_json
 from .hooks import HookPoint, capture
@@ -109,6 +109,7 @@ def block_rows(
     found: dict[int, list[Tensor]] = {}
     block = [item for item in block if item.ids]
     for batch in length_batches(block, settings.batch_tokens):
+        beat()
         states = forward_in_parts(model, points, batch, pad_id)
         for i, item in enumerate(batch):
             found[item.text_id] = [per_point[i][torch.tensor(item.keep)].cpu() for per_point in states]
@@ -226,6 +227,8 @@ def _stretches(writer: ShardWriter, tokenizer, texts: Sequence[str], settings: S
     n_rows = torch.zeros(-(-len(texts) // BLOCK_TEXTS), dtype=torch.int64)
     for block in range(len(n_rows))[own_part(len(n_rows))]:
         n_rows[block] = sum(sum(item.keep) for item in _tokens(tokenizer, texts, block, settings))
+        beat()
+    wait_for_all()
     add_up(n_rows)
     yield from writer.own_stretches(n_rows)
 

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from .blocks import blocks, input_device, n_embeddings
+from .distributed import LOADING, beat
 from .environment import PROJECT, InputError, as_device, first_line, is_disk_full, is_out_of_memory, log
 from .files import fingerprint
 from .store import store_root
@@ -66,6 +67,7 @@ def load_model(
     if (path := local_path(name)) is None:
         log.info("asking the hub for %s", name)
     source = str(path or name)
+    beat(LOADING)
     # _check_complete names the shapes that differ; transformers would only say that there are some.
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
     with _loading(name, bits or device_map):
@@ -100,13 +102,11 @@ def _loading(name: str, is_placed: Any) -> Iterator[None]:
     """Turn whatever transformers, safetensors and torch raise for what can't be loaded into one line."""
     try:
         yield
-    except InputError:
-        raise
     except ImportError as error:
         how = "; for LOAD_BITS and DEVICE_MAP: pip install bitsandbytes accelerate" if is_placed else ""
         raise InputError(f"MODEL={name} needs a package that is missing ({first_line(error)}){how}") from None
     except Exception as error:
-        if is_out_of_memory(error) or is_disk_full(error):
+        if isinstance(error, InputError) or is_out_of_memory(error) or is_disk_full(error):
             raise
         raise InputError(_reach(f"MODEL={name}", error)) from None
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .distributed import add_up, own_part, rank, wait_for_all
+from .distributed import add_up, beat, own_part, rank, wait_for_all
 from .environment import InputError, log
 from .files import require_file, sha256
 
@@ -134,6 +134,8 @@ def list_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     digests = torch.zeros(len(names), 32, dtype=torch.uint8)
     for i in range(len(names))[own_part(len(names))]:
         digests[i] = torch.tensor(list(bytes.fromhex(sha256(folder / names[i]))), dtype=torch.uint8)
+        beat()
+    wait_for_all()
     add_up(digests)
     return [{"file": name, "bytes": (folder / name).stat().st_size, "sha256": bytes(digest).hex()}
             for name, digest in zip(names, digests.tolist())]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .batches import batches_in_order
-from .distributed import add_up, own_part, rank, wait_for_all, world_size
+from .distributed import add_up, beat, own_part, rank, wait_for_all, world_size
 from .environment import InputError
 from .files import atomic_write, read_note, write_json, write_tensors
 from .outputs import list_files, require_room
@@ -27,6 +27,7 @@ def write_texts(path: Path, texts: Sequence[str], splits: list[str]) -> None:
 
     def lines() -> Iterator[str]:
         for i, (text, split) in enumerate(zip(texts, splits)):
+            beat()
             yield json.dumps({"text_id": i, "text": text, "split": split}, ensure_ascii=False) + "\n"
 
     def write(temporary: Path) -> None:
@@ -173,6 +174,8 @@ def _moments(shards: list[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor, Tens
     mean = torch.zeros(shards[0].shape[1], dtype=torch.float64)
     for _, x in batches_in_order(shards, wanted, part=own):
         mean += x.double().sum(0)
+        beat()
+    wait_for_all()
     add_up(mean)
     mean /= n
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
@@ -182,5 +185,7 @@ def _moments(shards: list[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor, Tens
         centred = x.double() - mean
         covariance += centred.T @ centred
         largest[rank()] = max(largest[rank()], x.abs().max())
+        beat()
+    wait_for_all()
     add_up(covariance, norms, largest)
     return mean, covariance / n, norms[wanted], largest.max().item()

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from lib.distributed import rank, wait_for_all
+from lib.distributed import LOADING, beat, rank, wait_for_all
 from lib.environment import InputError, log
 from lib.models import local_path
 from lib.texts import drawn_from_stream, drawn_rows, readable, require_field, tell_left_out
@@ -117,6 +117,7 @@ def _copy(documents: Any, copy: Path, dataset: str, text_field: str, *, total: i
     done = _whole_lines(part)
     if done:
         log.info("resuming after document %s of the stream", f"{done:,}")
+    beat(LOADING)  # nothing is heard while documents are skipped
     documents = documents.skip(done) if hasattr(documents, "skip") else islice(documents, done, None)
     with open(part, "a", encoding="utf-8") as file:
         lines = []
@@ -126,6 +127,7 @@ def _copy(documents: Any, copy: Path, dataset: str, text_field: str, *, total: i
             if len(lines) == COPY_TEXTS:
                 file.writelines(lines)
                 lines.clear()
+                beat()
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())

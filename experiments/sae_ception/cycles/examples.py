@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from cycles.sealed import read_sealed, write_sealed
 from cycles.tasks import Task
-from lib.distributed import add_up, own_part, rank, wait_for_all
+from lib.distributed import add_up, beat, own_part, rank, wait_for_all
 from lib.files import fingerprint
 from lib.models import weights_of
 
@@ -108,6 +108,7 @@ def cached_entries(model: Any, task: Task, c: dict[str, Any], root: Path, device
             for part in by_length.split(c["BATCH_SIZE"]):
                 found = model.token_states(make_batch(task, part, device), model.entry)
                 states |= {i: state.cpu() for i, state in zip(part.tolist(), found)}
+                beat()
             write_sealed(path, {"x": torch.cat([states[i] for i in ids])})
     wait_for_all()
     places = []
