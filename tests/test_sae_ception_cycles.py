@@ -14,9 +14,10 @@ import cycles.arms
 import cycles.steps
 from cycles.auxiliary import probe_ids
 from cycles.classifier import TextClassifier
+from cycles.images import read_idx
 from cycles.metrics import OPTIONAL
 from cycles.session import Session
-from cycles.sources import load_task, read_idx
+from cycles.sources import load_task
 from cycles.stamps import AUX_ONLY, EVAL_ONLY, SAE_ONLY, SCOPE_ONLY, stage_constants
 from cycles.steps import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
 from lib.constants import constants_of

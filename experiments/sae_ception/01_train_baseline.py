@@ -2,7 +2,7 @@
 
     python 01_train_baseline.py                             # the embedded model on the mood of a story
     python 01_train_baseline.py PRESET=mlp_digits           # the paper's small MLP on scikit-learn's digits
-    python 01_train_baseline.py MODEL=gpt2 DATASET=my.jsonl TEST_DATASET=test.jsonl LABEL_FIELD=label SETTING=mine
+    python 01_train_baseline.py MODEL=gpt2 DATASET=my.csv LABEL_FIELD=label      # outputs: .../sae_ception/my
     torchrun --nproc-per-node 4 01_train_baseline.py        # four processes share every batch; see experiments/at_scale
 
 Writes store/sae_ception/<setting>/baseline/seed_<s>/checkpoints/model_cycle_0_best.pt, history_cycle_0.json
@@ -31,21 +31,22 @@ from lib.ranges import (
 from presets import TargetLayer, presets_for
 
 PRESET = "tiny"                           # or tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
-SETTING: FileName | None = None           # folder of the outputs, one for each choice of constants; None: PRESET
+SETTING: FileName | None = None           # folder of the outputs; None: the name of DATASET's file, or PRESET
 SEED: Seed = 0                            # start of the weights, order of the examples, cut of the validation split
 DATASET: Location = "store/embedded/stories/train.jsonl"  # or a hub name; images: "digits" or idx.gz folder
 TRAIN_SPLIT: Name = "train"               # hub data sets: split to train on
 VAL_DATASET: Location | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
 VAL_SPLIT: Name | None = None             # hub data sets: split to validate on; None: cut from training
-TEST_DATASET: Location | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET
+TEST_DATASET: Location | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET, or TEST_FRAC
 TEST_SPLIT: Name = "test"                 # hub data sets: split that is only reported
 TEXT_FIELD: Name = "text"                 # column of the text
 TEXT_FIELD_HELD_OUT: Name | None = None   # its name in the validation and test files; None: the same
 LABEL_FIELD: Name = "mood"                # column of the class
 ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # (0, 0, 1, 1): train on groups, measure classes too
-DATA_LIMIT: Count | None = 600            # training examples, drawn with each class's share; None: all
+DATA_LIMIT: Count | Literal["auto"] | None = "auto"  # training examples; auto: 600 of the stories, else all
 VAL_FRAC: Share = 0.1                     # of the training examples; validates where there is no validation set
+TEST_FRAC: Share = 0.2                    # of a file's rows; tests where there is no test set, the same for every seed
 LABEL_NOISE: Part = 0.0                   # share of training labels that the seed replaces by wrong ones
 SHORTCUT: Part | None = None              # images: share of training images whose class a planted corner block names
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
@@ -73,9 +74,9 @@ TRACKER: Tracker = "local"                # or tensorboard, wandb, trackio, mlfl
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
-from cycles.labels import counts
 from cycles.session import Session
 from cycles.steps import train_model
+from cycles.tasks import say_what_is_scored
 from lib.environment import log, log_to, run, say_next
 from lib.outputs import in_use
 
@@ -83,15 +84,13 @@ from lib.outputs import in_use
 def main():
     session = Session(CONSTANTS, SEED)
     log_to(session.root / "01_train_baseline.log")
-    sizes = ", ".join(f"{len(ids):,} {name}" for name, ids in session.task.splits.items())
-    log.info("%s: %d classes, %s; target %s", session.root.name, session.task.n_classes, sizes,
-             session.model.target.path)
-    for name, ids in session.task.splits.items():
-        log.info("%s: %s", name, counts(ids, session.task.y, session.task.class_names))
+    log.info("%s: target %s", session.root.name, session.model.target.path)
+    say_what_is_scored(session.task, session.c, SEED)
     with in_use(session.folder("baseline", 0)):
         train_model(session, "baseline", 0)
     log.info("%s", session.folder("baseline", 0) / "checkpoints" / "model_cycle_0_best.pt")
-    say_next("02_train_sae.py", PRESET=PRESET, SETTING=SETTING, SEED=SEED)
+    setting = None if session.root.name == PRESET else session.root.name
+    say_next("02_train_sae.py", PRESET=PRESET, SETTING=setting, SEED=SEED)
 
 
 if __name__ == "__main__":

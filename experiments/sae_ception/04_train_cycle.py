@@ -1,6 +1,7 @@
 """The main script: cycles of SAE-ception for several arms and seeds, evaluated and compared. Runs steps 1 to 3.
 
     python 04_train_cycle.py                                # the embedded model; minutes on two cores
+    python 04_train_cycle.py DATASET=my.csv TEXT_FIELD=review LABEL_FIELD=stars    # texts of your own
     python 04_train_cycle.py PRESET=mlp_digits
     python 04_train_cycle.py PRESET=mlp_mnist DATASET=../shared/assets/data/mnist
     python 04_train_cycle.py PRESET=gpt2_sst2 CYCLES=1 SEEDS=0,1,2
@@ -35,7 +36,7 @@ from lib.ranges import (
 from presets import Arm, ForArm, Metric, TargetLayer, Weight, presets_for
 
 PRESET = "tiny"                           # or tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
-SETTING: FileName | None = None           # folder of the outputs, one for each choice of constants; None: PRESET
+SETTING: FileName | None = None           # folder of the outputs; None: the name of DATASET's file, or PRESET
 ARMS: tuple[Arm, ...] = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # all: README.md
 SEEDS: tuple[Seed, ...] = (0, 1, 2)       # each: start, order, validation cut, SAE seed; arms are paired by seed
 CYCLES: Size = 1                          # auxiliary cycles after the baseline
@@ -43,15 +44,16 @@ DATASET: Location = "store/embedded/stories/train.jsonl"  # or a hub name; image
 TRAIN_SPLIT: Name = "train"               # hub data sets: split to train on
 VAL_DATASET: Location | None = "store/embedded/stories/val.jsonl"  # None: VAL_FRAC of the training examples
 VAL_SPLIT: Name | None = None             # hub data sets: split to validate on; None: cut from training
-TEST_DATASET: Location | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET
+TEST_DATASET: Location | None = "store/embedded/stories/test.jsonl"  # None: TEST_SPLIT of DATASET, or TEST_FRAC
 TEST_SPLIT: Name = "test"                 # hub data sets: split that is only reported
 TEXT_FIELD: Name = "text"                 # column of the text
 TEXT_FIELD_HELD_OUT: Name | None = None   # its name in the validation and test files; None: the same
 LABEL_FIELD: Name = "mood"                # column of the class
 ATTRIBUTE_FIELD: Name | None = "topic"    # a label never trained on, whose selectivity is measured too; None: none
 LABEL_GROUPS: tuple[NotNegative, ...] | None = None  # (0, 0, 1, 1): train on groups, measure classes too
-DATA_LIMIT: Count | None = 600            # training examples, drawn with each class's share; None: all
+DATA_LIMIT: Count | Literal["auto"] | None = "auto"  # training examples; auto: 600 of the stories, else all
 VAL_FRAC: Share = 0.1                     # of the training examples; validates where there is no validation set
+TEST_FRAC: Share = 0.2                    # of a file's rows; tests where there is no test set, the same for every seed
 LABEL_NOISE: Part = 0.0                   # share of training labels that the seed replaces by wrong ones
 SHORTCUT: Part | None = None              # images: share of training images whose class a planted corner block names
 MAX_LENGTH: Size = 128                    # tokens of a text, special tokens included
@@ -107,6 +109,7 @@ from cycles.comparison import by_seed, pulls, result_table, summary
 from cycles.metrics import PRIMARY, REPORTED
 from cycles.session import Session, setting_root
 from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from cycles.tasks import say_what_is_scored
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text
 from lib.outputs import in_use
@@ -171,6 +174,8 @@ def main():
     with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
         for seed in SEEDS:
             session = Session(CONSTANTS, seed)
+            if seed == SEEDS[0]:
+                say_what_is_scored(session.task, session.c, seed)
             with in_use(session.folder("baseline", 0)):
                 for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
                     train_and_evaluate(session, arm, cycle)

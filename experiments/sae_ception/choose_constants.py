@@ -13,7 +13,7 @@ from pathlib import Path
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
 from lib.ranges import Percent, Seed
-from presets import Arm, Weight
+from presets import Arm, Weight, setting_name
 
 GRID_ARMS: tuple[Arm, ...] = ("per_class", "class_mean")  # every arm that competes gets the same grid of lambda
 GRID_KEEP_PCT: tuple[Percent, ...] = (1.0, 2.0, 4.0, 10.0)  # latents a class keeps; arms that mask nothing skip it
@@ -51,7 +51,7 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     arms = ["lambda0", *grid]
     sums = {arm: {"task_accuracy": 0.0, "base_u": 0.0, "sae_features_u": 0.0} for arm in arms}
     constants = {name: value for name, value in CONSTANTS.items() if name not in GRID}  # those of 04_train_cycle.py
-    setting = f"{constants['SETTING'] or constants['PRESET']}_choice"
+    setting = f"{setting_name(constants)}_choice"
     constants |= {"ARMS": tuple(arms), "ARM_CONSTANTS": grid, "METRICS": (), "N_SAE_SEEDS": 1, "SETTING": setting}
     with tqdm(total=len(SELECT_SEEDS) * len(arms), unit="model", desc="grid") as bar:
         for seed in SELECT_SEEDS:

@@ -1,8 +1,11 @@
 """The presets, each with the constants that differ from the scripts' defaults ("tiny"), and what constants may be."""
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 from cycles.arms import ARMS, unlabelled
 from cycles.metrics import OPTIONAL
+from lib.environment import PROJECT
 from lib.ranges import Name, Percent, Rule, Seed, Size, at_least, at_most, like
 
 Arm = Annotated[
@@ -14,6 +17,7 @@ Arm = Annotated[
 Metric = Annotated[str, Rule(f"one of {', '.join(OPTIONAL)}", lambda group: group in OPTIONAL)]
 TargetLayer = Name  # "last", a block's number, or a layer signature: the model knows which there are
 Weight = Annotated[float, at_least(0), at_most(10**6)]
+TEXT_FILES = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".parquet")
 
 
 class ForArm(TypedDict, total=False):
@@ -75,3 +79,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def presets_for(namespace: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """PRESETS cut down to the constants that a script has (its globals())."""
     return {name: {k: v for k, v in values.items() if k in namespace} for name, values in PRESETS.items()}
+
+
+def setting_name(c: dict[str, Any]) -> str:
+    """The folder of a setting's outputs: SETTING, else the name of the file of own data, else the preset."""
+    path = Path(c.get("DATASET") or "")
+    stories = Path("store", "embedded", "stories")
+    is_own = path.suffix in TEXT_FILES and path.parent not in (stories, PROJECT / stories)
+    return c.get("SETTING") or (re.sub(r"[^A-Za-z0-9_.\-]|^[.\-]", "_", path.stem)[:200] if is_own else c["PRESET"])

@@ -16,6 +16,7 @@ import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import constants_of
 from lib.environment import guard_imports, run
 from lib.steps import Step, plan, run_script
+from presets import setting_name
 
 HERE = Path(__file__).resolve().parent
 STEPS = ("04_train_cycle.py", "05_compare_cycles.ipynb", "06_interpret_features.ipynb")
@@ -25,8 +26,8 @@ def setting_of(steps: list[Step]) -> str:
     """The setting that the notebooks show: the one given, else that which step 4 makes."""
     for step in steps:
         constants = constants_of(step.path, step.arguments)["CONSTANTS"]
-        if setting := constants.get("SETTING") or constants.get("PRESET"):
-            return setting
+        if "PRESET" in constants or constants.get("SETTING"):
+            return setting_name(constants)
     raise AssertionError("every step has a SETTING")
 
 

@@ -24,6 +24,7 @@ from lib.models import load_tokenizer, local_path, weights_of
 from lib.outputs import safe_name
 from lib.sae import SAE, load_sae
 from lib.store import experiment_dir
+from presets import setting_name
 
 
 class Session:
@@ -110,7 +111,7 @@ class Session:
 
 def setting_root(c: Constants) -> Path:
     """The folder of a setting's outputs. Raises InputError for a name that would leave the store."""
-    return experiment_dir("sae_ception") / safe_name(c["SETTING"] or c["PRESET"])
+    return experiment_dir("sae_ception") / safe_name(setting_name(c))
 
 
 def safe_arm(arm: str) -> str:

@@ -5,13 +5,17 @@
     task.batch(ids)                        # what a model of cycles/classifier.py takes
 """
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from cycles.labels import counts, draw
 from lib.environment import log
 from lib.files import fingerprint
 from lib.texts import Tokens, pad
+
+DRAW_SEED = 0  # DATA_LIMIT leaves the same training examples for every seed, so that cached states serve all
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Task:
     """Of each text, special tokens included."""
     pad_id: int = 0
     class_names: list[str] = field(default_factory=list)
-    """Of classes 0..C-1."""
+    """Of classes 0..C-1, as tables and figures call them."""
     attribute_names: list[str] = field(default_factory=list)
     """Of the attribute's values."""
     reported: set[str] = field(default_factory=set)
@@ -68,3 +72,25 @@ class Task:
         content = self.images if self.images is not None else [t.ids for t in self.tokens]
         return fingerprint([fingerprint(content), fingerprint(self.y),
                             [fingerprint(ids) for ids in self.splits.values()]])
+
+
+def limited(task: Task, where: list[str], limit: int | None) -> list[int]:
+    """The examples that DATA_LIMIT leaves: all held-out ones, and training ones with each class's share."""
+    train = torch.tensor([i for i, w in enumerate(where) if w == "train"])
+    kept = set(task.sample(train, limit, DRAW_SEED, "DATA_LIMIT, training examples").tolist())
+    return [i for i, w in enumerate(where) if w != "train" or i in kept]
+
+
+def say_what_is_scored(task: Task, c: dict[str, Any], seed: int) -> None:
+    """Log the classes, what each split holds of them, and every sample that the evaluation draws from a split."""
+    log.info("%s: %d classes", c["LABEL_FIELD"], task.n_classes)
+    if task.attribute is not None:
+        what = ("the planted shortcut" if task.shortcut is not None
+                else "the classes that LABEL_GROUPS merges" if c["LABEL_GROUPS"] else c["ATTRIBUTE_FIELD"])
+        log.info("scored but never trained on: %s, %d values", what, len(task.attribute_names))
+    for name, ids in task.splits.items():
+        log.info("%s: %s examples: %s", name, f"{len(ids):,}", counts(ids, task.y, task.class_names))
+    for constant, name, what in (("EVAL_LIMIT", "val", "val"), ("EVAL_LIMIT", "test", "test"),
+                                 ("PROBE_LIMIT", "train", "training")):
+        if constant in c:
+            task.sample(task.splits[name], c[constant], seed, f"{constant}, {what} examples")
