@@ -12,6 +12,7 @@ from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
 import cycles.arms
 import cycles.steps
+from cycles.acting import lambda0_cosine
 from cycles.auxiliary import probe_ids
 from cycles.classifier import TextClassifier
 from cycles.images import read_idx
@@ -19,7 +20,7 @@ from cycles.metrics import OPTIONAL
 from cycles.session import Session
 from cycles.sources import load_task
 from cycles.stamps import AUX_ONLY, EVAL_ONLY, SAE_ONLY, SCOPE_ONLY, stage_constants
-from cycles.steps import evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from cycles.steps import evaluate_cycle, train_cycle_sae, train_model, tune_settings
 from lib.constants import constants_of
 from lib.environment import InputError
 from lib.files import read_json, read_tensors
@@ -29,7 +30,8 @@ sys.path.insert(0, str(SCRIPTS))
 from presets import PRESETS  # noqa: E402
 
 ARMS = ("lambda0", "new_seed", "per_class", "per_example", "full_recon", "random_unit", "permuted", "random_latents",
-        "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast", "to_zero")
+        "shuffled_labels", "global_mask", "class_mean", "constant", "complement", "contrast", "to_zero", "mse_loss",
+        "untrained_sae", "pca_targets", "l1_activation", "weight_decay", "monoloss", "nonneg_contrastive", "caft")
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +82,17 @@ def files(folder, but=()):
 
 
 def test_two_cycles_on_digits_with_every_arm(digits):
-    session = Session(digits | {"ARM_CONSTANTS": {"to_zero": {"AUX_CENTRED": True}}}, 0)
+    session = Session(digits | {"ARM_CONSTANTS": {"to_zero": {"AUX_CENTRED": True}}, "LABEL_GROUPS": (0, 1) * 5}, 0)
     baseline = cycle(session, "baseline", 0)
     session.c["METRICS"] = ()
     for arm in ARMS:
         result = cycle(session, arm, 1)
-        if arm not in ("lambda0", "new_seed"):
-            aux = {k: v for k, v in result["val"].items() if k.startswith("aux_")}
-            assert aux["aux_grad_ratio"] > 0.01 and aux["aux_loss_end"] < aux["aux_loss_start"], arm
+        aux = {k: v for k, v in result["val"].items() if k.startswith("aux_")}
+        if cycles.arms.ARMS[arm].acts in ("pull", "penalty"):
+            assert aux["aux_grad_ratio"] > 0.01, arm
+        if cycles.arms.ARMS[arm].acts == "pull":
+            assert aux["aux_loss_end"] < aux["aux_loss_start"], arm
+        assert ("aux_cos_end" in aux) == cycles.arms.ARMS[arm].has_targets
     again = cycle(session, "per_class", 2)
     assert set(again["test"]) < set(baseline["test"]) and again["meta"]["cycle"] == 2
     promised = """task_accuracy task_loss task_f1_macro task_f1_weighted probe_train_accuracy probe_test_accuracy
@@ -115,6 +120,25 @@ def test_lambda0_from_scratch_is_the_baseline_and_new_seed_is_not(digits):
               for arm, n in (("baseline", 0), ("lambda0", 1), ("new_seed", 1))]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["layers.0.weight"], states[2]["layers.0.weight"])
+
+
+def test_the_optimiser_of_the_arm_weight_decay(digits):
+    """lambda is added to the decay that there is; an optimiser without decay has none to add to."""
+    session = Session(digits | {"ARM_CONSTANTS": {"weight_decay": {"AUX_WEIGHT": 0.3}}, "WEIGHT_DECAY": 0.01}, 0)
+    aux = stage_constants(session.c, "aux", "weight_decay")
+    for optimizer, expected in (("adam", 0.3), ("adamw", 0.31)):
+        session.c["OPTIMIZER"] = optimizer
+        found = tune_settings(session, "weight_decay", 1, aux)
+        assert (found.optimizer, found.weight_decay, found.aux_weight) == ("adamw", pytest.approx(expected), 0.0)
+    assert tune_settings(session, "lambda0", 1, aux).weight_decay == 0.01
+
+
+def test_caft_needs_a_concept(digits):
+    session = Session(digits, 0)
+    train_model(session, "baseline", 0)
+    train_cycle_sae(session, "baseline", 0)
+    with pytest.raises(InputError, match="ATTRIBUTE_FIELD or LABEL_GROUPS"):
+        train_model(session, "caft", 1)
 
 
 def test_an_sae_leaves_the_number_of_threads(digits, monkeypatch):

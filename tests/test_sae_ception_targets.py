@@ -1,4 +1,6 @@
 """Targets of all arms: exact sets on toy codes, ties, no-ops, random streams."""
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,8 +16,9 @@ from cycles.sharpening import (
     per_example,
     random_unit,
 )
-from cycles.targets import MAKERS, Source, targets
+from cycles.targets import MAKERS, Source, random_sae, targets
 from lib.environment import InputError
+from lib.sae import make_sae
 
 # four latents; classes 0, 0, 1, 1. Latent 3 is on everywhere, so it is in every per_class mask, but in no contrast mask
 DENSE = torch.tensor([[4.0, 0, 0, 3], [2, 1, 0, 3], [0, 0, 5, 3], [0, 1, 1, 3]])
@@ -156,7 +159,47 @@ def test_random_directions_are_random_about_the_centre():
         make_targets("to_zero", centre=None)
 
 
-@pytest.mark.parametrize("arm", ["lambda0", "nonsense"])
+def test_pca_targets_are_the_best_of_their_rank():
+    """Nothing of the given rank about the mean is nearer: the error is the sum of the trailing eigenvalues."""
+    h = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 7)) + 20
+    source = Source(h=h, values=VALUES, indices=INDICES, y=Y, ids=torch.arange(200), decode=dense, n_classes=2,
+                    n_latents=4, keep=2, keep_per_example=1, seed=0)
+    t, share = targets("pca_targets", source)
+    spread = (h - h.mean(0)).double()
+    values = torch.linalg.svdvals(spread).square()
+    assert torch.linalg.matrix_rank((t - h.mean(0)).double(), rtol=1e-4) == 2
+    assert (h - t).double().square().sum().item() == pytest.approx(values[2:].sum().item(), rel=1e-4)
+    assert share["kept_energy_frac"] == pytest.approx((values[:2].sum() / values.sum()).item(), rel=1e-6)
+    again = targets("pca_targets", replace(source, h=t))[0]
+    assert torch.allclose(again, t, atol=1e-3)  # a projection
+    with pytest.raises(InputError, match="lower KEEP_PCT"):
+        targets("pca_targets", replace(source, keep=6))
+
+
+def test_an_untrained_sae_has_learnt_nothing():
+    g = torch.Generator().manual_seed(0)
+    weights = torch.nn.functional.normalize(torch.randn(32, 6, generator=g))
+    trained = make_sae(weights, torch.ones(32), weights, mean=torch.arange(6.0), scale=2.0, top_k=3)
+    found = random_sae(trained, 7)
+    assert (found.top_k, found.n_latents, found.scale) == (3, 32, 2.0) and torch.equal(found.mean, trained.mean)
+    assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(32), atol=1e-6) and not found.b_enc.any()
+    assert (found.W_dec @ weights.T).abs().max(1).values.mean() < 0.95  # another dictionary
+    assert torch.equal(found.W_dec, random_sae(trained, 7).W_dec) and not torch.equal(
+        found.W_dec, random_sae(trained, 8).W_dec)
+    x = torch.randn(5, 6, generator=g)
+    expected = ((x - trained.mean) / 2.0 @ found.W_dec.T).relu().topk(3, dim=1)
+    values, indices = found.encode(x)
+    assert torch.allclose(values, expected.values, atol=1e-5) and torch.equal(indices, expected.indices)
+
+
+def test_only_the_distance_and_the_sae_of_two_arms_are_others():
+    assert torch.equal(make_targets("mse_loss")[0], make_targets("per_class")[0])
+    assert torch.equal(make_targets("untrained_sae")[0], make_targets("per_class")[0])
+    assert {name for name, arm in ARMS.items() if arm.loss == "mse"} == {"mse_loss"}
+    assert {name for name, arm in ARMS.items() if arm.untrained_sae} == {"untrained_sae"}
+
+
+@pytest.mark.parametrize("arm", ["lambda0", "nonsense", "caft"])
 def test_arms_without_targets_raise(arm):
     with pytest.raises(InputError):
         make_targets(arm)

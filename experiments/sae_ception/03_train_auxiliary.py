@@ -5,7 +5,8 @@
     python 03_train_auxiliary.py AUX_WEIGHT=0.1 KEEP_PCT=2 SETTING=weaker
     torchrun --nproc-per-node 4 03_train_auxiliary.py       # four processes share every batch, as in step 1
 
-L_total = L_task + AUX_WEIGHT * mean(1 - cos(h, target)). Data, model and SAE are those of the setting's steps 1 and 2.
+L_total = L_task + AUX_WEIGHT * mean(1 - cos(h, target)); README.md says what arms without targets do instead.
+Data, model and SAE are those of the setting's steps 1 and 2.
 Reads  store/sae_ception/<setting>/<arm>/seed_<s>/checkpoints/{model,sae}_cycle_<n>_best.pt
 Writes .../targets_cycle_<n>.safetensors, checkpoints/model_cycle_<n+1>_best.pt, history_cycle_<n+1>.json
 """
@@ -33,7 +34,6 @@ DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))
 
 from cycles import schemas
-from cycles.arms import definition
 from cycles.session import Session, inherited
 from cycles.steps import train_model
 from lib.distributed import rank
@@ -48,8 +48,9 @@ def main():
     with in_use(session.folder("baseline", 0)):
         train_model(session, ARM, CYCLE + 1)
     folder = session.folder(ARM, CYCLE + 1)
-    if definition(ARM).has_targets and rank() == 0:
-        for name, value in read_json(folder / f"history_cycle_{CYCLE + 1}.json", schemas.CYCLE_HISTORY)["aux"].items():
+    if rank() == 0:
+        history = read_json(folder / f"history_cycle_{CYCLE + 1}.json", schemas.CYCLE_HISTORY)
+        for name, value in history.get("aux", {}).items():
             log.info("  %-18s %.4f", name, value)
     log.info("%s", folder / "checkpoints" / f"model_cycle_{CYCLE + 1}_best.pt")
     say_next("02_train_sae.py", PRESET=PRESET, SETTING=SETTING, SEED=SEED, CYCLE=CYCLE + 1, ARM=ARM)

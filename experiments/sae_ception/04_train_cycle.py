@@ -104,11 +104,12 @@ CONSTANTS = override(globals(), presets_for(globals()))
 import pandas
 from tqdm.auto import tqdm
 
+from cycles.acting import lambda0_cosine
 from cycles.arms import definition
 from cycles.comparison import by_seed, pulls, result_table, summary
 from cycles.metrics import PRIMARY, REPORTED
 from cycles.session import Session, setting_root
-from cycles.steps import drop_undefined, evaluate_cycle, lambda0_cosine, train_cycle_sae, train_model
+from cycles.steps import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
 from cycles.tasks import say_what_is_scored
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text

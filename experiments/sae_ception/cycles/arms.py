@@ -2,15 +2,17 @@
 
 To add an arm:
 1. Add its row to ARMS.
-2. If it pulls towards targets, write a function of its name in cycles/targets.py that makes them.
+2. If it pulls towards targets, write a function of its name in cycles/targets.py that makes them; if it has a loss of
+   another form, one in cycles/penalties.py.
 3. If it takes a constant of its own, declare that in 03_train_auxiliary.py, 04_train_cycle.py and presets.ForArm.
 4. Add its line to the table of README.md; a test compares the two.
 
 Nothing here needs torch, so that scripts refuse a wrong arm at once.
 """
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-PULLED = ("INIT", "AUX_WEIGHT", "AUX_CENTRED")
+WEIGHTED = ("INIT", "AUX_WEIGHT")
+PULLED = (*WEIGHTED, "AUX_CENTRED")
 MASKED = (*PULLED, "KEEP_PCT")
 
 
@@ -18,7 +20,7 @@ class Arm(NamedTuple):
     """One way of training on."""
 
     target: str
-    """What example i is pulled to."""
+    """What example i is pulled to, or what else is done to the training."""
     asks: str
     """What comparing it with per_class tells."""
     takes: tuple[str, ...] = PULLED
@@ -27,22 +29,29 @@ class Arm(NamedTuple):
     """per_class succeeds only if it beats this arm."""
     own_seed: bool = False
     """Starts from weights, and takes the examples in an order, that no other arm has."""
+    acts: Literal["pull", "penalty", "decay", "ablation", "nothing"] = "pull"
+    """Where lambda acts: a loss that pulls to targets, one on the activations alone, the optimiser's weight decay, a
+    projection while the network trains; nothing: the task loss alone."""
+    loss: Literal["cosine", "mse"] = "cosine"
+    """How far it is to the targets: 1 - cosine, or the mean squared error over the activations' variance."""
+    untrained_sae: bool = False
+    """Whether an SAE with random weights, of the same shape, takes the place of the trained one."""
 
     @property
     def has_targets(self) -> bool:
-        """Whether it pulls at all; else it trains with the task loss alone."""
-        return "AUX_WEIGHT" in self.takes
+        """Whether it pulls to targets, which are kept on disk."""
+        return self.acts == "pull"
 
 
 ARMS = {
     "lambda0": Arm(
         "none: the same further training with lambda 0", "does anything beyond more training happen?",
-        takes=("INIT",), must_be_beaten=True,
+        takes=("INIT",), must_be_beaten=True, acts="nothing",
     ),
     "new_seed": Arm(
         "none; from scratch with another start and order",
         "how large is the noise? (for `INIT=scratch`, where lambda0 repeats the baseline bit for bit)",
-        takes=("INIT",), own_seed=True,
+        takes=("INIT",), own_seed=True, acts="nothing",
     ),
     "per_class": Arm("decode(codes of the latents with the largest class means)", "**the method**", MASKED),
     "per_example": Arm(
@@ -84,6 +93,38 @@ ARMS = {
     "complement": Arm("decode(the codes that per_class drops)", "do the dropped codes do as well?", MASKED),
     "contrast": Arm(
         "per_class with latents ranked by class mean minus the other classes'", "does the ranking matter?", MASKED
+    ),
+    "mse_loss": Arm(
+        "the per_class target, by mean squared error over the variance of the activations", "does the cosine matter?",
+        MASKED, loss="mse",
+    ),
+    "untrained_sae": Arm(
+        "per_class with an SAE of random weights", "must the SAE have learnt anything?", (*MASKED, "SHARPEN_SEED"),
+        untrained_sae=True,
+    ),
+    "pca_targets": Arm(
+        "its projection onto as many principal directions as per_class keeps latents, about the mean",
+        "does any small basis do it?", MASKED,
+    ),
+    "l1_activation": Arm(
+        "none; lambda times the mean absolute activation", "does plain sparsity do it?", WEIGHTED, acts="penalty"
+    ),
+    "weight_decay": Arm(
+        "none; lambda is the optimiser's decoupled weight decay, added to `WEIGHT_DECAY`",
+        "does any regulariser do it?", WEIGHTED, acts="decay",
+    ),
+    "monoloss": Arm(
+        "none; 1 - MonoScore of the units in each batch (arXiv 2602.12403), similarities by the model before",
+        "does a loss that rewards units which fire on like examples do better?", PULLED, acts="penalty",
+    ),
+    "nonneg_contrastive": Arm(
+        "none; supervised contrastive loss of the non-negative activations in each batch (arXiv 2410.21331)",
+        "does a non-negative contrastive loss do better?", WEIGHTED, acts="penalty",
+    ),
+    "caft": Arm(
+        "none; while it trains, lambda (0-1) of the activations in the span of the latents that tell most of "
+        "`ATTRIBUTE_FIELD` beyond the label is taken out (arXiv 2507.16795)",
+        "does ablating an unwanted concept while fine-tuning do better?", (*WEIGHTED, "KEEP_PCT"), acts="ablation",
     ),
 }
 CONSTANTS = {name for arm in ARMS.values() for name in arm.takes}

@@ -2,8 +2,11 @@
 
     L_total = L_task + weight * L_aux      with L_aux = mean(1 - cos(h_i, t_i))
 
-h_i is live, so its gradient reaches the target layer and what stands below it; t_i is a constant of example i.
+h_i is live, so its gradient reaches the target layer and what stands below it; t_i is a constant of example i. Other
+arms have another L_aux of h (Penalty), or change h itself while the network trains (cycles/ablation.py).
 """
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,12 +35,42 @@ def auxiliary_loss(h: Tensor, t: Tensor, centre: Tensor | None = None) -> Tensor
     return 1 - cosine_similarity(h, t, dim=1, eps=COSINE_EPS)
 
 
-class Targets:
+class Auxiliary:
+    """What an arm does to training beside the task loss."""
+
+    def loss(self, h: Tensor, ids: Tensor) -> Tensor:
+        """L_aux of each row of h [B, D], the activations of the examples ids [B]: [B]."""
+        raise NotImplementedError
+
+    def distance(self, h: Tensor, ids: Tensor) -> Tensor | None:
+        """1 - cosine of each row to its target, [B]; None where there are no targets."""
+        return None
+
+    def while_training(self, model: Any) -> AbstractContextManager:
+        """In force during every forward pass that trains, and in no other."""
+        return nullcontext()
+
+
+class Penalty(Auxiliary):
+    """A loss of the activations of a batch, the same for each of its rows."""
+
+    def __init__(self, of_batch: Callable[[Tensor, Tensor], Tensor]):
+        """of_batch(h [B, D], ids [B]): a number, as cycles.penalties.penalty makes them."""
+        self.of_batch = of_batch
+
+    def loss(self, h: Tensor, ids: Tensor) -> Tensor:
+        return self.of_batch(h, ids).expand(len(h))
+
+
+class Targets(Auxiliary):
     """Constant targets by example id: at(ids) does not depend on the order of the loader."""
 
-    def __init__(self, ids: Tensor, t: Tensor, centre: Tensor | None = None):
-        """ids int64 [N] distinct, t [N, D]; the cosine is taken about centre [D], or the origin where it is None."""
-        self.t, self.centre = t.float(), centre
+    def __init__(self, ids: Tensor, t: Tensor, centre: Tensor | None = None, variance: float | None = None):
+        """ids int64 [N] distinct, t [N, D]; the cosine is taken about centre [D], or the origin where it is None.
+
+        variance: the loss is the mean squared error over the units divided by this, instead of 1 - cosine.
+        """
+        self.t, self.centre, self.variance = t.float(), centre, variance
         self.row = torch.full((int(ids.max()) + 1,), -1)
         self.row[ids] = torch.arange(len(ids))
 
@@ -50,7 +83,11 @@ class Targets:
         return self.t[self.row[ids]].to(device)
 
     def loss(self, h: Tensor, ids: Tensor) -> Tensor:
-        """The auxiliary loss of each row of h [B, D]: [B]."""
+        if self.variance is not None:
+            return (h - self.at(ids, h.device)).square().mean(1) / self.variance
+        return self.distance(h, ids)
+
+    def distance(self, h: Tensor, ids: Tensor) -> Tensor:
         centre = None if self.centre is None else self.centre.to(h.device)
         return auxiliary_loss(h, self.at(ids, h.device), centre)
 
@@ -61,18 +98,19 @@ def probe_ids(task: Task) -> Tensor:
 
 
 def probe(
-    model: nn.Module, task: Task, targets: Targets, settings: "TuneSettings", *, entries: Entries | None = None
+    model: nn.Module, task: Task, targets: Auxiliary, settings: "TuneSettings", *, entries: Entries | None = None
 ) -> dict[str, float]:
-    """The state of the auxiliary loss on probe_ids, in eval mode.
+    """The state of the auxiliary loss on probe_ids, in eval mode and in batches as in training.
 
-    loss (mean 1 - cos as trained), cos (mean, about the same centre as the loss), zero_norm_frac (rows of h without
-    direction), and grad_ratio = |weight * grad L_aux| / |grad L_task| over the parameters that L_aux reaches.
+    loss (mean, as trained), zero_norm_frac (rows of h without direction), grad_ratio = |weight * grad L_aux| /
+    |grad L_task| over the parameters that L_aux reaches, and with targets cos (mean, about the same centre as the
+    loss).
     """
     model.eval()
     device = next(model.parameters()).device
     ids = probe_ids(task)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     gradients: list[list[Tensor | None]] = []
     for of_task in (True, False):  # one pass each: the graph of sharded weights can't be walked twice
         for part in ids.split(settings.batch_size):
@@ -82,15 +120,18 @@ def probe(
                 cross_entropy(logits, batch["y"], reduction="sum").backward()
                 continue
             aux = targets.loss(h, part).sum()
-            (settings.aux_weight * aux).backward()
-            sums += torch.stack([aux.detach(), (h.norm(dim=1) == 0).sum()]).cpu().double()
+            far = targets.distance(h, part)
+            if aux.requires_grad:
+                (settings.aux_weight * aux).backward()
+            found = [aux, (h.norm(dim=1) == 0).sum(), torch.zeros_like(aux) if far is None else far.sum()]
+            sums += torch.stack([x.detach() for x in found]).cpu().double()
         gradients.append([p.grad for p in parameters])
         model.zero_grad(set_to_none=True)
     reached = [(task_g, aux_g) for task_g, aux_g in zip(*gradients) if task_g is not None and aux_g is not None]
     task_norm, aux_norm = (sum(_square_sum(pair[i]) for pair in reached) ** 0.5 for i in (0, 1))
-    loss, zero = (sums / len(ids)).tolist()
-    return {"loss": loss, "cos": 1 - loss, "zero_norm_frac": zero,
-            "grad_ratio": aux_norm / task_norm if task_norm else 0.0}
+    loss, zero, far_away = (sums / len(ids)).tolist()
+    return {"loss": loss, "zero_norm_frac": zero, "grad_ratio": aux_norm / task_norm if task_norm else 0.0,
+            **({} if far is None else {"cos": 1 - far_away})}
 
 
 def _square_sum(gradient: Tensor) -> float:
@@ -106,8 +147,9 @@ def pull_summary(progress: dict[str, Any], end: dict[str, float], weight: float)
     """The auxiliary loss of a whole training: the probe at its start and end, and the ratio of the two losses."""
     start = progress["start"]
     task_loss, aux_loss = progress["sums"]
+    cosines = {"cos_start": start["cos"], "cos_end": end["cos"]} if "cos" in end else {}
     return {
-        "loss_start": start["loss"], "loss_end": end["loss"], "cos_start": start["cos"], "cos_end": end["cos"],
+        "loss_start": start["loss"], "loss_end": end["loss"], **cosines,
         "loss_ratio": weight * aux_loss / max(task_loss, 1e-12),
         "grad_ratio": start["grad_ratio"], "grad_ratio_end": end["grad_ratio"], "zero_norm_frac": end["zero_norm_frac"],
     }

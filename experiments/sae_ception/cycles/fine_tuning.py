@@ -4,6 +4,7 @@
 """
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from cycles import schemas
-from cycles.auxiliary import Targets, probe, pull_summary
+from cycles.auxiliary import Auxiliary, probe, pull_summary
 from cycles.classifier import load_trained, trained_state
 from cycles.examples import Entries, make_batch, outputs, own_examples, shuffled_batches
 from cycles.sharding import is_sharded, shared_like, whole
@@ -63,23 +64,23 @@ class _Training:
     model: nn.Module
     task: Task
     settings: TuneSettings
-    targets: Targets | None
+    targets: Auxiliary | None
     entries: Entries | None
     optimizer: torch.optim.Optimizer
 
 
 def fine_tune(
-    model: nn.Module, task: Task, settings: TuneSettings, targets: Targets | None = None, *,
+    model: nn.Module, task: Task, settings: TuneSettings, targets: Auxiliary | None = None, *,
     entries: Entries | None = None, checkpoint: Checkpoint | None = None,
     log: Callable[[dict[str, float]], None] | None = None, label: str = "training",
 ) -> dict[str, Any]:
     """Train `model` in place on the training split; it ends with the weights of its last or best epoch.
 
     settings.select says which. The best epoch has the highest validation accuracy, the earlier one on a tie; it ends
-    some arms' training sooner than others', so arms that are compared take the last. targets: what h is pulled to with
-    settings.aux_weight; None: task loss only. entries: cached states below the first trained block. A training that
-    resumes from its checkpoint ends with the same result. Several ranks share every batch: their gradients are added
-    up, and only rank 0 writes the checkpoint.
+    some arms' training sooner than others', so arms that are compared take the last. targets: what h is pulled to, or
+    charged for, with settings.aux_weight; None: task loss only. entries: cached states below the first trained block. A
+    training that resumes from its checkpoint ends with the same result. Several ranks share every batch: their
+    gradients are added up, and only rank 0 writes the checkpoint.
 
     Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "kept_epoch"} and, with targets, "aux"
     (cycles.auxiliary.pull_summary).
@@ -181,13 +182,15 @@ def _accumulated(training: _Training, group: list[Tensor]) -> list[Tensor]:
     for whole_batch in group:
         ids, n = own_examples(whole_batch)
         batch = make_batch(task, ids, device, training.entries)
-        h, logits = model(batch)
-        loss = total = cross_entropy(logits, batch["y"])
-        aux = torch.zeros(())
-        if targets is not None:
-            aux = targets.loss(h, ids).mean()
-            total = loss + training.settings.aux_weight * aux
-        (total * (n / n_group * (world_size() if sharded else 1))).backward()
+        # Over the backward pass too, where gradient checkpointing computes the layer again.
+        with targets.while_training(model) if targets is not None else nullcontext():
+            h, logits = model(batch)
+            loss = total = cross_entropy(logits, batch["y"])
+            aux = torch.zeros(())
+            if targets is not None:
+                aux = targets.loss(h, ids).mean()
+                total = loss + training.settings.aux_weight * aux
+            (total * (n / n_group * (world_size() if sharded else 1))).backward()
         sums.append(n * torch.stack([loss.detach(), aux.detach().to(loss)]))
     if not sharded:
         add_up(*(p.grad for p in parameters if p.grad is not None))

@@ -19,16 +19,13 @@ from typing import Any
 import torch
 
 from cycles import schemas
+from cycles.acting import act
 from cycles.arms import definition
-from cycles.auxiliary import Targets, probe_ids
 from cycles.classifier import MLP, load_trained, trained_state
 from cycles.evaluation import evaluate
 from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune
-from cycles.sealed import read_sealed, write_sealed
 from cycles.session import Session
-from cycles.sharpening import n_kept
 from cycles.stamps import Constants, stage_constants, write_stamp
-from cycles.targets import Source, targets
 from lib.activations import SaveSettings, save_activations
 from lib.batches import Rows, rows_of_run, rows_of_tensor
 from lib.distributed import rank
@@ -45,11 +42,15 @@ def tune_settings(session: Session, arm: str, cycle: int, aux: Constants) -> Tun
     order = session.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
     if cycle and definition(arm).own_seed:
         order += 500_000 + 1000 * cycle
+    how = definition(arm).acts if cycle else "nothing"
+    weight = 0.0 if how == "nothing" else aux_weight(aux, cycle)
+    optimizer, decay = c["OPTIMIZER"], c["WEIGHT_DECAY"]
+    if how == "decay":
+        decay, optimizer, weight = weight + (decay if optimizer == "adamw" else 0.0), "adamw", 0.0
     return TuneSettings(
-        epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=c["OPTIMIZER"],
-        weight_decay=c["WEIGHT_DECAY"], warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"],
-        accumulate=c["ACCUMULATE"], aux_weight=aux_weight(aux, cycle) if cycle and definition(arm).has_targets else 0.0,
-        seed=order, select=c["SELECT_EPOCH"],
+        epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=optimizer,
+        weight_decay=decay, warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"],
+        accumulate=c["ACCUMULATE"], aux_weight=weight, seed=order, select=c["SELECT_EPOCH"],
     )
 
 
@@ -68,12 +69,9 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
         unfinished.unlink(missing_ok=True)
         return
     aux = stage_constants(session.c, "aux", arm) if cycle else {}
-    made: Targets | None = None
-    share: dict[str, float] = {}
-    if cycle and definition(arm).has_targets:
-        made, share = make_targets(session, arm, cycle - 1, aux)
-    start_from(session, arm, cycle, aux)
     settings = tune_settings(session, arm, cycle, aux)
+    made, share = act(session, arm, cycle - 1, aux, weight=settings.aux_weight) if cycle else (None, {})
+    start_from(session, arm, cycle, aux)
     tracker = "local" if rank() else session.c["TRACKER"]
     with open_tracker(tracker, folder / f"tracker_cycle_{cycle}", session.c) as track:
         history = fine_tune(
@@ -94,7 +92,7 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
 
 def _report_training(history: dict[str, Any], label: str) -> None:
     aux = history.get("aux")
-    if aux and (aux["cos_source"] > 0.99 or aux["grad_ratio"] < 0.01):
+    if aux and "cos_source" in aux and (aux["cos_source"] > 0.99 or aux["grad_ratio"] < 0.01):
         log.warning("%s: the auxiliary loss hardly pulls (the model that made the targets has a cosine of %.3f to "
                     "them, gradient ratio %.3f); keep fewer latents or raise AUX_WEIGHT before reading a null result",
                     label, aux["cos_source"], aux["grad_ratio"])
@@ -114,46 +112,6 @@ def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
         raise InputError(f"INIT={aux['INIT']!r} must be 'scratch' or 'continue'")
     else:
         load_trained(session.model, session.initial)
-
-
-def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tuple[Targets, dict[str, float]]:
-    """The targets that a cycle gives to the next, computed once by its frozen model and SAE, and kept on disk."""
-    session.load(arm, cycle)
-    sae = session.sae(arm, cycle)
-    ids = session.task.splits["train"]
-    h, _ = session.outputs(ids)
-    values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
-    sae = sae.to("cpu")
-    centre = None
-    if aux["AUX_CENTRED"]:  # an SAE over all tokens knows their mean, not that of the position that is pulled
-        centre = h.mean(0) if session.is_text and session.c["SAE_POSITIONS"] == "tokens" else sae.mean
-    t, share = targets(arm, Source(
-        h=h, values=values, indices=indices, y=session.task.y[ids], ids=ids, decode=sae.decode,
-        n_classes=session.task.n_classes, n_latents=sae.n_latents, keep=n_kept(sae.n_latents, aux["KEEP_PCT"]),
-        keep_per_example=aux["KEEP_PER_EXAMPLE"] or sae.top_k // 2, seed=aux["SHARPEN_SEED"] + session.seed,
-        centre=centre,
-    ))
-    made = Targets(ids, t, centre)
-    share["cos_source"] = 1 - float(made.loss(h, ids).double().mean())
-    folder = session.root / arm / f"seed_{session.seed}"
-    if rank() == 0:
-        content = {"example_id": ids, "t": t.float()} | ({} if centre is None else {"centre": centre})
-        write_sealed(folder / f"targets_cycle_{cycle}.safetensors", content)
-    return made, share
-
-
-def lambda0_cosine(session: Session, arm: str, cycle: int) -> float:
-    """Mean cosine of lambda0's model to the targets of `arm`, over the examples and about the centre of the arm's own.
-
-    Only what the arm's cosine has beyond this is owed to its pull.
-    """
-    path = session.root / arm / f"seed_{session.seed}" / f"targets_cycle_{cycle - 1}.safetensors"
-    stored = read_sealed(path, schemas.TARGETS)
-    made = Targets(stored["example_id"], stored["t"], stored.get("centre"))
-    session.load("lambda0", cycle)
-    ids = probe_ids(session.task)
-    h, _ = session.outputs(ids)
-    return 1 - float(made.loss(h, ids).double().mean())
 
 
 def train_cycle_sae(session: Session, arm: str, cycle: int, sae_seed: int = 0) -> None:

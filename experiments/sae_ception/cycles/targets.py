@@ -5,7 +5,7 @@
 A function takes the Source and returns the targets t [N, D] with, where codes were decoded, the share that was kept.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from cycles import sharpening
 from cycles.arms import unlabelled
 from lib.environment import InputError
+from lib.sae import SAE
 
 Made = tuple[Tensor, dict[str, float]]
 
@@ -148,6 +149,42 @@ def complement(x: Source) -> Made:
 @arm
 def contrast(x: Source) -> Made:
     return _decoded(x, _kept(x, sharpening.class_masks(sharpening.contrast(_means(x, x.y)), x.keep)))
+
+
+@arm
+def mse_loss(x: Source) -> Made:
+    """The method's targets: only the distance to them is another."""
+    return per_class(x)
+
+
+@arm
+def untrained_sae(x: Source) -> Made:
+    """The method's targets: only the SAE that x was coded with is another (random_sae)."""
+    return per_class(x)
+
+
+@arm
+def pca_targets(x: Source) -> Made:
+    """x.h projected onto its x.keep leading principal directions about its mean."""
+    if x.keep >= x.h.shape[1]:
+        raise InputError(f"pca_targets would keep {x.keep} directions of {x.h.shape[1]}, which is every one; lower "
+                         "KEEP_PCT")
+    h = x.h.double()
+    spread = h - (mean := h.mean(0))
+    leading = torch.linalg.eigh(spread.T @ spread)[1][:, -x.keep :]
+    projected = spread @ leading @ leading.T
+    share = float(projected.square().sum() / spread.square().sum().clamp(min=1e-300))
+    return (mean + projected).float(), {"kept_energy_frac": share}
+
+
+def random_sae(sae: SAE, seed: int) -> SAE:
+    """An SAE of this one's shape, centre, scale and sparsity that has learnt nothing.
+
+    Random unit rows are both its dictionary and its encoder, without bias.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator)).to(sae.W_dec)
+    return replace(sae, W_enc=rows, b_enc=torch.zeros_like(sae.b_enc), W_dec=rows)
 
 
 def _means(x: Source, labels: Tensor) -> Tensor:
