@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import rank
+from ..distributed import agree, rank
 from ..environment import InputError, log
 from ..files import read_torch, write_torch
 from ..outputs import is_current
+from ..sae import SAE
 from ..schemas import (
     CONSTANTS,
     COUNT,
@@ -33,7 +34,9 @@ from ..schemas import (
 )
 from .kinds import KINDS
 from .settings import PRECISIONS, Plan, TrainSettings
+from .start import state_of
 from .step import init_state, read_stats
+from .workspace import precision_of
 
 CHECKPOINT_SECONDS = 30.0  # at least, between two checkpoints
 CHECKPOINT_SHARE = 0.02  # of the time at most goes into checkpoints
@@ -123,15 +126,18 @@ def _append(block: dict[str, list[float]], point: dict[str, float]) -> None:
         column.append(point[name])
 
 
-def save_checkpoint(path: Path, progress: dict[str, Any]) -> float:
-    """Write a checkpoint; returns when the next is due, so that they take at most CHECKPOINT_SHARE of the time."""
+def save_checkpoint(path: Path, progress: dict[str, Any]) -> None:
+    """Write a checkpoint. Raises Diverged for weights that are not finite."""
     state = progress["state"]
     if not all(torch.isfinite(state[name]).all() for name in ("enc", "dec")):
         raise Diverged(f"the weights are no longer finite at step {int(state['step'])}; lower LR or check the "
                        "activations")
-    start = time.monotonic()
     if rank() == 0:
         write_torch(path, progress)
+
+
+def next_due(start: float) -> float:
+    """When to write checkpoints again, if writing the last ones began at `start` and ended now, by time.monotonic()."""
     end = time.monotonic()
     return end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
 
@@ -169,3 +175,22 @@ def resume(path: Path | None, key: str, settings: TrainSettings) -> dict[str, An
                "finish that training with its own, or delete the folder to train anew")
     log.info("resuming at step %d", step)
     return found
+
+
+def resumed_or_new(
+    checkpoint: Path | None, key: str, settings: TrainSettings, plan: Plan, transform: Tensor, start: SAE | None
+) -> dict[str, Any]:
+    """The progress of the checkpoint, or that of a training at its start, which is saved at once."""
+    made = resume(checkpoint, key, settings)
+    if not agree(made is not None):
+        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them "
+                         "share")
+    if made is None:
+        state = init_state(transform, settings.n_latents, settings.seed, aligned=settings.aligned, kind=settings.kind)
+        state |= {} if start is None else state_of(start, transform, settings.aligned)
+        made = {"key": key, "history": empty_history(plan), "settings": asdict(settings), "state": state,
+                "best": {}, "precision": precision_of(settings.precision, settings.kind, state)}
+        if checkpoint:  # keeps the precision, which another machine might choose otherwise
+            save_checkpoint(checkpoint, made)
+    made["state"] |= {name: tensor.to(transform.device) for name, tensor in made["state"].items() if name != "step"}
+    return made

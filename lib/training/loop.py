@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..batches import Source
-from ..distributed import agree, rank, world_size
-from ..environment import InputError, as_device, log
+from ..distributed import rank, world_size
+from ..environment import as_device, log
 from ..files import fingerprint
 from ..metrics.reconstruction import Reconstruction
 from ..sae import SAE, make_sae, refining, sae_hash
@@ -30,10 +30,10 @@ from . import checkpoints
 from .fast_step import fast_step
 from .kinds import KINDS, most_codes
 from .settings import Plan, TrainSettings, check_settings, falling_k, make_plan, schedule
-from .start import check_start, rows_about, state_of
-from .step import folded_weights, init_state, whitening
+from .start import check_start, rows_about
+from .step import folded_weights, whitening
 from .stopping import stop_between_steps
-from .workspace import Workspace, choose_precision, runs_compiled
+from .workspace import Workspace
 
 MAXIMA_ROWS = 1_000_000  # of training and of validation, whose codes are compared
 
@@ -71,11 +71,21 @@ class Training:
     take_step: Callable[..., None]
     track: Callable[[dict[str, float]], None]
     checkpoint: Path | None
+    failed: checkpoints.Diverged | None = None
 
     @property
     def step(self) -> int:
         """Steps taken."""
         return int(self.made["state"]["step"])
+
+    @property
+    def is_open(self) -> bool:
+        return self.step < self.plan.n_steps and self.failed is None
+
+    @property
+    def wants(self) -> tuple[Any, ...]:
+        """Trainings for which this is equal get the same batches."""
+        return id(self.source), self.settings.whiten, self.settings.batch_size, self.settings.seed
 
 
 def train_sae(
@@ -95,7 +105,7 @@ def train_sae(
     if `folder` holds an unfinished training with other settings.
     """
     training = begin(source, settings, folder, device, track=track, start=start)
-    take_batches(training, progress)
+    take_batches([training], progress)
     return finish(training)
 
 
@@ -116,34 +126,51 @@ def begin(
     kind = KINDS[settings.kind]
     twice = [kind.refine, kind.own, kind.ridge] if kind.refine else []  # may be tuned, unlike what names a kind
     key = fingerprint([asdict(settings), fingerprint(source.mean), source.n_train, str(device), *begun, *twice])
-    made = _resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform, start=start)
+    made = checkpoints.resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform, start=start)
     log.info("peak learning rate %.1e, %s steps", plan.learning_rate, f"{plan.n_steps:,}")
     return Training(source, settings, plan, transform, made=made, track=track, checkpoint=checkpoint,
                     take_step=_step_of(settings, plan, made["state"], made["precision"]))
 
 
-def take_batches(training: Training, progress: bool = True) -> None:
-    """Take all steps that are left, with a checkpoint now and then, and one where Ctrl-C or SIGTERM ends it."""
-    source, settings, plan = training.source, training.settings, training.plan
-    batches = source.batches(training.transform, settings.batch_size, seed=settings.seed, step=training.step,
-                             place=training.made.get("place"))
+def take_batches(trainings: list[Training], progress: bool = True) -> None:
+    """Take all steps that are left, side by side: trainings that want the same batches get the same ones.
+
+    Checkpoints are written now and then, and where Ctrl-C or SIGTERM ends it. A training that diverges is left behind;
+    `finish` raises what it said.
+    """
+    behind = min(trainings, key=lambda training: training.step)  # after a kill; those that are ahead wait for it
+    step, todo, wanted = behind.step, trainings, {training.wants: training for training in trainings}
+    batches = {wants: training.source.batches(training.transform, training.settings.batch_size,
+                                              seed=training.settings.seed, step=step, place=behind.made.get("place"))
+               for wants, training in wanted.items()}
     due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
     # With several ranks one that stops leaves the others waiting for it, so there Ctrl-C acts at once.
-    with stop_between_steps(training.checkpoint is not None and world_size() == 1) as stopped, \
-            tqdm(total=plan.n_steps, initial=training.step, unit="step", desc="training the SAE",
+    with stop_between_steps(behind.checkpoint is not None and world_size() == 1) as stopped, \
+            tqdm(total=sum(training.plan.n_steps for training in todo), initial=sum(each.step for each in todo),
+                 desc=f"training {'the SAE' if len(todo) == 1 else f'{len(todo)} SAEs'}", unit="step",
                  disable=not progress or rank() > 0) as bar:
-        while training.step < plan.n_steps:
-            val = take_batch(training, next(batches))
-            bar.update()
-            if val:
-                dead_pct = training.made["history"]["train"]["dead_pct"][-1]
-                bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{dead_pct:.1f}%")
-            if training.checkpoint and (stopped() or time.monotonic() > due):
-                due = _save(training)
+        while todo := [training for training in todo if training.is_open]:
+            given = {wants: next(batches[wants]) for wants in dict.fromkeys(training.wants for training in todo)}
+            for training in (training for training in todo if training.step == step):
+                _try_batch(training, given[training.wants], bar)
+            step += 1
+            if stopped() or time.monotonic() > due:
+                due = _save(trainings)
             if stopped():
                 raise KeyboardInterrupt
-    if training.checkpoint:
-        _save(training)
+    _save(trainings)
+
+
+def _try_batch(training: Training, x: Tensor, bar: tqdm) -> None:
+    try:
+        val = take_batch(training, x)
+    except checkpoints.Diverged as error:
+        training.failed = error
+        return
+    bar.update()
+    if val:
+        dead_pct = training.made["history"]["train"]["dead_pct"][-1]
+        bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{dead_pct:.1f}%")
 
 
 def take_batch(training: Training, x: Tensor) -> dict[str, float] | None:
@@ -161,51 +188,29 @@ def take_batch(training: Training, x: Tensor) -> dict[str, float] | None:
 
 
 def finish(training: Training) -> tuple[SAE, dict[str, Any]]:
-    """The SAE of the best epoch, and the history, after the last step."""
+    """The SAE of the best epoch, and the history, after the last step. Raises Diverged if there is none."""
+    if training.failed:
+        if training.checkpoint and rank() == 0:
+            training.checkpoint.unlink(missing_ok=True)  # it would only diverge again
+        raise training.failed
     made, settings = training.made, training.settings
     history = made["history"] | {"settings": asdict(settings), "precision": made["precision"],
                                  "units": checkpoints.UNITS, "best_epoch": made["best"]["epoch"]}
     return _sae_of(made["best"], training.source, settings).to(training.transform.device), history
 
 
-def _save(training: Training) -> float:
-    """Write the checkpoint; returns when the next is due."""
-    if place := training.source.place():
-        training.made["place"] = place
-    assert training.checkpoint is not None
-    return checkpoints.save_checkpoint(training.checkpoint, training.made)
-
-
-def _resumed_or_new(
-    checkpoint: Path | None, key: str, settings: TrainSettings, plan: Plan, transform: Tensor, start: SAE | None
-) -> dict[str, Any]:
-    """The progress of the checkpoint, or that of a training at its start, which is saved at once."""
-    made = checkpoints.resume(checkpoint, key, settings)
-    if not agree(made is not None):
-        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all of them "
-                         "share")
-    if made is None:
-        state = init_state(transform, settings.n_latents, settings.seed, aligned=settings.aligned, kind=settings.kind)
-        state |= {} if start is None else state_of(start, transform, settings.aligned)
-        made = {"key": key, "history": checkpoints.empty_history(plan), "settings": asdict(settings), "state": state,
-                "best": {}, "precision": _precision(settings, state)}
-        if checkpoint:  # keeps the precision, which another machine might choose otherwise
-            checkpoints.save_checkpoint(checkpoint, made)
-    made["state"] |= {name: tensor.to(transform.device) for name, tensor in made["state"].items() if name != "step"}
-    return made
-
-
-def _precision(settings: TrainSettings, state: dict[str, Tensor]) -> str:
-    """Of the encoder product, the same on all ranks."""
-    (n_latents, width), device = state["dec"].shape, state["dec"].device
-    if KINDS[settings.kind].fast != "everywhere" and not runs_compiled(device, shared=world_size() > 1):
-        return "float32"
-    precision, choice = settings.precision, f"encoder product in {settings.precision}"
-    if precision == "auto":
-        compiled = runs_compiled(device, shared=world_size() > 1)
-        precision, choice = choose_precision(n_latents, width, device, compiled)
-    log.info(choice)
-    return precision if agree(precision == "bfloat16") else "float32"
+def _save(trainings: list[Training]) -> float:
+    """Write the checkpoints; returns when the next ones are due."""
+    start = time.monotonic()
+    for training in trainings:
+        if training.checkpoint and not training.failed:
+            if place := training.source.place():
+                training.made["place"] = place
+            try:
+                checkpoints.save_checkpoint(training.checkpoint, training.made)
+            except checkpoints.Diverged as error:
+                training.failed = error
+    return checkpoints.next_due(start)
 
 
 def _step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], precision: str) -> Callable[..., None]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..distributed import agree, world_size
 from ..environment import InputError, log
 from .kinds import KINDS
 
@@ -103,6 +104,19 @@ def choose_precision(
                             "its candidates are computed again in float32")
     return "float32", (f"encoder product in float32 (the {device.type} has no instructions for bfloat16 "
                        "that are known to be faster)")
+
+
+def precision_of(wanted: str, kind: str, state: dict[str, Tensor]) -> str:
+    """Of the encoder product in a training: the same on all ranks, and logged. wanted: of TrainSettings."""
+    (n_latents, width), device = state["dec"].shape, state["dec"].device
+    compiled = runs_compiled(device, shared=world_size() > 1)
+    if KINDS[kind].fast != "everywhere" and not compiled:
+        return "float32"
+    precision, choice = wanted, f"encoder product in {wanted}"
+    if wanted == "auto":
+        precision, choice = choose_precision(n_latents, width, device, compiled)
+    log.info(choice)
+    return precision if agree(precision == "bfloat16") else "float32"
 
 
 def multiplies_int8() -> bool:
