@@ -65,6 +65,8 @@ class Rows:
     """[D], of the training rows."""
     covariance: Tensor
     """[D, D], of the training rows."""
+    kept: dict[str, Tensor] | None = None
+    """A dict in which trainings share the whitened rows of a run that fits into one buffer; None: each has its own."""
 
     @property
     def scale(self) -> float:
@@ -85,7 +87,7 @@ class Rows:
     def batches(
         self, transform: Tensor, batch_size: int, *, seed: int, step: int, place: dict[str, Any] | None = None
     ) -> Iterator[Tensor]:
-        cache: dict[str, Tensor] = {}
+        cache = {} if self.kept is None else self.kept
         epoch, done = divmod(step, steps_per_epoch(self.n_train, batch_size))
         while True:
             yield from shuffled_batches(self, transform, batch_size, seed=seed, epoch=epoch, start=done, cache=cache)
@@ -196,9 +198,14 @@ def shuffled_batches(
         left_over = ids[order[n_full:]]
 
 
+def buffer_rows(rows: Rows) -> int:
+    """How many rows are shuffled together: as many as BUFFER_BYTES hold, at least two shards."""
+    return max(2 * max(map(len, rows.shards)), BUFFER_BYTES // (4 * len(rows.mean)))
+
+
 def _shuffled_groups(rows: Rows, generator: torch.Generator) -> list[list[int]]:
     """The shards in random order, in groups that fit into a buffer together, or hold two shards."""
-    per_buffer = max(2 * max(map(len, rows.shards)), BUFFER_BYTES // (4 * len(rows.mean)))
+    per_buffer = buffer_rows(rows)
     groups: list[list[int]] = [[]]
     size = 0
     for i in torch.randperm(len(rows.shards), generator=generator).tolist():

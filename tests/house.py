@@ -22,6 +22,7 @@ PUBLIC = {
     "lib/steering.py": "steering a model from code of one's own",
     "lib/exchange/": "what others published, from code of one's own",
     "lib/training/__init__.py": "what the folder holds",
+    "lib/training/many.py": "many SAEs from one read, as train_sae is one",
     "lib/metrics/": "tensors in, numbers out: for any codes and labels",
 }
 DATA = {"experiments/embedded_default/grammar.py"}  # word lists and sentence frames; their length is no fault

@@ -129,7 +129,7 @@ def begin(
     made = checkpoints.resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform, start=start)
     log.info("peak learning rate %.1e, %s steps", plan.learning_rate, f"{plan.n_steps:,}")
     return Training(source, settings, plan, transform, made=made, track=track, checkpoint=checkpoint,
-                    take_step=_step_of(settings, plan, made["state"], made["precision"]))
+                    take_step=step_of(settings, plan, made["state"], made["precision"]))
 
 
 def take_batches(trainings: list[Training], progress: bool = True) -> None:
@@ -138,19 +138,21 @@ def take_batches(trainings: list[Training], progress: bool = True) -> None:
     Checkpoints are written now and then, and where Ctrl-C or SIGTERM ends it. A training that diverges is left behind;
     `finish` raises what it said.
     """
-    behind = min(trainings, key=lambda training: training.step)  # after a kill; those that are ahead wait for it
-    step, todo, wanted = behind.step, trainings, {training.wants: training for training in trainings}
+    todo, step = trainings, min(training.step for training in trainings)
+    first = {training.wants: training for training in sorted(trainings, key=lambda each: -each.step)}
     batches = {wants: training.source.batches(training.transform, training.settings.batch_size,
-                                              seed=training.settings.seed, step=step, place=behind.made.get("place"))
-               for wants, training in wanted.items()}
+                                              seed=training.settings.seed, step=training.step,
+                                              place=training.made.get("place")) for wants, training in first.items()}
+    starts = {wants: training.step for wants, training in first.items()}  # after a kill, some are ahead and wait
     due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
     # With several ranks one that stops leaves the others waiting for it, so there Ctrl-C acts at once.
-    with stop_between_steps(behind.checkpoint is not None and world_size() == 1) as stopped, \
+    with stop_between_steps(all(each.checkpoint for each in todo) and world_size() == 1) as stopped, \
             tqdm(total=sum(training.plan.n_steps for training in todo), initial=sum(each.step for each in todo),
                  desc=f"training {'the SAE' if len(todo) == 1 else f'{len(todo)} SAEs'}", unit="step",
                  disable=not progress or rank() > 0) as bar:
         while todo := [training for training in todo if training.is_open]:
-            given = {wants: next(batches[wants]) for wants in dict.fromkeys(training.wants for training in todo)}
+            given = {wants: next(batches[wants]) for wants in dict.fromkeys(training.wants for training in todo)
+                     if step >= starts[wants]}
             for training in (training for training in todo if training.step == step):
                 _try_batch(training, given[training.wants], bar)
             step += 1
@@ -213,7 +215,7 @@ def _save(trainings: list[Training]) -> float:
     return checkpoints.next_due(start)
 
 
-def _step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], precision: str) -> Callable[..., None]:
+def step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], precision: str) -> Callable[..., None]:
     """take_step(state, x, lr=..., k=...) for this kind of SAE."""
     work = Workspace(state, precision, shared=world_size() > 1, kind=settings.kind)
     return partial(fast_step, dead_after=plan.dead_after, work=work, aux_weight=settings.aux_weight,
