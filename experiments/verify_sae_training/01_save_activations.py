@@ -79,7 +79,7 @@ CONSTANTS = override(globals(), PRESETS)
 
 from corpora import constants_for
 from list_layers import list_layers
-from streaming import fingerprint_texts, stream_texts
+from streaming import copy_of, fingerprint_texts
 
 from checks.before_saving import contents_of, preview, say_what_changed
 from lib.activations import SaveSettings, save_activations
@@ -101,12 +101,7 @@ def load_texts() -> Sequence[str]:
     """The texts of the data set: a list, or with STREAM a file that is read when they are needed."""
     if not STREAM:
         return [document[TEXT_FIELD] for document in load_documents(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT)]
-    path = local_path(DATASET)
-    version = [path.stat().st_size, path.stat().st_mtime] if path else None
-    key = fingerprint([DATASET, version, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT])
-    with in_use(FOLDER / "texts"):
-        return stream_texts(DATASET, FOLDER / "texts" / f"{key}.jsonl", split=DATA_SPLIT, text_field=TEXT_FIELD,
-                            limit=DATA_LIMIT)
+    return copy_of(DATASET, DATA_SPLIT, TEXT_FIELD, DATA_LIMIT)
 
 
 def take_constants_of_sae():

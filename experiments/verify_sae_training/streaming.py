@@ -1,5 +1,6 @@
 """Texts that don't fit into memory: copied once from a stream to a file, then read from it by number.
 
+    texts = copy_of("HuggingFaceFW/fineweb", limit=10_000_000)            # a file of the store, named for its content
     texts = stream_texts("HuggingFaceFW/fineweb", folder / "texts.jsonl", limit=10_000_000)
     texts[5], texts[512:1024], len(texts)
 
@@ -20,7 +21,10 @@ from tqdm.auto import tqdm
 
 from lib.distributed import LOADING, beat, rank, wait_for_all
 from lib.environment import InputError, log
+from lib.files import fingerprint
 from lib.models import local_path
+from lib.outputs import in_use
+from lib.store import experiment_dir
 from lib.texts import drawn_from_stream, drawn_rows, readable, require_field, tell_left_out
 
 COPY_TEXTS = 1000  # documents written together
@@ -60,6 +64,15 @@ class TextFile(Sequence[str]):
         return json.loads(file.readline())
 
 
+def copy_of(dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None) -> TextFile:
+    """stream_texts() into a file of the store, by which a later call finds them."""
+    folder, path = experiment_dir("verify_sae_training") / "texts", local_path(dataset)
+    version = [path.stat().st_size, path.stat().st_mtime] if path else None
+    key = fingerprint([dataset, version, split, text_field, limit])
+    with in_use(folder):
+        return stream_texts(dataset, folder / f"{key}.jsonl", split=split, text_field=text_field, limit=limit)
+
+
 def stream_texts(
     dataset: str, copy: Path, *, split: str = "train", text_field: str = "text", limit: int | None = None
 ) -> TextFile:
@@ -70,7 +83,7 @@ def stream_texts(
     """
     if rank() == 0 and not copy.exists():
         with readable(dataset):
-            _copy(_drawn(dataset, _open_stream(dataset, split), limit), copy, dataset, text_field, total=limit)
+            _copy(_drawn(dataset, open_stream(dataset, split), limit), copy, dataset, text_field, total=limit)
     wait_for_all()
     texts = TextFile(copy)
     if not texts.n_lines:
@@ -81,7 +94,8 @@ def stream_texts(
     return texts
 
 
-def _open_stream(dataset: str, split: str) -> Any:
+def open_stream(dataset: str, split: str) -> Any:
+    """The documents one by one, as they arrive."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -1,0 +1,1 @@
+"""Training rows straight from a running model, mixed in memory."""
