@@ -50,6 +50,8 @@ MODEL = [f"{EMBEDDED}/02_train_story_model.py", "HIDDEN=16", "LAYERS=1", "HEADS=
 SCRIPTS = {
     "verify 01": [[f"{VERIFY}/01_save_activations.py", *SAVE]],
     "verify 02": [[f"{VERIFY}/01_save_activations.py", *SAVE], [f"{VERIFY}/02_train_sae.py", *TRAIN]],
+    "verify 02 live": [[f"{VERIFY}/01_save_activations.py", *SAVE, "DATA_LIMIT=60"],
+                       [f"{VERIFY}/02_train_sae.py", *TRAIN, "LIVE=True", "N_TOKENS=2000", "BUFFER_TOKENS=200"]],
     "sae_ception 01": [BASELINE],
     "sae_ception 02": [BASELINE, SAE],
     "sae_ception 03": [BASELINE, SAE, [f"{CEPTION}/03_train_auxiliary.py", "KEEP_PCT=5.0"]],

@@ -1,15 +1,19 @@
 """The rows of a running model, mixed in memory: how well, what is in memory, and that a resumed pass gives the same."""
+import signal
 from itertools import count, islice
 
 import datasets
 import pytest
 import torch
+
 from activation_buffer import documents as documents_module
 from activation_buffer.documents import Shuffled, Stream
 from activation_buffer.rows import LiveRows
-
 from lib.batches import rows_of_tensor
 from lib.environment import InputError
+from lib.sae import sae_hash
+from lib.training import loop
+from lib.training.loop import TrainSettings, take_batch, train_sae
 
 BLOCK_ROWS, TEXT_ROWS, BATCH, WIDTH, WINDOW = 250, 10, 50, 4, 15
 IN_MEMORY = (WINDOW + 1) // 2 * BLOCK_ROWS
@@ -27,7 +31,8 @@ def numbered(first, sizes=lambda number: BLOCK_ROWS):
 
 def live(n_tokens, read=numbered, window=WINDOW):
     stored = rows_of_tensor(torch.eye(WIDTH).repeat(5, 1), torch.arange(20) < 4)
-    return LiveRows(stored, read, n_tokens, epochs=2, window=window, mean=torch.zeros(WIDTH), covariance=torch.eye(WIDTH))
+    return LiveRows(stored, read, n_tokens, epochs=2, window=window, mean=torch.zeros(WIDTH),
+                    covariance=torch.eye(WIDTH))
 
 
 def positions(rows, batch=BATCH, seed=0, place=None, n=None):
@@ -111,7 +116,8 @@ def test_a_resumed_pass_gives_the_same_batches_and_reads_only_its_window(sizes, 
 
 
 def test_a_damaged_place_is_refused():
-    for wrong in ({"round": -1}, {"n_rows": "1"}, {"over": torch.zeros(2, 3)}, {"over": torch.full((1, WIDTH), torch.nan)}):
+    for wrong in ({"round": -1}, {"n_rows": "1"}, {"over": torch.zeros(2, 3)},
+                  {"over": torch.full((1, WIDTH), torch.nan)}):
         place = {"round": 20, "given": 1, "n_blocks": 21, "n_rows": 5250, "over": torch.zeros(0, WIDTH)} | wrong
         with pytest.raises(InputError, match="place in the texts is damaged"):
             positions(live(9000), place=place, n=1)
@@ -151,6 +157,34 @@ def test_a_stream_is_read_from_any_number_and_again_from_its_beginning(hub, capl
     for first in (1, 99, 100, 101, 230):
         assert list(islice(stream.texts_from(first), 20)) == found[first : first + 20]
     assert "ends after 100 documents" in caplog.text
+
+
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """The same bytes, wherever it stopped: the checkpoint holds the place."""
+    def read(first):
+        for number in count(first):
+            yield torch.randn(300, 8, generator=torch.Generator().manual_seed(number))
+
+    def training(folder):
+        x = torch.randn(400, 8, generator=torch.Generator().manual_seed(99))
+        stored = rows_of_tensor(x, torch.arange(400) < 100)
+        rows = LiveRows(stored, read, 6000, epochs=3, window=4, mean=stored.mean, covariance=stored.covariance)
+        return train_sae(rows, TrainSettings(n_latents=16, top_k=2, epochs=3, batch_size=100), folder, progress=False)
+
+    whole, history = training(None)
+    for stop_at in (1, 17, 20, 41, 59):
+        steps = count(1)
+
+        def stop(training, x, steps=steps, stop_at=stop_at):
+            if next(steps) == stop_at:
+                signal.raise_signal(signal.SIGINT)
+            return take_batch(training, x)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop, "take_batch", stop)
+            training(tmp_path / str(stop_at))
+        again, same = training(tmp_path / str(stop_at))
+        assert sae_hash(again) == sae_hash(whole) and same == history
 
 
 def test_a_stream_without_the_field_is_named(hub):

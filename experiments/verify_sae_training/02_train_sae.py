@@ -1,10 +1,14 @@
-"""Step 2: train a TopK sparse autoencoder on saved activations. Needs no language model.
+"""Step 2: train a TopK sparse autoencoder on saved activations. Needs no language model, but with LIVE.
 
     python 02_train_sae.py                       # on the run that step 1 finished last
     python 02_train_sae.py PRESET=bielik         # the sizes of the original experiment
     python 02_train_sae.py TOP_K=16 EPOCHS=20    # any constant below, by its name
     python 02_train_sae.py START_FROM=<name>     # go on from a trained or public SAE, on the activations of now
+    python 02_train_sae.py LIVE=True N_TOKENS=100_000_000    # on texts that the model reads meanwhile
     torchrun --nproc-per-node 4 02_train_sae.py  # four processes share every step; see experiments/at_scale
+
+LIVE takes the run of step 1 as a sample, for statistics, held-out texts and notebooks, and trains on the whole of its
+data set, read by the run's model: activations are mixed in memory and never written.
 
 After an interruption, rerun the same command: it continues from the last checkpoint. Other constants make another SAE;
 the same ones find the SAE that is there.
@@ -36,6 +40,10 @@ WHITEN: Part = 1 / 8                      # power of the partial whitening, fold
 ALIGNED = True                            # encoder aligned with the dictionary up to a learnt gain; False: free
 PRECISION: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # to propose candidates; auto: by processor
 LOG_EVERY: Count = 50                     # steps between two points of the training curve
+LIVE = False                              # True: train on all texts of the run's data set, while the model reads them
+N_TOKENS: Count | None = None             # LIVE: tokens to train on, scored EPOCHS times; None: EPOCHS passes over all
+BUFFER_TOKENS: Count = 262_144            # LIVE: tokens that are in memory to be mixed, width x 2 or 4 bytes each
+TRUST_REMOTE_CODE = False                 # LIVE: run code that comes with a hub model; only for authors you trust
 START_FROM: Location | None = None        # SAE to go on from: name, folder, or user/repository/folder on the hub
 VERIFY = False                            # first compare the checksums of all activations: reads the whole run
 TRACKER: Tracker = "local"                # where curves are shown; the history is always written as JSON too
@@ -51,7 +59,7 @@ PRESETS = {
 }
 CONSTANTS = override(globals(), PRESETS)
 
-from lib.batches import rows_of_run, sample_rows
+from lib.batches import rows_of_run
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run, say_next
 from lib.exchange.rows import sae_for
@@ -68,20 +76,43 @@ from lib.training.loop import TrainSettings, highest_codes, score, train_sae
 from lib.training.start import kind_of
 
 FOLDER = experiment_dir("verify_sae_training")
-UNUSED = ({"START_FROM"} if START_FROM is None else set()) | ({"START_K", "FALL"} if START_K is None else set())
-MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in {"VERIFY", "TRACKER"} | UNUSED}
+UNUSED = ({"START_FROM"} if START_FROM is None else set()) | ({"START_K", "FALL"} if START_K is None else set()) | (
+    set() if LIVE else {"LIVE", "N_TOKENS", "BUFFER_TOKENS"})
+NO_MATTER = {"VERIFY", "TRACKER", "TRUST_REMOTE_CODE"}
+MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in NO_MATTER | UNUSED}
 
 
 def source_of(name, rows):
     """The SAE that START_FROM names, and the constants that it decides."""
     sae = sae_for(name, rows)
-    scores = score(sae, sample_rows(rows, validation=True, limit=None))
+    scores = score(sae, rows.sample(validation=True, limit=None))
     l0, multiplier = scores["l0_mean"], sae.n_latents / len(rows.mean)
     log.info("START_FROM, held out: EV %.4f, L0 %.2f", scores["ev"], l0)
     if kind_of(sae) in WITH_THRESHOLD and not l0 / 2 <= TOP_K <= 2 * l0:
         raise InputError(f"START_FROM has {l0:.1f} codes a token; set TOP_K={max(1, round(l0))}")
     whole = N_LATENTS_MULTIPLIER if multiplier.is_integer() else multiplier  # others have sizes that this can't give
     return sae, {"START_FROM_SAE": sae_hash(sae), "N_LATENTS_MULTIPLIER": whole}
+
+
+def rows_to_train_on(saved, hook):
+    """The run's own rows or, with LIVE, those of its whole data set; and the constants that this decides."""
+    if not LIVE:
+        if N_TOKENS is not None:
+            raise InputError("N_TOKENS says how long LIVE=True trains; on saved activations EPOCHS does: leave it out")
+        return rows_of_run(saved, hook), {}
+    from activation_buffer.reading import live_rows  # loads what a language model needs
+
+    def require_batches(n_tokens):
+        if min(n_tokens // EPOCHS, BUFFER_TOKENS) < BATCH_SIZE_TRAIN:
+            raise InputError(f"N_TOKENS / EPOCHS ({n_tokens // EPOCHS:,}) and BUFFER_TOKENS must hold a batch of "
+                             f"{BATCH_SIZE_TRAIN:,}; raise them, or lower BATCH_SIZE_TRAIN")
+
+    if N_TOKENS is not None:
+        require_batches(N_TOKENS)  # before the model is loaded
+    rows = live_rows(saved, hook, n_tokens=N_TOKENS, epochs=EPOCHS, buffer_tokens=BUFFER_TOKENS, seed=SEED,
+                     device=DEVICE, trust_remote_code=TRUST_REMOTE_CODE)
+    require_batches(rows.n_tokens)
+    return rows, {"N_TOKENS": rows.n_tokens}
 
 
 def train(folder, origin, saved, rows, start):
@@ -103,11 +134,11 @@ def train(folder, origin, saved, rows, start):
             raise
     if rank():
         return
-    final = score(sae, sample_rows(rows, validation=True, limit=None))
+    final = score(sae, rows.sample(validation=True, limit=None))
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
     sae.config.update(origin, tokens_trained=EPOCHS * rows.n_train, provenance=provenance(), final=final)
     sae.maxima = highest_codes(sae, rows)
-    save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))
+    save_sae(sae, folder / MODEL_FILE, probe=next(rows.sample(validation=True, limit=None)))
     about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae),
              "constants": origin["constants"]}
     write_json(folder / HISTORY_FILE, {**about, **history, "final": final}, sealed=True)
@@ -130,10 +161,10 @@ def main():
     log_to(FOLDER / "02_train_sae.log")
     saved = open_run("verify_sae_training", RUN_ID, VERIFY)
     hook = saved.hook(LAYER)
-    rows = rows_of_run(saved, hook)
+    rows, tokens = rows_to_train_on(saved, hook)
     log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook, len(rows.mean))
     start, decided = source_of(START_FROM, rows) if START_FROM else (None, {})
-    constants = MADE_WITH | decided
+    constants = MADE_WITH | tokens | decided
     n_latents = round(constants["N_LATENTS_MULTIPLIER"] * len(rows.mean))
     origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": constants}
     folder = trained_as(made_from(origin)) or sae_folder(origin)

@@ -46,20 +46,19 @@ class Stream:
         """None stands for a document without text: it keeps its number."""
         at = first
         while True:
-            end = at
+            n = 0
             with readable(self.dataset):
-                for end, document in enumerate(self.documents.skip(at) if at else self.documents, at + 1):
+                for document in self.documents.skip(at) if at else self.documents:
                     require_field(self.dataset, document, self.text_field)
                     yield document[self.text_field] if isinstance(document[self.text_field], str) else None
-                if end > at:
-                    log.info("DATASET=%s ends after %s documents: it is read again from its beginning", self.dataset,
-                             f"{end:,}")
-                    at = 0
-                    continue
-                n = sum(1 for _ in self.documents)  # a resumed pass begins beyond the end of the first one
-            if not n:
+                    n += 1
+                # A resumed pass may begin beyond the end of the first one.
+                length = at + n if n else sum(1 for _ in self.documents)
+            if not length:
                 raise InputError(f"DATASET={self.dataset} is empty")
-            at %= n
+            log.info("DATASET=%s ends after %s documents: it is read again from its beginning", self.dataset,
+                     f"{length:,}")
+            at = 0 if n else at % length
 
 
 def open_documents(dataset: str, split: str = "train", text_field: str = "text", seed: int = 0) -> Shuffled | Stream:

@@ -7,7 +7,6 @@ The run is a sample: mean, covariance, held-out rows, and how texts are cut and 
 """
 from collections.abc import Iterator
 from itertools import count, islice
-from typing import Any
 
 import torch
 from saved_model import model_of_run
@@ -17,6 +16,7 @@ from lib.activations import STORE_DTYPES, SaveSettings, block_rows
 from lib.batches import rows_of_run
 from lib.environment import InputError, log
 from lib.models import source_of_run
+from lib.schemas import Misfit, check
 from lib.store import Run
 from lib.texts import filler_id
 
@@ -39,8 +39,7 @@ def live_rows(
     be reached or has changed, or, without n_tokens, has no known end.
     """
     model, tokenizer, point = model_of_run(run, hook, device, trust_remote_code)
-    dataset = run.meta["dataset"]
-    documents = open_documents(source_of_run(dataset), dataset["split"], dataset["field"], seed)
+    documents = _documents(run, seed)
     held_out = {text["text"] for text in run.texts if text["split"] == "val"}
     per_text = run.n_rows / len(run.texts)
     settings = SaveSettings(**run.meta["settings"])
@@ -67,6 +66,17 @@ def live_rows(
             yield x if limit is None else x[x.float().norm(dim=1) <= limit]
 
     return LiveRows(stored, read, n_tokens, epochs, window=window, mean=stored.mean, covariance=stored.covariance)
+
+
+def _documents(run: Run, seed: int) -> Shuffled | Stream:
+    """The whole data set of which a run holds a part."""
+    try:
+        check(run.meta, {"dataset": {"split": str, "field": str}})
+    except Misfit as misfit:
+        raise InputError(f"the run does not say which texts it holds ({misfit}); run 01_save_activations.py "
+                         "again") from None
+    dataset = run.meta["dataset"]
+    return open_documents(source_of_run(dataset), dataset["split"], dataset["field"], seed)
 
 
 def _tokens_of_all(documents: Shuffled | Stream, n_held_out: int, per_text: float) -> int:

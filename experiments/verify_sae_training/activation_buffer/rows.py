@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lib.batches import EVAL_ROWS, Rows
 from lib.environment import InputError
@@ -75,11 +76,12 @@ class LiveRows:
 
     def _raw_batches(self, batch_size: int, seed: int, place: dict[str, Any] | None) -> Iterator[Tensor]:
         """[batch_size, D] each; every row that was read leaves once, but for the last that no longer fill a batch."""
-        at = _checked(place, len(self.mean)) if place else {
-            "round": self.window - 1, "given": 0, "n_blocks": 0, "n_rows": 0, "over": torch.zeros(0, len(self.mean))}
+        start = {"round": self.window - 1, "given": 0, "n_blocks": 0, "n_rows": 0,
+                 "over": torch.zeros(0, len(self.mean))}
+        at: dict[str, Any] = _checked(place, len(self.mean)) if place else start
         buffer = _Buffer(self.window, seed, first_round=at["round"])
         first = max(0, at["round"] - self.window + 1) if place else 0
-        blocks = self._filled(first)
+        blocks = self._blocks(first, n_to_fill=at["round"] + 1 - first)
         for number in range(first, at["n_blocks"]):  # what the buffer held is read again
             buffer.take(number, next(blocks))
         while True:
@@ -99,14 +101,22 @@ class LiveRows:
             over = rows[order[n_full * batch_size :]]
             at |= {"round": at["round"] + 1, "given": 0, "over": over}
 
-    def _filled(self, first: int) -> Iterator[Tensor]:
-        """The blocks from number `first` on. Raises InputError where rows no longer come."""
+    def _blocks(self, first: int, n_to_fill: int) -> Iterator[Tensor]:
+        """The blocks from number `first` on, with a bar over those that come before the first batch.
+
+        Raises InputError where rows no longer come.
+        """
         n_empty = 0
-        for block in self.read(first):
-            n_empty = 0 if len(block) else n_empty + 1
-            if n_empty == EMPTY_BLOCKS:
-                raise InputError("the texts give no more tokens to train on: all are held out, empty or special tokens")
-            yield block
+        with tqdm(total=n_to_fill, desc="filling the buffer", unit="block", leave=False) as bar:
+            for block in self.read(first):
+                n_empty = 0 if len(block) else n_empty + 1
+                if n_empty == EMPTY_BLOCKS:
+                    raise InputError("the texts give no more tokens to train on: all are held out, empty or special "
+                                     "tokens")
+                bar.update()
+                if bar.n >= n_to_fill:
+                    bar.close()
+                yield block
 
 
 class _Buffer:
@@ -158,5 +168,6 @@ def _checked(place: dict[str, Any], width: int) -> dict[str, Any]:
         check(place, PLACE)
         check_tensors(place, {"over": "float N D"}, D=width)
     except Misfit as misfit:
-        raise InputError(f"the checkpoint's place in the texts is damaged: {misfit}; delete it and train again") from None
+        raise InputError(f"the checkpoint's place in the texts is damaged: {misfit}; delete it and train "
+                         "again") from None
     return dict(place)

@@ -1,0 +1,93 @@
+"""LIVE in step 2: the same rows as a store holds, an SAE that later steps can use, and wrong input in one line."""
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import TEXTS, sae_of
+from test_verify_scripts import SMALL, TRAIN, script, source  # noqa: F401
+
+from activation_buffer import reading
+from lib.batches import read_rows
+from lib.environment import InputError
+from lib.sae import load_sae
+from lib.saes import list_saes
+from lib.store import open_run
+
+LIVE = ["LIVE=True", "N_TOKENS=4000", "BUFFER_TOKENS=200"]
+
+
+def live_rows(run, **settings):
+    return reading.live_rows(run, run.hook(), **{"n_tokens": 4000, "epochs": 2, "buffer_tokens": 200, "seed": 0,
+                                                 "device": "cpu", **settings})
+
+
+@pytest.fixture
+def run(script, source):  # noqa: F811
+    """A run of all of the 60 texts, of which three are held out."""
+    assert script("01_save_activations.py", *source, *SMALL, "VAL_FRAC=0.05")[0] == 0
+    return open_run("verify_sae_training")
+
+
+def test_its_rows_are_those_of_the_stored_training_texts(run):
+    """Every stored training row passes, none that is held out; up to the last digits, which depend on the batch."""
+    rows = live_rows(run)
+    raw = [x for x, _ in zip(rows._raw_batches(50, 0, None), range(60))]
+    found = torch.cat(raw)
+    held_out = {text["text"] for text in run.texts if text["split"] == "val"}
+    assert 0 < len(held_out) < len(TEXTS)  # the texts repeat, and a text that is held out is so wherever it stands
+    allowed = torch.tensor([text["text"] not in held_out for text in run.texts])[run.rows["text_id"]]
+    stored = read_rows(run.shards(run.hook()), allowed)
+    distance = torch.cdist(found, stored, compute_mode="donot_use_mm_for_euclid_dist")
+    assert distance.min(1).values.max() < 1e-5 and distance.min(0).values.max() < 1e-5
+    refused = read_rows(run.shards(run.hook()), ~allowed & (run.rows["pos"] > 1))
+    assert torch.cdist(found, refused).min() > 1e-3
+
+
+def test_an_sae_of_a_running_model_is_used_like_any_other(run, script, own_store):  # noqa: F811
+    code, out, _ = script("02_train_sae.py", *TRAIN, *LIVE)
+    assert code == 0 and "live: 4,000 tokens" in out and "buffer 0.00 GB" in out
+    folder, history = sae_of(own_store), json.loads((sae_of(own_store) / "training_history.json").read_text())
+    assert len(history["val"]["ev"]) == 2 and history["val"]["tokens"][-1] == 4000 // 2 // 64 * 64 * 2
+    sae = load_sae(folder / "topk_sae.pt")
+    assert sae.config["tokens_trained"] == 4000 and sae.config["run_id"] == run.run_id
+    assert sae.config["constants"]["N_TOKENS"] == 4000 and sae.config["constants"]["LIVE"]
+    assert script("02_train_sae.py", *TRAIN, *LIVE)[1].count("already trained") == 1
+    assert script("02_train_sae.py", *TRAIN)[0] == 0 and len(list_saes()) == 2
+    stored = load_sae(sae_of(own_store) / "topk_sae.pt").config["constants"]
+    assert not {"LIVE", "N_TOKENS", "BUFFER_TOKENS"} & set(stored)
+
+
+def test_without_a_number_it_passes_over_all_texts(run):
+    """As many tokens as the run has in training texts, for each epoch; another number of rows in memory mixes other
+    batches.
+    """
+    n_val = len({text["text"] for text in run.texts if text["split"] == "val"})
+    rows = live_rows(run, n_tokens=None, epochs=3)
+    assert rows.n_tokens == round((60 - n_val) * run.n_rows / 60) * 3
+    few, many = (next(live_rows(run, buffer_tokens=n)._raw_batches(50, 0, None)) for n in (200, 2000))
+    assert not torch.equal(few, many)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["N_TOKENS=4000"], "N_TOKENS says how long LIVE=True trains"),
+    (["LIVE=True", "N_TOKENS=100"], "must hold a batch of 64"),
+    (["LIVE=True", "N_TOKENS=4000", "BUFFER_TOKENS=20"], "must hold a batch of 64"),
+    (["LIVE=True", "N_TOKENS=0"], "N_TOKENS=0 must be at least 1"),
+])
+def test_wrong_constants_are_one_line(run, script, given, message):  # noqa: F811
+    code, _, err = script("02_train_sae.py", *TRAIN, *given)
+    assert code == 2 and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(("gone", "message"), [("model", "lay in"), ("texts.jsonl", "lay in")])
+def test_what_is_gone_is_one_line(run, script, tmp_path, gone, message):  # noqa: F811
+    (tmp_path / gone).rename(tmp_path / "elsewhere")
+    code, _, err = script("02_train_sae.py", *TRAIN, *LIVE)
+    assert code == 2 and err.splitlines()[-1].startswith("error: ") and message in err
+
+
+def test_a_run_without_its_data_set_is_refused(run):
+    meta = run.meta | {"dataset": {"name": "stories"}}
+    with pytest.raises(InputError, match="does not say which texts it holds"):
+        live_rows(dataclasses.replace(run, meta=meta))
