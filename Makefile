@@ -19,7 +19,7 @@ export STORE_DIR
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 constants = $(foreach name,$(filter-out STORE_DIR PYTHON VENV PY,$(GIVEN)),'$(name)=$(subst ','\'',$($(name)))')
 
-.PHONY: run explore ception pictures test check house coverage faults peers serving bench clean
+.PHONY: run explore ception pictures test check house coverage faults peers serving bench gpu clean
 
 # overcomplete asks for packages that work on images, a quarter of a gigabyte; its sparse autoencoders don't use them.
 $(VENV)/installed: requirements.txt pyproject.toml
@@ -98,6 +98,11 @@ serving: .venv-serve/installed
 # The benchmarks' tables: ours and the peers in turns, some hours on two cores. Finished rounds of 03 are kept.
 bench: $(VENV)/installed .venv-peers/installed
 	$(PY) $(BENCHMARKS)/run_steps.py $(constants)
+
+# Everything that needs a GPU, in ten minutes at most: the tests marked gpu, then the timings, beside the peers' where
+# `make peers` has been run. Where there is no GPU it says so.
+gpu: $(VENV)/installed
+	$(PY) $(BENCHMARKS)/08_run_on_gpu.py $(constants)
 
 # Everything installed; the store stays.
 clean:

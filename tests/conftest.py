@@ -23,6 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E4
 
 PROJECT = Path(__file__).resolve().parents[1]
 ASSETS = PROJECT.parent / "shared" / "assets"
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu,  # a device to test on, beside the CPU or tests/fake_device.py
+                                   pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")])
 WORDS = "the a cat dog bird sat ran saw on under mat tree and then it was red blue happy sad . ,".split()
 TEXTS = [
     "the cat sat on the mat .",

@@ -2,7 +2,7 @@
 
     python trainers.py NAME ROWS.safetensors '{"n_latents": 1152, "k": 8, "batch": 1024, "lr": 1e-3, "n_steps": 800,
                                                "seed": 0, "threads": 2, "dead_after": 10000,
-                                               "kind": "topk"}'
+                                               "kind": "topk", "device": "cpu"}'
 
 Orders come on standard input, one line of JSON each:
     {"steps": 5}                      trains on the next 5 batches and answers {"seconds": 0.1, "cpu_seconds": 0.2}
@@ -12,7 +12,8 @@ Orders come on standard input, one line of JSON each:
 
 The peers run their own code as installed. Rows are centred and have a mean squared norm of 1, as every trainer does
 itself or expects. dictionary_learning and SAELens also have batchtopk and jumprelu, ours all kinds. Ours takes "lr" and
-"dead_after" from its rules where they are null.
+"dead_after" from its rules where they are null. On a GPU the peers run in the mixed precision that each offers: it is
+sparsify's own choice, and an option of dictionary_learning and SAELens.
 """
 import json
 import os
@@ -61,14 +62,14 @@ def overcomplete(x, s):
     from overcomplete.sae import TopKSAE, train_sae
 
     torch.manual_seed(s["seed"])
-    sae = TopKSAE(x.shape[1], nb_concepts=s["n_latents"], top_k=s["k"], device="cpu")
+    sae = TopKSAE(x.shape[1], nb_concepts=s["n_latents"], top_k=s["k"], device=s["device"])
     optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"])
 
     def error(x, x_hat, pre_codes, codes, dictionary):
         return (x - x_hat).square().mean()
 
     def step(i, rows):
-        train_sae(sae, [rows], error, optimizer, nb_epochs=1, monitoring=1, device="cpu")
+        train_sae(sae, [rows], error, optimizer, nb_epochs=1, monitoring=1, device=s["device"])
 
     def weights():
         linear = sae.encoder.final_block[0]
@@ -86,17 +87,21 @@ def dictionary_learning(x, s):
     trainer_of, aim = aims[s["kind"]]
     trainer = trainer_of(
         steps=s["n_steps"], activation_dim=x.shape[1], dict_size=s["n_latents"], layer=0, lm_name="none", lr=s["lr"],
-        warmup_steps=max(1, s["n_steps"] // 20), decay_start=int(0.8 * s["n_steps"]), seed=s["seed"], device="cpu",
-        **aim)
+        warmup_steps=max(1, s["n_steps"] // 20), decay_start=int(0.8 * s["n_steps"]), seed=s["seed"],
+        device=s["device"], **aim)
     trainer.dead_feature_threshold = s["dead_after"]
     ae = trainer.ae
+
+    def step(i, rows):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            trainer.update(i, rows)
 
     def weights():
         if s["kind"] == "jumprelu":
             return ae.W_enc.T, ae.b_enc, ae.W_dec, ae.b_dec
         return ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec
 
-    return trainer.update, weights
+    return step, weights
 
 
 def sparsify(x, s):
@@ -105,10 +110,10 @@ def sparsify(x, s):
     from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(s["seed"])
-    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=s["n_latents"], k=s["k"]))
+    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=s["n_latents"], k=s["k"]), s["device"])
     optimizer = torch.optim.Adam(sae.parameters(), lr=s["lr"])
     scheduler = get_linear_schedule_with_warmup(optimizer, s["n_steps"] // 20, s["n_steps"])
-    silent = torch.zeros(s["n_latents"], dtype=torch.long)
+    silent = torch.zeros(s["n_latents"], dtype=torch.long, device=x.device)
 
     def step(i, rows):
         if i == 0:
@@ -138,7 +143,7 @@ def sae_lens(x, s):
 
     torch.manual_seed(s["seed"])
     grow = x.shape[1] ** 0.5
-    size = {"d_in": x.shape[1], "d_sae": s["n_latents"], "device": "cpu"}
+    size = {"d_in": x.shape[1], "d_sae": s["n_latents"], "device": s["device"]}
     if s["kind"] == "topk":
         sae = topk_sae.TopKTrainingSAE(topk_sae.TopKTrainingSAEConfig(**size, k=s["k"]))
     elif s["kind"] == "batchtopk":
@@ -149,7 +154,7 @@ def sae_lens(x, s):
     config = SAETrainerConfig(
         total_training_samples=s["n_steps"] * s["batch"], train_batch_size_samples=s["batch"], lr=s["lr"],
         lr_end=s["lr"] / 10, lr_warm_up_steps=s["n_steps"] // 20, lr_decay_steps=s["n_steps"] // 5,
-        dead_feature_window=max(1, s["dead_after"] // s["batch"]))
+        dead_feature_window=max(1, s["dead_after"] // s["batch"]), device=s["device"], autocast=x.is_cuda)
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
 
     def step(i, rows):
@@ -166,12 +171,19 @@ def sae_lens(x, s):
 TRAINERS = {f.__name__: f for f in (ours, overcomplete, dictionary_learning, sparsify, sae_lens)}
 
 
+def finish(x):
+    """Wait until the device has done what was asked of it."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
 def main():
     name, path, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print goes to the log
     torch.set_num_threads(settings["threads"])
-    x, batch = load_file(path)["x"], settings["batch"]
+    settings = {"device": "cpu", **settings}
+    x, batch = load_file(path, settings["device"])["x"], settings["batch"]
     step, weights = TRAINERS[name](x, settings)
     torch.set_num_threads(settings["threads"])
     done = 0
@@ -183,11 +195,12 @@ def main():
             for i in range(done, done + order["steps"]):
                 first = i * batch % (len(x) - batch + 1)
                 step(i, x[first : first + batch])
+            finish(x)
             done += order["steps"]
             answer |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
         if "save" in order:
             names = ("W_enc", "b_enc", "W_dec", "b_dec")
-            save_file({n: w.detach().float().contiguous() for n, w in zip(names, weights())}, order["save"])
+            save_file({n: w.detach().cpu().float().contiguous() for n, w in zip(names, weights())}, order["save"])
         print(json.dumps(answer), file=answers, flush=True)
 
 

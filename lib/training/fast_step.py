@@ -165,7 +165,7 @@ def _low_arrays(work):
 
 def _torch_step(state, x, *, k, lr, dead_after, work, aux_weight, frozen) -> Found:
     n_latents = len(state["dec"])
-    n_rows = torch.tensor(len(x), device=x.device)
+    n_rows = torch.full((), len(x), device=x.device)  # written there, where torch.tensor() would copy and wait
     wanted = candidates_wanted(k, n_latents, work)
     proposed = torch.cat([out.topk(wanted, dim=1, sorted=False).indices for _, out in scores(state, x, work)])
     pre = state["bias"][proposed] + _dots(x, state["enc"], proposed)
