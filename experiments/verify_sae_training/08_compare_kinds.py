@@ -6,8 +6,8 @@
 For each SAE: EV, loss recovered, known concepts (where the data set carries them; beside the baselines of notebook 03),
 names' scores on held-out texts, dead latents, and how alike the seeds' dictionaries are. Each arm minus plain TopK,
 paired by seed, with 95 % t intervals and Holm's correction over all tests of the table. Where thresholds decide,
-all are multiplied by one factor so that TOP_K codes fire on an average training row. Rerun after an interruption, it
-keeps what is finished. The SAE of step 2 stays as it is.
+all are multiplied by one factor so that TOP_K codes fire on an average training row. All SAEs are trained from one read
+of the run, as SAES of step 2. Rerun after an interruption, it keeps what is finished. The SAE of step 2 stays as it is.
 
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
 Writes store/verify_sae_training/kinds/<run_id>/<arm>_seed<seed>_<hash>/, kinds.json
@@ -40,7 +40,7 @@ from saved_model import model_of_run
 
 from checks.arm_scores import MEASURES, Judge, baselines, compare, stabilities
 from checks.arms import ARMS as ALL_ARMS
-from checks.arms import REFERENCE, arm_place, arm_sae, arm_settings
+from checks.arms import REFERENCE, arm_place, arm_sae, arm_settings, train_arms
 from checks.controls import control_saes
 from checks.evaluation import loss_recovered
 from checks.ground_truth import ground_truth
@@ -78,7 +78,7 @@ def baselines_of(saved, hook, settings, place):
         return {"f1": {}, "context": []}
 
     def make():
-        with arm_sae(saved, hook, settings, place) as sae:
+        with arm_sae(place) as sae:
             controls = control_saes(saved, hook, settings, place.parent / "controls")
             return baselines({"latent": sae, **controls}, saved, hook, truth, n_rows=RECOVERY_TOKENS)
 
@@ -120,13 +120,13 @@ def judge_of(saved, hook, context, device):
 
 
 def results_of(saved, hook, planned, found, device):
-    """The scores of every planned SAE, trained first where it is not there. found: of baselines_of."""
+    """The scores of every planned SAE. found: of baselines_of."""
     judge = judge_of(saved, hook, found["context"], device)
     results = []
     saes: dict[str, list] = {arm: [] for arm, *_ in planned}
     for arm, settings, place in planned:
         log.info("%s, seed %s: %s", arm, settings.seed, place.name)
-        with arm_sae(saved, hook, settings, place, device=device) as sae:
+        with arm_sae(place, device) as sae:
             key = fingerprint([sae_hash(sae), LOSS_TEXTS, RECOVERY_TOKENS, N_NAMES])
             scores = kept(place / "scores.json", SCORES, key, lambda: {"scores": judge.scores(sae)})["scores"]
         results.append({"arm": arm, "seed": settings.seed, **scores})
@@ -156,6 +156,7 @@ def main():
     arms = dict.fromkeys((REFERENCE, *(ALL_ARMS if ARMS is None else ARMS)))
     planned = [(arm, settings, arm_place(saved, hook, settings, folder=folder, arm=arm))
                for seed in dict.fromkeys(SEEDS) for arm in arms if (settings := arm_settings(arm, base, seed))]
+    train_arms(saved, hook, {place: settings for _, settings, place in planned}, device)
     found = baselines_of(saved, hook, *planned[0][1:])
     results = results_of(saved, hook, planned, found=found, device=device)
     table = compare(results)

@@ -1,4 +1,4 @@
-"""Which TOP_K? Two short trainings for each of a few values, on the run that step 1 saved.
+"""Which TOP_K? Two short trainings for each of a few values, from one read of the run that step 1 saved.
 
     python choose_k.py
     python choose_k.py KS=4,8,16,32 N_LATENTS_MULTIPLIER=4

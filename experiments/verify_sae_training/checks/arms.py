@@ -2,13 +2,14 @@
 
     settings = arm_settings("batchtopk", settings, seed)
     place = arm_place(run, hook, settings, folder=folder, arm="batchtopk")
-    with arm_sae(run, hook, settings, place) as sae:             # trained once
+    train_arms(run, hook, {place: settings})                     # those that are not there yet, from one read
+    with arm_sae(place) as sae:
 
 A new arm is one row of ARMS.
 """
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from lib.environment import InputError
 from lib.files import fingerprint
 from lib.outputs import in_use
 from lib.sae import SAE, load_sae, save_sae
+from lib.saes import MODEL_FILE
 from lib.store import Run
 from lib.training.kinds import KINDS
-from lib.training.loop import TrainSettings, train_sae
+from lib.training.loop import TrainSettings
+from lib.training.many import Job, train_saes
 from lib.training.settings import make_plan
 
 REFERENCE = "topk"  # the arm that all others are compared with
@@ -70,23 +73,32 @@ def arm_place(run: Run, hook: str, settings: TrainSettings, *, folder: Path, arm
     return folder / f"{arm}_seed{settings.seed}_{key[:8]}"
 
 
-@contextmanager
-def arm_sae(
-    run: Run, hook: str, settings: TrainSettings, place: Path, device: torch.device | str = "cpu"
-) -> Iterator[SAE]:
-    """The SAE of these settings, at a mean L0 of top_k on training rows, while this process holds its folder `place`.
+def train_arms(
+    run: Run, hook: str, planned: dict[Path, TrainSettings], device: torch.device | str = "cpu"
+) -> None:
+    """Train the SAEs that their folders lack, from one read, each at a mean L0 of top_k on training rows.
 
-    It is trained unless the folder holds it; a training that was killed goes on.
+    planned: folder of arm_place -> settings. This process holds all folders meanwhile; trainings that were killed go
+    on.
     """
-    rows, path = rows_of_run(run, hook), place / "topk_sae.pt"
-    with in_use(place):
-        if not path.exists():
-            sae, _ = train_sae(rows, settings, place, device)
+    rows = rows_of_run(run, hook)
+    with ExitStack() as held:
+        for place in planned:
+            held.enter_context(in_use(place))
+        missing = [place for place in planned if not (place / MODEL_FILE).exists()]
+        for number, sae, _ in train_saes([Job(rows, planned[place], place) for place in missing], device):
+            place, settings = missing[number], planned[missing[number]]
             sae = at_mean_l0(sae, rows, settings.top_k)
             sae.config.update(hook=hook, run_id=run.run_id, data_digest=run.digest(hook), settings=asdict(settings))
-            save_sae(sae, path, probe=next(sample_rows(rows, validation=True)))
+            save_sae(sae, place / MODEL_FILE, probe=next(sample_rows(rows, validation=True)))
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
-        yield load_sae(path, device)
+
+
+@contextmanager
+def arm_sae(place: Path, device: torch.device | str = "cpu") -> Iterator[SAE]:
+    """The SAE of a folder that train_arms filled, while this process holds it."""
+    with in_use(place):
+        yield load_sae(place / MODEL_FILE, device)
 
 
 def at_mean_l0(sae: SAE, rows: Rows, l0: float) -> SAE:

@@ -8,6 +8,7 @@ They have neither whitening nor an aligned encoder, which would fit the frozen p
 and kept in `folder`, named by its settings and data.
 """
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from lib.batches import rows_of_run, sample_rows
 from lib.files import fingerprint
 from lib.outputs import in_use
 from lib.sae import SAE, load_sae, save_sae
+from lib.saes import MODEL_FILE
 from lib.store import Run
-from lib.training.loop import TrainSettings, train_sae
+from lib.training.loop import TrainSettings
+from lib.training.many import Job, train_saes
 from lib.training.settings import learning_rate
 
 # Times the rule of lib.training.settings.learning_rate: the best of .03, .1, .3, 1 and 3 by held-out EV
@@ -36,25 +39,27 @@ def control_settings(settings: TrainSettings, frozen: str, n_train: int) -> Trai
 def control_saes(
     run: Run, hook: str, settings: TrainSettings, folder: Path, device: torch.device | str = "cpu"
 ) -> dict[str, SAE]:
-    """Kind -> SAE; trains those that `folder` does not hold yet, each in about the time of the SAE itself.
+    """Kind -> SAE; trains those that `folder` lacks, from one read, each in about the time of the SAE itself.
 
     settings: those of the trained SAE. All controls are TopK, whatever kind the SAE is.
     """
     rows = rows_of_run(run, hook)
-    found = {"untrained": untrained_sae(rows, settings).to(device)}
-    for part in CONTROL_RATES:
-        chosen = control_settings(settings, part, rows.n_train)
-        place = folder / f"frozen_{part}_{fingerprint([asdict(chosen), run.digest(hook)])[:8]}"
-        path = place / "topk_sae.pt"
-        with in_use(place):
-            if not path.exists():
-                sae, history = train_sae(rows, chosen, place, device)
-                sae.config.update(hook=hook, run_id=run.run_id, data_digest=run.digest(hook), settings=asdict(chosen),
-                                  ev=max(history["val"]["ev"]))
-                save_sae(sae, path, probe=next(sample_rows(rows, validation=True)))
+    chosen = {part: control_settings(settings, part, rows.n_train) for part in CONTROL_RATES}
+    places = {part: folder / f"frozen_{part}_{fingerprint([asdict(of_part), run.digest(hook)])[:8]}"
+              for part, of_part in chosen.items()}
+    with ExitStack() as held:
+        for place in places.values():
+            held.enter_context(in_use(place))
+        missing = [part for part, place in places.items() if not (place / MODEL_FILE).exists()]
+        for number, sae, history in train_saes([Job(rows, chosen[part], places[part]) for part in missing], device):
+            part = missing[number]
+            sae.config.update(hook=hook, run_id=run.run_id, data_digest=run.digest(hook), settings=asdict(chosen[part]),
+                              ev=max(history["val"]["ev"]))
+            save_sae(sae, places[part] / MODEL_FILE, probe=next(sample_rows(rows, validation=True)))
+        for place in places.values():
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
-        found[f"frozen_{part}"] = load_sae(path, device)
-    return found
+    found = {"untrained": untrained_sae(rows, settings).to(device)}
+    return found | {f"frozen_{part}": load_sae(place / MODEL_FILE, device) for part, place in places.items()}
 
 
 def relative_change(sae: SAE, start: SAE) -> dict[str, float]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lib.batches import Rows, sample_rows
 from lib.sae import SAE
-from lib.training.loop import TrainSettings, score, train_sae
+from lib.training.loop import TrainSettings, score
+from lib.training.many import Job, train_saes
 
 NEAR = 0.01  # cosine within which one k is as good as another
 ENOUGH = 0.9  # share of the language-model loss, or of the variance, that an SAE should recover
@@ -23,7 +23,7 @@ def sweep_k(
     rows: Rows, settings: TrainSettings, ks: Sequence[int], recovered_by: Callable[[SAE], float] | None = None,
     device: torch.device | str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Two short trainings for each k that differ in the seed alone; one dict a k.
+    """Two short trainings for each k that differ in the seed alone, from one read (lib/training/many.py); one dict a k.
 
     settings: of the trainings, whose top_k and seed are replaced. recovered_by: from an SAE to the share of the
     language-model loss that it recovers. Columns:
@@ -35,15 +35,17 @@ def sweep_k(
                                 point for the right k, but on the embedded stories it only falls
         seeds                   mean over latents of the largest cosine to a direction of the other seed's dictionary
     """
+    seeds = (settings.seed, settings.seed + 1)
+    jobs = [Job(rows, replace(settings, top_k=k, seed=seed)) for k in ks for seed in seeds]
+    saes = {number: sae for number, sae, _ in train_saes(jobs, device)}
     table = []
-    for k in tqdm(ks, desc="sweeping k", unit="k"):
-        pair = [train_sae(rows, replace(settings, top_k=k, seed=seed), device=device, progress=False)[0]
-                for seed in (settings.seed, settings.seed + 1)]
-        numbers = score(pair[0], sample_rows(rows, validation=True))
+    for i, k in enumerate(ks):
+        first, second = saes[2 * i], saes[2 * i + 1]
+        numbers = score(first, sample_rows(rows, validation=True))
         row = {"k": k, **{name: numbers[name] for name in ("ev", "l0_mean", "dead_pct")}}
         if recovered_by is not None:
-            row["loss_recovered"] = recovered_by(pair[0])
-        table.append(row | {"neighbours": mean_cosine(pair[0].W_dec), "seeds": agreement(pair[0].W_dec, pair[1].W_dec)})
+            row["loss_recovered"] = recovered_by(first)
+        table.append(row | {"neighbours": mean_cosine(first.W_dec), "seeds": agreement(first.W_dec, second.W_dec)})
     return table
 
 
