@@ -78,7 +78,7 @@ def load_model(
                 load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=[*whole_modules, "lm_head", "embed_out"],
             )
-        if bits or device_map:
+        if bits or device_map or device.type == "meta":
             options["offload_folder"] = store_root() / "offload"
             options["device_map"] = (_blocks_on_disk(kind, config, device, trust_remote_code) if device_map == "disk"
                                      else device_map or {"": device})

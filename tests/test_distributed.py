@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 tests/test_distributed.py <folder> <what>     # what the tests start
 """
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,14 @@ from test_training import SMALL, make_rows
 
 import lib.training.checkpoints as checkpoints
 import lib.training.loop as training
+from cycles import schemas
 from cycles.auxiliary import Targets
 from cycles.classifier import trained_state
-from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune
+from cycles.fine_tuning import TuneSettings, fine_tune
+from cycles.sharding import whole
+from cycles.unfinished import Checkpoint
 from lib.batches import shuffled_batches
-from lib.distributed import add_up, own_part, rank, ranks, world_size
+from lib.distributed import add_up, own_part, rank, ranks, wait_for_all, world_size
 from lib.environment import InputError
 from lib.files import read_json
 from lib.store import open_run
@@ -63,7 +67,7 @@ def sae_training(folder: Path) -> dict[str, torch.Tensor]:
             "loss": torch.tensor(history["train"]["loss"])}
 
 
-def tuning(folder: Path, shards: bool = False) -> dict[str, torch.Tensor]:
+def tuning(folder: Path, shards: bool = False, select: str = "last") -> dict[str, torch.Tensor]:
     """A classifier on a tiny Llama with targets; the last batch is smaller than the ranks, and some steps are
     clipped.
     """
@@ -71,11 +75,13 @@ def tuning(folder: Path, shards: bool = False) -> dict[str, torch.Tensor]:
     task.splits["train"] = torch.arange(21)
     model = text_model("llama", layer="0", train_below=True, tie_word_embeddings=True)
     if shards and world_size() > 1:
-        model.share_weights()
+        if rank():
+            model.to("meta")  # only the first rank has read the weights
+        model.share_weights(torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     targets = Targets(torch.arange(21), torch.randn(21, 16, generator=generator))
     settings = TuneSettings(epochs=3, batch_size=4, accumulate=3, lr=3e-3, optimizer="adamw", weight_decay=0.01,
-                            clip_norm=4.0, aux_weight=0.5)
+                            clip_norm=4.0, aux_weight=0.5, select=select)
     die = int(os.environ.get("DIE_AT", -1))
 
     def stop(record: dict[str, float]) -> None:
@@ -84,12 +90,23 @@ def tuning(folder: Path, shards: bool = False) -> dict[str, torch.Tensor]:
 
     history = fine_tune(model, task, settings, targets, checkpoint=Checkpoint(folder / "unfinished.pt"), log=stop)
     curve = [[record[name] for name in ("loss", "aux_loss", "val_loss")] for record in history["epochs"]]
-    return trained_state(model) | {"curve": torch.tensor(curve), "aux": torch.tensor(list(history["aux"].values()))}
+    trained = {name: whole(value) for name, value in trained_state(model).items()}
+    return trained | {"curve": torch.tensor(curve), "aux": torch.tensor(list(history["aux"].values()))}
 
 
 def sharded_tuning(folder: Path) -> dict[str, torch.Tensor]:
-    """The same with each rank keeping a share of the weights."""
-    return tuning(folder, shards=True)
+    """The same with each rank keeping a share of the weights; it ends with those of the best epoch."""
+    return tuning(folder, shards=True, select="best")
+
+
+def resharded_tuning(folder: Path) -> dict[str, torch.Tensor]:
+    """The sharded tuning, whose last epoch is left to another number of ranks than the first two."""
+    if rank() == 0:
+        before = folder.with_name(f"sharded_tuning_{3 - world_size()}")
+        if before.exists():
+            shutil.copytree(before, folder, dirs_exist_ok=True)
+    wait_for_all()
+    return sharded_tuning(folder)
 
 
 def main(folder: Path, what: list[str]) -> None:
@@ -123,9 +140,11 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     names = ["sae_steps", "sae_training", "tuning", "sharded_tuning"]
     main(folder, names)
-    torchrun(__file__, folder, *names, store=folder / "store")
+    torchrun(__file__, folder, *names, "resharded_tuning", store=folder / "store")
+    main(folder, ["resharded_tuning"])
+    names.append("resharded_tuning")
     return {name: [torch.load(folder / f"{name}_{who}.pt", weights_only=True) for who in ("1_0", "2_0", "2_1")]
-            for name in names}
+            for name in names} | {"folder": folder}
 
 
 def test_the_parts_of_all_ranks_are_the_whole(monkeypatch):
@@ -164,12 +183,13 @@ def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results):
     """The second rank is killed in an SAE's training, then in a classifier's; the same command ends both as if
     undisturbed.
     """
-    places = {"sae_training": ("13", "checkpoints/last.pt"), "sharded_tuning": ("1", "unfinished.pt")}
+    places = {"sae_training": ("13", "checkpoints/last.pt"), "sharded_tuning": ("1", "unfinished/progress.json")}
     for name, (death, file) in places.items():
         lost = torchrun(__file__, tmp_path, name, store=tmp_path / "store", check=False, DIE_AT=death)
         assert lost.returncode and not (tmp_path / f"{name}_2_0.pt").exists()
-        found = torch.load(tmp_path / f"{name}_2" / file, weights_only=True)
-        reached = int(found["state"]["step"]) if name == "sae_training" else len(found["progress"]["epochs"])
+        path = tmp_path / f"{name}_2" / file
+        reached = (int(torch.load(path, weights_only=True)["state"]["step"]) if name == "sae_training"
+                   else len(read_json(path, schemas.SHARED_TUNING)["progress"]["epochs"]))
         assert reached in (int(death) - 1, int(death))  # the first rank may be ended before it has written the last one
     torchrun(__file__, tmp_path, *places, store=tmp_path / "store")
     for name in places:
@@ -177,13 +197,29 @@ def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results):
         assert all(torch.equal(resumed[key], results[name][1][key]) for key in resumed)
 
 
-@pytest.mark.parametrize("name", ["tuning", "sharded_tuning"])
+@pytest.mark.parametrize("name", ["tuning", "sharded_tuning", "resharded_tuning"])
 def test_a_classifier_shared_by_two_ranks_is_that_of_one_process(results, name):
-    one, two, other = results[name]
+    _, two, other = results[name]
+    one = results["sharded_tuning" if name == "resharded_tuning" else name][0]
     for key in one:  # Adam makes much of the rounding of small gradients
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3 if "lm." in key else 1e-4)
         assert torch.equal(two[key], other[key])
+        torch.testing.assert_close(results[name][0][key], one[key], rtol=1e-3, atol=1e-3 if "lm." in key else 1e-4)
     assert (one["curve"][0] - one["curve"][-1])[:2].min() > 0.01, "nothing was learnt"
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "other names"])
+def test_damaged_shares_of_a_training_are_told_in_one_line(results, tmp_path, harm):
+    shutil.copytree(results["folder"] / "sharded_tuning_2", tmp_path / "left")
+    shard = next(tmp_path.rglob("shard-00002*.safetensors"))
+    if harm == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif harm == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes().replace(b"exp_avg.", b"exp_awg."))
+    with pytest.raises(InputError, match=r"progress.json is damaged .*; delete .*unfinished and train again$"):
+        sharded_tuning(tmp_path / "left")
 
 
 def tree(store: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from forked import ROOMS
 
 import lib.distributed as distributed
+from lib.models import load_model
 
 SHORT, LOOK = timedelta(seconds=3), 0.2  # instead of ten minutes and five seconds
 
@@ -69,6 +70,15 @@ def test_a_rank_that_was_away_itself_does_not_blame_the_others(monkeypatch):
     ranks.now += 3600  # one long piece of work on every rank
     ranks.watches[0].look()
     ranks.pass_minutes(8, telling=(), looking=(0,))
+
+
+def test_a_model_on_the_meta_device_is_the_same_without_its_weights(saved_model):
+    """What the ranks that receive their shares build: names, shapes and precisions of what rank 0 reads."""
+    path = str(saved_model[0])
+    real, empty = (load_model(path, device, torch.bfloat16) for device in (torch.device("cpu"), torch.device("meta")))
+    found = [[(name, t.shape, t.dtype) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+             for model in (real, empty)]
+    assert found[0] == found[1] and all(t.is_meta for t in [*empty.parameters(), *empty.buffers()])
 
 
 def scenario() -> None:

@@ -11,8 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from cycles.sharding import shard_weights, shared_like, whole
+from cycles.sharding import is_sharded, receive, spread
 from lib.blocks import require_positions
+from lib.distributed import rank
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
 from lib.models import choose_dtype, load_model, local_path
@@ -72,14 +73,17 @@ class TextClassifier(nn.Module):
             for p in module.parameters():
                 p.requires_grad_(train_below or id(p) not in embeddings)
 
-    def share_weights(self) -> None:
-        """Keep only this rank's share of the weights, and drop the language model's own head: no classifier uses it."""
+    def share_weights(self, device: torch.device) -> None:
+        """Keep only this rank's share of rank 0's weights, on the device; the other ranks' may be on the meta device.
+
+        The language model's own head is dropped: no classifier uses it.
+        """
         if self.lm.get_output_embeddings() is not None:
             self.lm.set_output_embeddings(nn.Identity())
         stack = blocks(self.lm)[1]
         others = [child for child in self.lm.base_model.children()
                   if child is not stack and any(True for _ in child.parameters())]
-        shard_weights(self, [*stack, *others])
+        spread(self, [*stack, *others], device)
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Train mode for the trained modules only, so that what is frozen is the same in every pass."""
@@ -187,18 +191,26 @@ def initialise(module: nn.Module, seed: int) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained parameters: all that a checkpoint needs beside the base model."""
-    return {name: whole(p.detach()).cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Copies of the trained parameters, or of this rank's shares: all that a checkpoint needs beside the base model."""
+    return {name: p.detach().clone() if is_sharded(p) else p.detach().cpu().clone()
+            for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what trained_state took. Raises InputError if it came from other parameters."""
+    """Put back what trained_state took, or whole tensors; where ranks hold shares, those of rank 0 count.
+
+    Raises InputError if they came from other parameters.
+    """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+    receives = rank() > 0 and any(map(is_sharded, own.values()))  # and may have nothing itself
+    if not receives and (own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own)):
         raise InputError("the checkpoint holds other parameters than this model trains; delete it and rerun its step")
     with torch.no_grad():
         for name, p in own.items():
-            p.copy_(shared_like(state[name], p))
+            if is_sharded(p) and not is_sharded(state.get(name)):
+                receive(p, state.get(name))
+            else:
+                p.copy_(state[name])
 
 
 def text_classifier(

@@ -6,24 +6,22 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from cycles import schemas
 from cycles.auxiliary import Auxiliary, probe, pull_summary
 from cycles.classifier import load_trained, trained_state
 from cycles.examples import Entries, make_batch, outputs, own_examples, shuffled_batches
-from cycles.sharding import is_sharded, shared_like, whole
+from cycles.sharding import is_sharded
 from cycles.tasks import Task
-from lib.distributed import add_up, agree, rank, world_size
-from lib.environment import InputError, first_line
-from lib.files import fingerprint, read_torch, write_torch
-from lib.outputs import is_current
+from cycles.unfinished import Checkpoint, load, save
+from lib.distributed import add_up, rank, world_size
+from lib.environment import InputError
+from lib.files import fingerprint
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,6 @@ class TuneSettings:
     """Draws the order of the examples and dropout."""
     select: str = "last"
     """Whose weights the model ends with: of the last epoch, or of the best one by validation."""
-
-
-class Checkpoint(NamedTuple):
-    """A file from which an interrupted training resumes, if it was written under the same key."""
-
-    path: Path
-    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,14 +81,18 @@ def fine_tune(
     training = _Training(model=model, task=task, settings=settings, targets=targets, entries=entries,
                          optimizer=_optimizer(model, settings))
     checkpoint = checkpoint and Checkpoint(checkpoint.path, fingerprint([checkpoint.key, asdict(settings)]))
-    progress = _load(checkpoint, training) or _beginning(training)
-    for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False):
+    progress = None
+    if checkpoint is not None:
+        progress = load(checkpoint, asdict(settings), model=model, optimizer=training.optimizer)
+    progress = progress or _beginning(training)
+    for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False,
+                      disable=rank() > 0):
         record = _one_epoch(training, epoch) | _validated(training)
         _add_epoch(progress, record, training)
         if log is not None:
             log({"epoch": epoch + 1, **record})
         if checkpoint is not None and epoch + 1 < settings.epochs:
-            _save(checkpoint, training, progress)
+            save(checkpoint, asdict(settings), progress, model=model, optimizer=training.optimizer)
     if settings.select == "best":
         load_trained(model, progress["best"])
     model.eval()
@@ -202,39 +197,3 @@ def _validated(training: _Training) -> dict[str, float]:
     _, logits = outputs(training.model, task, ids, training.settings.batch_size, entries=training.entries)
     y = task.y[ids]
     return {"val_accuracy": float((logits.argmax(1) == y).double().mean()), "val_loss": float(cross_entropy(logits, y))}
-
-
-def _save(checkpoint: Checkpoint, training: _Training, progress: dict[str, Any]) -> None:
-    moments = training.optimizer.state_dict()
-    moments["state"] = {i: {name: whole(value) for name, value in of.items()} for i, of in moments["state"].items()}
-    content = {"key": checkpoint.key, "settings": asdict(training.settings), "progress": progress,
-               "state": trained_state(training.model), "optimizer": moments}
-    if rank() == 0:
-        write_torch(checkpoint.path, content)
-
-
-def _load(checkpoint: Checkpoint | None, training: _Training) -> dict[str, Any] | None:
-    """The progress that _save wrote, with its weights and moments put back; None if there is no checkpoint.
-
-    Raises InputError if it belongs to another training.
-    """
-    exists = checkpoint is not None and checkpoint.path.exists()
-    if not agree(exists):
-        raise InputError("only some ranks see the checkpoint; STORE_DIR must lie on a file system that all ranks share")
-    if checkpoint is None or not exists:
-        return None
-    path, model, optimizer = checkpoint.path, training.model, training.optimizer
-    found = read_torch(path, "train again", schemas.TUNING)
-    made_from = "data, model or output of an earlier step"
-    is_current(path, {**found["settings"], made_from: found["key"]},
-               {**asdict(training.settings), made_from: checkpoint.key},
-               "finish that training with its own, or delete it to train anew")
-    try:
-        load_trained(model, found["state"])
-        parameters, moments = optimizer.param_groups[0]["params"], found["optimizer"]
-        moments["state"] = {i: {name: shared_like(value, parameters[i]) for name, value in of.items()}
-                            for i, of in moments["state"].items()}
-        optimizer.load_state_dict(moments)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({first_line(error)}); delete it and train again") from None
-    return found["progress"]

@@ -12,6 +12,10 @@ TUNING = {
     "key": SHORT_HASH, "settings": {}, "state": {}, "optimizer": {"state": {}, "param_groups": list},
     "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
 }
+SHARED_TUNING = Schema({
+    "key": SHORT_HASH, "settings": {}, "place": Text(r"epoch_\d{1,9}"), "steps": {Text(".+"): POSITIVE},
+    "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
+}, sealed=True, remedy="delete its folder and train again")
 TARGETS = {"example_id": "int64 N", "t": "float32 N D", "centre?": "float32 D"}
 RESULTS = Schema({
     "meta": {"arm": str, "cycle": COUNT, "seed": int, "key": SHORT_HASH}, "val": NUMBERS, "test": NUMBERS,

@@ -15,9 +15,10 @@ from cycles import schemas, stamps
 from cycles.choices import check_choices
 from cycles.classifier import MLP, load_trained, text_classifier, trained_state
 from cycles.examples import Entries, cached_entries, outputs
+from cycles.sharding import from_first
 from cycles.sources import load_task, own_data
 from cycles.stamps import Constants, stage_constants
-from lib.distributed import world_size
+from lib.distributed import rank, world_size
 from lib.environment import InputError, choose_device
 from lib.files import fingerprint, read_json, read_torch, remove_leftovers
 from lib.models import load_tokenizer, local_path, weights_of
@@ -42,23 +43,25 @@ class Session:
         self.tokenizer = load_tokenizer(c["MODEL"]) if self.is_text else None
         self.task = load_task(c, seed, self.tokenizer)
         caches = self.is_text and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]
-        sharded = self.is_text and c.get("FSDP", False) and world_size() > 1
+        self.sharded = sharded = self.is_text and c.get("FSDP", False) and world_size() > 1
         if sharded and caches:
             raise InputError("with FSDP no rank holds the frozen blocks that fill the cache; set CACHE_ENTRIES=False")
         self.model: Any  # MLP or TextClassifier
         if self.is_text:
-            device = torch.device("cpu") if sharded else self.device  # each share goes to its device when it is cut
+            # only rank 0 reads the model; the others receive their shares
+            device = self.device if not sharded else torch.device("meta" if rank() else "cpu")
             self.model = text_classifier(c, self.task.n_classes, seed, tokenizer=self.tokenizer, device=device)
         else:
             self.model = MLP(self.task.n_pixels, self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
-        self.initial = trained_state(self.model)
         self.task_key = self.task.identity()
-        self.model_key = weights_of(self.model)
+        self.model_key = weights_of(self.model) if not (sharded and rank()) else ""
         self.entries: Entries | None = None
         if caches:
             self.entries = cached_entries(self.model, self.task, c, self.root, device=self.device)
         if sharded:
-            self.model.share_weights()
+            self.model.share_weights(self.device)
+            self.model_key = from_first(self.model_key)
+        self.initial = trained_state(self.model)
 
     def folder(self, arm: str, cycle: int) -> Path:
         """Where the outputs of this arm and cycle lie: cycle 0 is the baseline's."""
@@ -94,7 +97,7 @@ class Session:
         step = "01_train_baseline.py" if cycle == 0 else "03_train_auxiliary.py"
         if not self.finished(path, self.key("model", arm, cycle)):
             raise InputError(f"{path} is missing; run {step} first")
-        load_trained(self.model, read_torch(path, f"run {step} first", dict))
+        load_trained(self.model, {} if self.sharded and rank() else read_torch(path, f"run {step} first", dict))
         self.model.eval()
 
     def sae(self, arm: str, cycle: int, sae_seed: int = 0) -> SAE:

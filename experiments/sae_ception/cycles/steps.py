@@ -23,9 +23,11 @@ from cycles.acting import act
 from cycles.arms import definition
 from cycles.classifier import MLP, load_trained, trained_state
 from cycles.evaluation import evaluate
-from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune
+from cycles.fine_tuning import TuneSettings, fine_tune
 from cycles.session import Session
+from cycles.sharding import gathered
 from cycles.stamps import Constants, stage_constants, write_stamp
+from cycles.unfinished import Checkpoint
 from lib.activations import SaveSettings, save_activations
 from lib.batches import Rows, rows_of_run, rows_of_tensor
 from lib.distributed import rank
@@ -63,10 +65,10 @@ def aux_weight(aux: Constants, cycle: int) -> float:
 def train_model(session: Session, arm: str, cycle: int) -> None:
     """Train the model of a cycle: 0 is the baseline, later ones start from the model and SAE before them."""
     path, folder = session.model_path(arm, cycle), session.folder(arm, cycle)
-    unfinished = path.with_name(f"model_cycle_{cycle}_unfinished.pt")
     key = session.key("model", arm, cycle)
+    unfinished = Checkpoint(path.with_name(f"model_cycle_{cycle}_unfinished.pt"), key)
     if session.finished(path, key):
-        unfinished.unlink(missing_ok=True)
+        unfinished.remove()
         return
     aux = stage_constants(session.c, "aux", arm) if cycle else {}
     settings = tune_settings(session, arm, cycle, aux)
@@ -76,17 +78,17 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
     with open_tracker(tracker, folder / f"tracker_cycle_{cycle}", session.c) as track:
         history = fine_tune(
             session.model, session.task, settings, made, entries=session.entries, log=track,
-            checkpoint=Checkpoint(unfinished, key) if session.is_text else None, label=f"{arm} cycle {cycle}",
+            checkpoint=unfinished if session.is_text else None, label=f"{arm} cycle {cycle}",
         )
     if made is not None:
         history["aux"] |= share
-    trained = trained_state(session.model)
+    trained = gathered(trained_state(session.model))
     if rank():
         return
     write_json(folder / f"history_cycle_{cycle}.json", {"key": key, **history}, sealed=True)
     write_torch(path, trained)
     write_stamp(session, path, key)
-    unfinished.unlink(missing_ok=True)
+    unfinished.remove()
     _report_training(history, f"{arm} seed {session.seed} cycle {cycle}")
 
 
