@@ -11,16 +11,18 @@ import torch
 from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 
 import cycles.arms
+import cycles.sae_training
 import cycles.steps
 from cycles.acting import lambda0_cosine
 from cycles.auxiliary import probe_ids
 from cycles.classifier import TextClassifier
+from cycles.fitting import tune_settings
 from cycles.images import read_idx
 from cycles.metrics import OPTIONAL
 from cycles.session import Session
 from cycles.sources import load_task
 from cycles.stamps import AUX_ONLY, EVAL_ONLY, SAE_ONLY, SCOPE_ONLY, stage_constants
-from cycles.steps import evaluate_cycle, train_cycle_sae, train_model, tune_settings
+from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
 from lib.constants import constants_of
 from lib.environment import InputError
 from lib.files import read_json, read_tensors
@@ -148,8 +150,8 @@ def test_an_sae_leaves_the_number_of_threads(digits, monkeypatch):
         torch.set_num_threads(before + 1)
         return made
 
-    real, before = cycles.steps.train_sae, torch.get_num_threads()
-    monkeypatch.setattr(cycles.steps, "train_sae", train)
+    real, before = cycles.sae_training.train_sae, torch.get_num_threads()
+    monkeypatch.setattr(cycles.sae_training, "train_sae", train)
     session = Session(digits, 0)
     train_model(session, "baseline", 0)
     train_cycle_sae(session, "baseline", 0)

@@ -30,7 +30,7 @@ from lib.ranges import (
 )
 from presets import TargetLayer, presets_for
 
-PRESET = "tiny"                           # or tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
+PRESET = "tiny"  # or tiny_topics, mlp_digits, mlp_mnist, paper, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
 SETTING: FileName | None = None           # folder of the outputs; None: the name of DATASET's file, or PRESET
 SEED: Seed = 0                            # start of the weights, order of the examples, cut of the validation split
 DATASET: Location = "store/embedded/stories/train.jsonl"  # or a hub name; images: "digits" or idx.gz folder

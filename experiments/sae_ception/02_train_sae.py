@@ -12,7 +12,7 @@ from typing import Literal
 
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import Device, FileName, NotNegative, Rate, Seed, Size
+from lib.ranges import Device, FileName, NotNegative, Positive, Rate, Seed, Size
 from presets import Arm, presets_for
 
 PRESET = "tiny"                           # as in step 1
@@ -20,11 +20,14 @@ SETTING: FileName | None = None           # as in step 1
 SEED: Seed = 0                            # as in step 1
 CYCLE: NotNegative = 0                    # which cycle's model
 ARM: Arm = "per_class"                    # whose model; cycle 0 is the same for all arms
+SAE_KIND: Literal["topk", "l1"] = "topk"  # l1: the paper's, uncentred, ReLU and an L1 penalty; it has no TOP_K
+SAE_TRAINED: Literal["after", "along"] = "after"  # along (l1 only): on the classifier's batches while that trains
+SAE_L1: Positive = 0.75                   # of l1: weight of the mean absolute code in its loss
 N_LATENTS_MULTIPLIER: Size = 4            # latents per activation dimension
 TOP_K: Size = 8                           # latents that may fire on one token; the same for all arms and cycles
-SAE_EPOCHS: Size = 3                      # passes over the activations; the best one by validation is kept
+SAE_EPOCHS: Size = 3                      # passes over the activations; TopK keeps the best one by validation
 SAE_BATCH_SIZE: Size = 512                # activations of one step
-SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape
+SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape, l1 1e-3
 SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # all real tokens, or only what the head reads
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
 CONSTANTS = override(globals(), presets_for(globals()))

@@ -35,7 +35,7 @@ from lib.ranges import (
 )
 from presets import Arm, ForArm, Metric, TargetLayer, Weight, presets_for
 
-PRESET = "tiny"                           # or tiny_topics, mlp_digits, mlp_mnist, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
+PRESET = "tiny"  # or tiny_topics, mlp_digits, mlp_mnist, paper, gpt2_sst2, gpt2_ag_news, gpt_neox_20b
 SETTING: FileName | None = None           # folder of the outputs; None: the name of DATASET's file, or PRESET
 ARMS: tuple[Arm, ...] = ("lambda0", "per_class", "class_mean", "shuffled_labels", "random_latents")  # all: README.md
 SEEDS: tuple[Seed, ...] = (0, 1, 2)       # each: start, order, validation cut, SAE seed; arms are paired by seed
@@ -76,11 +76,14 @@ WEIGHT_DECAY: Amount = 0.01
 WARMUP_STEPS: NotNegative = 10            # steps of linear warm-up
 LR_DECAY = True                           # linear to 0 after the warm-up
 CLIP_NORM: Positive | None = 1.0          # gradient norm; None: off
+SAE_KIND: Literal["topk", "l1"] = "topk"  # l1: the paper's, uncentred, ReLU and an L1 penalty; it has no TOP_K
+SAE_TRAINED: Literal["after", "along"] = "after"  # along (l1 only): on the classifier's batches while that trains
+SAE_L1: Positive = 0.75                   # of l1: weight of the mean absolute code in its loss
 N_LATENTS_MULTIPLIER: Size = 4            # latents per activation dimension
 TOP_K: Size = 8                           # latents that may fire on one token; the same for all arms and cycles
-SAE_EPOCHS: Size = 3                      # passes over the activations; the best one by validation is kept
+SAE_EPOCHS: Size = 3                      # passes over the activations; TopK keeps the best one by validation
 SAE_BATCH_SIZE: Size = 512                # activations of one step
-SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape
+SAE_LR: Rate | None = None                # peak learning rate; None: a rule over the SAE's shape, l1 1e-3
 SAE_POSITIONS: Literal["tokens", "pooled"] = "tokens"  # all real tokens, or only what the head reads
 N_SAE_SEEDS: Size = 1                     # SAEs per model; metrics are averaged over them before arms are compared
 AUX_WEIGHT: Weight | tuple[Weight, ...] = 1.0  # lambda; a tuple gives each cycle its own

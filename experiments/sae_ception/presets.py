@@ -44,6 +44,7 @@ _MLP = {
     "EVAL_LIMIT": 10_000, "PROBE_LIMIT": 10_000, "SILHOUETTE_ROWS": 2_000, "ROBUST_LIMIT": 2_000,
     "ABSORPTION_TOKENS": 0, "METRICS": OPTIONAL,
 }
+_MNIST = {"DATASET": "ylecun/mnist", "TEST_DATASET": None, "PIXEL_SCALE": 1 / 255, "VAL_FRAC": 1 / 6}
 _GPT2 = {
     "MODEL": "gpt2", "TARGET_LAYER": "last", "ATTRIBUTE_FIELD": None, "DATA_LIMIT": None, "VAL_DATASET": None,
     "EPOCHS_PER_CYCLE": 3, "BATCH_SIZE": 32, "LR": 1e-4, "OPTIMIZER": "adamw", "WEIGHT_DECAY": 0.01,
@@ -60,7 +61,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "tiny_topics": {"LABEL_FIELD": "topic", "ATTRIBUTE_FIELD": "mood"},
     "mlp_digits": _MLP | {"DATASET": "digits", "TEST_DATASET": None, "PIXEL_SCALE": 1 / 16, "VAL_FRAC": 0.25},
-    "mlp_mnist": _MLP | {"DATASET": "ylecun/mnist", "TEST_DATASET": None, "PIXEL_SCALE": 1 / 255, "VAL_FRAC": 1 / 6},
+    "mlp_mnist": _MLP | _MNIST,
+    # As the paper's public MNIST code: 25 of 256 latents, lambda of cycles 1, 2 and 3, its own SAE.
+    "paper": _MLP | _MNIST | {
+        "SAE_KIND": "l1", "SAE_TRAINED": "along", "SAE_LR": None, "KEEP_PCT": 10.0, "AUX_WEIGHT": (0.14, 0.06, 0.18),
+    },
     "gpt2_sst2": _GPT2 | {
         "DATASET": "stanfordnlp/sst2", "TEST_DATASET": None, "TEST_SPLIT": "validation", "TEXT_FIELD": "sentence",
         "LABEL_FIELD": "label", "MAX_LENGTH": 128, "VAL_FRAC": 0.05,

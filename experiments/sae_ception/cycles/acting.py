@@ -20,6 +20,7 @@ from cycles.stamps import Constants
 from cycles.targets import Source, random_sae, targets
 from lib.distributed import rank
 from lib.environment import InputError
+from lib.sae import SAE
 
 Acting = tuple[Auxiliary | None, dict[str, float]]
 
@@ -51,10 +52,12 @@ def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tupl
     values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
     sae = sae.to("cpu")
     centre = _centre(session, h, sae.mean, aux)
+    half = max(1, round(float((values > 0).sum(1).double().mean()) / 2)) if session.c["SAE_KIND"] == "l1" else (
+        sae.top_k // 2)
     t, share = targets(arm, Source(
         h=h, values=values, indices=indices, y=session.task.y[ids], ids=ids, decode=sae.decode,
         n_classes=session.task.n_classes, n_latents=sae.n_latents, keep=n_kept(sae.n_latents, aux["KEEP_PCT"]),
-        keep_per_example=aux["KEEP_PER_EXAMPLE"] or sae.top_k // 2, seed=seed, centre=centre,
+        keep_per_example=aux["KEEP_PER_EXAMPLE"] or half, seed=seed, centre=centre, unit=_code_unit(sae),
     ))
     variance = float(h.var(0, correction=0).mean()) if definition(arm).loss == "mse" else None
     made = Targets(ids, t, centre, variance)
@@ -66,12 +69,19 @@ def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tupl
     return made, share
 
 
+def _code_unit(sae: SAE) -> Tensor | None:
+    """What codes are divided by before latents are ranked: the paper ranks by codes before their rescaling."""
+    norms = sae.config.get("decoder_norm")
+    return None if norms is None else torch.tensor(norms, dtype=torch.float64)
+
+
 def _centre(session: Session, h: Tensor, sae_mean: Tensor, aux: Constants) -> Tensor | None:
     """What the arm's cosine is taken about, [D]; None: the origin."""
     if not aux["AUX_CENTRED"]:
         return None
-    # An SAE over all tokens knows their mean, not that of the position that is pulled.
-    return h.mean(0) if session.is_text and session.c["SAE_POSITIONS"] == "tokens" else sae_mean
+    # An SAE over all tokens knows their mean, not that of the position that is pulled; the paper's SAE knows none.
+    elsewhere = session.is_text and session.c["SAE_POSITIONS"] == "tokens" or session.c["SAE_KIND"] == "l1"
+    return h.mean(0) if elsewhere else sae_mean
 
 
 def _frozen(session: Session, arm: str, cycle: int, aux: Constants) -> Frozen:

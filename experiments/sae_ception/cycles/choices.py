@@ -12,7 +12,7 @@ from lib.models import local_path
 
 CHOICES = {
     "SAE_POSITIONS": ("tokens", "pooled"), "INIT": ("continue", "scratch"), "OPTIMIZER": ("adam", "adamw"),
-    "SELECT_EPOCH": ("last", "best"),
+    "SELECT_EPOCH": ("last", "best"), "SAE_KIND": ("topk", "l1"), "SAE_TRAINED": ("after", "along"),
 }
 
 
@@ -21,6 +21,7 @@ def check_choices(c: dict[str, Any]) -> None:
     for name, allowed in CHOICES.items():
         if name in c:
             _one_of(name, c[name], allowed)
+    _check_sae(c)
     for group in c.get("METRICS", ()):
         _one_of("METRICS", group, OPTIONAL)
     of_arms, arms = c.get("ARM_CONSTANTS", {}), c.get("ARMS", ())
@@ -41,6 +42,17 @@ def check_choices(c: dict[str, Any]) -> None:
             raise InputError(f"ARM_CONSTANTS has {arm}, which is not in ARMS{_nearest(arm, list(arms))}; add it, or "
                              "leave its constants out")
     _check_target(c)
+
+
+def _check_sae(c: dict[str, Any]) -> None:
+    """Raise InputError for an SAE that can't be trained in the way that is asked for."""
+    kind, along = c.get("SAE_KIND", "topk"), c.get("SAE_TRAINED", "after") == "along"
+    if along and kind != "l1":
+        raise InputError("SAE_TRAINED=along is for SAE_KIND=l1; a TopK SAE is trained after the classifier")
+    if kind == "l1" and c["MODEL"] != "mlp" and c.get("SAE_POSITIONS") != "pooled":
+        raise InputError("SAE_KIND=l1 learns from the position that the head reads; set SAE_POSITIONS=pooled")
+    if along and c.get("SELECT_EPOCH") == "best":
+        raise InputError("SAE_TRAINED=along follows the classifier to its last epoch; set SELECT_EPOCH=last")
 
 
 def _check_target(c: dict[str, Any]) -> None:

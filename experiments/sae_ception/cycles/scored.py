@@ -35,7 +35,8 @@ class Scored:
 def dense_codes(sae: SAE, h: Tensor) -> Tensor:
     """Codes of h [N, D] as a dense float32 [N, F]."""
     values, indices = sae.encode(h.to(sae.mean.device))
-    return torch.zeros(len(h), sae.n_latents).scatter_(1, indices.cpu(), values.cpu())
+    # Added, not written: a slot that did not fire may name a latent that another slot of its row gives.
+    return torch.zeros(len(h), sae.n_latents).scatter_add_(1, indices.cpu(), values.cpu())
 
 
 def token_rows(session: Session, ids: Tensor) -> Iterator[tuple[int, Tensor]]:

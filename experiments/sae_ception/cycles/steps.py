@@ -13,53 +13,22 @@ says which.
 """
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from cycles import schemas
-from cycles.acting import act
-from cycles.arms import definition
-from cycles.classifier import MLP, load_trained, trained_state
+from cycles.classifier import trained_state
 from cycles.evaluation import evaluate
-from cycles.fine_tuning import TuneSettings, fine_tune
+from cycles.fitting import fit
+from cycles.sae_training import trained_sae
 from cycles.session import Session
 from cycles.sharding import gathered
 from cycles.stamps import Constants, stage_constants, write_stamp
 from cycles.unfinished import Checkpoint
-from lib.activations import SaveSettings, save_activations
-from lib.batches import Rows, rows_of_run, rows_of_tensor
 from lib.distributed import rank
 from lib.environment import InputError, log
 from lib.files import fingerprint, read_json, write_json, write_torch
 from lib.sae import save_sae
 from lib.trackers import open_tracker
-from lib.training.loop import TrainSettings, train_sae
-
-
-def tune_settings(session: Session, arm: str, cycle: int, aux: Constants) -> TuneSettings:
-    """The training settings of a cycle. Cycles that start from scratch share one data order; others have their own."""
-    c = session.c
-    order = session.seed + (1000 * cycle if aux.get("INIT") == "continue" else 0)
-    if cycle and definition(arm).own_seed:
-        order += 500_000 + 1000 * cycle
-    how = definition(arm).acts if cycle else "nothing"
-    weight = 0.0 if how == "nothing" else aux_weight(aux, cycle)
-    optimizer, decay = c["OPTIMIZER"], c["WEIGHT_DECAY"]
-    if how == "decay":
-        decay, optimizer, weight = weight + (decay if optimizer == "adamw" else 0.0), "adamw", 0.0
-    return TuneSettings(
-        epochs=c["EPOCHS_PER_CYCLE"], batch_size=c["BATCH_SIZE"], lr=c["LR"], optimizer=optimizer,
-        weight_decay=decay, warmup_steps=c["WARMUP_STEPS"], decay=c["LR_DECAY"], clip_norm=c["CLIP_NORM"],
-        accumulate=c["ACCUMULATE"], aux_weight=weight, seed=order, select=c["SELECT_EPOCH"],
-    )
-
-
-def aux_weight(aux: Constants, cycle: int) -> float:
-    """lambda of a cycle: one number for all, or one for each cycle, the last of which stays."""
-    weight = aux["AUX_WEIGHT"]
-    return float(weight if isinstance(weight, (int, float)) else weight[min(cycle, len(weight)) - 1])
 
 
 def train_model(session: Session, arm: str, cycle: int) -> None:
@@ -70,18 +39,9 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
     if session.finished(path, key):
         unfinished.remove()
         return
-    aux = stage_constants(session.c, "aux", arm) if cycle else {}
-    settings = tune_settings(session, arm, cycle, aux)
-    made, share = act(session, arm, cycle - 1, aux, weight=settings.aux_weight) if cycle else (None, {})
-    start_from(session, arm, cycle, aux)
     tracker = "local" if rank() else session.c["TRACKER"]
     with open_tracker(tracker, folder / f"tracker_cycle_{cycle}", session.c) as track:
-        history = fine_tune(
-            session.model, session.task, settings, made, entries=session.entries, log=track,
-            checkpoint=unfinished if session.is_text else None, label=f"{arm} cycle {cycle}",
-        )
-    if made is not None:
-        history["aux"] |= share
+        history = fit(session, arm, cycle, log=track, checkpoint=unfinished if session.is_text else None)
     trained = gathered(trained_state(session.model))
     if rank():
         return
@@ -102,62 +62,17 @@ def _report_training(history: dict[str, Any], label: str) -> None:
     log.info("%s: validation accuracy %.4f", label, kept["val_accuracy"])
 
 
-def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
-    """Put the starting weights of a cycle into session.model."""
-    if cycle and definition(arm).own_seed and not session.is_text:
-        start = session.seed + 500_000 + cycle
-        fresh = MLP(session.task.n_pixels, session.task.n_classes, session.c["TARGET_LAYER"], start)
-        load_trained(session.model, trained_state(fresh))
-    elif cycle and aux["INIT"] == "continue":
-        session.load(arm, cycle - 1)
-    elif cycle and aux["INIT"] != "scratch":
-        raise InputError(f"INIT={aux['INIT']!r} must be 'scratch' or 'continue'")
-    else:
-        load_trained(session.model, session.initial)
-
-
 def train_cycle_sae(session: Session, arm: str, cycle: int, sae_seed: int = 0) -> None:
     """Train an SAE on the frozen model's target layer: all kept tokens, or the position the head reads."""
     arm = "baseline" if cycle == 0 else arm
     path, key = session.sae_path(arm, cycle, sae_seed), session.key("sae", arm, cycle, sae_seed)
     work = session.folder(arm, cycle) / f"activations_cycle_{cycle}"
-    if session.finished(path, key):
-        shutil.rmtree(work, ignore_errors=True)
-        return
-    session.load(arm, cycle)
-    c = session.c
-    rows = _sae_rows(session, work, session.key("model", arm, cycle))
-    n_latents = c["N_LATENTS_MULTIPLIER"] * len(rows.mean)
-    # Another start for each cycle, the same in all arms: latents that survive a cycle then owe it to the model.
-    start = 1_000_000 * cycle + 10 * session.seed + sae_seed
-    settings = TrainSettings(n_latents, c["TOP_K"], epochs=c["SAE_EPOCHS"], batch_size=c["SAE_BATCH_SIZE"],
-                             lr=c["SAE_LR"], seed=start)
-    threads = torch.get_num_threads()
-    sae, history = train_sae(rows, settings, work if work.exists() else None, session.device, progress=False)
-    # The compiled SAE step may leave torch with another number of threads, which changes the last bits of later models.
-    torch.set_num_threads(threads)
-    sae.config |= {"model": c["MODEL"], "arm": arm, "cycle": cycle, "seed": start,
-                   "hook": session.model.target.signature}
-    sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
-    save_sae(sae, path, rows.shards[0][:64].float())
-    write_stamp(session, path, key)
+    if not session.finished(path, key):
+        sae, probe = trained_sae(session, arm, cycle, sae_seed, work=work)
+        save_sae(sae, path, probe)
+        write_stamp(session, path, key)
+        log.info("%s seed %d cycle %d: SAE validation EV %.3f", arm, session.seed, cycle, sae.config["val_ev"])
     shutil.rmtree(work, ignore_errors=True)  # as large as all tokens times the width; the same step makes it again
-    log.info("%s seed %d cycle %d: SAE validation EV %.3f", arm, session.seed, cycle, sae.config["val_ev"])
-
-
-def _sae_rows(session: Session, work: Path, model_key: str) -> Rows:
-    """Activations of the training and validation examples at the target layer; those of all tokens lie in `work`."""
-    c, task = session.c, session.task
-    ids = torch.cat([task.splits["train"], task.splits["val"]])
-    is_val = torch.arange(len(ids)) >= len(task.splits["train"])
-    if not session.is_text or c["SAE_POSITIONS"] == "pooled":
-        return rows_of_tensor(session.outputs(ids)[0], is_val)
-    run = save_activations(
-        work, session.model.lm, session.tokenizer, [session.model.target], texts=[task.texts[i] for i in ids.tolist()],
-        splits=["val" if v else "train" for v in is_val.tolist()], settings=SaveSettings(max_length=c["MAX_LENGTH"]),
-        meta={"model": {"name": c["MODEL"], "key": model_key}},
-    )
-    return rows_of_run(run, run.hooks[0])
 
 
 def evaluate_cycle(session: Session, arm: str, cycle: int) -> Constants:

@@ -44,6 +44,8 @@ class Source:
     """Draws what is random."""
     centre: Tensor | None = None
     """What the cosine is taken about, [D]; None: the origin."""
+    unit: Tensor | None = None
+    """What each latent's codes are divided by before latents are ranked, [F]; None: 1."""
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -184,11 +186,13 @@ def random_sae(sae: SAE, seed: int) -> SAE:
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator)).to(sae.W_dec)
-    return replace(sae, W_enc=rows, b_enc=torch.zeros_like(sae.b_enc), W_dec=rows)
+    origin = {name: value for name, value in sae.config.items() if name != "decoder_norm"}
+    return replace(sae, W_enc=rows, b_enc=torch.zeros_like(sae.b_enc), W_dec=rows, config=origin)
 
 
 def _means(x: Source, labels: Tensor) -> Tensor:
-    return sharpening.class_means(x.values, x.indices, labels, n_classes=x.n_classes, n_latents=x.n_latents)
+    means = sharpening.class_means(x.values, x.indices, labels, n_classes=x.n_classes, n_latents=x.n_latents)
+    return means if x.unit is None else means / x.unit
 
 
 def _masks(x: Source, labels: Tensor | None = None) -> Tensor:
