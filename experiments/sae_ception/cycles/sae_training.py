@@ -30,13 +30,14 @@ def trained_sae(session: Session, arm: str, cycle: int, sae_seed: int, *, work: 
     """
     session.load(arm, cycle)
     start = 1_000_000 * cycle + 10 * session.seed + sae_seed
-    made = _l1(session, arm, cycle, start) if session.c["SAE_KIND"] == "l1" else _topk(session, arm, cycle, start, work)
+    l1 = session.c["SAE_KIND"] == "l1"
+    made = _l1(session, arm, cycle, start) if l1 else _topk(session, arm, cycle, start, work=work)
     made[0].config |= {"model": session.c["MODEL"], "arm": arm, "cycle": cycle, "seed": start,
                        "hook": session.model.target.signature}
     return made
 
 
-def _topk(session: Session, arm: str, cycle: int, seed: int, work: Path) -> tuple[SAE, Tensor]:
+def _topk(session: Session, arm: str, cycle: int, seed: int, *, work: Path) -> tuple[SAE, Tensor]:
     c = session.c
     rows = _sae_rows(session, work, session.key("model", arm, cycle))
     settings = TrainSettings(c["N_LATENTS_MULTIPLIER"] * len(rows.mean), c["TOP_K"], epochs=c["SAE_EPOCHS"],
