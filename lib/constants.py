@@ -16,7 +16,7 @@ import io
 import json
 import sys
 import tokenize
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,6 +80,28 @@ def _replace(namespace: dict[str, Any], kinds: dict[str, Any], presets: Presets 
         namespace.update({name: _fit(name, value, kinds[name]) for name, value in presets[preset].items()})
     namespace.update(given)
     namespace.update({name: _fit(name, namespace[name], kind) for name, kind in kinds.items()})
+
+
+def read_grid(grid: str, namespace: dict[str, Any], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The sets of values in the constant `grid`: "TOP_K=4,8 SEED=0,1; KIND=lista" names four, and a fifth.
+
+    namespace: as for override(), which has been called. names: constants that may be named. None gives one empty set. A
+    wrong name or value ends the script as in override().
+    """
+    kinds = kinds_of(Path(namespace["__file__"]).read_text(encoding="utf-8"), namespace, list(names))
+    found: list[dict[str, Any]] = []
+    for part in (namespace[grid] or "").split(";"):
+        chosen = {}
+        for name, _, values in (word.partition("=") for word in part.split()):
+            if name not in kinds:
+                refuse(f"{grid} can't name {shown(name)}{nearest(name.upper(), list(names))}; it can name "
+                       f"{', '.join(names)}")
+            try:
+                chosen[name] = [read_value(name, value, kinds[name]) for value in values.split(",")]
+            except ValueError as error:
+                refuse(f"{grid}: {error}")
+        found += [dict(zip(chosen, values)) for values in product(*chosen.values()) if chosen]
+    return [each for i, each in enumerate(found) if each not in found[:i]] or [{}]
 
 
 def refuse(message: str) -> NoReturn:

@@ -1,17 +1,20 @@
 """Many SAEs from one read: the bytes of single trainings, what is read, kills, memory, and the script's SAES."""
 import logging
+import shutil
 import signal
 from dataclasses import replace
 from itertools import product
 
 import pytest
 from test_training import SMALL, Drawn, make_rows, split_rows
+from test_verify_scripts import TRAIN, files, script, source  # noqa: F401  (two fixtures)
 
 import lib.batches as batches_module
 import lib.training.loop as training
 import lib.training.many as many
 from lib.environment import InputError
 from lib.sae import sae_hash
+from lib.saes import list_saes
 from lib.training.kinds import KINDS
 from lib.training.loop import TrainSettings, train_sae
 from lib.training.many import Job, group_jobs, train_saes
@@ -156,3 +159,45 @@ def test_memory_and_time_are_told_before(layers, in_memory, caplog):
         next(train_saes(jobs, progress=False))
     at_a_time = "one SAE" if in_memory else "2 SAEs"
     assert f"2 SAEs: 1 read of the activations, {at_a_time} at a time; about 1 min and 0.0" in caplog.text
+
+
+def test_saes_of_the_script_stand_where_single_trainings_put_them(script, source, own_store, monkeypatch):  # noqa: F811
+    """Two layers, two k, a kind and a seed, rows in memory and in buffers; what is there is not trained again."""
+    layers = "LAYER_SIGNATURE=resid_post:0,resid_post:1"
+    assert script("01_save_activations.py", *source, layers, "SHARD_ROWS=100")[0] == 0
+    root = own_store / "verify_sae_training"
+    for which in ("LAYER=resid_post:0,resid_post:1 TOP_K=2,3", "SEED=1; KIND=jumprelu SEED=1;"):
+        assert script("02_train_sae.py", *TRAIN, f"SAES={which}")[0] == 0
+        monkeypatch.setattr(batches_module, "BUFFER_BYTES", 1)
+    many_files = files(root / "saes")
+    assert len(list((root / "saes").iterdir())) == 6 == len(list_saes())
+    assert (root / "last_sae.txt").read_text().startswith("model-resid_post_0-jumprelu3-64-seed1-")
+    said = script("02_train_sae.py", *TRAIN, "SAES=TOP_K=2,3 SEED=0; SEED=1 LAYER=resid_post:0")
+    assert said[0] == 0 and "3 of these SAEs are already trained" in said[1] and "SAE=model-" in said[1]
+    monkeypatch.setattr(batches_module, "BUFFER_BYTES", 2**30)
+    shutil.rmtree(root / "saes")
+    for changes in (["LAYER=resid_post:1", "TOP_K=2"], ["LAYER=resid_post:0"]):
+        assert script("02_train_sae.py", *TRAIN, *changes)[0] == 0
+    monkeypatch.setattr(batches_module, "BUFFER_BYTES", 1)
+    assert script("02_train_sae.py", *TRAIN, "SEED=1", "KIND=jumprelu")[0] == 0
+    single = files(root / "saes")
+    assert len(single) == 3 * len(many_files) // 6 and single.items() <= many_files.items()
+
+
+WRONG = [
+    (["SAES=TOPK=3"], "SAES can't name TOPK; did you mean TOP_K?; it can name LAYER, N_LATENTS_MULTIPLIER, TOP_K"),
+    (["SAES=TOP_K=3,x"], "SAES: TOP_K=x must be a whole number"), (["SAES=TOP_K"], "SAES: TOP_K= must be a whole"),
+    (["SAES=KIND=gated"], "SAES: KIND=gated must be one of topk,"), (["SAES=DEVICE=cpu"], "SAES can't name DEVICE"),
+    (["SAES=SEED=0,1", "LIVE=True"], "with LIVE=True, SAES can't name SEED"),
+    (["SAES=SEED=0,1", "TRACKER=wandb"], "TRACKER=wandb shows one training at a time"),
+    (["SAES=TOP_K=2,9999"], "TOP_K=9999 must be between 1 and the number of latents"),
+    (["SAES=LAYER=resid_post:1,resid_post:7"], "not resid_post:7"),
+]
+
+
+def test_wrong_saes_are_refused_in_one_line(script, source, own_store):  # noqa: F811
+    assert script("01_save_activations.py", *source, "LAYER_SIGNATURE=resid_post:1")[0] == 0
+    for arguments, message in WRONG:
+        code, _, err = script("02_train_sae.py", *TRAIN, *arguments)
+        assert code == 2 and message in err and len([line for line in err.splitlines() if "error" in line]) == 1
+    assert not (own_store / "verify_sae_training" / "saes").exists() or not list_saes()

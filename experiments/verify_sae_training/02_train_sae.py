@@ -4,11 +4,15 @@
     python 02_train_sae.py PRESET=bielik         # the sizes of the original experiment
     python 02_train_sae.py TOP_K=16 EPOCHS=20    # any constant below, by its name
     python 02_train_sae.py START_FROM=<name>     # go on from a trained or public SAE, on the activations of now
+    python 02_train_sae.py SAES="TOP_K=4,8,16 SEED=0,1"      # six SAEs from one read
     python 02_train_sae.py LIVE=True N_TOKENS=100_000_000    # on texts that the model reads meanwhile
     torchrun --nproc-per-node 4 02_train_sae.py  # four processes share every step; see experiments/at_scale
 
 LIVE takes the run of step 1 as a sample, for statistics, held-out texts and notebooks, and trains on the whole of its
 data set, read by the run's model: activations are mixed in memory and never written.
+
+SAES trains many SAEs at once, each the same to the byte as if it were trained alone, in a folder of its own; reading is
+paid once (lib/training/many.py). Values between commas make a grid, several grids are parted by ";".
 
 After an interruption, rerun the same command: it continues from the last checkpoint. Other constants make another SAE;
 the same ones find the SAE that is there.
@@ -17,10 +21,11 @@ Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/
 Writes store/verify_sae_training/saes/<name>/: topk_sae.pt, topk_sae.json, training_history.json; and last_sae.txt
 """
 import shutil
+from contextlib import ExitStack
 from typing import Annotated, Literal
 
 import checkout  # noqa: F401  (first: finds lib)
-from lib.constants import override
+from lib.constants import override, read_grid
 from lib.ranges import Count, Device, FileName, Location, Name, Part, Rate, Seed, Size, Tracker, at_least, at_most
 
 PRESET = "standard"                       # standard: the values below; quick, full, large; bielik: the original's sizes
@@ -40,6 +45,7 @@ WHITEN: Part = 1 / 8                      # power of the partial whitening, fold
 ALIGNED = True                            # encoder aligned with the dictionary up to a learnt gain; False: free
 PRECISION: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # to propose candidates; auto: by processor
 LOG_EVERY: Count = 50                     # steps between two points of the training curve
+SAES: Name | None = None                  # many from one read: "TOP_K=4,8 SEED=0,1; KIND=lista" is five; None: one
 LIVE = False                              # True: train on all texts of the run's data set, while the model reads them
 N_TOKENS: Count | None = None             # LIVE: tokens to train on, scored EPOCHS times; None: EPOCHS passes over all
 BUFFER_TOKENS: Count = 262_144            # LIVE: tokens that are in memory to be mixed, width x 2 or 4 bytes each
@@ -58,37 +64,46 @@ PRESETS = {
     "bielik": {"N_LATENTS_MULTIPLIER": 4, "TOP_K": 8, "EPOCHS": 100},
 }
 CONSTANTS = override(globals(), PRESETS)
+GRID = ("LAYER", "N_LATENTS_MULTIPLIER", "TOP_K", "START_K", "FALL", "KIND", "EPOCHS", "BATCH_SIZE_TRAIN", "LR",
+        "DEAD_AFTER_TOKENS", "AUXK_ALPHA", "WHITEN", "ALIGNED", "PRECISION", "SEED")  # what SAES may name
+EACH = read_grid("SAES", globals(), GRID)  # for each SAE, the constants in which it differs from those above
+
+from trained_saes import Planned, is_trained, write_trained
 
 from lib.batches import rows_of_run
 from lib.distributed import rank
 from lib.environment import InputError, choose_device, log, log_to, run, say_next
 from lib.exchange.rows import sae_for
-from lib.files import read_json, write_json
 from lib.origin import origin_of
-from lib.outputs import in_use, is_current
-from lib.sae import load_sae, sae_hash, save_sae
-from lib.saes import ABOUT_FILE, HISTORY_FILE, MODEL_FILE, made_from, remember, sae_folder, trained_as
-from lib.store import experiment_dir, open_run, provenance
+from lib.outputs import in_use
+from lib.sae import sae_hash
+from lib.saes import made_from, remember, sae_folder, trained_as
+from lib.store import experiment_dir, open_run
 from lib.trackers import open_tracker
-from lib.training.checkpoints import HISTORY, Diverged
 from lib.training.kinds import WITH_THRESHOLD
-from lib.training.loop import TrainSettings, highest_codes, score, train_sae
+from lib.training.loop import score
+from lib.training.many import Job, train_saes
 from lib.training.start import kind_of
 
 FOLDER = experiment_dir("verify_sae_training")
-UNUSED = ({"START_FROM"} if START_FROM is None else set()) | ({"START_K", "FALL"} if START_K is None else set()) | (
-    set() if LIVE else {"LIVE", "N_TOKENS", "BUFFER_TOKENS"})
-NO_MATTER = {"VERIFY", "TRACKER", "TRUST_REMOTE_CODE"}
-MADE_WITH = {name: value for name, value in CONSTANTS.items() if name not in NO_MATTER | UNUSED}
+NO_MATTER = {"VERIFY", "TRACKER", "TRUST_REMOTE_CODE", "SAES"}
 
 
-def source_of(name, rows):
+def made_with(constants):
+    """Those of these constants that an SAE is made with."""
+    unused = NO_MATTER | (set() if LIVE else {"LIVE", "N_TOKENS", "BUFFER_TOKENS"})
+    unused |= {"START_FROM"} if START_FROM is None else set()
+    unused |= {"START_K", "FALL"} if constants["START_K"] is None else set()
+    return {name: value for name, value in constants.items() if name not in unused}
+
+
+def source_of(name, rows, top_k):
     """The SAE that START_FROM names, and the constants that it decides."""
     sae = sae_for(name, rows)
     scores = score(sae, rows.sample(validation=True, limit=None))
     l0, multiplier = scores["l0_mean"], sae.n_latents / len(rows.mean)
     log.info("START_FROM, held out: EV %.4f, L0 %.2f", scores["ev"], l0)
-    if kind_of(sae) in WITH_THRESHOLD and not l0 / 2 <= TOP_K <= 2 * l0:
+    if kind_of(sae) in WITH_THRESHOLD and not l0 / 2 <= top_k <= 2 * l0:
         raise InputError(f"START_FROM has {l0:.1f} codes a token; set TOP_K={max(1, round(l0))}")
     whole = N_LATENTS_MULTIPLIER if multiplier.is_integer() else multiplier  # others have sizes that this can't give
     return sae, {"START_FROM_SAE": sae_hash(sae), "N_LATENTS_MULTIPLIER": whole}
@@ -115,69 +130,59 @@ def rows_to_train_on(saved, hook):
     return rows, {"N_TOKENS": rows.n_tokens}
 
 
-def train(folder, origin, saved, rows, start):
-    """Train the SAE and write it with its history.
+def plan_saes(saved):
+    """The SAEs to make, each once."""
+    if len(EACH) > 1 and TRACKER in ("wandb", "trackio"):
+        raise InputError(f"TRACKER={TRACKER} shows one training at a time; with SAES set local, tensorboard or mlflow")
+    if varied := {"LAYER", "SEED", "EPOCHS"} & {name for changes in EACH for name in changes} if LIVE else set():
+        raise InputError(f"with LIVE=True, SAES can't name {', '.join(sorted(varied))}: its SAEs see the same batches")
+    sources, planned = {}, {}
+    for changes in EACH:
+        constants = CONSTANTS | changes
+        hook = saved.hook(constants["LAYER"])
+        if hook not in sources:
+            rows, _ = sources[hook] = rows_to_train_on(saved, hook)
+            log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook,
+                     len(rows.mean))
+        rows, tokens = sources[hook]
+        start, decided = source_of(START_FROM, rows, constants["TOP_K"]) if START_FROM else (None, {})
+        constants = made_with(constants) | tokens | decided
+        n_latents = round(constants["N_LATENTS_MULTIPLIER"] * len(rows.mean))
+        origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": constants}
+        folder = trained_as(made_from(origin)) or sae_folder(origin)
+        planned[folder] = Planned(folder, origin, rows, start)
+    return list(planned.values())
 
-    origin: what the SAE's file says of where it comes from. start: the SAE to go on from, or None.
-    """
-    settings = TrainSettings(
-        n_latents=origin["n_latents"], top_k=TOP_K, kind=KIND, epochs=EPOCHS,
-        batch_size=BATCH_SIZE_TRAIN, lr=LR, dead_after=DEAD_AFTER_TOKENS, aux_weight=AUXK_ALPHA, whiten=WHITEN,
-        aligned=ALIGNED, precision=PRECISION, log_every=LOG_EVERY, seed=SEED, start_k=START_K, fall=FALL,
-    )
-    with open_tracker("local" if rank() else TRACKER, folder / "tracker", MADE_WITH) as track:
-        try:
-            sae, history = train_sae(rows, settings, folder, choose_device(DEVICE), track=track, start=start)
-        except Diverged:  # its checkpoint is of no use
+
+def train(planned):
+    """Train those that are not there, and write each as soon as it is finished."""
+    missing = [each for each in planned if not is_trained(each.folder, each.origin)]
+    if done := len(planned) - len(missing):
+        log.info("this SAE is already trained" if len(planned) == 1 else f"{done} of these SAEs are already trained")
+    with ExitStack() as shown:
+        jobs = []
+        for each in missing:
+            track = shown.enter_context(open_tracker("local" if rank() else TRACKER, each.folder / "tracker",
+                                                     each.origin["constants"]))
+            jobs.append(Job(each.source, each.settings, each.folder, track=track, start=each.start))
+        for number, sae, history in train_saes(jobs, choose_device(DEVICE)):
             if rank() == 0:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            raise
-    if rank():
-        return
-    final = score(sae, rows.sample(validation=True, limit=None))
-    final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
-    sae.config.update(origin, tokens_trained=EPOCHS * rows.n_train, provenance=provenance(), final=final)
-    sae.maxima = highest_codes(sae, rows)
-    save_sae(sae, folder / MODEL_FILE, probe=next(rows.sample(validation=True, limit=None)))
-    about = {"schema_version": 1, "run_id": saved.run_id, "sae_hash": sae_hash(sae),
-             "constants": origin["constants"]}
-    write_json(folder / HISTORY_FILE, {**about, **history, "final": final}, sealed=True)
-    log.info("held out: EV %.4f, L0 %.2f, %.1f %% of latents never fired on %s tokens", final["ev"], final["l0_mean"],
-             final["dead_pct"], f"{final['n_rows']:,}")
-    if final["ev"] <= 0:
-        log.warning("it explains less than the mean of the activations does: lower LR or train longer")
-
-
-def is_trained(folder, origin):
-    """Whether the folder holds the finished SAE of this origin. Raises InputError if it is damaged, or another one."""
-    if not all((folder / name).exists() for name in (MODEL_FILE, ABOUT_FILE, HISTORY_FILE)):
-        return False  # the history is written last
-    sae = load_sae(folder / MODEL_FILE)
-    read_json(folder / HISTORY_FILE, HISTORY)
-    return is_current(folder, made_from(sae.config), made_from(origin), "rename it")
+                write_trained(missing[number], sae, history)
+                shutil.rmtree(missing[number].folder / "checkpoints", ignore_errors=True)
 
 
 def main():
     log_to(FOLDER / "02_train_sae.log")
-    saved = open_run("verify_sae_training", RUN_ID, VERIFY)
-    hook = saved.hook(LAYER)
-    rows, tokens = rows_to_train_on(saved, hook)
-    log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook, len(rows.mean))
-    start, decided = source_of(START_FROM, rows) if START_FROM else (None, {})
-    constants = MADE_WITH | tokens | decided
-    n_latents = round(constants["N_LATENTS_MULTIPLIER"] * len(rows.mean))
-    origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": constants}
-    folder = trained_as(made_from(origin)) or sae_folder(origin)
-    with in_use(folder):
-        if is_trained(folder, origin):
-            log.info("this SAE is already trained")
-        else:
-            train(folder, origin, saved, rows, start=start)
+    planned = plan_saes(open_run("verify_sae_training", RUN_ID, VERIFY))
+    with ExitStack() as held:
+        for each in planned:
+            held.enter_context(in_use(each.folder))
+        train(planned)
         if rank() == 0:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            remember(folder)
-    log.info("%s", folder)
-    say_next("03_analyze_training.ipynb", "04_name_sae_concepts.ipynb", "05_show_concepts.ipynb", SAE=folder.name)
+            remember(planned[-1].folder)
+    log.info("%s", planned[-1].folder)
+    steps = ("03_analyze_training.ipynb", "04_name_sae_concepts.ipynb", "05_show_concepts.ipynb")
+    say_next(*steps, *(["09_compare_saes.ipynb"] if len(planned) > 1 else []), SAE=planned[-1].folder.name)
 
 
 if __name__ == "__main__":
