@@ -23,8 +23,8 @@ import lib.training.checkpoints as checkpoints
 import lib.training.loop as training
 from cycles import schemas
 from cycles.auxiliary import Targets
-from cycles.classifier import trained_state
 from cycles.fine_tuning import TuneSettings, fine_tune
+from cycles.modules import trained_state
 from cycles.sharding import whole
 from cycles.unfinished import Checkpoint
 from lib.batches import shuffled_batches

@@ -21,8 +21,8 @@ from test_training import SMALL, make_rows
 
 import lib.training.checkpoints as checkpoints
 from cycles.auxiliary import Targets
-from cycles.classifier import trained_state
 from cycles.fine_tuning import TuneSettings, fine_tune
+from cycles.modules import trained_state
 from lib.activations import SaveSettings, block_rows, save_activations
 from lib.distributed import add_up, own_part, ranks, world_size
 from lib.hooks import resolve

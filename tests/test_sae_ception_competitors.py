@@ -5,9 +5,9 @@ from test_sae_ception_gates import image_task
 
 from cycles.ablation import Ablation, telling_latents
 from cycles.auxiliary import Penalty, Targets, probe
-from cycles.classifier import MLP, trained_state
 from cycles.examples import outputs
 from cycles.fine_tuning import TuneSettings, fine_tune
+from cycles.modules import MLP, trained_state
 from cycles.penalties import TEMPERATURE, Frozen, contrastive_loss, mean_absolute, mono_scores, penalty
 from lib.environment import InputError
 

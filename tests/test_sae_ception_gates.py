@@ -6,9 +6,10 @@ from conftest import TEXTS, tiny_model, word_tokenizer
 from torch.nn.functional import cross_entropy
 
 from cycles.auxiliary import Targets, auxiliary_loss, probe, probe_ids
-from cycles.classifier import MLP, TextClassifier, load_trained, trained_state
+from cycles.classifier import TextClassifier
 from cycles.examples import Entries, make_batch, outputs, shuffled_batches
 from cycles.fine_tuning import Checkpoint, TuneSettings, fine_tune, scheduled_lr
+from cycles.modules import MLP, load_trained, trained_state
 from cycles.sharpening import derangement
 from cycles.tasks import Task
 from lib.batches import rows_of_tensor
@@ -129,7 +130,7 @@ def test_pooled_position_in_a_padded_batch(kind):
         alone = [model(task.batch(ids[i : i + 1])) for i in range(6)]
         for together, apart in zip(model(batch), zip(*alone)):
             assert torch.allclose(together, torch.cat(apart), atol=1e-5)
-    read = batch["input_ids"][ids, model.position(batch["attention_mask"])].tolist()
+    read = batch["input_ids"][ids, model.position(batch["attention_mask"], batch["input_ids"])].tolist()
     assert read == [task.tokens[i].ids[0 if kind == "bert" else -1] for i in range(6)]
 
 
@@ -138,7 +139,6 @@ def test_position_equals_the_task_heads():
     model, task = text_model("llama", layer="last").eval(), text_task()
     theirs = transformers.LlamaForSequenceClassification(model.lm.config).eval()
     theirs.model.load_state_dict(model.lm.model.state_dict())
-    theirs.score = torch.nn.Linear(16, 2)
     theirs.score.load_state_dict(model.head.state_dict())
     batch = task.batch(torch.arange(6))
     with torch.no_grad():

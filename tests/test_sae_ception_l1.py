@@ -5,8 +5,8 @@ from test_sae_ception_cycles import cycle, defaults, digits  # noqa: F401
 from test_sae_ception_targets import DENSE, INDICES, VALUES, Y, dense
 
 from cycles.acting import make_targets
-from cycles.classifier import trained_state
 from cycles.l1_sae import L1Training
+from cycles.modules import trained_state
 from cycles.scored import dense_codes
 from cycles.session import Session
 from cycles.stamps import stage_constants

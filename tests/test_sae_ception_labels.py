@@ -44,8 +44,8 @@ def test_classes_and_their_names():
     y, names = classes(["sad", "happy", "sad", "happy"], WHERE, "x")
     assert y.tolist() == [1, 0, 1, 0] and names == ["happy", "sad"]
     y, names = classes([np.int64(7), 3, 7.0, 3], WHERE, "x")
-    assert y.tolist() == [1, 0, 1, 0] and names == ["3", "7"]
-    assert classes([True, False, True, True], WHERE, "x")[1] == ["False", "True"]
+    assert y.tolist() == [1, 0, 1, 0] and names == [3, 7]
+    assert classes([True, False, True, True], WHERE, "x")[1] == [False, True]
     assert classes([0, 1, 1, 2], WHERE, "x", trained_on=False)[0].tolist() == [0, 1, 1, 2]
 
 

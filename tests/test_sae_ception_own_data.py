@@ -9,7 +9,7 @@ import torch
 from conftest import TEXTS, word_tokenizer
 from test_sae_ception_cycles import defaults, script, write_texts  # noqa: F401  (fixtures)
 
-from cycles.labels import classes
+from cycles.labels import classes, in_words
 from cycles.sources import load_task, own_data
 from cycles.tasks import say_what_is_scored
 from lib.environment import InputError
@@ -86,7 +86,7 @@ def test_a_folder_without_splits_is_cut_too(own, tmp_path):
 
 
 @pytest.mark.parametrize("values,names", [
-    ([1.0, 0.0, 1.0, 0.0], ["0", "1"]), (["Positive ", "negative", "Positive", " negative"], ["Positive", "negative"]),
+    ([1.0, 0.0, 1.0, 0.0], [0, 1]), (["Positive ", "negative", "Positive", " negative"], ["Positive", "negative"]),
     (["Positive", "negative", "negative", "positive "], ["Positive", "negative"]),
 ])
 def test_labels_that_are_written_differently_are_one_class(values, names, caplog):
@@ -102,10 +102,8 @@ def test_two_classes_that_differ_in_case_stay_two_and_are_told(caplog):
 
 
 def test_numbers_are_named_as_the_data_set_names_them():
-    where = ["train"] * 3 + ["test"]
-    assert classes([1, 0, 1, 0], where, "x", called=["bad", "good"])[1] == ["bad", "good"]
-    assert classes([1, 2, 1, 2], where, "x", called=["bad", "good", "mixed"])[1] == ["good", "mixed"]
-    assert classes([1, 5, 1, 5], where, "x", called=["bad", "good"])[1] == ["1", "5"]
+    assert in_words([0, 1], ["bad", "good"]) == ["bad", "good"] and in_words([1, 2], ["a", "b", "c"]) == ["b", "c"]
+    assert in_words([1, 5], ["bad", "good"]) == ["1", "5"] and in_words(["a", "b"], None) == ["a", "b"]
 
 
 @pytest.mark.parametrize("change,constants,said", [

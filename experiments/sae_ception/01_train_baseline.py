@@ -56,6 +56,7 @@ MODEL_DTYPE: Precision = "float32"        # of the frozen layers; auto: bfloat16
 LOAD_BITS: Literal[4, 8] | None = None    # 8 or 4: frozen layers quantised on loading (needs bitsandbytes and CUDA)
 DEVICE_MAP: Literal["auto"] | None = None  # auto: spread the model over the devices (needs accelerate)
 FSDP = False                              # under torchrun: each rank keeps a share of the weights
+KEEP_HEAD = True                          # a transformers classifier keeps its own head; False: a new one
 TARGET_LAYER: TargetLayer = "last"        # whose output is pulled: last, a block's number, or a layer signature
 TRAIN_BELOW = False                       # also train what stands below the target layer
 GRADIENT_CHECKPOINTING = False            # less memory, one more forward pass

@@ -5,8 +5,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from cycles.arms import ARMS, CONSTANTS, unlabelled
-from cycles.classifier import MLP, block_in_range
+from cycles.classifier import block_in_range
 from cycles.metrics import OPTIONAL
+from cycles.modules import MLP
 from lib.environment import InputError
 from lib.models import local_path
 

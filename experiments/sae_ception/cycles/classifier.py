@@ -1,6 +1,6 @@
-"""Classifiers whose activations at one layer can be read, and pulled towards targets while they train.
+"""Classifiers of texts whose activations at one layer can be read, and pulled towards targets while they train.
 
-    model = MLP(task.n_pixels, task.n_classes, "layers.1", seed)     # or text_classifier(constants, ...)
+    model = text_classifier(constants, task, seed, tokenizer=tokenizer, device=device)     # others: cycles/modules.py
     h, logits = model(task.batch(ids))       # h [B, D]: the target layer at the position that the head reads
 """
 from collections.abc import Iterator
@@ -11,42 +11,32 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from cycles.sharding import is_sharded, receive, spread
+from cycles.heads import check_reads, columns_of, has_own_head, head_parts
+from cycles.modules import initialise
+from cycles.sharding import spread
+from cycles.tasks import Task
 from lib.blocks import require_positions
-from lib.distributed import rank
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
 from lib.models import choose_dtype, load_model, local_path
 from lib.texts import filler_id
 
 
-class MLP(nn.Module):
-    """inputs - 16 - 16 - classes with ReLUs, the paper's model for images; the layers are layers.0 to layers.4."""
-
-    def __init__(self, n_inputs: int, n_classes: int, target_layer: str, seed: int, hidden: int = 16):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(n_inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_classes)
-        )
-        initialise(self, seed)
-        self.target = resolve(self, target_layer)
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """batch["x"] [B, P] -> h [B, D], logits [B, C]."""
-        with capture(self, [self.target], stop=False) as seen:
-            logits = self.layers(batch["x"])
-        return seen[self.target.signature], logits
-
-
 class TextClassifier(nn.Module):
     """A transformers model with a linear head on its last real token (causal models) or its first (BERT and the like).
 
-    The embeddings and the blocks below the target layer are frozen and stay in eval mode, unless train_below.
+    The embeddings and the blocks below the target layer are frozen and stay in eval mode, unless train_below. A
+    transformers classifier may keep its own head: its outputs `columns` are those of classes 0..C-1. A new head of a
+    causal model has no bias, as those of transformers' own classifiers, so that it can be saved as one.
     """
 
-    def __init__(self, lm: Any, n_classes: int, target_layer: str, seed: int, train_below: bool = False):
+    def __init__(
+        self, lm: Any, n_classes: int, target_layer: str, seed: int, *, train_below: bool = False,
+        columns: list[int] | None = None,
+    ):
         super().__init__()
         self.lm: Any = lm
+        self.columns = columns
         path, stack = blocks(lm)
         if target_layer == "last":
             target_layer = f"resid_post:{len(stack) - 1}"
@@ -57,16 +47,20 @@ class TextClassifier(nn.Module):
         self.frozen_blocks = list(stack[: self.first_trained])
         self.entry = HookPoint(f"{path}.{self.first_trained}", "input", "entry")
         self.reads_first = reads_first_token(lm.config)
-        self.head = nn.Linear(lm.config.hidden_size, n_classes)
-        initialise(self.head, seed)
-        self.head.to(next(lm.parameters()).device)
+        if columns is None:
+            self.head = nn.Linear(lm.config.hidden_size, n_classes, bias=self.reads_first)
+            initialise(self.head, seed)
+            self.head.to(next(lm.parameters()).device)
         self._choose_trained(stack, train_below)
+        if columns is not None and not next(lm.parameters()).is_meta:  # rank 0 checks for all
+            check_reads(self)
 
     def _choose_trained(self, stack: nn.ModuleList, train_below: bool) -> None:
         self.lm.requires_grad_(False)
         embeddings = {id(p) for p in self.lm.get_input_embeddings().parameters()}
         trained = [self.lm.base_model] if train_below else [*stack[self.first_trained :], final_norm(self.lm, stack)]
-        self.trained_modules = [module for module in trained if module is not None]
+        head = [self.head] if self.columns is None else head_parts(self.lm)
+        self.trained_modules = [module for module in [*trained, *head] if module is not None]
         for module in self.trained_modules:
             # Trained weights are kept in float32: updates of 1e-4 vanish in bfloat16.
             module.float()
@@ -89,29 +83,38 @@ class TextClassifier(nn.Module):
         """Train mode for the trained modules only, so that what is frozen is the same in every pass."""
         super().train(False)
         self.training = mode
-        for module in [*self.trained_modules, self.head]:
+        for module in self.trained_modules:
             module.train(mode)
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask [B, T] -> h [B, D], logits [B, C]; batch["entry"] replaces the frozen blocks."""
-        with capture(self.lm, [self.target], stop=False) as seen:
-            states = self.states(batch)
-        at = self.position(batch["attention_mask"])
+        at = self.position(batch["attention_mask"], batch["input_ids"])
         rows = torch.arange(len(at), device=at.device)
-        precision = self.head.weight.dtype  # float32: under autocast the states may have less
-        h = seen[self.target.signature][rows, at].to(precision)
-        return h, self.head(states[rows, at].to(precision))
+        with capture(self.lm, [self.target], stop=False) as seen:
+            if self.columns is not None:
+                logits = self._run(self.lm, batch).logits[:, self.columns].float()
+            else:  # float32: under autocast the states may have less
+                logits = self.head(self.states(batch)[rows, at].to(self.head.weight.dtype))
+        return seen[self.target.signature][rows, at].to(logits.dtype), logits
 
-    def position(self, mask: Tensor) -> Tensor:
-        """The position that the head reads in each row of mask [B, T]: the last real token, or the first; int64 [B]."""
+    def position(self, mask: Tensor, input_ids: Tensor) -> Tensor:
+        """The position that the head reads in each row [B, T]: the last real token, or the first; int64 [B].
+
+        A causal classifier's own head skips padding tokens even where they are real, as transformers does.
+        """
         order = torch.arange(mask.shape[1], device=mask.device)
         if self.reads_first:
             return mask.long().argmax(1)
-        return torch.where(mask.bool(), order, -1).argmax(1)
+        real = mask.bool() if self.columns is None else input_ids != self.lm.config.pad_token_id
+        return torch.where(real, order, -1).argmax(1)
 
     def states(self, batch: dict[str, Tensor]) -> Tensor:
         """The model's final hidden states [B, T, D]."""
+        return self._run(self.lm.base_model, batch).last_hidden_state
+
+    def _run(self, module: Any, batch: dict[str, Tensor]) -> Any:
+        """The output of the language model, or of its base, for a batch."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         mixed = any(p.dtype != torch.float32 for p in self.lm.parameters())
         with ExitStack() as stack:
@@ -121,7 +124,7 @@ class TextClassifier(nn.Module):
                 stack.enter_context(_skipped(self.frozen_blocks))
                 stack.enter_context(edit(self.lm, self.entry, lambda _: batch["entry"]))
             keywords = {} if self.reads_first else {"use_cache": False}
-            return self.lm.base_model(**inputs, **keywords).last_hidden_state
+            return module(**inputs, **keywords)
 
     @torch.no_grad()
     def token_states(self, batch: dict[str, Tensor], point: HookPoint) -> list[Tensor]:
@@ -179,49 +182,21 @@ def _skipped(frozen: list[nn.Module]) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
-def initialise(module: nn.Module, seed: int) -> None:
-    """torch's default initialisation of every linear layer, drawn from `seed` without touching the global stream."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in module.modules():
-            if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5
-                for p in layer.parameters():
-                    p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained parameters, or of this rank's shares: all that a checkpoint needs beside the base model."""
-    return {name: p.detach().clone() if is_sharded(p) else p.detach().cpu().clone()
-            for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what trained_state took, or whole tensors; where ranks hold shares, those of rank 0 count.
-
-    Raises InputError if they came from other parameters.
-    """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    receives = rank() > 0 and any(map(is_sharded, own.values()))  # and may have nothing itself
-    if not receives and (own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own)):
-        raise InputError("the checkpoint holds other parameters than this model trains; delete it and rerun its step")
-    with torch.no_grad():
-        for name, p in own.items():
-            if is_sharded(p) and not is_sharded(state.get(name)):
-                receive(p, state.get(name))
-            else:
-                p.copy_(state[name])
-
-
 def text_classifier(
-    c: dict[str, Any], n_classes: int, seed: int, *, tokenizer: Any, device: torch.device
+    c: dict[str, Any], task: Task, seed: int, *, tokenizer: Any, device: torch.device
 ) -> TextClassifier:
-    """The classifier of the constants on a language model. Raises InputError if that can't be loaded."""
+    """The classifier of the constants on a language model. A transformers classifier keeps its head with KEEP_HEAD.
+
+    Raises InputError if the model can't be loaded, or if its own head does not know the task's classes.
+    """
     lm = load_base(c, device)
     require_positions(lm, c["MAX_LENGTH"])
     if lm.config.pad_token_id is None:
         lm.config.pad_token_id = filler_id(tokenizer)
-    model = TextClassifier(lm, n_classes, c["TARGET_LAYER"], seed, train_below=c["TRAIN_BELOW"])
+    columns = columns_of(lm, task) if has_own_head(lm) and c["KEEP_HEAD"] else None
+    if columns is not None and c["LOAD_BITS"]:
+        raise InputError("LOAD_BITS quantises MODEL's own head, which trains; set LOAD_BITS=None or KEEP_HEAD=False")
+    model = TextClassifier(lm, task.n_classes, c["TARGET_LAYER"], seed, train_below=c["TRAIN_BELOW"], columns=columns)
     if c["GRADIENT_CHECKPOINTING"]:
         # The reentrant kind would cut the graph of what the hooks capture.
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

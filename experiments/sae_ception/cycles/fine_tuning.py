@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from cycles.auxiliary import Auxiliary, probe, pull_summary
-from cycles.classifier import load_trained, trained_state
 from cycles.examples import Entries, make_batch, outputs, own_examples, shuffled_batches
+from cycles.modules import load_trained, trained_state
 from cycles.sharding import is_sharded
 from cycles.tasks import Task
 from cycles.unfinished import Checkpoint, load, save

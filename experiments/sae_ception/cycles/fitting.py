@@ -7,8 +7,8 @@ from typing import Any
 
 from cycles.acting import act
 from cycles.arms import definition
-from cycles.classifier import MLP, load_trained, trained_state
 from cycles.fine_tuning import TuneSettings, fine_tune
+from cycles.modules import MLP, load_trained, trained_state
 from cycles.session import Session
 from cycles.stamps import Constants, stage_constants
 from cycles.unfinished import Checkpoint

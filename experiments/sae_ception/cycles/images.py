@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
-from cycles.labels import classes
+from cycles.labels import classes, in_words
 from cycles.tasks import Task, limited
 from lib.environment import InputError, first_line
 from lib.models import local_path
@@ -37,8 +37,8 @@ def image_task(c: dict[str, Any]) -> tuple[Task, list[str]]:
                          "they must have one size")
     where = [name for name, part in parts.items() for _ in part.labels]
     labels = [label for part in parts.values() for label in part.labels]
-    y, names = classes(labels, where, f"DATASET={dataset}", called=parts["train"].names)
-    task = Task(y, 0, {}, class_names=names)
+    y, known = classes(labels, where, f"DATASET={dataset}")
+    task = Task(y, 0, {}, class_names=in_words(known, parts["train"].names))
     kept = limited(task, where, c["DATA_LIMIT"])
     pixels = np.concatenate([part.pixels.reshape(len(part.pixels), -1) for part in parts.values()])
     task.images, task.y = torch.from_numpy(pixels[kept].astype(np.float32)) * c["PIXEL_SCALE"], y[kept]

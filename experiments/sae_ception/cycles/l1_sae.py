@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from cycles.classifier import initialise
+from cycles.modules import initialise
 from lib.environment import InputError
 from lib.sae import SAE, make_sae
 

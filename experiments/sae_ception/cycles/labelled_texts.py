@@ -7,7 +7,7 @@ from typing import Any
 
 from sklearn.model_selection import train_test_split
 
-from cycles.labels import classes, smallest_class
+from cycles.labels import classes, in_words, smallest_class
 from cycles.tasks import Task, limited
 from lib.environment import InputError, first_line, log
 from lib.files import read_json
@@ -24,12 +24,13 @@ def text_task(c: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
     """Tokens with their classes, and the split of each text."""
     rows, where, texts = _labelled_rows(c)
     label, attribute = c["LABEL_FIELD"], c["ATTRIBUTE_FIELD"]
-    y, names = classes([row.get(label) for row in rows], where, f"LABEL_FIELD={label}", called=_called(c, label))
-    task = Task(y, 0, {}, class_names=names, pad_id=filler_id(tokenizer))
+    y, known = classes([row.get(label) for row in rows], where, f"LABEL_FIELD={label}")
+    task = Task(y, 0, {}, class_names=in_words(known, _called(c, label)), pad_id=filler_id(tokenizer),
+                numbers=[value for value in known if type(value) is int])
     if attribute and attribute in rows[0]:
-        task.attribute, task.attribute_names = classes(
-            [row.get(attribute) for row in rows], where, f"ATTRIBUTE_FIELD={attribute}", trained_on=False,
-            called=_called(c, attribute))
+        values = [row.get(attribute) for row in rows]
+        task.attribute, known = classes(values, where, f"ATTRIBUTE_FIELD={attribute}", trained_on=False)
+        task.attribute_names = in_words(known, _called(c, attribute))
     if "test" not in where:
         where = _with_test(task, texts, c["TEST_FRAC"])
     _tell_repeated(texts, where)

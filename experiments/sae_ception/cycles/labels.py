@@ -16,17 +16,14 @@ from lib.environment import InputError, log
 SHOWN_ROWS = 5  # row numbers named in a message
 
 
-def classes(
-    values: list[Any], where: list[str], field: str, *, trained_on: bool = True, called: list[str] | None = None
-) -> tuple[Tensor, list[str]]:
-    """Classes 0..C-1 of the values, int64 [N], in the order of the sorted values, and their names.
+def classes(values: list[Any], where: list[str], field: str, trained_on: bool = True) -> tuple[Tensor, list[Any]]:
+    """Classes 0..C-1 of the values, int64 [N], in the order of the sorted values, and the value of each.
 
-    where: the split of each value, in the order of its data set; field: what messages call the values; called: what
-    the numbers 0, 1 ... are called. The classes are the training examples' values, or with trained_on=False all values.
-    Blanks around words do not count; 1.0 is 1. A held-out word that differs only in case from one class is read as it,
-    and the log says so. Raises InputError for missing values (None, NaN, blank), for values that can't be labels
-    (lists, dicts, fractions ...), for mixed kinds, for nearly as many values as examples, and for held-out values that
-    no training example has.
+    where: the split of each value, in the order of its data set; field: what messages call the values. The classes are
+    the training examples' values, or with trained_on=False all values. Blanks around words do not count; 1.0 is 1. A
+    held-out word that differs only in case from one class is read as it, and the log says so. Raises InputError for
+    missing values (None, NaN, blank), for values that can't be labels (lists, dicts, fractions ...), for mixed kinds,
+    for nearly as many values as examples, and for held-out values that no training example has.
     """
     values = [_plain(value) for value in values]
     refuse = partial(_refuse, values, where, field)
@@ -50,9 +47,13 @@ def classes(
     remedy = (f"set {_constant(field)} or DATASET so that training has every class; hidden test labels can't be used: "
               "set TEST_SPLIT or TEST_DATASET")
     refuse(lambda value: value not in number, "a value that no training example has in", remedy)
-    is_called = called is not None and all(isinstance(value, int) and 0 <= value < len(called) for value in known)
-    names = [called[value] if called and is_called else str(value) for value in known]
-    return torch.tensor([number[value] for value in values]), names
+    return torch.tensor([number[value] for value in values]), known
+
+
+def in_words(known: list[Any], called: list[str] | None) -> list[str]:
+    """The names of classes with these values; called: what the numbers 0, 1 ... are called, if anybody says so."""
+    is_called = all(isinstance(value, int) and 0 <= value < len(called or ()) for value in known)
+    return [called[value] if called and is_called else str(value) for value in known]
 
 
 def _plain(value: Any) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cycles.classifier import load_trained, trained_state
 from cycles.fitting import fit
 from cycles.l1_sae import L1Training
+from cycles.modules import load_trained, trained_state
 from cycles.session import Session
 from lib.activations import SaveSettings, save_activations
 from lib.batches import Rows, rows_of_run, rows_of_tensor

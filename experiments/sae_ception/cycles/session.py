@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cycles import schemas, stamps
 from cycles.choices import check_choices
-from cycles.classifier import MLP, load_trained, text_classifier, trained_state
+from cycles.classifier import text_classifier
 from cycles.examples import Entries, cached_entries, outputs
+from cycles.heads import has_own_head
+from cycles.modules import MLP, load_trained, trained_state
 from cycles.sharding import from_first
 from cycles.sources import load_task, own_data
 from cycles.stamps import Constants, stage_constants
@@ -50,9 +52,11 @@ class Session:
         if self.is_text:
             # only rank 0 reads the model; the others receive their shares
             device = self.device if not sharded else torch.device("meta" if rank() else "cpu")
-            self.model = text_classifier(c, self.task.n_classes, seed, tokenizer=self.tokenizer, device=device)
+            self.model = text_classifier(c, self.task, seed, tokenizer=self.tokenizer, device=device)
         else:
             self.model = MLP(self.task.n_pixels, self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
+        if not (self.is_text and has_own_head(self.model.lm)):  # what decides nothing makes no output stale
+            self.c = {name: value for name, value in c.items() if name != "KEEP_HEAD"}
         self.task_key = self.task.identity()
         self.model_key = weights_of(self.model) if not (sharded and rank()) else ""
         self.entries: Entries | None = None

@@ -79,7 +79,7 @@ def _group(task: Task, groups: tuple[int, ...] | None) -> None:
         if len(groups) != n_classes or set(groups) != set(range(max(groups) + 1)):
             raise InputError(f"LABEL_GROUPS={groups} must give a group, counted from 0, to each of the {n_classes} "
                              "classes")
-        task.attribute, task.attribute_names = task.y, task.class_names
+        task.attribute, task.attribute_names, task.numbers = task.y, task.class_names, []
         task.y, n_classes = torch.tensor(groups)[task.y], max(groups) + 1
         task.class_names = ["/".join(name for name, group in zip(task.attribute_names, groups) if group == c)
                             for c in range(n_classes)]

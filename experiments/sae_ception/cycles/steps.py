@@ -16,9 +16,9 @@ import shutil
 from typing import Any
 
 from cycles import schemas
-from cycles.classifier import trained_state
 from cycles.evaluation import evaluate
 from cycles.fitting import fit
+from cycles.modules import trained_state
 from cycles.sae_training import trained_sae
 from cycles.session import Session
 from cycles.sharding import gathered

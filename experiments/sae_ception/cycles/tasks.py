@@ -40,6 +40,8 @@ class Task:
     pad_id: int = 0
     class_names: list[str] = field(default_factory=list)
     """Of classes 0..C-1, as tables and figures call them."""
+    numbers: list[int] = field(default_factory=list)
+    """Of classes 0..C-1 in the data set; empty where it writes them as words."""
     attribute_names: list[str] = field(default_factory=list)
     """Of the attribute's values."""
     reported: set[str] = field(default_factory=set)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from cycles import schemas
-from cycles.classifier import load_trained, trained_state
+from cycles.modules import load_trained, trained_state
 from cycles.sharding import from_first, is_sharded, receive
 from lib.distributed import agree, rank, wait_for_all, world_size
 from lib.environment import InputError, first_line
