@@ -1,7 +1,7 @@
 """Arms without targets: penalties on the activations, ablation while training, weight decay; and the other losses."""
 import pytest
 import torch
-from test_sae_ception_gates import image_task
+from test_sae_ception_gates import image_task, text_model, text_task
 
 from cycles.ablation import Ablation, telling_latents
 from cycles.auxiliary import Penalty, Targets, probe
@@ -182,6 +182,25 @@ def test_ablation_has_a_live_gradient_outside_the_subspace_only():
             values.append(loss().item())
             p.view(-1)[at] -= sign * 1e-6
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(p.grad.view(-1)[at].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_ablation_in_a_language_model(checkpointed):
+    """Every token's output of the target block is projected, also where the backward pass computes it again."""
+    model, task = text_model("llama"), text_task()
+    if checkpointed:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made = Ablation(rows(3, 16).float(), 1.0)
+    ids = task.splits["train"]
+    settings = TuneSettings(1, batch_size=16, lr=0.01, aux_weight=1.0)
+    plain, ablated = text_model("llama"), text_model("llama")
+    for tuned, targets in ((model, made), (ablated, made), (plain, None)):
+        fine_tune(tuned, task, settings, targets)
+    states = [trained_state(tuned) for tuned in (model, ablated, plain)]
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-6) for name in states[0])
+    assert any(not torch.equal(states[1][name], states[2][name]) for name in states[0])
+    with made.while_training(model), torch.no_grad():
+        assert made.part(model(task.batch(ids[:4]))[0]).abs().max() < 1e-5
 
 
 def test_an_ablated_shortcut_is_not_learnt():

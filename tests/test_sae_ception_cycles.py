@@ -13,7 +13,7 @@ from conftest import PROJECT, TEXTS, tiny_model, word_tokenizer
 import cycles.arms
 import cycles.sae_training
 import cycles.steps
-from cycles.acting import lambda0_cosine
+from cycles.acting import lambda0_cosine, make_targets
 from cycles.auxiliary import probe_ids
 from cycles.classifier import TextClassifier
 from cycles.fitting import tune_settings
@@ -206,6 +206,25 @@ def test_the_centre_is_the_mean_of_the_position_that_is_pulled(defaults, tmp_pat
     h, _ = session.outputs(session.task.splits["train"])
     assert torch.allclose(centre, h.mean(0), atol=1e-5)
     assert (centre - session.sae("baseline", 0).mean).norm() > 0.1 * h.std(0).norm()
+
+
+def test_a_class_mean_about_either_origin(digits):
+    """The targets are the same; only what their cosine is taken about is another."""
+    session = Session(digits | {"ARM_CONSTANTS": {"class_mean@mean": {"AUX_CENTRED": True}},
+                                "ARMS": ("class_mean", "class_mean@mean")}, 0)
+    train_model(session, "baseline", 0)
+    train_cycle_sae(session, "baseline", 0)
+    made = {arm: make_targets(session, arm, 0, stage_constants(session.c, "aux", arm))[0]
+            for arm in ("class_mean", "class_mean@mean")}
+    h, y = session.outputs(session.task.splits["train"])[0], session.task.y[session.task.splits["train"]]
+    means = torch.stack([h[y == c].mean(0) for c in range(10)])
+    assert torch.equal(made["class_mean"].t, made["class_mean@mean"].t)
+    assert torch.allclose(made["class_mean"].t, means[y], atol=1e-4) and made["class_mean"].centre is None
+    assert torch.allclose(made["class_mean@mean"].centre, h.mean(0), atol=1e-4)
+    ids, centre = session.task.splits["train"], made["class_mean@mean"].centre
+    for arm, about in (("class_mean", torch.zeros(16)), ("class_mean@mean", centre)):
+        expected = torch.nn.functional.cosine_similarity(h - about, means[y] - about)
+        assert torch.allclose(1 - made[arm].loss(h, ids), expected, atol=1e-4)
 
 
 def test_matched_k(digits):

@@ -57,7 +57,7 @@ def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tupl
     t, share = targets(arm, Source(
         h=h, values=values, indices=indices, y=session.task.y[ids], ids=ids, decode=sae.decode,
         n_classes=session.task.n_classes, n_latents=sae.n_latents, keep=n_kept(sae.n_latents, aux["KEEP_PCT"]),
-        keep_per_example=aux["KEEP_PER_EXAMPLE"] or half, seed=seed, centre=centre, unit=_code_unit(sae),
+        keep_per_example=aux["KEEP_PER_EXAMPLE"] or half, seed=seed, centre=centre, unit=code_unit(sae),
     ))
     variance = float(h.var(0, correction=0).mean()) if definition(arm).loss == "mse" else None
     made = Targets(ids, t, centre, variance)
@@ -69,10 +69,9 @@ def make_targets(session: Session, arm: str, cycle: int, aux: Constants) -> tupl
     return made, share
 
 
-def _code_unit(sae: SAE) -> Tensor | None:
-    """What codes are divided by before latents are ranked: the paper ranks by codes before their rescaling."""
-    norms = sae.config.get("decoder_norm")
-    return None if norms is None else torch.tensor(norms, dtype=torch.float64)
+def code_unit(sae: SAE) -> Tensor:
+    """What each latent's codes are divided by before latents are ranked, [F]: 1, or what cycles/l1_sae.py put in."""
+    return torch.tensor(sae.config.get("decoder_norm", [1.0] * sae.n_latents), dtype=torch.float64)
 
 
 def _centre(session: Session, h: Tensor, sae_mean: Tensor, aux: Constants) -> Tensor | None:
