@@ -87,7 +87,7 @@ CHAINS = {
         Step(f"{BENCHMARKS}/07_show_leaderboard.py", [], "run 05_synth_sae_bench.py first", code=2),
         Step(f"{BENCHMARKS}/08_run_on_gpu.py",
              ["DEVICE=cpu", "SHAPES=((16, 32, 2),)", "BATCHES=64", "KINDS=topk", "SAVE_MODELS=tiny", "SAVE_TEXTS=4",
-              "SECONDS=0.001", "TESTS=False", "PEERS=()"], "| ours, topk |"),
+              "LIVE_TOKENS=()", "SECONDS=0.001", "TESTS=False", "PEERS=()"], "| ours, topk |"),
         Step(f"{BENCHMARKS}/world_figures.py", [], "make peers", code=2),
     ],
 }
