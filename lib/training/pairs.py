@@ -41,8 +41,8 @@ def pairs_of(
         bag = row * n_levels + levels[latent]
         by_bag = bag.argsort(stable=True)
         row, latent, bag = row[by_bag], latent[by_bag], bag[by_bag]
-    return Pairs(row, latent, bag, _starts(bag, n_rows * n_levels), latent.argsort(stable=True),
-                 _starts(latent, n_latents), n_levels, per_row=per_row)
+    return Pairs(row, latent, bag, first=_starts(bag, n_rows * n_levels), order=latent.argsort(stable=True),
+                 starts=_starts(latent, n_latents), n_levels=n_levels, per_row=per_row)
 
 
 def _starts(number: Tensor, n: int) -> Tensor:

@@ -33,7 +33,7 @@ def torch_step(
     pairs = pairs_of(row, latent, n_rows=len(x), n_latents=n_latents, levels=levels,
                      n_levels=most_levels(rules, n_latents), per_row=k if rules.threshold is None else None)
     code = Products.apply(seen, weights["enc"], weights["bias"], pairs).relu()
-    error, squares = _errors(x, code, weights["dec"], pairs, rules)
+    error, squares = _errors(x, code, weights["dec"], pairs, rules=rules)
     loss = (squares + rules.ridge * code.square().sum()) / n_rows
     grads = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()])))
 
@@ -176,7 +176,7 @@ def _threshold_gradient(
     return -(of_codes + of_count) / WINDOW * threshold
 
 
-def _errors(x: Tensor, code: Tensor, dec: Tensor, pairs: Pairs, rules: Kind) -> tuple[Tensor, Tensor]:
+def _errors(x: Tensor, code: Tensor, dec: Tensor, pairs: Pairs, *, rules: Kind) -> tuple[Tensor, Tensor]:
     """x - x_hat [B, D], and the squared error that trains, summed over rows (lib.training.kinds has both)."""
     parts = Decoded.apply(code, dec, pairs).view(len(x), pairs.n_levels, -1)
     if rules.own is None:
