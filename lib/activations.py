@@ -2,7 +2,10 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,11 @@ from tqdm.auto import tqdm
 from .blocks import input_device, n_embeddings, no_cache, require_positions
 from .distributed import add_up, beat, own_part, rank, wait_for_all, world_size
 from .environment import InputError, is_out_of_memory, log
-from .files import read_json, write_json
 from .hooks import HookPoint, capture
 from .metrics.layers import layer_statistics
-from .outputs import is_current
-from .saving import ShardWriter, finish, write_texts
-from .store import META, ROW_COLUMNS, SCHEMA_VERSION, Run
+from .saving import ShardWriter, begin, drop_outliers, finish
+from .staging import Staging, all_threads, finite_states, kept, one_ahead, row_table
+from .store import SCHEMA_VERSION, Run
 from .texts import Tokens, filler_id, length_batches, pad, tokenise
 
 BLOCK_TEXTS = 512  # texts sorted by length together; fixed, so that a resumed run forms the same batches
@@ -98,6 +100,31 @@ def forward_in_parts(model: nn.Module, points: list[HookPoint], batch: list[Toke
     return [first + second for first, second in zip(*parts)]
 
 
+def run_block(
+    model: nn.Module, points: list[HookPoint], block: list[Tokens], staging: Staging, *, pad_id: int,
+    settings: SaveSettings
+) -> Tensor:
+    """Run a block of texts and put the rows to store, in text order however batched, into `staging`.
+
+    Returns their table, int32 [R, 5]. A text without a token has no row and is not run.
+    """
+    rows, at = row_table(block), 0
+    staging.begin(len(rows))
+    block = [item for item in block if item.ids]
+    places: dict[int, tuple[int, slice | Tensor]] = {}
+    for item in block:
+        places[item.text_id] = at, kept(item)
+        at += sum(item.keep)
+    for batch in length_batches(block, settings.batch_tokens):
+        beat()
+        for point, states in enumerate(forward_in_parts(model, points, batch, pad_id)):
+            for item, x in zip(batch, states):
+                start, wanted = places[item.text_id]
+                staging.put(point, start, x[wanted])
+    staging.end()
+    return rows
+
+
 def block_rows(
     model: nn.Module, points: list[HookPoint], block: list[Tokens], *, pad_id: int, settings: SaveSettings
 ) -> tuple[Tensor, list[Tensor]]:
@@ -106,36 +133,9 @@ def block_rows(
     A text without a token has no row and is not run; without any row the activations are [0, 0].
     Raises InputError if an activation is not finite, or would not be in the stored precision.
     """
-    found: dict[int, list[Tensor]] = {}
-    block = [item for item in block if item.ids]
-    for batch in length_batches(block, settings.batch_tokens):
-        beat()
-        states = forward_in_parts(model, points, batch, pad_id)
-        for i, item in enumerate(batch):
-            found[item.text_id] = [per_point[i][torch.tensor(item.keep)].cpu() for per_point in states]
-    columns = [(item.text_id, pos, item.ids[pos], *item.offsets[pos])
-               for item in block for pos in range(len(item.ids)) if item.keep[pos]]
-    rows = torch.tensor(columns, dtype=torch.int32).reshape(-1, len(ROW_COLUMNS))
-    if not block:
-        return rows, [torch.zeros(0, 0) for _ in points]
-    kept = [torch.cat([found[item.text_id][p] for item in block]) for p in range(len(points))]
-    for point, x in zip(points, kept):
-        bad = ~torch.isfinite(x.to(STORE_DTYPES[settings.store_dtype])).all(1)
-        if bad.any():
-            raise InputError(_not_finite(model, point, rows[bad], x))
-    return rows, kept
-
-
-def _not_finite(model: nn.Module, point: HookPoint, bad: Tensor, x: Tensor) -> str:
-    """Why some of the activations x are not finite in the stored precision, and in which texts: those of `bad` rows."""
-    reason = "beyond the range of float16; set STORE_DTYPE=bfloat16"
-    if not torch.isfinite(x).all():
-        broken = next((name for name, p in model.named_parameters() if not (p.is_meta or torch.isfinite(p).all())),
-                      None)
-        reason = (f"not finite, because {broken} of the model is not: download it again" if broken
-                  else "not finite; try MODEL_DTYPE=float32")
-    texts = ", ".join(map(str, bad[:, 0].unique().tolist()[:5]))
-    return f"activations of {point.signature} are {reason} (texts {texts})"
+    staging = Staging(len(points))
+    rows = run_block(model, points, block, staging, pad_id=pad_id, settings=settings)
+    return rows, finite_states(model, points, rows, staging, dtype=STORE_DTYPES[settings.store_dtype])
 
 
 def preflight(
@@ -173,29 +173,39 @@ def save_activations(
     hooks = [point.signature for point in points]
     meta = {"schema_version": SCHEMA_VERSION, **(meta or {}), "settings": asdict(settings),
             "hooks": [point._asdict() for point in points], "n_texts": len(texts)}
-    if rank() == 0:
-        _check_same_run(folder, meta)
-        write_json(folder / "meta.json", meta)
-        write_texts(folder / "texts.jsonl", texts, splits)
+    begin(folder, meta, texts, splits)
     limits = _norm_limits(model, tokenizer, points, texts, settings=settings)
-    writer = ShardWriter(folder, hooks, settings.shard_rows, STORE_DTYPES[settings.store_dtype])
+    is_val = torch.tensor([split == "val" for split in splits])
+    dtype = STORE_DTYPES[settings.store_dtype]
+    writer = ShardWriter(folder, hooks, settings.shard_rows, dtype, is_val=is_val)
     if writer.n_shards:
         log.info("resuming after shard %d", writer.n_shards)
-    with tqdm(total=len(texts) // world_size(), unit="text", desc="saving activations", disable=rank() > 0) as bar:
+    staging = Staging(len(points)), Staging(len(points))  # one is written while the other is filled
+
+    def write(rows: Tensor, filled: Staging, end: float) -> None:
+        states = finite_states(model, points, rows, filled, dtype=dtype)
+        writer.add(*drop_outliers(rows, states, limits), end)
+
+    with (tqdm(total=len(texts) // world_size(), unit="text", desc="saving activations", disable=rank() > 0) as bar,
+          ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind):
         bar.update(min(writer.block * BLOCK_TEXTS, len(texts)))
-        for end in _stretches(writer, tokenizer, texts, settings):
-            while writer.block * BLOCK_TEXTS < len(texts) and writer.n_shards < end:
-                block = _tokens(tokenizer, texts, writer.block, settings)
-                rows, states = block_rows(model, points, block, pad_id=filler_id(tokenizer), settings=settings)
-                writer.add(*_drop_outliers(rows, states, limits), end)
+        for blocks, end in _stretches(writer, tokenizer, texts, settings):
+            tokenised = one_ahead(ahead, partial(_tokens, tokenizer, texts, settings), blocks)
+            writing: Future | None = None
+            for block, filled in zip(tokenised, cycle(staging)):
+                rows = run_block(model, points, block, filled, pad_id=filler_id(tokenizer), settings=settings)
+                if writing:
+                    writing.result()
+                writing = behind.submit(write, rows, filled, end)
                 bar.update(len(block))
-            if writer.n_waiting and writer.n_shards < end:
-                writer.flush()
+            if writing:
+                writing.result()
+            writer.end_stretch(end)
     wait_for_all()
-    n_shards = ShardWriter(folder, hooks, settings.shard_rows, writer.dtype).n_shards
+    n_shards = writer.count()
     if not n_shards:
         raise InputError(NO_TOKENS)
-    return finish(folder, meta, hooks, n_shards)
+    return finish(folder, meta, hooks, n_shards, is_val=is_val, device=input_device(model))
 
 
 def _norm_limits(
@@ -211,40 +221,28 @@ def _norm_limits(
     return [settings.max_norm_multiple * row["median_norm"] for row in sample]
 
 
-def _tokens(tokenizer, texts: Sequence[str], block: int, settings: SaveSettings) -> list[Tokens]:
+def _tokens(tokenizer, texts: Sequence[str], settings: SaveSettings, block: int) -> list[Tokens]:
     first = block * BLOCK_TEXTS
-    return settings.tokens(tokenizer, texts[first : first + BLOCK_TEXTS], first)
+    with all_threads():
+        return settings.tokens(tokenizer, texts[first : first + BLOCK_TEXTS], first)
 
 
-def _stretches(writer: ShardWriter, tokenizer, texts: Sequence[str], settings: SaveSettings) -> Iterator[float]:
-    """Put the writer before each stretch of shards that this rank has to write; yield the number after its last.
+def _stretches(
+    writer: ShardWriter, tokenizer, texts: Sequence[str], settings: SaveSettings
+) -> Iterator[tuple[range, float]]:
+    """Put the writer before each stretch of shards that this rank has to write; yield its blocks, and the number after
+    its last shard.
 
     One process continues where its shards end. Several ranks first count the rows of all blocks together.
     """
+    n_blocks = -(-len(texts) // BLOCK_TEXTS)
     if world_size() == 1:
-        yield math.inf
+        yield range(writer.block, n_blocks), math.inf
         return
-    n_rows = torch.zeros(-(-len(texts) // BLOCK_TEXTS), dtype=torch.int64)
-    for block in range(len(n_rows))[own_part(len(n_rows))]:
-        n_rows[block] = sum(sum(item.keep) for item in _tokens(tokenizer, texts, block, settings))
+    n_rows = torch.zeros(n_blocks, dtype=torch.int64)
+    for block in range(n_blocks)[own_part(n_blocks)]:
+        n_rows[block] = sum(sum(item.keep) for item in _tokens(tokenizer, texts, settings, block))
         beat()
     wait_for_all()
     add_up(n_rows)
     yield from writer.own_stretches(n_rows)
-
-
-def _check_same_run(folder: Path, meta: dict[str, Any]) -> None:
-    """Raise InputError if `folder` holds part of a run that was begun differently."""
-    path = folder / "meta.json"
-    is_current(folder, read_json(path, META) if path.exists() else None,
-               {part: value for part, value in meta.items() if part != "provenance"},
-               "finish that run with its own, or delete the folder")
-
-
-def _drop_outliers(rows: Tensor, states: list[Tensor], limits: list[float | None]) -> tuple[Tensor, list[Tensor]]:
-    """Drop the rows whose norm is over the limit at any hook point: all points share their rows."""
-    keep = torch.ones(len(rows), dtype=torch.bool)
-    for x, limit in zip(states, limits):
-        if limit is not None:
-            keep &= x.float().norm(dim=1) <= limit
-    return rows[keep], [x[keep] for x in states]

@@ -112,14 +112,14 @@ def rows_of_tensor(x: Tensor, is_val: Tensor) -> Rows:
 
 
 def batches_in_order(
-    shards: list[Tensor], wanted: Tensor | None = None, size: int = BATCH_ROWS, part: slice = slice(None)
+    shards: list[Tensor], wanted: Tensor | None = None, size: int = BATCH_ROWS
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows where `wanted` (bool [N]; None: everywhere) holds: their numbers int64 [n] and values float32 [n, D].
 
-    Each batch holds what is wanted of `size` neighbouring rows in one shard. part: which shards to read, for a rank.
+    Each batch holds what is wanted of `size` neighbouring rows in one shard.
     """
     starts = [0, *accumulate(map(len, shards))]
-    for start, shard in list(zip(starts, shards))[part]:
+    for start, shard in zip(starts, shards):
         for piece in shard.split(size):
             ids = torch.arange(start, start + len(piece))
             start += len(piece)

@@ -50,7 +50,7 @@ META = Schema({
 }, remedy=RUN_AGAIN)
 RUN_TEXT = {"text_id": COUNT, "text": str, "split": ("train", "val")}
 STATS = Schema({"scale": POSITIVE_NUMBER, "median_norm": float, "max_abs": float, "gamma": Number(float, 0),
-                "n_outliers": COUNT, "n_rows": POSITIVE}, remedy=RUN_AGAIN)
+                "n_outliers": COUNT, "n_rows": POSITIVE, "n_covariance_rows?": POSITIVE}, remedy=RUN_AGAIN)
 SHARD_NOTE = [COUNT, COUNT]  # block of texts of the shard's first row, rows before that block
 
 

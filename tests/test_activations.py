@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lib.activations as activations
+import lib.files as files
 import lib.saving as saving
 from lib.activations import SaveSettings, preflight, save_activations
 from lib.environment import InputError
@@ -119,7 +120,7 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("after", range(1, 8))
+@pytest.mark.parametrize("after", range(1, 10))
 @pytest.mark.parametrize("norm", [None, 1.2])
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, after, norm):
     """Killed after any number of files, the run is continued by the same call; shards span blocks of 8 texts."""
@@ -128,18 +129,20 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, afte
     settings = {"batch_tokens": 40, "shard_rows": 50, "max_norm_multiple": norm}
     save(tmp_path / "whole", names=names, **settings)
     written = []
-    real = saving.write_tensors
+    real = files.atomic_write
 
-    def fail_later(path, *args, **options):
-        if len(written) >= after:
-            raise KeyboardInterrupt
-        written.append(path)
-        real(path, *args, **options)
+    def fail_later(path, write):
+        if path.suffix == ".safetensors":
+            if len(written) >= after:
+                raise KeyboardInterrupt
+            written.append(path)
+        real(path, write)
 
-    monkeypatch.setattr(saving, "write_tensors", fail_later)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for module in (files, saving):
+            patch.setattr(module, "atomic_write", fail_later)
         save(tmp_path / "killed", names=names, **settings)
-    monkeypatch.setattr(saving, "write_tensors", real)
+    assert len(written) == after
     save(tmp_path / "killed", names=names, **settings)
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
@@ -170,6 +173,14 @@ def test_float16_overflow_is_named(tmp_path):
         model.model.embed_tokens.weight.mul_(1e7)
     with pytest.raises(InputError, match="STORE_DTYPE=bfloat16"):
         save(tmp_path / "run", model, names=("resid_pre:0",), store_dtype="float16")
+
+
+def test_activations_whose_squares_overflow_are_refused(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e21)
+    with pytest.raises(InputError, match="too large for statistics"):
+        save(tmp_path / "run", model, names=("resid_pre:0",))
 
 
 def test_texts_without_a_token_to_store_are_refused(tmp_path):

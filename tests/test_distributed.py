@@ -308,8 +308,8 @@ def tree(store: Path) -> dict[str, bytes]:
             if p.is_file() and p.suffix not in (".log", ".tmp")}
 
 
-def test_two_ranks_save_and_resume_the_shards_of_one_process(tmp_path, monkeypatch):
-    """The second rank is killed while it writes; the same command then ends with the shards of one process."""
+def test_two_ranks_save_and_resume_the_bytes_of_one_process(tmp_path, monkeypatch):
+    """The second rank is killed while it writes; the same command then ends with the files of one process."""
     one, two = tmp_path / "one", tmp_path / "two"
     run_script(SAVE, *SAVING, store=one)
     process = start(PROJECT / SAVE, *SAVING, store=two)
@@ -326,12 +326,7 @@ def test_two_ranks_save_and_resume_the_shards_of_one_process(tmp_path, monkeypat
     for store in (one, two):
         monkeypatch.setenv("STORE_DIR", str(store))
         runs.append(open_run("verify_sae_training", verify=True))
-    files = [{name: data for name, data in tree(store).items() if "/stats." not in name and "manifest" not in name}
-             for store in (one, two)]
-    assert files[0] == files[1] and len(runs[0].manifest["rows"]) > n_written
-    stats = [run.stats(run.hooks[0]) for run in runs]
-    for name, value in stats[0].items():  # their sums were taken in another order
-        torch.testing.assert_close(stats[1][name], value, rtol=1e-6, atol=1e-6)
+    assert tree(one) == tree(two) and len(runs[0].manifest["rows"]) > n_written
     check_training(two)
 
 

@@ -85,6 +85,7 @@ CHAINS = {
              ["TRAINERS=ours", "WIDTH=16", "N_FEATURES=32", "L0=2", "N_LATENTS=32", "TOP_K=2", "N_ROWS=2048",
                                                             "N_HELD_OUT=256", "BATCH_SIZE=256", "REPORT_SEEDS=0"],
                                                             "ours"),
+        Step(f"{BENCHMARKS}/09_time_saving.py", ["WIDTH=8", "N_TEXTS=20", "ROUNDS=1"], "rows/s on two cores"),
         Step(f"{BENCHMARKS}/04_show_benchmarks.ipynb"),
         Step(f"{BENCHMARKS}/05_synth_sae_bench.py", ["N_SAMPLES=2048", "N_SCORED=1024"], "make peers", code=2),
         Step(f"{BENCHMARKS}/06_saelens_on_synth.py", ["N_SAMPLES=2048", "N_SCORED=1024"], "make peers", code=2),
