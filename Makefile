@@ -35,7 +35,7 @@ run: $(VENV)/installed
 # The concepts page with the model behind it, on 127.0.0.1: type a text, steer, take a latent away.
 EXPLORE = $(VERIFY)/10_explore.py
 explore: $(VENV)/installed
-	@$(call check,$(EXPLORE))$(PY) $(EXPLORE) $(call given,$(EXPLORE))
+	$(PY) $(EXPLORE) $(constants)
 
 # The second experiment: feed sharpened concepts back into training, cycle by cycle, and compare the arms.
 ception: $(VENV)/installed

@@ -30,7 +30,7 @@ from .schemas import Misfit, check, check_tensors
 from .store import Run
 
 SCHEMA_VERSION = 1
-ENCODE_ROWS = 4096  # rows encoded at once, with dense pre-activations [rows, F]
+ENCODE_ROWS, ENCODE_SIZE = 4096, 1 << 28  # rows encoded at once, with dense pre-activations [rows, F], and their number
 PROBE_ROWS = 64  # rows kept in the file with their codes, which loading must reproduce
 TENSORS = ("W_enc", "b_enc", "W_dec", "mean", "threshold", "threshold_first")
 
@@ -111,7 +111,8 @@ class SAE:
         """
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise InputError(f"this SAE takes rows of shape [N, {len(self.mean)}], not {list(x.shape)}")
-        parts = [self._fired(rows) for rows in x.split(ENCODE_ROWS)]
+        at_once = max(1, min(ENCODE_ROWS, ENCODE_SIZE // self.n_latents))  # the latter above 65,536 latents
+        parts = [self._fired(rows) for rows in x.split(at_once)]
         width = max(values.shape[1] for values, _ in parts)
         values, indices = (torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in column])
                            for column in zip(*parts))

@@ -33,6 +33,15 @@ def dense(values, indices, n_latents):
     return torch.zeros(len(values), n_latents).scatter(1, indices, values)
 
 
+def test_rows_are_encoded_a_few_at_once_where_latents_are_many(sae, x, monkeypatch):
+    expected, real, seen = sae.encode(x), type(sae)._fired, []
+    monkeypatch.setattr("lib.sae.ENCODE_SIZE", 7 * 40 + 39)
+    monkeypatch.setattr(type(sae), "_fired", lambda self, rows: seen.append(len(rows)) or real(self, rows))
+    for found, wanted in zip(sae.encode(x), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert seen == [7] * 42 + [6]
+
+
 def test_codes_and_reconstruction_are_overcompletes(sae, x):
     values, indices = sae.encode(x)
     scaled = (x - sae.mean) / sae.scale
