@@ -188,9 +188,7 @@ def shuffled_batches(
         if len(groups) == 1:
             if "rows" not in cache:
                 cache["rows"] = (read_rows(rows.shards, ids, transform.device) - mean) @ transform
-            own = batches[start:]  # moved at once: with each move the host waits for a GPU
-            places = torch.cat(own).to(transform.device).split([len(batch) for batch in own]) if own else ()
-            yield from (cache["rows"][where] for where in places)
+            yield from (cache["rows"][batch.to(transform.device)] for batch in batches[start:])
         elif batches[start:]:
             wanted, place = ids[torch.cat(batches[start:])].sort()  # in the order of the disk
             buffer = read_rows(rows.shards, wanted, transform.device)

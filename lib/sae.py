@@ -27,7 +27,6 @@ from .files import fingerprint, read_torch, write_json, write_torch
 from .origin import Config
 from .rounding import reload_error
 from .schemas import Misfit, check, check_tensors
-from .store import Run
 
 SCHEMA_VERSION = 1
 ENCODE_ROWS, ENCODE_SIZE = 4096, 1 << 28  # rows encoded at once, with dense pre-activations [rows, F], and their number
@@ -84,11 +83,11 @@ class SAE:
         if self.threshold is not None:
             raise InputError("overcomplete's TopKSAE has no thresholds; use encode and decode")
         n_inputs, device = self.W_dec.shape[1], str(self.W_dec.device)
-        # Its random start is drawn on "meta", without memory, and thrown away. The dictionary is set only after eval(),
-        # which normalises it into the copy used for decoding: normalising again would change the last digit.
+        # The random start is drawn on "meta", without memory. The dictionary is set after eval(), which normalises it:
+        # normalising again would change the last digit.
         with torch.random.fork_rng(devices=[]):
-            module = TopKSAE(n_inputs, nb_concepts=self.n_latents, top_k=self.top_k,
-                             device="meta").untied(bias=True).eval()
+            module = TopKSAE(n_inputs, nb_concepts=self.n_latents, top_k=self.top_k, device="meta")
+            module = module.untied(bias=True).eval()
         module.encoder.weight, module.encoder.bias = nn.Parameter(self.W_enc), nn.Parameter(self.b_enc)
         dictionary = module.dictionary
         dictionary._weights, dictionary._fused_dictionary = nn.Parameter(self.W_dec), self.W_dec
@@ -106,8 +105,8 @@ class SAE:
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of raw activations x [N, D]: values [N, k] in x' units, descending, and latent indices [N, k].
 
-        With thresholds there are as many columns as the fullest row needs, at least 1 and at most k. A value of 0 is a
-        slot that did not fire: its index means nothing. Raises InputError for rows of another width.
+        With thresholds: as many columns as the fullest row needs, 1 to k. A value of 0 is a free slot; its index means
+        nothing: make codes dense with scatter_add. Raises InputError for rows of another width.
         """
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise InputError(f"this SAE takes rows of shape [N, {len(self.mean)}], not {list(x.shape)}")
@@ -122,24 +121,35 @@ class SAE:
         """The rows x' that the encoder codes, [N, D], refined where this SAE refines."""
         if self.threshold_first is None:
             return scaled
-        pre = functional.linear(scaled, self.W_enc, self.b_enc)
-        first = pre.masked_fill_(pre <= self.threshold_first, 0)
-        return scaled + self.refine * (scaled - first @ self.W_dec)
+        values, indices = _packed(functional.linear(scaled, self.W_enc, self.b_enc), self.threshold_first)
+        first = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
+        return scaled + self.refine * (scaled - first)
 
     def _fired(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """encode() of a few rows, with as many columns as they need."""
         pre = functional.linear(self.refined((rows.to(self.mean) - self.mean) / self.scale), self.W_enc, self.b_enc)
         if self.threshold is None:
             return pre.relu_().topk(self.top_k, dim=1)
-        fires = pre > self.threshold
-        fullest = max(fires.sum(1).tolist(), default=0)
-        return pre.masked_fill_(~fires, 0).topk(min(self.top_k, max(1, fullest)), dim=1)
+        values, indices = _packed(pre, self.threshold)  # sorting so few takes less time than the top k of all
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        return values[:, : self.top_k], indices.gather(1, order)[:, : self.top_k]
 
     @torch.no_grad()
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Reconstruction [N, D] in raw activation units, from sparse codes [N, k]; costs k rows, not F."""
         rebuilt = functional.embedding_bag(indices, self.W_dec, per_sample_weights=values.to(self.W_dec), mode="sum")
         return self.scale * rebuilt + self.mean
+
+
+def _packed(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """What exceeds its threshold in each row of pre [N, F], to the left: values and latents [N, K], 0 in free slots."""
+    row, latent = (pre > threshold).nonzero(as_tuple=True)
+    count = row.bincount(minlength=len(pre))
+    column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    values = pre.new_zeros(len(pre), max([1, *count.tolist()]))
+    indices = torch.zeros_like(values, dtype=torch.int64)
+    values[row, column], indices[row, column] = pre[row, latent], latent
+    return values, indices
 
 
 def make_sae(
@@ -184,7 +194,7 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
     InputError, and writes nothing, if a weight or a score is not finite.
     """
     probe = probe[:PROBE_ROWS].float().cpu().clone()
-    values, indices = sae.encode(probe.to(sae.mean.device))
+    codes = dict(zip(("values", "indices"), (column.cpu() for column in sae.encode(probe.to(sae.mean.device)))))
     config = {"n_inputs": len(sae.mean), "n_latents": sae.n_latents, "top_k": sae.top_k, **sae.config}
     found = sae.tensors | {"scale": torch.tensor(sae.scale)}
     found |= {} if sae.threshold_first is None else {"refine": torch.tensor(sae.refine)}
@@ -194,12 +204,10 @@ def save_sae(sae: SAE, path: Path, probe: Tensor) -> None:
         check_tensors(state, schemas.SAE_STATE)
     except Misfit as misfit:
         raise InputError(f"this SAE can't be saved: {misfit}; lower its learning rate, or take another SAE") from None
-    write_torch(path, {
-        "schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), "config": config, "state": state,
-        "probe": {"x": probe, "values": values.cpu(), "indices": indices.cpu()},
-    } | ({} if sae.maxima is None else {"maxima": sae.maxima.float().cpu().clone()}))
-    write_json(path.with_suffix(".json"), {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae), **config},
-               sealed=True)
+    mark = {"schema_version": SCHEMA_VERSION, "sae_hash": sae_hash(sae)}
+    maxima = {} if sae.maxima is None else {"maxima": sae.maxima.float().cpu().clone()}
+    write_torch(path, {**mark, "config": config, "state": state, "probe": {"x": probe, **codes}, **maxima})
+    write_json(path.with_suffix(".json"), {**mark, **config}, sealed=True)
 
 
 def load_sae(path: Path, device: torch.device | str = "cpu") -> SAE:
@@ -241,10 +249,3 @@ def sae_hash(sae: SAE) -> str:
     """Sixteen hex digits that identify this SAE's weights."""
     refined = [] if sae.threshold_first is None else [sae.refine]
     return fingerprint([*map(fingerprint, sae.tensors.values()), sae.scale, sae.top_k, *refined])
-
-
-def require_trained_on(sae: SAE, run: Run, hook: str) -> None:
-    """Raise InputError unless the SAE was trained on this run's activations at `hook`."""
-    if sae.config.get("data_digest") != run.digest(hook):
-        raise InputError(f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, not on "
-                         f"{run.run_id} at {hook}; run 02_train_sae.py again")

@@ -45,7 +45,7 @@ def codes(run):
 
 def dense(codes):
     values, indices = (torch.cat(parts) for parts in list(zip(*codes))[1:])
-    return torch.zeros(len(codes), codes.n_latents).scatter_(1, indices.long(), values)
+    return torch.zeros(len(codes), codes.n_latents).scatter_add_(1, indices.long(), values)
 
 
 def test_delphi_locations_point_at_the_stored_tokens(run, codes, tmp_path):

@@ -37,7 +37,7 @@ def run(tmp_path, model):
 def test_firings_are_drawn_evenly_where_the_latent_fires(run):
     codes = encode_run(run, run.hook(), random_sae())
     values, indices = (torch.cat(parts) for parts in list(zip(*codes))[1:])
-    dense = torch.zeros(len(codes), 32).scatter_(1, indices.long(), values)
+    dense = torch.zeros(len(codes), 32).scatter_add_(1, indices.long(), values)
     wanted = (dense > 0).sum(0).argsort(descending=True)[:5].tolist()
     drawn = draw_occurrences(codes, wanted, 6)
     assert torch.equal(drawn.code, dense[drawn.row, drawn.latent]) and (drawn.code > 0).all()

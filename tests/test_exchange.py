@@ -52,7 +52,7 @@ def read_foreign(folder):
 
 
 def dense(values, indices, n_latents=64):
-    return torch.zeros(len(values), n_latents).scatter_(1, indices, values)
+    return torch.zeros(len(values), n_latents).scatter_add_(1, indices, values)
 
 
 def theirs(sae, x):
@@ -194,7 +194,7 @@ folder = Path(sys.argv[1])
 x, found = load_file(folder / "x.safetensors")["x"], {}
 
 def dense(top, n):
-    return torch.zeros(len(x), n).scatter_(1, top.top_indices, top.top_acts)
+    return torch.zeros(len(x), n).scatter_add_(1, top.top_indices, top.top_acts)
 
 from dictionary_learning.utils import load_dictionary
 from dictionary_learning.trainers.top_k import AutoEncoderTopK

@@ -403,7 +403,7 @@ with torch.no_grad():
     coder.save_to_disk(path)
     coder = Sae.load_from_disk(path)
     top = coder.encode(x)
-    dense = torch.zeros(len(x), F).scatter_(1, top.top_indices, top.top_acts)
+    dense = torch.zeros(len(x), F).scatter_add_(1, top.top_indices, top.top_acts)
     keep("sparsify/layers.3", dense, coder.decode(top.top_acts, top.top_indices), coder.W_dec)
 
 # The loaders fetch from the hub: here from a folder.

@@ -39,7 +39,7 @@ def codes_and_reconstruction(path):
     sae = load_sae(path)
     x = torch.cat(open_run("verify_sae_training").shards(sae.config["hook"])).float()
     values, indices = sae.encode(x)
-    return torch.zeros(len(x), sae.n_latents).scatter_(1, indices, values), sae.decode(values, indices)
+    return torch.zeros(len(x), sae.n_latents).scatter_add_(1, indices, values), sae.decode(values, indices)
 
 
 def test_every_export_comes_back_as_the_same_sae(script, trained, own_store):  # noqa: F811

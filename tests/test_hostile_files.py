@@ -12,6 +12,7 @@ import zipfile
 import pytest
 import torch
 from conftest import PROJECT
+from corpora import require_trained_on
 from forked import contents
 from reports import up_to_date
 from safetensors.torch import save
@@ -28,7 +29,7 @@ from lib import schemas
 from lib.batches import rows_of_run, rows_of_tensor
 from lib.environment import InputError
 from lib.files import read_json, read_torch, write_json, write_tensors, write_torch
-from lib.sae import load_sae, require_trained_on
+from lib.sae import load_sae
 from lib.saes import find_sae, trained_as
 from lib.schemas import Misfit, check, check_tensors
 from lib.store import open_run, store_root

@@ -66,7 +66,7 @@ def test_sparse_codes_are_the_saes():
     sae = make_sae(W, torch.zeros(16), W, torch.zeros(5), 1.0, top_k=3)
     x = torch.randn(40, 5, generator=generator)
     values, indices = sae.encode(x)
-    dense = torch.zeros(40, 16).scatter_(1, indices, values)
+    dense = torch.zeros(40, 16).scatter_add_(1, indices, values)
     np.testing.assert_allclose(sparse_codes(sae, x.split(7)).toarray(), dense, atol=1e-6)
 
 

@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+from corpora import require_trained_on
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.verification import check
 from lib.environment import InputError
-from lib.sae import load_sae, make_sae, reload_error, require_trained_on, sae_hash, save_sae
+from lib.sae import load_sae, make_sae, reload_error, sae_hash, save_sae
 
 
 def random_sae(n_inputs=12, n_latents=40, top_k=5, scale=7.0, offset=20.0, seed=0):
@@ -30,7 +31,7 @@ def x(sae):
 
 
 def dense(values, indices, n_latents):
-    return torch.zeros(len(values), n_latents).scatter(1, indices, values)
+    return torch.zeros(len(values), n_latents).scatter_add(1, indices, values)
 
 
 def test_rows_are_encoded_a_few_at_once_where_latents_are_many(sae, x, monkeypatch):

@@ -75,7 +75,7 @@ def test_folded_thresholds_make_the_same_latents_fire(kind, rows):
         pre = torch.relu(x @ state["enc"].T + state["bias"])
         x = x + KINDS[kind].refine * (x - pre * (pre > state["log_threshold_first"].exp()) @ state["dec"])
     pre = torch.relu(x @ state["enc"].T + state["bias"])
-    fires = torch.zeros(500, 40).scatter(1, indices, (values > 0).float()) > 0
+    fires = torch.zeros(500, 40).scatter_add(1, indices, (values > 0).float()) > 0
     assert (fires == (pre > state["log_threshold"].exp())).float().mean() > 0.999
 
 

@@ -21,7 +21,7 @@ def test_raw_weights_give_the_same_codes_and_reconstruction(sae):
     top = (x @ raw.encoder.T + raw.bias).relu().topk(5, dim=1)
     assert torch.equal(top.indices, indices)
     torch.testing.assert_close(top.values, values, rtol=1e-4, atol=1e-4)
-    codes = torch.zeros(50, 40).scatter_(1, indices, values)
+    codes = torch.zeros(50, 40).scatter_add_(1, indices, values)
     torch.testing.assert_close(codes @ raw.decoder + raw.offset, sae.decode(values, indices), rtol=1e-4, atol=1e-4)
 
 

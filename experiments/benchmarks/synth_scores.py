@@ -64,9 +64,11 @@ def everything(x: Tensor, values: Tensor, latents: Tensor, dictionary: Dictionar
     return values != 0
 
 
-def above(threshold: float) -> Rule:
-    """Codes above one threshold for all latents."""
-    return lambda x, values, latents, dictionary: values > threshold
+def above(threshold: float | Tensor) -> Rule:
+    """Codes above one threshold for all latents, or above their own ones [F]."""
+    if isinstance(threshold, float):
+        return lambda x, values, latents, dictionary: values > threshold
+    return lambda x, values, latents, dictionary: values > threshold[latents]
 
 
 def batch_topk(k: float) -> Rule:
@@ -141,7 +143,10 @@ def codings_of(
         rules[f"threshold {l0:g}"] = above(threshold)
         rules[f"pruned {l0:g}"] = pruned(low, chosen[f"pruned {l0:g}"])
         floor = min(floor, low)
-    return [(sae.encode, {"own": everything}), (from_(floor), rules)], chosen
+    if sae.threshold is None or sae.top_k < sae.n_latents:
+        return [(sae.encode, {"own": everything}), (from_(floor), rules)], chosen
+    floor = min(floor, float(sae.threshold.min()))  # one coding serves all rules
+    return [(from_(floor), {"own": above(sae.threshold), **rules})], chosen
 
 
 def _nth(values: Tensor, n: float) -> float:

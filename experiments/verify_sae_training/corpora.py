@@ -15,7 +15,7 @@ from lib.files import read_json
 from lib.models import local_path, source_of_run
 from lib.origin import about_sae
 from lib.outputs import differences, safe_name
-from lib.sae import SAE, require_trained_on, sae_hash
+from lib.sae import SAE, sae_hash
 from lib.saes import link
 from lib.store import MANIFEST, META, Run, open_run
 
@@ -123,3 +123,10 @@ def _lies(name: str) -> Path | None:
         return local_path(name)
     except InputError:
         return None
+
+
+def require_trained_on(sae: SAE, run: Run, hook: str) -> None:
+    """Raise InputError unless the SAE was trained on this run's activations at `hook`."""
+    if sae.config.get("data_digest") != run.digest(hook):
+        raise InputError(f"the SAE was trained on run {sae.config.get('run_id')} at {sae.config.get('hook')}, not on "
+                         f"{run.run_id} at {hook}; run 02_train_sae.py again")

@@ -179,8 +179,7 @@ def absorption(
     """
     mu = x[splits == 0].double().mean(0)
     centred = x.double() - mu
-    fired = torch.zeros(len(x), len(dictionary), dtype=torch.bool)
-    fired.scatter_(1, indices.long(), values > 0)
+    fired = torch.zeros(len(x), len(dictionary)).scatter_add_(1, indices.long(), (values > 0).float()) > 0
     per_letter, n_tokens = [], 0
     for letter in range(26):
         is_letter = letters == letter
