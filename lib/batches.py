@@ -19,6 +19,7 @@ from .store import Run
 
 BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
 BATCH_ROWS = 8192  # rows of a batch in order; sums over a run, and so its last digits, depend on it
+WHITENED_ROWS = 65_536  # at once, of rows that stay in memory
 EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after each epoch
 
 
@@ -79,7 +80,7 @@ class Rows:
 
     @cached_property
     def n_val(self) -> int:
-        return int(self.is_val.sum())
+        return int(self.is_val.count_nonzero())  # a sum would first make int64 of the mask
 
     def sample(self, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
         return sample_rows(self, validation, limit)
@@ -131,11 +132,14 @@ def batches_in_order(
 
 def sample_rows(rows: Rows, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
     """Validation (or training) rows in order, float32 batches, thinned evenly to about `limit`."""
-    wanted = rows.is_val if validation else ~rows.is_val
-    every = max(1, int(wanted.sum()) // limit) if limit else 1
-    keep = torch.zeros_like(wanted)
-    keep[wanted.nonzero()[::every, 0]] = True
-    yield from (x for _, x in batches_in_order(rows.shards, keep))
+    every = max(1, (rows.n_val if validation else rows.n_train) // limit) if limit else 1
+    start = seen = 0
+    for shard in rows.shards:
+        ids = (rows.is_val[start : start + len(shard)] == validation).nonzero()[:, 0]
+        keep = ids[-seen % every :: every].contiguous()  # the first of all, and each `every`-th after it
+        start, seen = start + len(shard), seen + len(ids)
+        edges = torch.arange(BATCH_ROWS, max(BATCH_ROWS, len(shard)), BATCH_ROWS)
+        yield from (shard[part].float() for part in keep.tensor_split(torch.searchsorted(keep, edges)) if len(part))
 
 
 def read_rows(shards: list[Tensor], wanted: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -146,8 +150,9 @@ def read_rows(shards: list[Tensor], wanted: Tensor, device: torch.device | str =
     out = torch.empty(len(ids), shards[0].shape[1], device=device)
     at = 0
     for shard, end, part in zip(shards, ends.tolist(), parts):
-        out[at : at + len(part)] = shard[part - (end - len(shard))]
-        at += len(part)
+        if len(part):
+            out[at : at + len(part)] = shard[part - (end - len(shard))]
+            at += len(part)
     return out
 
 
@@ -187,13 +192,16 @@ def shuffled_batches(
         batches = [batch[own_part(len(batch))] for batch in order[:n_full].split(batch_size)] if n_full else []
         if len(groups) == 1:
             if "rows" not in cache:
-                cache["rows"] = (read_rows(rows.shards, ids, transform.device) - mean) @ transform
+                cache["rows"] = whole = read_rows(rows.shards, ids, transform.device)
+                for part in whole.split(WHITENED_ROWS):  # in place: memory holds these rows once
+                    part.copy_((part - mean) @ transform)
             yield from (cache["rows"][batch.to(transform.device)] for batch in batches[start:])
         elif batches[start:]:
             wanted, place = ids[torch.cat(batches[start:])].sort()  # in the order of the disk
             buffer = read_rows(rows.shards, wanted, transform.device)
             places = place.argsort().to(transform.device).split([len(batch) for batch in batches[start:]])
             yield from ((buffer[where] - mean) @ transform for where in places)
+            del buffer  # before the next one is read
         start = max(0, start - len(batches))
         left_over = ids[order[n_full:]]
 

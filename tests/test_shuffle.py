@@ -1,9 +1,12 @@
 """How well the two-level shuffle mixes a run that is larger than its buffer, against what chance would give."""
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lib.batches as batches_module
-from lib.batches import Rows, shuffled_batches, steps_per_epoch
+from lib.batches import Rows, sample_rows, shuffled_batches, steps_per_epoch
 
 N_SHARDS, SHARD_ROWS, TEXT_ROWS, BATCH, WIDTH = 40, 250, 10, 50, 4
 N = N_SHARDS * SHARD_ROWS
@@ -79,3 +82,66 @@ def test_a_pass_can_begin_at_any_batch_and_reads_no_buffer_before_it(rows, in_me
     rest = list(shuffled_batches(rows, torch.eye(WIDTH), BATCH, seed=3, epoch=1, start=start))
     assert len(rest) == len(whole) - start and all(map(torch.equal, rest, whole[start:]))
     assert sum(read) == (rows.n_train if in_memory else BATCH * (len(whole) - start))
+
+
+@pytest.mark.parametrize("limit", [None, 1, 7, 300, 5000])
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_sample_is_every_nth_row_of_its_kind_in_blocks_of_the_disk(rows, monkeypatch, validation, limit):
+    monkeypatch.setattr(batches_module, "BATCH_ROWS", 60)  # a shard of 250 rows has blocks of 60, 60, 60, 60 and 10
+    ids = (rows.is_val == validation).nonzero()[:, 0]
+    every = max(1, len(ids) // limit) if limit else 1
+    found = [x[:, 0].long() for x in sample_rows(rows, validation, limit)]
+    assert torch.equal(torch.cat(found), ids[::every])
+    blocks = [list(dict.fromkeys((part // 250 * 5 + part % 250 // 60).tolist())) for part in found]
+    assert [len(block) for block in blocks] == [1] * len(found) and sorted(blocks) == blocks
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that anything allocates."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.n_bytes = max(self.n_bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+def test_a_long_run_needs_memory_for_its_buffer_and_not_for_its_rows(monkeypatch):
+    """Two million rows that lie in one row's memory; the buffer holds 40,000 of them. A mask over all would take 2 MB,
+    their numbers 16 MB.
+    """
+    shards = [torch.zeros(1, 4).expand(20_000, 4)] * 100
+    rows = Rows(shards, torch.arange(2_000_000) % 10 == 0, torch.zeros(4), torch.eye(4))
+    monkeypatch.setattr(batches_module, "BUFFER_BYTES", 40_000 * 4 * 4)
+    with Largest() as largest:
+        assert rows.n_train == 1_800_000
+        scored = sum(len(x) for validation in (True, False) for x in rows.sample(validation))
+        steps = sum(1 for _ in shuffled_batches(rows, torch.eye(4), 1000, seed=0, epoch=0, start=1600))
+    assert scored < 2 * 17_000 and steps == 200
+    assert largest.n_bytes <= 40_000 * 4 * 4
+
+
+@pytest.mark.parametrize("in_buffers", [False, True])
+def test_a_buffer_is_in_memory_once(monkeypatch, in_buffers):
+    """What read_rows gives is freed before it is called again, and whitened where it stands."""
+    monkeypatch.setattr(batches_module, "BUFFER_BYTES", 1 if in_buffers else 2**30)
+    monkeypatch.setattr(batches_module, "WHITENED_ROWS", 100)
+    held, most, real = [], [], batches_module.read_rows
+
+    def noted(*args):
+        most.append(sum(found() is not None for found in held))
+        whole = real(*args)
+        held.append(weakref.ref(whole))
+        return whole
+
+    monkeypatch.setattr(batches_module, "read_rows", noted)
+    x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    rows = Rows(list(x.split(100)), torch.zeros(1000, dtype=torch.bool), x.mean(0), torch.eye(4))
+    transform = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    cache = {}
+    seen = torch.cat(list(shuffled_batches(rows, transform, 50, seed=0, epoch=0, cache=cache)))
+    torch.testing.assert_close(seen.sort(0).values, ((x - x.mean(0)) @ transform).sort(0).values)
+    assert len(most) == (5 if in_buffers else 1) and not any(most)
