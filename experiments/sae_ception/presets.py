@@ -87,8 +87,9 @@ def presets_for(namespace: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def setting_name(c: dict[str, Any]) -> str:
-    """The folder of a setting's outputs: SETTING, else the name of the file of own data, else the preset."""
-    path = Path(c.get("DATASET") or "")
+    """The folder of a setting's outputs: SETTING, else the name of the file of own data or model, else the preset."""
+    own_model = re.fullmatch(r"(.+\.py):\w+", c.get("MODEL") or "")
+    path = Path(own_model[1] if own_model else c.get("DATASET") or "")
     stories = Path("store", "embedded", "stories")
-    is_own = path.suffix in TEXT_FILES and path.parent not in (stories, PROJECT / stories)
+    is_own = own_model or path.suffix in TEXT_FILES and path.parent not in (stories, PROJECT / stories)
     return c.get("SETTING") or (re.sub(r"[^A-Za-z0-9_.\-]|^[.\-]", "_", path.stem)[:200] if is_own else c["PRESET"])

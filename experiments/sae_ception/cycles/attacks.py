@@ -7,6 +7,7 @@ from torch import Tensor
 from cycles.examples import make_batch
 from cycles.scored import Scored, Scores, dense_codes
 from cycles.session import Session
+from lib.environment import InputError
 from lib.hooks import edit, resolve
 from lib.metrics.robustness import active_jaccard, fgsm, pgd
 
@@ -47,8 +48,10 @@ def _attackable(session: Session, batch: dict[str, Tensor], ids: Tensor):
     """(moved input -> h, logits; the clean input; norm, mask and bounds of the attack; its unit of length)."""
     model, task = session.model, session.task
     if task.images is not None:
-        top = float(task.images.max())
-        return (lambda moved: model({"x": moved})), batch["x"], {"norm": "linf", "bounds": (0.0, top)}, top
+        if not task.images.is_floating_point():
+            raise InputError("whole numbers can't be moved a little; leave robustness out of METRICS")
+        low, top = float(task.images.min()), float(task.images.max())
+        return (lambda moved: model({"x": moved})), batch["x"], {"norm": "linf", "bounds": (low, top)}, top - low
     embedding = model.lm.get_input_embeddings()
     name = next(path for path, module in model.lm.named_modules() if module is embedding)
     point = resolve(model.lm, name)

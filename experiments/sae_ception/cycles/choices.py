@@ -8,6 +8,7 @@ from cycles.arms import ARMS, CONSTANTS, unlabelled
 from cycles.classifier import block_in_range
 from cycles.metrics import OPTIONAL
 from cycles.modules import MLP
+from cycles.own import is_own
 from lib.environment import InputError
 from lib.models import local_path
 
@@ -58,6 +59,8 @@ def _check_sae(c: dict[str, Any]) -> None:
 
 def _check_target(c: dict[str, Any]) -> None:
     """Raise InputError if TARGET_LAYER is a number out of the model's range, or not a layer of the small network."""
+    if is_own(c["MODEL"]):  # its layer is looked for when it is made
+        return
     if c["MODEL"] == "mlp":
         MLP(1, 2, c["TARGET_LAYER"], 0)
         return

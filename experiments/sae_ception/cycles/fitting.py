@@ -8,7 +8,7 @@ from typing import Any
 from cycles.acting import act
 from cycles.arms import definition
 from cycles.fine_tuning import TuneSettings, fine_tune
-from cycles.modules import MLP, load_trained, trained_state
+from cycles.modules import load_trained, trained_state
 from cycles.session import Session
 from cycles.stamps import Constants, stage_constants
 from cycles.unfinished import Checkpoint
@@ -61,9 +61,7 @@ def aux_weight(aux: Constants, cycle: int) -> float:
 def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
     """Put the starting weights of a cycle into session.model."""
     if cycle and definition(arm).own_seed and not session.is_text:
-        start = session.seed + 500_000 + cycle
-        fresh = MLP(session.task.n_pixels, session.task.n_classes, session.c["TARGET_LAYER"], start)
-        load_trained(session.model, trained_state(fresh))
+        load_trained(session.model, trained_state(session.fresh_module(session.seed + 500_000 + cycle)))
     elif cycle and aux["INIT"] == "continue":
         session.load(arm, cycle - 1)
     elif cycle and aux["INIT"] != "scratch":

@@ -94,7 +94,8 @@ def _sources(c: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def cuts_test(c: dict[str, Any]) -> bool:
     """Whether TEST_FRAC of the texts are the test examples."""
-    return not c["TEST_DATASET"] and c["MODEL"] != "mlp" and _is_in_one_piece(local_path(c["DATASET"]))
+    is_text = c["MODEL"] != "mlp" and c["DATASET"] is not None
+    return is_text and not c["TEST_DATASET"] and _is_in_one_piece(local_path(c["DATASET"]))
 
 
 def _is_in_one_piece(path: Path | None) -> bool:

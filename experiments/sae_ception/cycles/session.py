@@ -16,7 +16,8 @@ from cycles.choices import check_choices
 from cycles.classifier import text_classifier
 from cycles.examples import Entries, cached_entries, outputs
 from cycles.heads import has_own_head
-from cycles.modules import MLP, load_trained, trained_state
+from cycles.modules import MLP, OwnModule, load_trained, trained_state
+from cycles.own import check_fits, is_own, key_of, make
 from cycles.sharding import from_first
 from cycles.sources import load_task, own_data
 from cycles.stamps import Constants, stage_constants
@@ -41,24 +42,27 @@ class Session:
         self.device = choose_device(c["DEVICE"])
         self.root = setting_root(c)
         remove_leftovers(self.root)
-        self.is_text = c["MODEL"] != "mlp"
+        self.own = make(c["MODEL"], seed) if is_own(c["MODEL"]) else None
+        self.is_text = c["MODEL"] != "mlp" and self.own is None
         self.tokenizer = load_tokenizer(c["MODEL"]) if self.is_text else None
-        self.task = load_task(c, seed, self.tokenizer)
+        self.task = load_task(c, seed, self.tokenizer, self.own)
         caches = self.is_text and c["CACHE_ENTRIES"] and not c["TRAIN_BELOW"]
         self.sharded = sharded = self.is_text and c.get("FSDP", False) and world_size() > 1
         if sharded and caches:
             raise InputError("with FSDP no rank holds the frozen blocks that fill the cache; set CACHE_ENTRIES=False")
-        self.model: Any  # MLP or TextClassifier
+        self.model: Any  # MLP, OwnModule or TextClassifier
         if self.is_text:
             # only rank 0 reads the model; the others receive their shares
             device = self.device if not sharded else torch.device("meta" if rank() else "cpu")
             self.model = text_classifier(c, self.task, seed, tokenizer=self.tokenizer, device=device)
         else:
-            self.model = MLP(self.task.n_pixels, self.task.n_classes, c["TARGET_LAYER"], seed).to(self.device)
+            self.model = self.fresh_module(seed).to(self.device)
         if not (self.is_text and has_own_head(self.model.lm)):  # what decides nothing makes no output stale
             self.c = {name: value for name, value in c.items() if name != "KEEP_HEAD"}
         self.task_key = self.task.identity()
-        self.model_key = weights_of(self.model) if not (sharded and rank()) else ""
+        self.model_key = "" if sharded and rank() else weights_of(self.model)
+        if self.own is not None:
+            self.model_key = key_of(self.model_key, c["MODEL"])
         self.entries: Entries | None = None
         if caches:
             self.entries = cached_entries(self.model, self.task, c, self.root, device=self.device)
@@ -66,6 +70,16 @@ class Session:
             self.model.share_weights(self.device)
             self.model_key = from_first(self.model_key)
         self.initial = trained_state(self.model)
+
+    def fresh_module(self, seed: int) -> MLP | OwnModule:
+        """An untrained module, as `seed` draws it: the paper's MLP, or what MODEL's function makes."""
+        layer = self.c["TARGET_LAYER"]
+        if self.own is None:
+            return MLP(self.task.n_pixels, self.task.n_classes, layer, seed)
+        own = self.own if seed == self.seed else make(self.c["MODEL"], seed)
+        model = OwnModule(own.module, own.layer if layer == "last" else layer)
+        check_fits(model, self.task)
+        return model
 
     def folder(self, arm: str, cycle: int) -> Path:
         """Where the outputs of this arm and cycle lie: cycle 0 is the baseline's."""
@@ -114,6 +128,15 @@ class Session:
     def outputs(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """h [N, D] and logits [N, C] that self.model gives for the examples (cycles.examples.outputs)."""
         return outputs(self.model, self.task, ids, self.c["BATCH_SIZE"], entries=self.entries)
+
+
+def trained_session(c: Constants) -> Session:
+    """The session of a finished model, with its weights put back: SETTING, ARM, CYCLE and SEED of `c` name it."""
+    seed, arm, cycle = c["SEED"], c["ARM"], c["CYCLE"]
+    scope = {name: c[name] for name in ("PRESET", "SETTING", "DEVICE")}
+    session = Session(inherited(c, seed, arm) | scope, seed)
+    session.load(arm, cycle)
+    return session
 
 
 def setting_root(c: Constants) -> Path:

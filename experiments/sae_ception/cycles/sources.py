@@ -15,6 +15,7 @@ from torch import Tensor
 from cycles.images import image_task
 from cycles.labelled_texts import are_stories, cuts_test, text_task
 from cycles.labels import smallest_class
+from cycles.own import Own, file_of, is_own, own_task
 from cycles.planted import flip_labels, plant_shortcut
 from cycles.tasks import Task
 from lib.environment import InputError, log
@@ -22,13 +23,18 @@ from lib.environment import InputError, log
 STORIES_LIMIT = 600  # DATA_LIMIT="auto" of the embedded stories: minutes on two cores
 
 
-def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None) -> Task:
+def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None, own: Own | None = None) -> Task:
     """The task that the constants name; `tokenizer` for texts, None for images. `seed` cuts the validation split.
+
+    own: a module of people's own, which brings its data.
 
     Raises InputError for data that can't be reached, for labels that are missing, mixed or hidden, and for a split
     without examples or with one class only.
     """
-    task, where = image_task(constants) if tokenizer is None else text_task(constants, tokenizer)
+    if own is not None:
+        task, where = own_task(own, constants["DATA_LIMIT"])
+    else:
+        task, where = image_task(constants) if tokenizer is None else text_task(constants, tokenizer)
     _group(task, constants["LABEL_GROUPS"])
     task.splits = _split(task, where, constants["VAL_FRAC"], seed)
     _check_held_out(task, constants)
@@ -90,7 +96,13 @@ def _group(task: Task, groups: tuple[int, ...] | None) -> None:
 
 
 def own_data(c: dict[str, Any]) -> dict[str, Any]:
-    """The constants; what belongs to the embedded stories is left out where DATASET is other data."""
+    """The constants; what belongs to the embedded stories is left out where DATASET is other data.
+
+    A module of people's own brings its data, so it needs no DATASET.
+    """
+    if is_own(c["MODEL"]):
+        c = c | {"MODEL": f"{file_of(c['MODEL'])}:{c['MODEL'].rpartition(':')[2]}", "LABEL_FIELD": "class"}
+        c |= dict.fromkeys(("DATASET", "VAL_DATASET", "TEST_DATASET", "ATTRIBUTE_FIELD"))
     stories = are_stories(c["DATASET"])
     if c["DATA_LIMIT"] == "auto":
         c = c | {"DATA_LIMIT": STORIES_LIMIT if stories else None}

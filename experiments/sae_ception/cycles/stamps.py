@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cycles import arms, schemas
+from cycles.own import is_own
 from lib.environment import InputError
 from lib.files import fingerprint, read_json, sha256, write_json
 from lib.models import local_path
@@ -83,7 +84,8 @@ def write_stamp(session: "Session", path: Path, key: str) -> None:
     write_json(folder / "constants.json", constants, sealed=True)
     made_from = {"data": session.task_key, "model": session.model_key}
     paths = {name: str(local) for name in PLACES
-             if (value := constants.get(name)) not in (None, "mlp", "digits") and (local := local_path(value))}
+             if (value := constants.get(name)) not in (None, "mlp", "digits") and not is_own(value)
+             and (local := local_path(value))}
     meta = {"constants_hash": fingerprint(constants), "seed": session.seed, "paths": paths, **made_from}
     write_json(folder / "meta.json", meta | provenance(), sealed=True)
     write_json(stamp_path(path), {"key": key, "file": sha256(path), **made_from, "constants": constants}, sealed=True)

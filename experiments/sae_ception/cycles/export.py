@@ -1,0 +1,116 @@
+"""A trained classifier as others load it: a transformers folder, or a torch module's weights.
+
+    how = save_for_others(session, folder)      # the lines of Python that load it
+"""
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cycles.classifier import TextClassifier
+from cycles.examples import make_batch
+from cycles.heads import head_parts
+from cycles.session import Session
+from lib.environment import InputError, log
+from lib.files import write_json, write_text, write_torch
+
+CHECKED = 16  # validation examples on which the saved model must give the classifier's logits
+TOLERANCE = 1e-3  # of a logit
+
+TRANSFORMERS = """from transformers import pipeline
+classify = pipeline("text-classification", {folder!r}, top_k=None)
+print(classify("a text"))"""
+HEAD = """import torch, safetensors.torch, transformers
+model = transformers.AutoModel.from_pretrained({folder!r})
+head = safetensors.torch.load_file({folder!r} + "/head.safetensors")
+tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})
+batch = tokenizer("a text", return_tensors="pt")
+state = model(**batch).last_hidden_state[:, {position}]
+print(dict(zip({names!r}, torch.nn.functional.linear(state, **head).softmax(1)[0].tolist())))"""
+MODULE = """import torch
+module.load_state_dict(torch.load({folder!r} + "/model.pt", weights_only=True))  # your module, made by your own code
+module.eval()  # its outputs are the classes {names!r}"""
+
+
+def save_for_others(session: Session, folder: Path) -> str:
+    """Save session.model, as it is now, into `folder`; returns the Python that loads it without this project.
+
+    Texts: a transformers classifier with tokenizer and the classes' names, where transformers has one of this form and
+    it gives the same logits; else the body, and the head beside it. Modules: the state_dict. Raises InputError for
+    quantised models and for ranks that hold only a share of the weights.
+    """
+    if session.is_text and (session.c["LOAD_BITS"] or session.c.get("FSDP")):
+        raise InputError("a quantised or sharded model can't be saved for others; train with LOAD_BITS=None and "
+                         "without FSDP")
+    work = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    names = session.task.class_names
+    if session.is_text:
+        how = _save_text(session, work)
+    else:
+        module = session.model.layers if hasattr(session.model, "layers") else session.model.module
+        write_torch(work / "model.pt", {name: value.cpu() for name, value in module.state_dict().items()})
+        how = MODULE
+    write_json(work / "classes.json", names)
+    how = how.format(folder=str(folder), names=names, position=_position(session))
+    write_text(work / "README.md", f"# {session.root.name}: {len(names)} classes\n\n```python\n{how}\n```\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+    return how
+
+
+def _position(session: Session) -> int:
+    return 0 if session.is_text and session.model.reads_first else -1
+
+
+def _save_text(session: Session, folder: Path) -> str:
+    model: TextClassifier = session.model
+    whole: Any = model.lm
+    if model.columns is None:
+        whole = _as_transformers(model, session.task.class_names)
+    tokenizer: Any = session.tokenizer
+    tokenizer.save_pretrained(folder)
+    if whole is not None and _agrees(session, whole):
+        whole.save_pretrained(folder)
+        return TRANSFORMERS
+    log.warning("transformers has no classifier with this head, so the body is saved with the head beside it")
+    model.lm.base_model.save_pretrained(folder)
+    save_file({name: value.cpu().contiguous() for name, value in model.head.state_dict().items()},
+              folder / "head.safetensors")
+    return HEAD
+
+
+def _as_transformers(model: TextClassifier, names: list[str]) -> Any:
+    """A transformers classifier with the model's weights; None if there is none whose head is one linear layer."""
+    config = copy.deepcopy(model.lm.config)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    try:
+        whole = transformers.AutoModelForSequenceClassification.from_config(config)
+        whole.base_model.load_state_dict(model.lm.base_model.state_dict())
+    except (ValueError, RuntimeError):  # no such class, or another base
+        return None
+    parts = [part for part in head_parts(whole) if any(True for _ in part.parameters())]
+    if len(parts) != 1 or not isinstance(parts[0], nn.Linear) or (parts[0].bias is None) != (model.head.bias is None):
+        return None
+    parts[0].load_state_dict(model.head.state_dict())
+    return whole.eval()
+
+
+@torch.no_grad()
+def _agrees(session: Session, whole: Any) -> bool:
+    """Whether a transformers classifier gives the logits of session.model on some validation texts, in one batch."""
+    ids = session.task.splits["val"][:CHECKED]
+    model = session.model.eval()
+    device = next(model.parameters()).device
+    batch: dict[str, Tensor] = make_batch(session.task, ids, device)
+    ours = model(batch)[1].float()
+    theirs = whole.to(device)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    theirs = theirs if model.columns is None else theirs[:, model.columns]
+    return torch.allclose(ours, theirs, atol=TOLERANCE)

@@ -1,0 +1,156 @@
+"""A classifier of people's own: any torch module, its layer and its data, from a Python file that they name.
+
+    MODEL="my_model.py:make_classifier"
+
+The function takes nothing and returns (module, name of the target layer, data). It runs under the seed, so that each
+seed has another start. data is a dict: "train", "test" and, if there is one, "val" are data sets or data loaders of
+(x, y), or such a pair of tensors; "classes", if it is there, holds the classes' names.
+"""
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from cycles.labels import classes, in_words
+from cycles.modules import OwnModule
+from cycles.tasks import Task, limited
+from lib.environment import InputError, first_line, log
+from lib.files import fingerprint, sha256
+
+READ_AT_ONCE = 1024  # examples of a data set that are read together
+FORM = "it must return (module, name of its layer, {'train': ..., 'test': ...})"
+
+
+class Own(NamedTuple):
+    """What the function returned."""
+
+    module: nn.Module
+    layer: str
+    data: dict[str, Any]
+
+
+def is_own(model: str) -> bool:
+    """Whether MODEL names a function in a Python file."""
+    return re.fullmatch(r".+\.py:[A-Za-z_]\w*", model) is not None
+
+
+def file_of(model: str) -> Path:
+    """The Python file of MODEL. Raises InputError if it is not there."""
+    path = Path(model.rpartition(":")[0]).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; set MODEL to a Python file and a function in it, my_model.py:make")
+    return path
+
+
+def make(model: str, seed: int) -> Own:
+    """Call the function that MODEL names, with torch's random numbers drawn from `seed` and given back afterwards.
+
+    Raises InputError if file or function are missing or fail, or if the function returns something else.
+    """
+    path, name = file_of(model), model.rpartition(":")[2]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    code = importlib.util.module_from_spec(spec)
+    with torch.random.fork_rng(), _findable(path.parent):
+        torch.manual_seed(seed)
+        try:
+            spec.loader.exec_module(code)
+            if not callable(getattr(code, name, None)):
+                raise InputError(f"MODEL={model}: {path.name} has no function {name}; it has "
+                                 f"{', '.join(key for key, value in vars(code).items() if callable(value))}")
+            found = getattr(code, name)()
+        except InputError:
+            raise
+        except Exception as error:  # whatever code of other people raises
+            raise InputError(f"MODEL={model} fails with {type(error).__name__}: {first_line(error)}; mend "
+                             f"{path.name}") from error
+    if not (isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], nn.Module)
+            and isinstance(found[1], str) and isinstance(found[2], dict) and {"train", "test"} <= set(found[2])):
+        raise InputError(f"MODEL={model} returned something else; {FORM}")
+    return Own(*found)
+
+
+@contextmanager
+def _findable(folder: Path) -> Iterator[None]:
+    """Let the file import what lies beside it, as a script could."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def key_of(weights: str, model: str) -> str:
+    """Sixteen hex digits over the weights' and the file's bytes: another code is another model."""
+    return fingerprint([weights, sha256(file_of(model))])
+
+
+def check_fits(model: OwnModule, task: Task) -> None:
+    """Raise InputError unless the module takes the task's inputs and gives a number for each class."""
+    x = task.images[:2] if task.images is not None else torch.zeros(0)
+    model.eval()
+    try:
+        with torch.no_grad():
+            h, logits = model({"x": x})
+    except InputError:
+        raise
+    except Exception as error:  # whatever code of other people raises
+        raise InputError(f"the module of MODEL can't read its data ({first_line(error)}); x has the shape "
+                         f"{tuple(x.shape)}, {x.dtype}") from error
+    if logits.shape != (len(x), task.n_classes):
+        raise InputError(f"the module of MODEL gives {logits[0].numel()} numbers for each example, but the data have "
+                         f"the classes 0 to {task.n_classes - 1}; they must be as many")
+    path = model.target.path
+    log.info("MODEL: %s, %s parameters; target layer %s, %d units", type(model.module).__name__,
+             f"{sum(p.numel() for p in model.parameters()):,}", path, h.shape[1])
+
+
+def own_task(own: Own, limit: int | None) -> tuple[Task, list[str]]:
+    """The task of the module's data, and the split of each example. Everything is read once, in order, into memory."""
+    parts = {name: _read(own.data[name], name) for name in ("train", "val", "test") if own.data.get(name) is not None}
+    shapes = {tuple(x.shape[1:]) for x, _ in parts.values()}
+    if len(shapes) > 1:
+        found = ", ".join(map(str, sorted(shapes)))
+        raise InputError(f"the splits' inputs have the shapes {found}; they must be alike")
+    where = [name for name, (x, _) in parts.items() for _ in range(len(x))]
+    y, known = classes([label for _, labels in parts.values() for label in labels], where, "the data's y")
+    if known != list(range(len(known))):
+        raise InputError(f"the data's classes must be numbered from 0, each in training; they are {known[:12]}")
+    called = own.data.get("classes", getattr(own.data["train"], "classes", None))
+    task = Task(y, 0, {}, class_names=in_words(known, None if called is None else list(map(str, called))))
+    kept = limited(task, where, limit)
+    task.images, task.y = torch.cat([x for x, _ in parts.values()])[kept], y[kept]
+    return task, [where[i] for i in kept]
+
+
+def _read(source: Any, name: str) -> tuple[Tensor, list[Any]]:
+    """x [N, ...] and the labels of a data set, a data loader (its own order does not matter) or a pair of tensors."""
+    if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor):
+        x, y = source
+    else:
+        if isinstance(source, DataLoader):
+            source, collate = source.dataset, source.collate_fn
+        else:
+            collate = None
+        loader = DataLoader(source, READ_AT_ONCE, collate_fn=collate)
+        try:
+            batches = [tuple(batch) for batch in tqdm(loader, desc=f"reading {name}", leave=False)]
+            x, y = (torch.cat([torch.as_tensor(batch[i]) for batch in batches]) for i in (0, 1))
+        except Exception as error:
+            raise InputError(f"data[{name!r}] can't be read ({first_line(error)}); it must give (x, y), with x alike "
+                             "in shape") from error
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    if len(x) != len(y) or y.ndim != 1:
+        raise InputError(f"data[{name!r}] has {len(x):,} inputs and labels of shape {tuple(y.shape)}; give each input "
+                         "one label")
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise InputError(f"data[{name!r}] has inputs that are not finite; fill them or leave them out")
+    return (x.float() if x.is_floating_point() else x), y.tolist()

@@ -1,0 +1,70 @@
+"""What a trained classifier says of new examples.
+
+    frame = predictions(session, texts(session, "what a dull film", None, None), sae, 5)
+"""
+from pathlib import Path
+
+import pandas
+import torch
+
+from cycles.examples import outputs
+from cycles.session import Session
+from cycles.tasks import Task
+from lib.environment import InputError, first_line
+from lib.models import local_path
+from lib.sae import SAE
+from lib.texts import filler_id, load_documents, tokenise
+
+
+def texts(session: Session, text: str | None, data: str | None, column: str | None) -> Task:
+    """New texts as a task without splits: `text` alone, or a column of a file; texts without a token are refused."""
+    column = column or session.c["TEXT_FIELD"]
+    try:
+        found = [text] if text else [row[column] for row in load_documents(data or "", text_field=column)]
+    except InputError as error:
+        raise InputError(str(error).replace("DATASET=", "DATA=", 1).replace("set DATASET", "set DATA")) from None
+    tokens = tokenise(session.tokenizer, found, 0, session.c["MAX_LENGTH"])
+    empty = next((i for i, (words, item) in enumerate(zip(found, tokens)) if not words.strip() or not item.ids), None)
+    if empty is not None:
+        raise InputError(f"text {empty + 1:,} is blank; give it words, or leave its row out of DATA")
+    return Task(torch.zeros(len(found), dtype=torch.long), session.task.n_classes, {}, texts=found, tokens=tokens,
+                pad_id=filler_id(session.tokenizer))
+
+
+def numbers(session: Session, data: str) -> Task:
+    """The rows of a .csv file as inputs of the module: one column for each of its numbers, in its order."""
+    images = session.task.images
+    assert images is not None
+    shape = images.shape[1:]
+    try:
+        frame = pandas.read_csv(local_path(data) or Path(data))
+        x = torch.tensor(frame.to_numpy(dtype="float64"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"DATA={data} is no .csv file of numbers ({first_line(error)}); set DATA to one") from None
+    if x.shape[1] != shape.numel() or not torch.isfinite(x).all():
+        raise InputError(f"DATA={data} must have {shape.numel():,} columns of finite numbers, one for each input; it "
+                         f"has {x.shape[1]:,} columns")
+    scale = session.c["PIXEL_SCALE"] if session.c["MODEL"] == "mlp" else 1.0
+    return Task(torch.zeros(len(x), dtype=torch.long), session.task.n_classes, {},
+                images=(x * scale).to(images.dtype).view(-1, *shape))
+
+
+def predictions(session: Session, task: Task, sae: SAE | None, n_latents: int) -> pandas.DataFrame:
+    """A row for each example: text if it is one, class, its probability, those of all classes, the strongest latents.
+
+    A latent is given as "number:code", codes in units of the SAE's scaled activations.
+    """
+    names = session.task.class_names
+    h, logits = outputs(session.model, task, torch.arange(len(task.y)), session.c["BATCH_SIZE"])
+    p = logits.double().softmax(1)
+    frame = pandas.DataFrame({"text": task.texts} if task.texts else {"row": range(1, len(task.y) + 1)})
+    frame["prediction"] = [names[i] for i in p.argmax(1).tolist()]
+    frame["probability"] = p.max(1).values.numpy()
+    for i, name in enumerate(names):
+        frame[f"p({name})"] = p[:, i].numpy()
+    if sae is not None:
+        values, indices = (part.cpu() for part in sae.encode(h.to(sae.mean.device)))
+        order = values.argsort(1, descending=True)[:, :n_latents]
+        frame["latents"] = [" ".join(f"{i}:{v:.2f}" for v, i in zip(row, latents) if v > 0) for row, latents in
+                            zip(values.gather(1, order).tolist(), indices.gather(1, order).tolist())]
+    return frame
