@@ -60,6 +60,8 @@ CHAINS = {
         Step(BASELINE[0], [*BASELINE[1:], "EPOCHS_PER_CYCLE=1"], "next: python "),
         Step(SAE[0], [*SAE[1:], "SAE_EPOCHS=1"], "03_train_auxiliary.py"),
         Step(f"{CEPTION}/03_train_auxiliary.py", ["KEEP_PCT=5.0"], "CYCLE=1"),
+        Step(f"{CEPTION}/save_model.py", [], "text-classification"),
+        Step(f"{CEPTION}/predict.py", ["TEXT=the cat was happy"], "prediction"),
         Step(f"{CEPTION}/choose_constants.py", [*DIGITS, "GRID_KEEP_PCT=2", "GRID_AUX_WEIGHT=1", "SELECT_SEEDS=100",
                                                 "GRID_ARMS=per_class"], "ARM_CONSTANTS="),
         Step(f"{CEPTION}/04_train_cycle.py",

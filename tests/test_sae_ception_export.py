@@ -1,0 +1,125 @@
+"""What is trained loads without this project and says the same; new texts and rows are classified by name."""
+import json
+
+import pandas
+import pytest
+import torch
+import transformers
+from conftest import TEXTS, tiny_model, word_tokenizer
+from safetensors.torch import load_file
+from test_sae_ception_cycles import defaults, script  # noqa: F401  (fixtures)
+from test_sae_ception_heads import classifier
+from test_sae_ception_modules import TABLE, written  # noqa: F401  (a fixture)
+
+from cycles.export import save_for_others
+from cycles.session import Session
+from cycles.steps import train_model
+
+
+def trained(defaults, folder, lm):  # noqa: F811
+    """A session whose baseline is trained on short texts of two classes."""
+    lm.save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    lines = [{"text": f"{TEXTS[i % 6]} {TEXTS[i % 5]} {i}", "label": ("negative", "positive")[i % 2]}
+             for i in range(60)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    session = Session(defaults[0] | {"MODEL": str(folder / "model"), "DATASET": str(folder / "mine.jsonl"),
+                                     "LABEL_FIELD": "label", "EPOCHS_PER_CYCLE": 1, "DEVICE": "cpu", "LR": 1e-2}, 0)
+    train_model(session, "baseline", 0)
+    return session
+
+
+def expected(session):
+    ids = session.task.splits["test"]
+    return [session.task.texts[i] for i in ids.tolist()], session.outputs(ids)[1].softmax(1)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model("llama"), lambda: tiny_model("gpt2"), lambda: classifier("bert"),
+                                  lambda: classifier("llama")], ids=["llama", "gpt2", "own bert", "own llama"])
+def test_transformers_loads_it_and_says_the_same(defaults, tmp_path, make):  # noqa: F811
+    session = trained(defaults, tmp_path, make())
+    how = save_for_others(session, tmp_path / "out")
+    texts, p = expected(session)
+    assert "pipeline" in how and how in (tmp_path / "out/README.md").read_text()
+    classify = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None, device="cpu")
+    for text, row in zip(texts, p):
+        found = {item["label"]: item["score"] for item in classify([text])[0]}
+        if session.model.columns is None:
+            assert found == pytest.approx({"negative": float(row[0]), "positive": float(row[1])}, abs=1e-4)
+        else:  # its third class is not in the data
+            assert set(found) == {"negative", "neutral", "positive"}
+            share = found["positive"] / (found["positive"] + found["negative"])
+            assert share == pytest.approx(float(row[1]), abs=1e-4)
+
+
+def test_a_head_that_transformers_has_not_is_saved_beside_the_body(defaults, tmp_path):  # noqa: F811
+    session = trained(defaults, tmp_path, tiny_model("bert"))
+    how = save_for_others(session, tmp_path / "out")
+    texts, p = expected(session)
+    body = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    head = load_file(tmp_path / "out/head.safetensors")
+    assert "[:, 0]" in how and json.loads((tmp_path / "out/classes.json").read_text()) == ["negative", "positive"]
+    with torch.no_grad():
+        for text, row in zip(texts, p):
+            state = body(**tokenizer(text, return_tensors="pt")).last_hidden_state[:, 0]
+            assert torch.allclose(torch.nn.functional.linear(state, **head).softmax(1)[0], row, atol=1e-5)
+
+
+def test_torch_loads_a_module_without_this_project(written, tmp_path):  # noqa: F811
+    session = Session(written(TABLE), 0)
+    train_model(session, "baseline", 0)
+    save_for_others(session, tmp_path / "out")
+    fresh = Session(written(TABLE), 5).own.module
+    fresh.load_state_dict(torch.load(tmp_path / "out/model.pt", weights_only=True))
+    ids = session.task.splits["test"]
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(session.task.images[ids]), session.outputs(ids)[1])
+
+
+def test_the_two_scripts(defaults, tmp_path, monkeypatch, script, own_store, capfd):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    word_tokenizer().save_pretrained("model")
+    rows = pandas.DataFrame({"review": [f"{TEXTS[i % 6]} {('sad', 'happy')[i % 2]} {i}" for i in range(60)],
+                             "verdict": ["bad", "good"] * 30})
+    rows.to_csv("mine.csv", index=False)
+    script("04_train_cycle.py", "DATASET=mine.csv", "TEXT_FIELD=review", "LABEL_FIELD=verdict", "MODEL=model",
+           "EPOCHS_PER_CYCLE=2", "SAE_EPOCHS=1", "SEEDS=0", "ARMS=lambda0,per_class", "METRICS=()", "KEEP_PCT=5")
+    printed = script("predict.py", "SETTING=mine", "TEXT=the cat was happy")[1]
+    assert "prediction" in printed and "p(good)" in printed and "latents" in printed
+    rows[["review"]].to_csv("new.csv", index=False)
+    script("predict.py", "SETTING=mine", "DATA=new.csv", "SHOW_LATENTS=3")
+    found = pandas.read_csv(own_store / "sae_ception/mine/predictions.csv")
+    assert len(found) == 60 and set(found.prediction) <= {"bad", "good"}
+    assert (found["p(bad)"] + found["p(good)"]).between(0.9999, 1.0001).all()
+    assert (found.probability == found[["p(bad)", "p(good)"]].max(axis=1)).all()
+    assert found.latents.str.fullmatch(r"(\d+:\d+\.\d\d ?){1,3}").all()
+    assert "text-classification" in script("save_model.py", "SETTING=mine", "ARM=lambda0", "TO=out")[1]
+    assert transformers.AutoModelForSequenceClassification.from_pretrained("out").config.id2label == {
+        0: "bad", 1: "good"}
+    for arguments, said in ((["TEXT=a", "DATA=new.csv"], "set TEXT to a text, or DATA to a file"),
+                            (["DATA=new.csv", "TEXT_FIELD=text"], "has no field 'text'"),
+                            (["TEXT=a", "ARM=class_mean"], "model_cycle_1_best.pt is missing"),
+                            (["TEXT=a", "SETTING=other"], "holds no baseline")):
+        code, _, err = script("predict.py", "SETTING=mine", *arguments, ok=False)
+        assert code == 2 and said in err.splitlines()[-1], err
+    code, _, err = script("save_model.py", "SETTING=mine", "TO=out", ok=False)
+    assert code == 2 and "set TO to a new folder" in err
+
+
+def test_rows_of_numbers_are_classified(written, tmp_path, script, own_store):  # noqa: F811
+    c = written(TABLE)
+    script("04_train_cycle.py", f"MODEL={c['MODEL']}", "SEEDS=0", "ARMS=lambda0,per_class", "METRICS=()",
+           "EPOCHS_PER_CYCLE=3", "LR=0.01", "WARMUP_STEPS=0", "KEEP_PCT=3")
+    session = Session(c, 0)
+    x = session.task.images[session.task.splits["test"]]
+    pandas.DataFrame(x.numpy()).to_csv(tmp_path / "rows.csv", index=False)
+    script("predict.py", "SETTING=mine", f"DATA={tmp_path}/rows.csv")
+    found = pandas.read_csv(own_store / "sae_ception/mine/predictions.csv")
+    truth = [session.task.class_names[i] for i in session.task.y[session.task.splits["test"]].tolist()]
+    assert list(found.columns)[:2] == ["row", "prediction"] and (found.prediction == truth).mean() > 0.8
+    pandas.DataFrame(x[:, 1:].numpy()).to_csv(tmp_path / "rows.csv", index=False)
+    for data, said in ((f"{tmp_path}/rows.csv", "must have 13 columns"), (f"{tmp_path}/gone.csv", "there is no file")):
+        code, _, err = script("predict.py", "SETTING=mine", f"DATA={data}", ok=False)
+        assert code == 2 and said in err.splitlines()[-1]
