@@ -26,6 +26,8 @@ def clustering(
     silhouette_unsupervised_argmax use these clusters, silhouette_supervised uses y; Euclidean, on a seeded subsample of
     at most silhouette_rows. davies_bouldin and calinski_harabasz use y. Undefined scores (one cluster, or as many as
     rows) are left out.
+    Range: ari up to 1, 0 for a guess; silhouettes -1 to 1; the others from 0, davies_bouldin lower is better. Source:
+    Hubert and Arabie (1985), Rousseeuw (1987), Davies and Bouldin (1979), Calinski and Harabasz (1974).
     """
     rows, labels = x.double().numpy(), y.numpy()
     n_distinct = min(n_classes, len(np.unique(rows, axis=0)))

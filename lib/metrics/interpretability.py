@@ -24,7 +24,8 @@ def uncertainty(fired: Tensor, y: Tensor, n_classes: int) -> dict[str, Tensor]:
     """The uncertainty coefficient of each column of `fired` (bool [N, F]) with y, float64 [F] each.
 
     u = I(b;y)/H(b), u_label = I(b;y)/H(y), and u_adj = (I - E[I])/(H(b) - E[I]), where E[I] is the exact
-    expectation over all permutations of y (Vinh, Epps and Bailey 2010). Columns with H(b) = 0 score 0.
+    expectation over all permutations of y. Columns with H(b) = 0 score 0.
+    Range: 0 to 1; u_adj 0 on average where b and y are independent. Source: Vinh, Epps and Bailey (2010).
     """
     information, fires, sizes = _information(fired, y, n_classes)
     h_b = _entropy(fires / len(y))
@@ -45,6 +46,7 @@ def uncertainty_given(
     u = I(b;attribute|y)/H(b), and u_adj = (I - E[I])/(H(b) - E[I]) with E[I] over all permutations of the attribute
     within each class of y; information = I(b;attribute|y) in nats, which a unit can't raise by firing rarely. Where the
     attribute decides the label (digit and parity), u is U(attribute) - U(label).
+    Range: 0 to 1; information 0 to ln 2; u_adj as for U. Source: the chain rule of mutual information.
     """
     information, chance = torch.zeros(2, fired.shape[1], dtype=torch.float64)
     for c in range(n_classes):
@@ -113,7 +115,8 @@ def csi(values: Tensor, y: Tensor, n_classes: int) -> Tensor:
     """Class selectivity index of each column of `values` [N, F]: float64 [F] in 0..1.
 
     (mu_max - mu_oth)/(mu_max + mu_oth) with a = max(0, value), mu_max the largest class mean and mu_oth the
-    unweighted mean of the other class means (Morcos et al. 2018); 0 if both are 0. Empty classes are left out.
+    unweighted mean of the other class means; 0 if both are 0. Empty classes are left out.
+    Range: 0 to 1. Source: Morcos et al. (2018).
     """
     labels = one_hot(y, n_classes).double()
     sizes = labels.sum(0)
@@ -131,6 +134,7 @@ def selectivity(
     Keys: u_weighted over all columns, each weighted by how often it fires, so that arms need not have the same columns
     alive; csi, csi_std, u, u_std, u_label, u_adj over supported columns (0 where there are none); csi_all, u_all,
     u_label_all over all columns, dead ones counting 0; and n_supported.
+    Range: as U and CSI; n_supported 0 to F. Source: this project.
     """
     fires = fired.sum(0)
     supported = (fires >= min_support) & (len(y) - fires >= min_support)
@@ -151,6 +155,7 @@ def selectivity_given(
 ) -> dict[str, float]:
     """uncertainty_given over the columns of `fired` [N, F]: u_weighted and u_adj_weighted count each column as often
     as it fires; information is the sum over all columns, in nats.
+    Range: as uncertainty_given; information 0 to F ln 2. Source: this project.
     """
     fires = fired.sum(0)
     found = uncertainty_given(fired, attribute, n_values, y=y, n_classes=n_classes)
@@ -176,6 +181,7 @@ def absorption(
     carry all of it).
 
     Returns n_letters and n_tokens and, from 5 letters and 100 tokens, score (mean over tokens, then letters).
+    Range: 0 to 1, higher is worse. Source: Chanin et al. (2024).
     """
     mu = x[splits == 0].double().mean(0)
     centred = x.double() - mu

@@ -15,7 +15,10 @@ K_SPARSE = (1, 2, 5, 10, 25, 50)  # sizes of the k-sparse probe; those above the
 
 
 def classification(logits: Tensor, y: Tensor) -> dict[str, float]:
-    """accuracy, loss (mean cross-entropy in nats), f1_macro and f1_weighted of logits [N, C] for y [N]."""
+    """accuracy, loss (mean cross-entropy in nats), f1_macro and f1_weighted of logits [N, C] for y [N].
+
+    Range: 0 to 1; loss from 0, ln C for a guess. Source: textbook.
+    """
     guess = logits.argmax(1)
     return {
         "accuracy": float((guess == y).double().mean()),
@@ -44,6 +47,7 @@ def logistic_probe(train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor)
     """Logistic regression (L2, C = 1, max_iter 1000) from features [N, F], scaled by the training maximum.
 
     Returns train_accuracy, test_accuracy, test_f1_macro, test_f1_weighted.
+    Range: 0 to 1. Source: Alain and Bengio (2016).
     """
     x, x_test = _scaled(train, test)
     probe = _logistic(x, y_train.numpy())
@@ -62,6 +66,7 @@ def probe_within(
     attribute, y: int64, for training rows and for test rows. Returns accuracy, the mean over classes of the test
     accuracy, and majority, that of always guessing the class's commonest training value. Classes with one value or
     without test rows are left out; without any other, the result is empty.
+    Range: 0 to 1. Source: this project.
     """
     scores = []
     for c in y[0].unique():
@@ -76,8 +81,9 @@ def probe_within(
 
 
 def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> float:
-    """The lowest accuracy of logits [N, C] among the groups of examples with one label and one value of `group` [N]
-    (Sagawa et al. 2020).
+    """The lowest accuracy of logits [N, C] among the groups of examples with one label and one value of `group` [N].
+
+    Range: 0 to 1. Source: Sagawa et al. (2020).
     """
     right = (logits.argmax(1) == y).double()
     return min(float(right[(y == c) & (group == g)].mean()) for c, g in torch.stack([y, group], 1).unique(dim=0))
@@ -86,10 +92,11 @@ def worst_group(logits: Tensor, y: Tensor, group: Tensor) -> float:
 def k_sparse_probe(
     train: Tensor, y_train: Tensor, test: Tensor, y_test: Tensor, sizes: tuple[int, ...] = K_SPARSE
 ) -> dict[int, float]:
-    """k -> test balanced accuracy of one-versus-rest probes on k columns, mean over classes (Gurnee et al. 2023).
+    """k -> test balanced accuracy of one-versus-rest probes on k columns, mean over classes.
 
     Each class has the k columns with the largest absolute difference of class means over the training rows; features
     [N, F] are scaled by the training maximum.
+    Range: 0 to 1; a guess has .5. Source: Gurnee et al. (2023).
     """
     top = train.abs().max(0).values.clamp(min=1e-12)
     train, test = train / top, test / top
@@ -118,6 +125,9 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, i
 
 
 def perplexity(losses: list[tuple[float, int]]) -> float:
-    """exp(mean cross-entropy of all pairs), from next_token_loss of the corpus's batches; nan without pairs."""
+    """exp(mean cross-entropy of all pairs), from next_token_loss of the corpus's batches; nan without pairs.
+
+    Range: from 1; as many as the vocabulary has tokens for a guess. Source: textbook.
+    """
     total, pairs = sum(loss for loss, _ in losses), sum(n for _, n in losses)
     return math.exp(min(total / pairs, 700)) if pairs else float("nan")

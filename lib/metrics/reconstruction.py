@@ -56,6 +56,7 @@ class Reconstruction:
         nan where the set has no variance), fvu = 1 - ev, mse: mean squared error over all elements, l0_mean and
         l0_std: codes per row, l1_mean: sum of |code| per row, dead_pct: 0-100, latents that fired on none of
         the n_rows rows, usage_entropy in nats, effective_latents = exp(usage_entropy).
+        Range: ev up to 1; dead_pct 0 to 100; usage_entropy 0 to ln F; others from 0. Source: Gao et al. (2024) for ev.
         """
         n = self.n_rows
         if n == 0:
@@ -84,7 +85,10 @@ def ev_of_sums(sse: float, sst: float) -> float:
 
 
 def explained_variance(x: Tensor, xhat: Tensor) -> float:
-    """1 - SSE/SST of xhat [N, D] for x [N, D], SST about x's per-dimension mean; nan if x has no variance."""
+    """1 - SSE/SST of xhat [N, D] for x [N, D], SST about x's per-dimension mean; nan if x has no variance.
+
+    Range: up to 1; 0 for the mean as a guess. Source: textbook.
+    """
     x, xhat = x.detach().cpu().double(), xhat.detach().cpu().double()
     return ev_of_sums(float((x - xhat).square().sum()), float((x - x.mean(0)).square().sum()))
 

@@ -17,10 +17,11 @@ def fgsm(
     logits_of: Logits, x: Tensor, y: Tensor, eps: float, *, norm: str = "linf", mask: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
 ) -> Tensor:
-    """x moved by one step of length eps up the loss (Goodfellow et al. 2015).
+    """x moved by one step of length eps up the loss.
 
     norm "linf": sign of the gradient; "l2": gradient direction of each last-dimension vector. mask [B, T]:
     the positions that may move (None: all). bounds: the valid range of inputs.
+    Range: within eps of x. Source: Goodfellow et al. (2015).
     """
     _, uphill = _loss_and_direction(logits_of, x, y, norm)
     return _project(x + eps * uphill, x, eps, norm=norm, mask=mask, bounds=bounds)
@@ -30,9 +31,10 @@ def pgd(
     logits_of: Logits, x: Tensor, y: Tensor, eps: float, *, generator: torch.Generator, norm: str = "linf",
     mask: Tensor | None = None, bounds: tuple[float, float] | None = None,
 ) -> Tensor:
-    """20 steps of 2.5 eps / 20 from a random start, projected after each (Madry et al. 2018).
+    """20 steps of 2.5 eps / 20 from a random start, projected after each.
 
     Each example keeps the iterate with its largest loss. generator draws the start; other arguments as in fgsm.
+    Range: within eps of x. Source: Madry et al. (2018).
     """
     noise = torch.rand(x.shape, generator=generator).to(x) * 2 - 1
     if norm == "l2":
@@ -75,7 +77,10 @@ def _project(
 
 
 def active_jaccard(a: Tensor, b: Tensor) -> Tensor:
-    """Overlap |A and B| / |A or B| of the active latents of paired codes a, b [N, F]: float64 [N]; 1 if none fires."""
+    """Overlap |A and B| / |A or B| of the active latents of paired codes a, b [N, F]: float64 [N]; 1 if none fires.
+
+    Range: 0 to 1. Source: Jaccard (1901).
+    """
     a, b = a > 0, b > 0
     union = (a | b).sum(1).double()
     return torch.where(union > 0, (a & b).sum(1) / union.clamp(min=1), torch.ones_like(union))
