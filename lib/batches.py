@@ -195,7 +195,9 @@ def shuffled_batches(
                 cache["rows"] = whole = read_rows(rows.shards, ids, transform.device)
                 for part in whole.split(WHITENED_ROWS):  # in place: memory holds these rows once
                     part.copy_((part - mean) @ transform)
-            yield from (cache["rows"][batch.to(transform.device)] for batch in batches[start:])
+            own = batches[start:]  # moved at once: with each move the host waits for a GPU
+            places = torch.cat(own).to(transform.device).split([len(batch) for batch in own]) if own else ()
+            yield from (cache["rows"][where] for where in places)
         elif batches[start:]:
             wanted, place = ids[torch.cat(batches[start:])].sort()  # in the order of the disk
             buffer = read_rows(rows.shards, wanted, transform.device)

@@ -200,7 +200,7 @@ def test_a_model_spread_over_two_devices(device, order):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind, most", [("topk", 0)])
+@pytest.mark.parametrize("kind, most", [(kind, 8 if kind == "jumprelu" else 0) for kind in KINDS])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_how_often_a_step_waits_for_the_device(fake, kind, most, precision):
     state = init_state(torch.eye(16, device=DEVICE), 64, 0, kind=kind)

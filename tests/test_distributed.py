@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -17,10 +19,11 @@ import torch
 from conftest import PROJECT, run_script, sae_of
 from forked import ROOMS
 from test_sae_ception_gates import text_model, text_task
-from test_training import SMALL, make_rows
+from test_training import SMALL, make_rows, split_rows
 
 import lib.training.checkpoints as checkpoints
 import lib.training.loop as training
+from activation_buffer.rows import LiveRows
 from cycles import schemas
 from cycles.auxiliary import Targets
 from cycles.fine_tuning import TuneSettings, fine_tune
@@ -33,6 +36,7 @@ from lib.environment import InputError
 from lib.files import read_json
 from lib.store import open_run
 from lib.training.fast_step import fast_step
+from lib.training.many import Job, train_saes
 from lib.training.step import init_state, whitening
 from lib.training.workspace import Workspace
 
@@ -65,6 +69,54 @@ def sae_training(folder: Path) -> dict[str, torch.Tensor]:
         sae, history = training.train_sae(make_rows()[0], training.TrainSettings(**SMALL), folder, progress=False)
     return {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]),
             "loss": torch.tensor(history["train"]["loss"])}
+
+
+def sae_grid(folder: Path, **changes) -> dict[str, torch.Tensor]:
+    """Four SAEs from one read: side by side where the rows do not fit into a buffer, else one after the other."""
+    rows, found = split_rows(make_rows()[0], 200), {}
+    for name, n_bytes in ("together", 4 * 24 * 400), ("alone", 1 << 30):
+        with mock.patch("lib.batches.BUFFER_BYTES", n_bytes):
+            grid = [training.TrainSettings(**SMALL | {"top_k": k, "n_latents": 16 * k}) for k in (3, 4)]
+            jobs = [Job(rows, settings, folder / f"{name}{settings.top_k}") for settings in grid]
+            for number, sae, history in train_saes(jobs, progress=False):
+                found[f"{name} {number} W_dec"] = sae.W_dec
+                found[f"{name} {number} ev"] = torch.tensor(history["val"]["ev"])
+    return found
+
+
+def live_training(folder: Path) -> dict[str, torch.Tensor]:
+    """Rows that each rank makes a part of, mixed on their way; the checkpoint holds what a round left over."""
+    stored, _ = make_rows()
+
+    def read(first: int) -> Iterator[torch.Tensor]:
+        for number in count(first):
+            block = stored.shards[0].roll(37 * number, 0)[: [0, 1, 90, 210][number % 4]]
+            yield block[own_part(len(block))]
+
+    rows = LiveRows(stored, read, n_tokens=4000, epochs=2, window=5, mean=stored.mean, covariance=stored.covariance)
+    settings = training.TrainSettings(**SMALL | {"epochs": 2})
+    often = mock.patch.multiple(checkpoints, CHECKPOINT_SECONDS=0.0, CHECKPOINT_SHARE=float("inf"))
+    with often:
+        sae, history = training.train_sae(rows, settings, folder, progress=False)
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    return {"W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]), "over": state["place"]["over"].float()}
+
+
+def live_order(folder: Path) -> dict[str, torch.Tensor]:
+    """Which rows each batch holds, over all ranks, and which of them are this rank's."""
+    def read(first: int) -> Iterator[torch.Tensor]:
+        for number in count(first):
+            block = (1 + 300 * number + torch.arange(float([0, 1, 90, 210][number % 4])))[:, None]
+            yield block[own_part(len(block))]
+
+    rows = LiveRows(make_rows()[0], read, n_tokens=3000, epochs=1, window=5, mean=torch.zeros(1),
+                    covariance=torch.eye(1))
+    found = []
+    for x in rows.batches(torch.eye(1), 64, seed=0, step=0, place=None):
+        seen = torch.zeros(300 * 60).index_fill_(0, x[:, 0].long(), 1)
+        add_up(seen)
+        found.append(seen)
+    return {"batches": torch.stack(found)}
 
 
 def tuning(folder: Path, shards: bool = False, select: str = "last") -> dict[str, torch.Tensor]:
@@ -138,7 +190,7 @@ def start(*command: str | Path, store: Path, **environment: str) -> subprocess.P
 def results(tmp_path_factory):
     """Scenario -> what one process, and each of two ranks, made of it."""
     folder = tmp_path_factory.mktemp("ranks")
-    names = ["sae_steps", "sae_training", "tuning", "sharded_tuning"]
+    names = ["sae_steps", "sae_training", "sae_grid", "live_order", "live_training", "tuning", "sharded_tuning"]
     main(folder, names)
     torchrun(__file__, folder, *names, "resharded_tuning", store=folder / "store")
     main(folder, ["resharded_tuning"])
@@ -195,6 +247,35 @@ def test_training_goes_on_after_the_loss_of_a_rank(tmp_path, results):
     for name in places:
         resumed = torch.load(tmp_path / f"{name}_2_0.pt", weights_only=True)
         assert all(torch.equal(resumed[key], results[name][1][key]) for key in resumed)
+
+
+def test_silence_is_counted_over_the_rows_of_all_ranks(results):
+    """What is dead, and so what AuxK works on, is the same however many ranks share the rows."""
+    one, two, other = results["sae_steps"]
+    assert torch.equal(one["silent"], two["silent"]) and torch.equal(two["silent"], other["silent"])
+    assert 0 < int((one["silent"] > 50).sum()) < len(one["silent"])
+
+
+def test_a_grid_on_two_ranks_is_that_of_one_process(results):
+    one, two, other = results["sae_grid"]
+    assert len(one) == 8 and all(torch.equal(two[name], other[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-3 if name.endswith("ev") else 2e-2)
+
+
+def test_a_running_model_gives_two_ranks_the_batches_of_one_process(results):
+    """Every row in the batch in which one process has it, on one of the ranks."""
+    one, two, other = (found["batches"] for found in results["live_order"])
+    assert torch.equal(one, two) and torch.equal(two, other)
+    assert one.max() == 1 and one.sum(1).tolist() == [64.0] * len(one) and len(one) > 40
+
+
+def test_live_training_on_two_ranks_is_that_of_one_process(results):
+    one, two, other = results["live_training"]
+    assert all(torch.equal(two[name], other[name]) for name in one), "the ranks differ"
+    assert len(one["over"]) and torch.equal(one["over"], two["over"])
+    torch.testing.assert_close(two["W_dec"], one["W_dec"], rtol=0, atol=2e-2)
+    torch.testing.assert_close(two["ev"], one["ev"], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["tuning", "sharded_tuning", "resharded_tuning"])

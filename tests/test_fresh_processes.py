@@ -68,6 +68,10 @@ CHAINS = {
              [*DIGITS, "SEEDS=0,1,2", "ARMS=lambda0,per_class,class_mean", "SETTING=tiny2"], "05_compare_cycles.ipynb"),
         Step(f"{CEPTION}/05_compare_cycles.ipynb", ["TSNE_EXAMPLES=40"]),
         Step(f"{CEPTION}/06_interpret_features.ipynb", ["SHOW_LATENTS=1", "SHOW_EXAMPLES=1"]),
+        Step(f"{CEPTION}/07_run_study.py", ["STUDY=digits", "SEEDS=1", "LAMBDAS=1", "ARMS=lambda0,per_class",
+                                            "ARM_CONSTANTS={}", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1", "N_SAE_SEEDS=1",
+                                            "PROBE_LIMIT=100", "EVAL_LIMIT=100"], "08_judge_study.py"),
+        Step(f"{CEPTION}/08_judge_study.py", ["STUDY=digits"], "complete, 2 of 2 results"),
     ],
     "others": [
         Step(STORIES[0], ["N_STORIES=60"], "02_train_story_model.py"),
@@ -90,7 +94,7 @@ CHAINS = {
         Step(f"{BENCHMARKS}/07_show_leaderboard.py", [], "run 05_synth_sae_bench.py first", code=2),
         Step(f"{BENCHMARKS}/08_run_on_gpu.py",
              ["DEVICE=cpu", "SHAPES=((16, 32, 2),)", "BATCHES=64", "KINDS=topk", "SAVE_MODELS=tiny", "SAVE_TEXTS=4",
-              "SECONDS=0.001", "TESTS=False", "PEERS=()"], "| ours, topk |"),
+              "LIVE_TOKENS=()", "SECONDS=0.001", "TESTS=False", "PEERS=()"], "| ours, topk |"),
         Step(f"{BENCHMARKS}/world_figures.py", [], "make peers", code=2),
     ],
 }

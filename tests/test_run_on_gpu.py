@@ -10,7 +10,7 @@ from conftest import PROJECT
 FOLDER = PROJECT / "experiments" / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
-from gpu import clock, jobs, report, roofline  # noqa: E402
+from gpu import clock, jobs, live, report, roofline  # noqa: E402
 
 from lib.environment import InputError  # noqa: E402
 
@@ -69,6 +69,14 @@ def test_a_trainer_in_a_process_is_timed_or_ended():
     assert found["tokens_per_s"] == pytest.approx(64 / found["seconds"]) and 0 < found["of_roofline"] < 1
     with pytest.raises(InputError, match="ours ended with code -9"):
         jobs.time_peer("ours", (16, 32, 2), 64, limit=0.01, **options)
+
+
+def test_a_live_training_is_timed_by_the_difference_of_two(tmp_path):
+    found = live.time_live("tiny", (600, 1800), CPU, multiplier=2, k=4, batch=64, buffer_tokens=300)
+    few, many = found["seconds_of_each"]
+    assert found["seconds"] == pytest.approx(max(1e-3, many - few)) and found["tokens_per_s"] > 0
+    with pytest.raises(InputError, match="02_train_sae.py ended with code 2: .*TOP_K"):
+        live._run(tmp_path, "02_train_sae.py", TOP_K=0)
 
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys, own_store):

@@ -2,7 +2,7 @@
 
     make gpu                                        # or python 08_run_on_gpu.py; says so and ends where there is none
     python 08_run_on_gpu.py TESTS=False KINDS=lista SHAPES="((768, 24576, 32),)"
-    python 08_run_on_gpu.py DEVICE=cpu SHAPES="((16, 32, 2),)" BATCHES=64 SAVE_MODELS=tiny TESTS=False PEERS="()"
+    python 08_run_on_gpu.py DEVICE=cpu SHAPES="((16, 32, 2),)" BATCHES=64 SAVE_MODELS=tiny LIVE_TOKENS="()" TESTS=False
 
 What does not fit into the time is left out, and the table says so. The peers run where `make peers` installed them.
 Writes store/benchmarks/gpu.json and gpu.md, after each timing. Exit code 1 if a test or a timing failed.
@@ -32,11 +32,13 @@ PEER_BATCH: Size = 4096                   # rows of a step of the peers, and of 
 SAVE_MODELS: tuple[Literal["gpt2", "llama_1b", "tiny"], ...] | tuple[()] = ("gpt2", "llama_1b")  # random weights
 SAVE_TEXTS: Size = 4000                   # stories of at most 128 tokens
 SAVE_BATCH_TOKENS: Size = 16384           # tokens of one forward pass
+LIVE_TOKENS: tuple[Size, Size] | tuple[()] = (300_000, 1_000_000)  # of two live trainings, whose difference counts
 SECONDS: Positive = 4.0                   # of the steps of one timing, after those that are not counted
 CONSTANTS = override(globals())
 
 import torch
 from gpu.jobs import time_peer, time_sae, time_saving
+from gpu.live import time_live
 from gpu.report import page
 from gpu.roofline import known_peaks, measured_peaks
 from side_by_side import PEERS_PYTHON
@@ -45,7 +47,7 @@ from lib.environment import PROJECT, first_line, is_out_of_memory, run
 from lib.files import atomic_write, write_json
 from lib.store import experiment_dir, provenance
 
-SET_UP = {"topk": 10.0, "saving": 25.0, "peer": 35.0}  # guesses: seconds that a timing takes besides SECONDS
+SET_UP = {"topk": 10.0, "saving": 25.0, "peer": 35.0, "live": 90.0}  # guesses: seconds of a timing besides SECONDS
 
 
 class Job(NamedTuple):
@@ -99,6 +101,9 @@ def jobs(device: torch.device, peaks: Any) -> Iterator[Job]:
     for model in SAVE_MODELS:
         yield Job(f"saving from a random {model}", "ours", SET_UP["saving"],
                   partial(time_saving, model, SAVE_TEXTS, SAVE_BATCH_TOKENS, device=device))
+    if LIVE_TOKENS and SAVE_MODELS:
+        yield Job(f"live training from a random {SAVE_MODELS[0]}, 32 latents per dimension, k 32, batch 4096", "ours",
+                  SET_UP["live"], partial(time_live, SAVE_MODELS[0], LIVE_TOKENS, device=device))
     yield from (ours(shape, batch, KINDS[0]) for batch in BATCHES[1:] for shape in SHAPES)
     yield from (ours(shape, BATCHES[0], kind) for shape in SHAPES[:1] for kind in KINDS[1:])
     for shape in SHAPES if PEERS_PYTHON.exists() else ():

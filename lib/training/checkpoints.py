@@ -189,7 +189,7 @@ def resumed_or_new(
         state = init_state(transform, settings.n_latents, settings.seed, aligned=settings.aligned, kind=settings.kind)
         state |= {} if start is None else state_of(start, transform, settings.aligned)
         made = {"key": key, "history": empty_history(plan), "settings": asdict(settings), "state": state,
-                "best": {}, "precision": precision_of(settings.precision, settings.kind, state)}
+                "best": {}, "precision": precision_of(settings.precision, state)}
         if checkpoint:  # keeps the precision, which another machine might choose otherwise
             save_checkpoint(checkpoint, made)
     made["state"] |= {name: tensor.to(transform.device) for name, tensor in made["state"].items() if name != "step"}

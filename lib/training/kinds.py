@@ -19,8 +19,8 @@ lista       batchtopk of two codings: the first one's error, times `refine`, is 
 
 To add a kind, write the functions in which it differs, add a row to KINDS, and add its name to KIND in
 02_train_sae.py, which lists the names so that --help need not load torch (a test compares the two). lib.training.
-selection has the same selection for the compiled step. A kind whose trained SAE is more than an encoder, a dictionary
-and thresholds also changes encode() in lib/sae.py.
+selection has the same selection for the compiled step, lib.training.torch_step for any other. A kind whose trained SAE
+is more than an encoder, a dictionary and thresholds also changes encode() in lib/sae.py.
 
 Codes are never negative. k is the number of latents that fire: on each row, or on average where a threshold decides.
 """
@@ -71,8 +71,8 @@ def prefix_sizes(n_latents: int) -> list[int]:
 
 
 def prefix_levels(state: dict[str, Tensor]) -> Tensor:
-    n_latents = len(state["dec"])
-    return torch.bucketize(torch.arange(n_latents), torch.tensor(prefix_sizes(n_latents)), right=True).to(torch.uint8)
+    dec = state["dec"]
+    return _levels(torch.arange(len(dec), device=dec.device), prefix_sizes(len(dec))[:-1])
 
 
 def frequency_levels(state: dict[str, Tensor]) -> Tensor:
@@ -82,8 +82,20 @@ def frequency_levels(state: dict[str, Tensor]) -> Tensor:
     n = len(state["frequency"])
     rank = torch.empty(n, dtype=torch.int64, device=state["frequency"].device)
     rank[state["frequency"].argsort(descending=True, stable=True)] = torch.arange(n, device=rank.device)
-    ends = torch.tensor(sorted({max(1, n * part // 64) for part in (1, 2, 4, 8, 16, 32, 48)}), device=rank.device)
-    return torch.bucketize(rank, ends, right=True).to(torch.uint8)
+    return _levels(rank, frequency_ends(n))
+
+
+def frequency_ends(n_latents: int) -> list[int]:
+    """How many of the latents that fire most lie below each level but the lowest."""
+    return sorted({max(1, n_latents * part // 64) for part in (1, 2, 4, 8, 16, 32, 48)})
+
+
+def _levels(number: Tensor, ends: list[int]) -> Tensor:
+    """How many of the ends each number has reached, uint8; without a table, which a GPU would have to wait for."""
+    level = torch.zeros_like(number, dtype=torch.uint8)
+    for end in ends:
+        level += number >= end
+    return level
 
 
 def level_errors(x: Tensor, codes: Tensor, dec: Tensor, levels: Tensor, own: float) -> tuple[Tensor, Tensor]:
@@ -122,21 +134,26 @@ class Kind(NamedTuple):
     """
     ridge: float = 0.0
     """Weight of the codes' squared norm, mean over rows."""
-    fast: Literal["compiled", "everywhere"] | None = None
-    """Where lib.training.fast_step trains it: where its loops are compiled (lib.training.selection), which is on a CPU
-    with numba, in one process; or everywhere. Elsewhere the dense step does, in one process.
-    """
+    ranks: bool = False
+    """Whether several ranks may train it together: no rule of it looks at the batch as a whole."""
 
 
 KINDS = {
-    "topk": Kind(topk_codes, fast="everywhere"),
-    "batchtopk": Kind(batchtopk_codes, threshold="running mean", rate=0.7, fast="compiled"),
-    "jumprelu": Kind(jumprelu_codes, threshold="learnt", rate=0.5, fast="compiled"),
-    "matryoshka": Kind(topk_codes, nested_errors, levels=prefix_levels, fast="compiled"),
+    "topk": Kind(topk_codes, ranks=True),
+    "batchtopk": Kind(batchtopk_codes, threshold="running mean", rate=0.7),
+    "jumprelu": Kind(jumprelu_codes, threshold="learnt", rate=0.5),
+    "matryoshka": Kind(topk_codes, nested_errors, levels=prefix_levels),
     "lista": Kind(batchtopk_codes, threshold="running mean", levels=frequency_levels, refine=0.5, own=0.7,
-                  ridge=0.05, fast="compiled"),
+                  ridge=0.05),
 }
 WITH_THRESHOLD = tuple(name for name, kind in KINDS.items() if kind.threshold)
+
+
+def most_levels(rules: Kind, n_latents: int) -> int:
+    """How many levels its latents may have."""
+    if rules.levels is None:
+        return 1
+    return len(prefix_sizes(n_latents)) if rules.levels is prefix_levels else len(frequency_ends(n_latents)) + 1
 
 
 def most_codes(kind: str, k: int, n_latents: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..batches import Source
-from ..distributed import rank, world_size
+from ..distributed import beat, rank, wait_for_all, world_size
 from ..environment import as_device, log
 from ..files import fingerprint
 from ..metrics.reconstruction import Reconstruction
@@ -42,6 +42,7 @@ def score(sae: SAE, batches: Iterator[Tensor]) -> dict[str, float]:
     """Reconstruction metrics of an SAE over batches of raw activations; see lib/metrics/reconstruction.py."""
     sums = Reconstruction(sae.n_latents)
     for x in batches:
+        beat()
         x = x.to(sae.mean.device)
         values, indices = sae.encode(x)
         sums.add(x, sae.decode(values, indices), values, indices)
@@ -52,6 +53,7 @@ def highest_codes(sae: SAE, source: Source) -> Tensor:
     """Each latent's highest code, float32 [F], over about a million training and a million validation rows at most."""
     maxima = torch.zeros(sae.n_latents, device=sae.mean.device)
     for x in chain(source.sample(False, MAXIMA_ROWS), source.sample(True, MAXIMA_ROWS)):
+        beat()
         values, indices = sae.encode(x.to(sae.mean.device))
         maxima.scatter_reduce_(0, indices.flatten(), values.flatten(), "amax")
     return maxima.cpu()
@@ -115,6 +117,7 @@ def begin(
 ) -> Training:
     """A training before its next step, resumed from its checkpoint if there is one; see `train_sae`."""
     check_settings(settings, source)
+    wait_for_all()  # rank 0 may still be writing the SAE before this one
     device = as_device(device)
     if start is not None:
         check_start(start, settings, len(source.mean))
@@ -211,7 +214,8 @@ def _save(trainings: list[Training]) -> float:
             try:
                 checkpoints.save_checkpoint(training.checkpoint, training.made)
             except checkpoints.Diverged as error:
-                training.failed = error
+                if world_size() == 1:  # ranks look at different times; they all see it in the loss at the same step
+                    training.failed = error
     return checkpoints.next_due(start)
 
 

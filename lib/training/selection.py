@@ -16,11 +16,10 @@ from torch import Tensor
 from .code_kernels import exact_codes, keep_above
 from .kinds import WINDOW, follow_smallest, sampled_rows, set_first_threshold
 from .row_kernels import count_above, count_between, find_above, find_candidates, sum_between
-from .workspace import Workspace, candidates_wanted, scores
+from .workspace import MARGIN, Workspace, candidates_wanted, scores
 
 Tiles = Iterator[tuple[int, np.ndarray]]
 Ragged = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-MARGIN = 1 / 16  # below its threshold by which a low-precision score is still computed again: 4 deviations of int8
 SLACK = 0.9  # the first bound tried, times the last step's: thresholds move by a few percent in a step at most
 
 

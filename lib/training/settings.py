@@ -77,7 +77,7 @@ def check_settings(settings: TrainSettings, rows: Source) -> None:
         (s.frozen not in (None, *FROZEN), f"frozen={s.frozen} is unknown; choose one of {', '.join(FROZEN)}"),
         (s.frozen and (s.whiten or s.aligned),
          "a frozen part must be random; train it with whiten=0 and aligned=False, which would otherwise shape it"),
-        (kind and kind.fast != "everywhere" and world_size() > 1,
+        (kind and not kind.ranks and world_size() > 1,
          f"KIND={s.kind} trains in one process only; use KIND=topk with several ranks"),
         (rows.n_train == 0 or rows.n_val < 2,  # a single row has no variance to explain
          "the run needs at least one training row and two validation rows; raise DATA_LIMIT in 01_save_activations.py"),

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..distributed import agree, world_size
 from ..environment import InputError, log
-from .kinds import KINDS
 
 try:
     from . import kernels
@@ -28,6 +27,7 @@ TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 256 << 20}  # of pre-ac
 ALIGNED = 32  # columns of a bfloat16 product: at D = 288 two more than a multiple of it doubled one thread's time
 SMALL = 1 << 18  # encoder weights below which float32 is used on every machine: bfloat16 would gain a fifth at most
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # x86 processors that multiply bfloat16, in torch.cpu.get_capabilities
+MARGIN = 1 / 16  # below its threshold by which a low-precision score is still computed again: 4 deviations of int8
 INT8_COLUMNS = 2  # at least: torch 2.13 gets the integer product of a single column wrong
 INT8_FLAG = "avx512_vnni"  # multiplies integers at twice the rate of avx512_bf16; with AMX this was not measured
 
@@ -50,7 +50,6 @@ class Workspace:
         (n_latents, width), device = state["dec"].shape, state["dec"].device
         self.shared, self.kind = shared, kind
         self.compiled = runs_compiled(device, shared) if compiled is None else compiled
-        self.fast = KINDS[kind].fast in ("everywhere", "compiled" if self.compiled else "everywhere")
         self.precision, self.choice = precision, f"encoder product in {precision}"
         if precision == "auto":
             self.precision, self.choice = choose_precision(n_latents, width, device, self.compiled)
@@ -66,9 +65,9 @@ class Workspace:
             if not kernels.is_cached(kernels.update_latents):
                 log.info("compiling the training step: some seconds, once on this machine")
         self.low, self.scale = None, torch.empty(0)  # the scale of each row of int8
-        if self.fast and self.precision == "bfloat16":
+        if self.precision == "bfloat16":
             self.low = low_precision(state["enc"], state["bias"])
-        elif self.fast and self.precision == "int8":
+        elif self.precision == "int8":
             self.low = torch.zeros(n_latents, max(width, INT8_COLUMNS), dtype=torch.int8)
             self.scale = torch.empty(n_latents)
             rounded(state["enc"].numpy(), torch.get_num_threads(), low=self.low.numpy(), scale=self.scale.numpy())
@@ -106,12 +105,10 @@ def choose_precision(
                        "that are known to be faster)")
 
 
-def precision_of(wanted: str, kind: str, state: dict[str, Tensor]) -> str:
+def precision_of(wanted: str, state: dict[str, Tensor]) -> str:
     """Of the encoder product in a training: the same on all ranks, and logged. wanted: of TrainSettings."""
     (n_latents, width), device = state["dec"].shape, state["dec"].device
     compiled = runs_compiled(device, shared=world_size() > 1)
-    if KINDS[kind].fast != "everywhere" and not compiled:
-        return "float32"
     precision, choice = wanted, f"encoder product in {wanted}"
     if wanted == "auto":
         precision, choice = choose_precision(n_latents, width, device, compiled)

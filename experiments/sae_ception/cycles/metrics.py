@@ -69,6 +69,8 @@ MEASURES = {
     "u_adj": "U of {}, chance-adjusted", "u_weighted": "U of {}, by how often they fire",
     "u_adj_weighted": "U of {}, chance-adjusted, by how often they fire",
     "u_n_supported": "Number of {} that fire often enough",
+    "information": "Information of {} (nats)", "probe_within_accuracy": "Probe within a class on {}",
+    "probe_within_majority": "Commonest value within a class, beside {}",
 }
 OF_UNITS = {"": "", "_all": ", all of them", "_std": ", spread"}
 LABELS = {"": "", "_attribute": "; attribute", "_attribute_given_label": "; attribute beyond the label"}
@@ -86,7 +88,8 @@ WORDS = (
     | {"k_sparse_probe_k1": "Probe on the best latent", "sparsity_l0_std": "Codes of an example, spread",
        "sparsity_l1_mean": "Sum of an example's codes"}
     | {"task_loss": "Task loss (nats)", "task_f1_macro": "Task F1, mean over classes",
-       "task_f1_weighted": "Task F1, mean over examples", "task_perplexity": "Perplexity of the texts"}
+       "task_f1_weighted": "Task F1, mean over examples", "task_perplexity": "Perplexity of the texts",
+       "task_worst_group_accuracy": "Accuracy of the worst group"}
 )
 PRIMARY = tuple(name for name, metric in REPORTED.items() if metric.primary)
 MAX_ACCURACY_LOSS = REPORTED["task_accuracy"].margin or 0.0

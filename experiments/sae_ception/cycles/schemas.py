@@ -17,6 +17,12 @@ SHARED_TUNING = Schema({
     "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
 }, sealed=True, remedy="delete its folder and train again")
 TARGETS = {"example_id": "int64 N", "t": "float32 N D", "centre?": "float32 D"}
+STUDY = Schema({"study": str, "registration": (str, None), "revision": str, "constants": CONSTANTS, "seeds": [int]},
+               sealed=True)
+STUDIED = Schema({
+    "arm": str, "seed": int, "key": SHORT_HASH, "aux": NUMBERS,
+    "saes": [{"sae_seed": COUNT, "val": NUMBERS, "test": NUMBERS}],
+}, sealed=True)
 RESULTS = Schema({
     "meta": {"arm": str, "cycle": COUNT, "seed": int, "key": SHORT_HASH}, "val": NUMBERS, "test": NUMBERS,
     "other_sae_seeds?": [{"sae_seed": POSITIVE, "val": NUMBERS, "test": NUMBERS}],

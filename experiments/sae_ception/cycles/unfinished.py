@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 
 from cycles import schemas
 from cycles.modules import load_trained, trained_state
@@ -26,8 +25,7 @@ from lib.files import read_json, read_torch, write_json, write_torch
 from lib.outputs import is_current
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-DAMAGED = (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
-           CheckpointException)
+DAMAGED = (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError)
 
 
 class Checkpoint(NamedTuple):
@@ -131,7 +129,10 @@ def _load_shares(
         raise ValueError("its tensors are not those of this model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is only one process
-        dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=world_size() == 1)
+        except dcp.CheckpointException as error:  # no Exception of Python's
+            raise ValueError(first_line(error)) from None
     _set_moments(optimizer, {trained[name]: {**of, "step": torch.tensor(float(steps[name]))}
                              for name, of in moments.items()})
     return best

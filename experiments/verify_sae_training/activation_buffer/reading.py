@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib.activations import STORE_DTYPES, SaveSettings, block_rows
 from lib.batches import rows_of_run
+from lib.distributed import own_part
 from lib.environment import InputError, log
 from lib.models import source_of_run
 from lib.schemas import Misfit, check
@@ -60,7 +61,8 @@ def live_rows(
         texts = documents.texts_from(first * block_texts)
         for number in count(first):
             chosen = [text for text in islice(texts, block_texts) if text is not None and text not in held_out]
-            tokens = settings.tokens(tokenizer, chosen, number * block_texts)
+            part = own_part(len(chosen))  # of the texts of this block
+            tokens = settings.tokens(tokenizer, chosen[part], number * block_texts + part.start)
             rows, (x,) = block_rows(model, [point], tokens, pad_id=filler_id(tokenizer), settings=settings)
             x = x.to(STORE_DTYPES[settings.store_dtype]).reshape(len(rows), len(stored.mean))
             yield x if limit is None else x[x.float().norm(dim=1) <= limit]

@@ -8,17 +8,22 @@ the next block in and gives out all rows that leave in it, in random order. So a
 while little more than half of that is in memory, and a row is gone after `window` rounds: whoever resumes reads the
 last `window` blocks once more, and has every row where it was. The first round waits for `window` blocks. When
 n_tokens rows have come no more are read, and the last round gives out all that is left.
+
+Several ranks read a part of each block each, the first rows first. They draw for the rows of all, and agree on every
+batch; a rank gives those of its rows that it has of them.
 """
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.batches import EVAL_ROWS, Rows
+from lib.distributed import add_up, own_part, rank, world_size
 from lib.environment import InputError
 from lib.schemas import COUNT, Misfit, check, check_tensors
 
@@ -33,7 +38,8 @@ class LiveRows:
 
     stored: Rows
     read: Read
-    """read(b): the raw rows [R_i, D] of block b, of block b + 1 and so on without end, the same at every call."""
+    """read(b): this rank's raw rows [R_i, D] of block b, of block b + 1 and so on without end, the same at every call.
+    """
     n_tokens: int
     """Training rows to give."""
     epochs: int
@@ -75,7 +81,9 @@ class LiveRows:
         return dict(self._place)
 
     def _raw_batches(self, batch_size: int, seed: int, place: dict[str, Any] | None) -> Iterator[Tensor]:
-        """[batch_size, D] each; every row that was read leaves once, but for the last that no longer fill a batch."""
+        """[batch_size, D] each, over all ranks; every row that was read leaves once, but for the last that no longer
+        fill a batch.
+        """
         start = {"round": self.window - 1, "given": 0, "n_blocks": 0, "n_rows": 0,
                  "over": torch.zeros(0, len(self.mean))}
         at: dict[str, Any] = _checked(place, len(self.mean)) if place else start
@@ -83,40 +91,57 @@ class LiveRows:
         first = max(0, at["round"] - self.window + 1) if place else 0
         blocks = self._blocks(first, n_to_fill=at["round"] + 1 - first)
         for number in range(first, at["n_blocks"]):  # what the buffer held is read again
-            buffer.take(number, next(blocks))
+            buffer.take(number, *next(blocks))
         while True:
             while at["n_blocks"] <= at["round"] and at["n_rows"] < self.n_tokens:
-                block = next(blocks)
-                buffer.take(at["n_blocks"], block)
-                at |= {"n_blocks": at["n_blocks"] + 1, "n_rows": at["n_rows"] + len(block)}
+                block, counts = next(blocks)
+                buffer.take(at["n_blocks"], block, counts)
+                at |= {"n_blocks": at["n_blocks"] + 1, "n_rows": at["n_rows"] + sum(counts)}
             is_last = at["n_rows"] >= self.n_tokens
             rows, order = buffer.give(at["round"], at["over"], everything=is_last)
             batches = order.split(batch_size)
-            n_full = len(rows) // batch_size
+            n_full = len(order) // batch_size
             for given in range(at["given"], n_full):
                 self._place = at | {"given": given + 1}
-                yield rows[batches[given]]
+                if not len(own := rows[batches[given][batches[given] >= 0]]):
+                    raise InputError("a rank has no row of a batch: raise BATCH_SIZE_TRAIN and BUFFER_TOKENS, or start "
+                                     "fewer ranks")
+                yield own
             if is_last:
                 return
-            over = rows[order[n_full * batch_size :]]
-            at |= {"round": at["round"] + 1, "given": 0, "over": over}
+            at |= {"round": at["round"] + 1, "given": 0, "over": _of_all_ranks(rows, order[n_full * batch_size :])}
 
-    def _blocks(self, first: int, n_to_fill: int) -> Iterator[Tensor]:
-        """The blocks from number `first` on, with a bar over those that come before the first batch.
+    def _blocks(self, first: int, n_to_fill: int) -> Iterator[tuple[Tensor, list[int]]]:
+        """The blocks from number `first` on, each with the numbers of rows that the ranks have of it, and with a bar
+        over those that come before the first batch.
 
         Raises InputError where rows no longer come.
         """
         n_empty = 0
-        with tqdm(total=n_to_fill, desc="filling the buffer", unit="block", leave=False) as bar:
+        with tqdm(total=n_to_fill, desc="filling the buffer", unit="block", leave=False, disable=rank() > 0) as bar:
             for block in self.read(first):
-                n_empty = 0 if len(block) else n_empty + 1
+                counts = torch.zeros(world_size(), dtype=torch.int64)
+                counts[rank()] = len(block)
+                add_up(counts)
+                n_empty = 0 if counts.any() else n_empty + 1
                 if n_empty == EMPTY_BLOCKS:
                     raise InputError("the texts give no more tokens to train on: all are held out, empty or special "
                                      "tokens")
                 bar.update()
                 if bar.n >= n_to_fill:
                     bar.close()
-                yield block
+                yield block, counts.tolist()
+
+
+class _Leaving(NamedTuple):
+    """What leaves in one round of one block."""
+
+    rows: Tensor
+    """This rank's."""
+    places: Tensor
+    """int64: where they stand among those of all ranks."""
+    n: int
+    """Of all ranks."""
 
 
 class _Buffer:
@@ -124,25 +149,45 @@ class _Buffer:
 
     def __init__(self, window: int, seed: int, first_round: int):
         self.window, self.seed, self.first_round = window, seed, first_round
-        self.leaving: dict[int, list[Tensor]] = defaultdict(list)
+        self.leaving: dict[int, list[_Leaving]] = defaultdict(list)
 
-    def take(self, number: int, block: Tensor) -> None:
+    def take(self, number: int, block: Tensor, counts: list[int]) -> None:
         """Spread a block's rows over the rounds; what would leave before the first one leaves in it or, if the
-        training is resumed there, has left.
+        training is resumed there, has left. counts: of the rows that each rank has of the block.
         """
-        rounds = number + torch.randint(self.window, (len(block),), generator=_generator(self.seed, number, 0))
+        rounds = number + torch.randint(self.window, (sum(counts),), generator=_generator(self.seed, number, 0))
         rounds.clamp_(min=self.window - 1)
+        before = sum(counts[: rank()])
+        own = slice(before, before + len(block))
         for leaves in range(self.first_round, number + self.window):
-            self.leaving[leaves].append(block[rounds == leaves])
+            which = rounds == leaves
+            mine, first = which[own], int(which[:before].sum())
+            self.leaving[leaves].append(_Leaving(block[mine], first + torch.arange(int(mine.sum())), int(which.sum())))
 
     def give(self, number: int, over: Tensor, everything: bool) -> tuple[Tensor, Tensor]:
-        """The rows of a round, or all that are left, and their order: first those left over by the round before."""
-        pieces = [over]
+        """The rows of a round, or all that are left, and the order of all ranks' rows: first those left over by the
+        round before. The order names rows by their number, or -1 for another rank's.
+        """
+        part = own_part(len(over))
+        pieces = [_Leaving(over[part], torch.arange(len(over))[part], len(over))]
         for leaves in sorted(self.leaving) if everything else [number]:
             pieces += self.leaving.pop(leaves)
-        rows = _joined(pieces)
-        order = torch.randperm(len(rows) - len(over), generator=_generator(self.seed, number, 1)) + len(over)
-        return rows, torch.cat([torch.arange(len(over)), order])
+        starts = [0, *accumulate(piece.n for piece in pieces)]
+        places = torch.cat([start + piece.places for start, piece in zip(starts, pieces)])
+        numbers = torch.full((starts[-1],), -1).scatter_(0, places, torch.arange(len(places)))
+        waiting = [piece.rows for piece in pieces]
+        pieces.clear()
+        rows = _joined(waiting)
+        order = torch.randperm(len(numbers) - len(over), generator=_generator(self.seed, number, 1)) + len(over)
+        return rows, numbers[torch.cat([torch.arange(len(over)), order])]
+
+
+def _of_all_ranks(rows: Tensor, numbers: Tensor) -> Tensor:
+    """The rows with these numbers, [n, D], where a rank has -1 from the rank that has a number."""
+    found = torch.zeros(len(numbers), rows.shape[1])  # float32 holds every stored precision, and gloo adds it up
+    found[numbers >= 0] = rows[numbers[numbers >= 0]].float()
+    add_up(found)
+    return found.to(rows.dtype)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

@@ -1,0 +1,92 @@
+"""The study that settles whether SAE-ception helps: every arm at every lambda and seed, compared afterwards by step 8.
+
+    python 07_run_study.py DATASET=path/to/mnist                      # parity: hours on two cores
+    python 07_run_study.py STUDY=stories                              # a smaller one: README.md lists them
+    python 07_run_study.py STUDY=parity SEEDS=5000,5001 SETTING=try   # any constant of 04_train_cycle.py, too
+
+Interrupted? Rerun the same command; what is finished is not made again. Each result is a file of its own.
+Writes store/sae_ception/<setting>/study/study.json and study/seed_<s>/<arm>.json
+"""
+import sys
+from pathlib import Path
+
+import checkout  # noqa: F401  (first: finds lib)
+from lib.constants import constants_of, override
+from lib.ranges import FileName, Seed, Threads
+from presets import Weight
+from studies import STUDIES, Study
+
+STUDY: Study = "parity"                   # README.md lists them; studies.py has their constants
+SETTING: FileName | None = None           # folder of the outputs; None: study_ and the study's name
+SEEDS: tuple[Seed, ...] | None = None     # None: the study's own
+LAMBDAS: tuple[Weight, ...] | None = None  # lambda of every arm, times the arm's AUX_WEIGHT; None: the study's own
+WORKERS: Threads = 2                      # processes, each with one thread
+REGISTRATION: FileName | None = None      # commit that registers the run; the code must be that commit's
+CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py"))
+
+import os
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+
+from tqdm.auto import tqdm
+
+from cycles import schemas
+from cycles.session import setting_root
+from cycles.stamps import Constants
+from cycles.study import done, run_seed, with_grid, work_alone
+from lib.environment import InputError, log, log_to, run, say_next
+from lib.files import read_json, write_json
+from lib.outputs import is_current
+from lib.store import provenance
+
+MAIN_SCRIPT = Path(__file__).with_name("04_train_cycle.py")
+OWN = ("STUDY", "SETTING", "SEEDS", "LAMBDAS", "WORKERS", "REGISTRATION")
+
+
+def study_constants() -> Constants:
+    """Those of 04_train_cycle.py: the study's, replaced by what the command line gives, with the grid of arms."""
+    study = {name: value for name, value in STUDIES[STUDY].items() if name != "LAMBDAS"}
+    study |= {"SETTING": SETTING or f"study_{STUDY}"} | ({} if SEEDS is None else {"SEEDS": SEEDS})
+    given = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in OWN]
+    values = [f"{name}={value if isinstance(value, str) else repr(value)}" for name, value in study.items()]
+    return with_grid(constants_of(MAIN_SCRIPT, [*values, *given])["CONSTANTS"], LAMBDAS or STUDIES[STUDY]["LAMBDAS"])
+
+
+def record(c: Constants) -> None:
+    """Write study.json, or compare with the one that is there: a study keeps its constants and its code.
+
+    Raises InputError where one of them has changed, or where the code is not that of REGISTRATION.
+    """
+    path = setting_root(c) / "study" / "study.json"
+    revision = provenance()["git"] or ""
+    if REGISTRATION is not None and not (revision and REGISTRATION.startswith(revision)):
+        raise InputError(f"the code is at {revision or 'no commit'}, not at REGISTRATION={REGISTRATION}; check that "
+                         "commit out, without changes")
+    made_from = {"study": STUDY, "registration": REGISTRATION, "revision": revision,
+                 "constants": {name: value for name, value in c.items() if name != "SEEDS"}}
+    then = read_json(path, schemas.STUDY) if path.exists() else None
+    if not is_current(path, then, made_from, "set SETTING to a new name"):
+        write_json(path, {**made_from, "seeds": c["SEEDS"], "provenance": provenance()}, sealed=True)
+
+
+def main():
+    c = study_constants()
+    record(c)
+    log_to(setting_root(c) / "07_run_study.log")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
+    finished, total = done(c)
+    with (ProcessPoolExecutor(WORKERS, get_context("spawn"), work_alone) as pool,
+          tqdm(total=total, initial=finished, unit="model", desc=STUDY) as bar):
+        waiting = {pool.submit(run_seed, c, seed, os.getpid()) for seed in c["SEEDS"]}
+        while waiting:
+            ended, waiting = wait(waiting, timeout=2, return_when=FIRST_EXCEPTION)
+            bar.update(done(c)[0] - bar.n)
+            for job in ended:
+                for line in job.result():
+                    log.warning("no result: %s", line)
+    log.info("%s", setting_root(c) / "study")
+    say_next("08_judge_study.py", STUDY=STUDY, SETTING=SETTING)
+
+
+if __name__ == "__main__":
+    run(main)

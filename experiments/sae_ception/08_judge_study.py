@@ -1,0 +1,87 @@
+"""What a study of step 7 says: one table, one figure, five sentences. Whatever is in is read, and it is told how much.
+
+    python 08_judge_study.py                       # the parity study
+    python 08_judge_study.py STUDY=stories
+
+Reads  store/sae_ception/<setting>/study/
+Writes store/sae_ception/<setting>/study/verdict.md, frontier.png, gains.csv
+"""
+import checkout  # noqa: F401  (first: finds lib)
+from lib.constants import override
+from lib.ranges import FileName
+from studies import ENDPOINTS, Study
+
+STUDY: Study = "parity"                   # as in step 7
+SETTING: FileName | None = None           # as in step 7
+CONSTANTS = override(globals())
+
+import pandas
+
+from cycles import schemas
+from cycles.colours import title
+from cycles.comparison_figures import frontier_figure
+from cycles.frontier import Endpoints, against_lambda0, at_best_lambda, best_lambda, read_study
+from cycles.hypotheses import judge, sentences
+from cycles.metrics import in_words
+from cycles.study import done
+from lib.environment import InputError, log, run
+from lib.files import atomic_write, read_json, write_text
+from lib.statistics import interval
+from lib.store import experiment_dir
+
+ALWAYS = ("task_accuracy", "base_u", "base_information_attribute_given_label",
+          "sae_features_u_weighted_attribute_given_label", "sae_features_u_weighted", "sae_explained_variance")
+
+
+def arm_table(gains: pandas.DataFrame, endpoints: Endpoints) -> str:
+    """Every arm at its best lambda, minus lambda0, on test: a Markdown table, means ± half the 95 % t interval."""
+    columns = [name for name in dict.fromkeys((*endpoints.margins, *ALWAYS)) if f"test_{name}" in gains]
+    lines = ["| arm | best lambda | seeds | " + " | ".join(in_words(name) for name in columns) + " |",
+             "|---" * (len(columns) + 3) + "|"]
+    for arm in gains.arm.unique():
+        if (lam := best_lambda(gains, arm, endpoints)) is None:
+            lines.append(f"| {title(arm)} | none keeps what is to be kept |" + " |" * (len(columns) + 1))
+            continue
+        found = {name: at_best_lambda(gains, arm, endpoints, name) for name in columns}
+        cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in map(interval, found.values())]
+        lines.append(f"| {title(arm)} | {lam:g} | {len(found[endpoints.first])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_table(tests: pandas.DataFrame) -> str:
+    """The registered hypotheses with their answers."""
+    how = {"best": "at its best lambda", "pull": "at equal pull"}
+    lines = ["| arm | minus | how | in | mean | 95 % interval | p | Holm p | seeds | answer |", "|---" * 10 + "|"]
+    lines += [f"| {title(row['arm'])} | {title(row['against'])} | {how[row['how']]} | {in_words(row['metric'])} | "
+              f"{row['mean']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} | {row['p']:.4f} | {row['p_holm']:.4f} | "
+              f"{row['n']:.0f} | {row['answer']} |" for _, row in tests.iterrows()]
+    return "\n".join(lines)
+
+
+def main():
+    root = experiment_dir("sae_ception") / (SETTING or f"study_{STUDY}")
+    if not (path := root / "study" / "study.json").exists():
+        raise InputError(f"{path} is missing; run 07_run_study.py STUDY={STUDY} first")
+    made = read_json(path, schemas.STUDY)
+    finished, total = done(made["constants"] | {"SETTING": root.name, "SEEDS": made["seeds"]})
+    registered = f"registered at commit {made['registration']}" if made["registration"] else "exploratory"
+    state = "complete" if finished == total else "INCOMPLETE"
+    scores = read_study(root, tuple(made["seeds"]))
+    endpoints = Endpoints(*ENDPOINTS[STUDY])
+    tests = judge(scores, endpoints)
+    lines = sentences(scores, tests, endpoints, f"{STUDY}: {state}, {finished:,} of {total:,} results, {registered}")
+    gains = against_lambda0(scores)
+    words = ", ".join(f"{margin:g} in {in_words(name)}" for name, margin in endpoints.margins.items())
+    text = "\n".join([f"# {STUDY}", "", *(f"{i}. {line}" for i, line in enumerate(lines, 1)), "",
+                      f"Margins: {words}.", "", test_table(tests), "", "Every arm at its best lambda, minus lambda0:",
+                      "", arm_table(gains, endpoints), "", "![frontier](frontier.png)", ""])
+    write_text(root / "study" / "verdict.md", text)
+    write_text(root / "study" / "gains.csv", gains.to_csv(index=False))
+    figure = frontier_figure(gains, endpoints.first, f"{STUDY}, {state}")
+    atomic_write(root / "study" / "frontier.png", lambda part: figure.savefig(part, format="png"))
+    print(text)
+    log.info("%s", root / "study" / "verdict.md")
+
+
+if __name__ == "__main__":
+    run(main)

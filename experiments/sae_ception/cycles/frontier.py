@@ -1,0 +1,119 @@
+"""What a study found: scores over lambda, compared with lambda0's, at equal accuracy and at equal pull.
+
+    scores = read_study(setting_root(c))                      # one row an arm, lambda and seed
+    gains = against_lambda0(scores)                           # the same, minus lambda0 of the seed
+    best = at_best_lambda(gains, "per_class", endpoints, "base_u")    # one number a seed
+    gap = at_equal_pull(scores, "per_example", "random_latents", "base_u")
+
+Scores are means over SAE seeds: "test_..." and "val_..." are those of the splits, "pull" and "shift" say how hard an
+arm was pulled and how far it moved (cycles/study.py).
+"""
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas
+
+from cycles import schemas
+from cycles.study import variant
+from lib.environment import InputError
+from lib.files import read_json
+
+KEYS = ["arm", "lam", "seed"]
+
+
+class Endpoints(NamedTuple):
+    """What a study looks at."""
+
+    margins: dict[str, float]
+    """Metric -> the difference that is no effect worth having. The first one is the first endpoint."""
+    kept: dict[str, float]
+    """Metric -> what an arm's lambda may cost of it on validation."""
+
+    @property
+    def first(self) -> str:
+        """The endpoint by which an arm's lambda is chosen."""
+        return next(iter(self.margins))
+
+
+def read_study(root: Path, seeds: tuple[int, ...] | None = None) -> pandas.DataFrame:
+    """The results below root/study, of these seeds (None: all): KEYS and the scores, one row a result.
+
+    Raises InputError if there is no lambda0 among them.
+    """
+    rows = []
+    for path in sorted((root / "study").glob("seed_*/*.json")):
+        found = read_json(path, schemas.STUDIED)
+        if seeds is not None and found["seed"] not in seeds:
+            continue
+        arm, lam = variant(found["arm"])
+        mean = pandas.DataFrame([{f"{split}_{name}": value for split in ("val", "test")
+                                  for name, value in sae[split].items()} for sae in found["saes"]]).mean()
+        rows.append({"arm": arm, "lam": lam, "seed": found["seed"], **found["aux"], **mean})
+    if not any(row["arm"] == "lambda0" for row in rows):
+        raise InputError(f"{root / 'study'} holds no result of lambda0 yet; run 07_run_study.py first")
+    return pandas.DataFrame(rows).sort_values(KEYS, ignore_index=True)
+
+
+def against_lambda0(scores: pandas.DataFrame) -> pandas.DataFrame:
+    """The scores minus those of lambda0 of the same seed; pull and shift stay. Seeds without lambda0 are left out."""
+    names = [name for name in scores if name.startswith(("val_", "test_"))]
+    unpulled = scores[scores.arm == "lambda0"].set_index("seed")[names]
+    rows = scores[(scores.arm != "lambda0") & scores.seed.isin(unpulled.index)].reset_index(drop=True)
+    rows[names] = rows[names].to_numpy() - unpulled.loc[rows.seed].to_numpy()
+    return rows
+
+
+def best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> float | None:
+    """The arm's lambda with the largest mean gain in the first endpoint on validation, among those that on average keep
+    there what is to be kept; None if none does.
+
+    One lambda for all seeds; test scores play no part. Every arm gets the same chance, whatever its scale of lambda is.
+    """
+    names = list(dict.fromkeys(f"val_{name}" for name in (endpoints.first, *endpoints.kept)))
+    mean = gains[gains.arm == arm].groupby("lam")[names].mean()
+    for name, loss in endpoints.kept.items():
+        mean = mean[mean[f"val_{name}"] >= -loss]
+    return float(mean[names[0]].idxmax()) if len(mean) else None
+
+
+def at_best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints, metric: str) -> pandas.Series:
+    """Each seed's test gain over lambda0 in a metric, at the arm's best_lambda(); empty if it has none."""
+    lam = best_lambda(gains, arm, endpoints)
+    rows = gains[(gains.arm == arm) & (gains.lam == lam)] if lam is not None else gains[:0]
+    return rows.set_index("seed")[f"test_{metric}"]
+
+
+def at_equal_pull(
+    scores: pandas.DataFrame, arm: str, other: str, metric: str, *, along: str = "pull"
+) -> pandas.Series:
+    """Each seed's test score of `arm` minus that of `other` at equal pull.
+
+    Both are curves over the logarithm of the pull (or of `along`), straight between the lambdas of the grid. The
+    result is their mean distance over the range that both cover; a seed in which they share none is left out.
+    """
+    found = {}
+    for seed, rows in scores.groupby("seed"):
+        curves = [_curve(rows[rows.arm == name], along, f"test_{metric}") for name in (arm, other)]
+        if all(len(x) > 1 for x, _ in curves):
+            found[seed] = mean_distance(*curves)
+    return pandas.Series(found, dtype=float).dropna()
+
+
+def _curve(rows: pandas.DataFrame, along: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = rows[rows[along] > 0].sort_values(along) if along in rows else rows[:0]
+    return np.log(rows[along].to_numpy(float)) if len(rows) else np.empty(0), rows[name].to_numpy(float)
+
+
+def mean_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    """Mean of a - b over the x that both curves cover; each is (x ascending, y), straight between its points.
+
+    nan where they cover no range together.
+    """
+    low, high = max(a[0][0], b[0][0]), min(a[0][-1], b[0][-1])
+    if low >= high:
+        return math.nan
+    x = np.union1d(np.clip(np.concatenate([a[0], b[0]]), low, high), [low, high])
+    gap = np.interp(x, *a) - np.interp(x, *b)
+    return float(((gap[1:] + gap[:-1]) / 2 * np.diff(x)).sum() / (high - low))

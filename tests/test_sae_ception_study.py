@@ -1,0 +1,194 @@
+"""The study: its grid, resume, what it refuses, curves over lambda compared by hand-made numbers, and the verdict."""
+import json
+import math
+import os
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from test_sae_ception_cycles import defaults, digits, script  # noqa: F401
+
+from cycles import study
+from cycles.arms import ARMS
+from cycles.colours import colour, look, title
+from cycles.frontier import (
+    Endpoints,
+    against_lambda0,
+    at_best_lambda,
+    at_equal_pull,
+    best_lambda,
+    mean_distance,
+    read_study,
+)
+from cycles.hypotheses import answer, hypotheses, judge, sentences, succeeds
+from lib.environment import InputError
+from lib.files import read_json
+
+U, ACCURACY = "base_u_weighted_attribute_given_label", "task_accuracy"
+WITHIN = "base_probe_within_accuracy"
+ENDS = Endpoints({U: 0.01, WITHIN: 0.01}, {ACCURACY: 0.005})
+
+
+def test_the_grid_gives_each_arm_its_lambdas(digits):  # noqa: F811
+    c = study.with_grid(digits | {"ARMS": ("lambda0", "per_class@25", "weight_decay"), "ARM_CONSTANTS": {
+        "per_class@25": {"KEEP_PCT": 10.0}, "weight_decay": {"AUX_WEIGHT": 0.01}}}, (0.1, 0.3, 1.0))
+    assert c["ARMS"] == ("lambda0", "per_class@25_l0.3", "weight_decay@l0.3", "per_class@25_l0.1", "weight_decay@l0.1",
+                         "per_class@25_l1", "weight_decay@l1")
+    assert c["ARM_CONSTANTS"]["weight_decay@l0.3"] == {"AUX_WEIGHT": 0.003}
+    assert c["ARM_CONSTANTS"]["per_class@25_l1"] == {"KEEP_PCT": 10.0, "AUX_WEIGHT": 1.0}
+    assert [study.variant(arm) for arm in ("lambda0", "per_class@25_l0.3", "to_zero@l1e-05")] == [
+        ("lambda0", 0.0), ("per_class@25", 0.3), ("to_zero", 1e-5)]
+
+
+@pytest.fixture
+def small(digits):  # noqa: F811
+    c = digits | {"ARMS": ("lambda0", "per_class", "l1_activation", "weight_decay"), "SEEDS": (7,), "ARM_CONSTANTS": {},
+                  "SETTING": "small", "LABEL_GROUPS": (0, 1) * 5, "METRICS": ("beyond",)}
+    return study.with_grid(c, (0.5, 2.0))
+
+
+def test_a_study_resumes_and_refuses_other_constants(small, monkeypatch, own_store):
+    study.run_seed(small, 7, -1)  # its parent is gone: nothing but the models that arms are made from
+    assert study.done(small) == (0, 7)
+    study.run_seed(small, 7, os.getppid())
+    assert study.done(small) == (7, 7)
+    path = study.result_path(small, 7, "per_class@l2")
+    first = path.read_bytes()
+    path.unlink()
+    study.run_seed(small, 7, os.getppid())
+    assert path.read_bytes() == first
+    found = json.loads(first)
+    assert found["aux"]["pull"] > 0 and found["aux"]["shift"] > 0
+    half = read_json(study.result_path(small, 7, "per_class@l0.5"))
+    assert half["aux"]["pull"] == pytest.approx(found["aux"]["pull"] / 4, rel=1e-4)  # linear in lambda
+    unpulled = read_json(study.result_path(small, 7, "lambda0"))["aux"]
+    assert unpulled == {"shift": 0.0}
+    assert "pull" not in read_json(study.result_path(small, 7, "weight_decay@l2"))["aux"]
+    left = {path.parent.name for path in study.setting_root(small).glob("*/seed_7")}
+    assert left == {"baseline", "lambda0", "study"}
+    path.unlink()
+    with pytest.raises(InputError, match="other constants"):
+        study.run_seed(small | {"PROBE_LIMIT": 150}, 7, os.getppid())
+    failed = study.run_seed(small | {"ARM_CONSTANTS": small["ARM_CONSTANTS"] | {
+        "per_class@l2": {"AUX_WEIGHT": 2.0, "KEEP_PCT": 100.0}}}, 7, os.getppid())
+    assert len(failed) == 1 and "seed 7, per_class@l2: keeping 256 latents" in failed[0] and not path.exists()
+    scores = read_study(study.setting_root(small))
+    assert len(scores) == 6 and set(scores.arm) == {"lambda0", "per_class", "l1_activation", "weight_decay"}
+
+
+@pytest.fixture
+def own_store(monkeypatch, tmp_path):
+    monkeypatch.setenv("STORE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_shift():
+    h = torch.tensor([[0.0, 0], [2, 0]])
+    assert study.shift(h + 1, h) == pytest.approx(4 / 2)
+    assert study.shift(h, h) == 0
+
+
+def table(rows):
+    """Scores from (arm, lambda, seed, accuracy, U, pull); validation and test are alike."""
+    names = ("arm", "lam", "seed", f"test_{ACCURACY}", f"test_{U}", "pull")
+    frame = pandas.DataFrame([dict(zip(names, row)) for row in rows])
+    for name in (ACCURACY, U):
+        frame[f"val_{name}"] = frame[f"test_{name}"]
+    for split in ("val", "test"):
+        frame[f"{split}_base_probe_within_accuracy"] = 0.8
+    return frame
+
+
+def test_the_best_lambda_keeps_the_accuracy_on_validation():
+    rows = [("lambda0", 0, seed, 0.9, 0.1 * seed, math.nan) for seed in (1, 2)]
+    for lam, accuracy, gain in ((0.1, 0.9, 0.01), (1.0, 0.896, 0.02), (10.0, 0.894, 0.5)):
+        rows += [("per_class", lam, seed, accuracy, 0.1 * seed + gain * seed, lam) for seed in (1, 2)]
+    gains = against_lambda0(table(rows))
+    assert best_lambda(gains, "per_class", ENDS) == 1.0
+    assert at_best_lambda(gains, "per_class", ENDS, U).to_dict() == pytest.approx({1: 0.02, 2: 0.04})
+    assert at_best_lambda(gains, "per_class", ENDS, ACCURACY).to_dict() == pytest.approx({1: -0.004, 2: -0.004})
+    gains.loc[gains.lam < 10, f"val_{ACCURACY}"] = -0.1
+    assert best_lambda(gains, "per_class", ENDS) is None
+    assert not len(at_best_lambda(gains, "per_class", ENDS, U))
+    gains.loc[gains.lam == 10, f"val_{ACCURACY}"] = 0
+    gains[f"test_{ACCURACY}"] = -1  # test scores choose nothing
+    assert best_lambda(gains, "per_class", ENDS) == 10.0
+    gains["val_base_information"] = -gains.lam
+    assert best_lambda(gains, "per_class", ENDS._replace(kept={"base_information": 5.0})) == 1.0
+
+
+def test_curves_are_compared_where_both_run():
+    a = np.array([0.0, 2.0]), np.array([0.0, 2.0])  # y = x
+    b = np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.0, 9.0])
+    assert mean_distance(a, b) == pytest.approx(1.5)  # the mean of x from 1 to 2
+    assert mean_distance(b, a) == pytest.approx(-1.5)
+    assert math.isnan(mean_distance(a, (np.array([2.0, 3.0]), np.zeros(2))))
+
+
+def test_equal_pull_is_on_a_logarithmic_scale():
+    rows = [("lambda0", 0, 1, 0.9, 0.1, math.nan)]
+    rows += [("per_example", lam, 1, 0.9, y, pull) for lam, y, pull in ((1, 0.1, 1.0), (10, 0.3, 10.0))]
+    rows += [("random_latents", lam, 1, 0.9, 0.1, pull) for lam, pull in ((1, 10**0.5), (10, 100.0))]
+    rows += [("per_example", 1, 2, 0.9, 0.1, 1.0)]  # one point is no curve
+    found = at_equal_pull(table(rows), "per_example", "random_latents", U)
+    assert found.to_dict() == pytest.approx({1: 0.15})  # mean of .1 and .2 above random_latents
+
+
+def judged(gain, accuracy=0.9, control=0.0):
+    """A study of 12 seeds in which per_class gains `gain` in U on average, and the control `control`."""
+    rows = []
+    for seed in range(12):
+        noise = 0.001 * (-1) ** seed
+        rows.append(("lambda0", 0, seed, 0.9, 0.2, math.nan))
+        rows.append(("per_class", 1.0, seed, accuracy, 0.2 + gain + noise, 1.0))
+        rows.append(("class_mean", 1.0, seed, 0.9, 0.2 + control + 2 * noise, 1.0))
+    scores = table(rows)
+    tests = judge(scores, ENDS)
+    return scores, tests, tests[tests.metric == U].iloc[0].answer
+
+
+def test_the_answers_follow_from_intervals():
+    assert judged(0.05)[2] == "raises" and judged(-0.05)[2] == "lowers" and judged(0.002)[2] == "no effect"
+    few = pandas.Series({"n": 3, "low": 0.1, "high": 0.2, "p_holm": 0.001})
+    wide = pandas.Series({"n": 30, "low": -0.1, "high": 0.2, "p_holm": 0.5})
+    assert answer(few, 0.01) == answer(wide, 0.01) == "not decided"
+    assert len(hypotheses(ENDS)) == 16
+
+
+@pytest.mark.parametrize("gain, control, within, wins", [
+    (0.05, 0.01, 0.8, True), (0.05, 0.05, 0.8, False), (0.0, 0.0, 0.8, False), (0.05, 0.01, 0.7, False)])
+def test_success_needs_every_control_beaten_and_nothing_lost(gain, control, within, wins):
+    scores, _, _ = judged(gain, control=control)
+    for split in ("val", "test"):
+        scores.loc[scores.arm == "per_class", f"{split}_base_probe_within_accuracy"] = within
+    tests = judge(scores, ENDS)
+    assert succeeds(scores, tests, ENDS, "per_class") is wins
+    lines = sentences(scores, tests, ENDS, "all of it")
+    assert len(lines) == 5 and ("helps: per_class." in lines[4]) is wins
+    assert "beats class_mean" in lines[2] or gain == control
+
+
+def test_every_arm_has_a_look_of_its_own():
+    assert len({tuple(look(arm).values()) for arm in ARMS}) == len(ARMS)
+    assert colour("per_class@25") == colour("per_class") and title("per_class@25") == "per class (25)"
+
+
+def test_the_scripts_on_a_small_study(script, monkeypatch, own_store):  # noqa: F811
+    given = ["STUDY=digits", "SETTING=try", "SEEDS=1,2", "LAMBDAS=1", "ARMS=lambda0,per_class", "EPOCHS_PER_CYCLE=1",
+             "SAE_EPOCHS=1", "PROBE_LIMIT=100", "EVAL_LIMIT=100", "N_SAE_SEEDS=1", "ARM_CONSTANTS={}"]
+    assert "08_judge_study.py" in script("07_run_study.py", *given, "WORKERS=1")[1]
+    _, out, _ = script("08_judge_study.py", "STUDY=digits", "SETTING=try")
+    assert "complete, 4 of 4 results, exploratory" in out and "no variant of SAE-ception" in out
+    root = own_store / "sae_ception" / "try" / "study"
+    assert (root / "frontier.png").stat().st_size > 10_000 and (root / "verdict.md").exists()
+    code, _, said = script("07_run_study.py", *given, "TOP_K=4", ok=False)
+    assert code == 2 and "TOP_K was 8, is 4); set SETTING" in said
+    code, _, said = script("07_run_study.py", *given[:1], "SETTING=other", "REGISTRATION=abc1234", ok=False)
+    assert code == 2 and "not at REGISTRATION=abc1234" in said
+    (root / "seed_2" / "per_class@l1.json").unlink()
+    assert "INCOMPLETE, 3 of 4" in script("08_judge_study.py", "STUDY=digits", "SETTING=try")[1]
+    (root / "seed_1" / "lambda0.json").unlink()
+    (root / "seed_2" / "lambda0.json").unlink()
+    code, _, said = script("08_judge_study.py", "STUDY=digits", "SETTING=try", ok=False)
+    assert code == 2 and "no result of lambda0 yet" in said
