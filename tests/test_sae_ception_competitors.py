@@ -100,6 +100,17 @@ def test_a_penalty_falls_below_what_the_task_alone_reaches(arm):
     assert ends[1] < ends[0] - 0.01
 
 
+@pytest.mark.parametrize("arm", ["l1_activation", "monoloss", "nonneg_contrastive"])
+def test_a_penalty_of_weight_0_changes_no_bit(arm):
+    states = []
+    for made in (None, arm):
+        task, model = image_task(), MLP(6, 3, "layers.1", 0)
+        made = made and of(arm, task, MLP(6, 3, "layers.1", 1))
+        fine_tune(model, task, TuneSettings(2, batch_size=16, lr=0.01), made)
+        states.append(trained_state(model))
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
 def test_unknown_penalties_are_refused():
     with pytest.raises(InputError, match="no penalty"):
         penalty("per_class", Frozen(y=torch.zeros(1), embedding=lambda ids: ids))
@@ -137,6 +148,9 @@ def test_telling_latents_know_the_attribute_beyond_the_label():
     codes[:, 2] = attribute * (torch.arange(n) % 3 > 0)  # the attribute, not always
     codes[:4, 3] = attribute[:4]  # hardly ever
     assert telling_latents(codes, attribute, 2, y=y).tolist() == [1, 2]
+    assert telling_latents(codes, attribute, 5, y=y).tolist() == [1, 2, 3]  # the others tell nothing
+    with pytest.raises(InputError, match="another ATTRIBUTE_FIELD"):
+        telling_latents(codes[:, [0, 4]], attribute, 2, y=y)
 
 
 def test_ablation_takes_the_subspace_out_while_training_only():

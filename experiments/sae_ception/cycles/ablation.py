@@ -20,16 +20,22 @@ from lib.metrics.interpretability import uncertainty_given
 
 
 def telling_latents(codes: Tensor, attribute: Tensor, n_keep: int, *, y: Tensor) -> Tensor:
-    """The n_keep latents whose firing tells most of an attribute beyond the label, int64 [n_keep]; ties: the lower.
+    """The n_keep latents whose firing tells most of an attribute beyond the label, int64 [at most n_keep]; ties: lower.
 
     codes: dense [N, F]; attribute and label y: int64 [N]. Told is the information I(b; attribute | y) in nats, so that
-    latents which hardly ever fire are not chosen for the purity of a few firings.
+    latents which hardly ever fire are not chosen for the purity of a few firings. Those that tell nothing are left out;
+    raises InputError if that leaves none.
     """
     fired = codes > 0
     share = uncertainty_given(fired, attribute, int(attribute.max()) + 1, y=y, n_classes=int(y.max()) + 1)["u"]
     p = fired.double().mean(0)
     entropy = -torch.special.xlogy(p, p) - torch.special.xlogy(1 - p, 1 - p)
-    return (share * entropy).argsort(descending=True, stable=True)[:n_keep]
+    told = share * entropy
+    if not bool((told > 0).any()):
+        raise InputError("no latent tells anything of the attribute beyond the label, so caft has nothing to take out; "
+                         "name another ATTRIBUTE_FIELD")
+    order = told.argsort(descending=True, stable=True)[:n_keep]
+    return order[told[order] > 0]
 
 
 class Ablation(Auxiliary):
