@@ -139,7 +139,7 @@ def test_caft_needs_a_concept(digits):
     session = Session(digits, 0)
     train_model(session, "baseline", 0)
     train_cycle_sae(session, "baseline", 0)
-    with pytest.raises(InputError, match="ATTRIBUTE_FIELD or LABEL_GROUPS"):
+    with pytest.raises(InputError, match="ATTRIBUTE_FIELD, LABEL_GROUPS or SHORTCUT"):
         train_model(session, "caft", 1)
 
 

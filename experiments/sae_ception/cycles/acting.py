@@ -95,7 +95,8 @@ def _frozen(session: Session, arm: str, cycle: int, aux: Constants) -> Frozen:
 def _ablation(session: Session, arm: str, cycle: int, aux: Constants, *, weight: float) -> Ablation:
     task = session.task
     if task.attribute is None:
-        raise InputError(f"{arm} ablates the concept that ATTRIBUTE_FIELD or LABEL_GROUPS names; set one of them")
+        raise InputError(f"{arm} ablates the concept that ATTRIBUTE_FIELD, LABEL_GROUPS or SHORTCUT gives; set one of "
+                         "them")
     session.load(arm, cycle)
     sae = session.sae(arm, cycle)
     ids = task.splits["train"]
