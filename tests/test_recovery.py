@@ -15,7 +15,7 @@ from checks.recovery import KINDS, compositions, gains, recover_concepts, recove
 from checks.units import THRESHOLDS, table_scores
 from concepts.codes import Codes
 from lib.activations import SaveSettings, save_activations
-from lib.batches import rows_of_run
+from lib.batches import rows_of_run, steps_per_epoch
 from lib.environment import InputError
 from lib.hooks import resolve
 from lib.sae import make_sae, sae_hash
@@ -243,6 +243,16 @@ def test_controls_are_trained_once_and_only_what_is_free_moves(run, tmp_path):
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "controls").rglob("*.pt")}
     control_saes(run, hook, TrainSettings(n_latents=40, top_k=2, epochs=1, batch_size=32, precision="float32"),
                  tmp_path / "controls")
+    assert len(list((tmp_path / "controls").rglob("*.pt"))) == 4
+
+
+def test_controls_of_a_live_training_take_as_many_steps(run, tmp_path):
+    """Epochs of the run's rows: as many as the steps, and for stored rows those of the SAE itself."""
+    hook, settings = run.hooks[0], TrainSettings(n_latents=40, top_k=3, epochs=1, batch_size=32, precision="float32")
+    per_epoch = steps_per_epoch(rows_of_run(run, hook).n_train, 32)
+    for n_steps, epochs in ((None, 1), (per_epoch, 1), (2 * per_epoch + 1, 2)):
+        found = control_saes(run, hook, settings, tmp_path / "controls", n_steps=n_steps)
+        assert found["frozen_decoder"].config["settings"]["epochs"] == epochs
     assert len(list((tmp_path / "controls").rglob("*.pt"))) == 4
 
 

@@ -93,8 +93,9 @@ def main():
     rows = found_concepts(saved.run_id, sae)
     saes = {"latent": sae}
     if "frozen_decoder" in rows[0]:
-        settings = TrainSettings(**read_json(FOLDER / HISTORY_FILE, HISTORY)["settings"])
-        saes |= control_saes(saved, hook, settings, FOLDER / "controls", device=device)
+        history = read_json(FOLDER / HISTORY_FILE, HISTORY)
+        saes |= control_saes(saved, hook, TrainSettings(**history["settings"]), FOLDER / "controls",
+                             n_steps=history["n_steps"], device=device)
     tokens, concept = draw_tokens(saved, rows)
     model, tokenizer, point = model_of_sae(sae, device, TRUST_REMOTE_CODE)
     wanted = torch.zeros(saved.n_rows, dtype=torch.bool)

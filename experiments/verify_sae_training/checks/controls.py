@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checks.evaluation import untrained_sae
-from lib.batches import rows_of_run, sample_rows
+from lib.batches import rows_of_run, sample_rows, steps_per_epoch
 from lib.files import fingerprint
 from lib.outputs import in_use
 from lib.sae import SAE, load_sae, save_sae
@@ -37,13 +37,18 @@ def control_settings(settings: TrainSettings, frozen: str, n_train: int) -> Trai
 
 
 def control_saes(
-    run: Run, hook: str, settings: TrainSettings, folder: Path, device: torch.device | str = "cpu"
+    run: Run, hook: str, settings: TrainSettings, folder: Path, *, n_steps: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, SAE]:
     """Kind -> SAE; trains those that `folder` lacks, from one read, each in about the time of the SAE itself.
 
-    settings: those of the trained SAE. All controls are TopK, whatever kind the SAE is.
+    settings: those of the trained SAE. n_steps: its steps, if it was not trained on the run's own rows but while the
+    model read: the controls then pass over the run's rows until they have taken as many. All controls are TopK,
+    whatever kind the SAE is.
     """
     rows = rows_of_run(run, hook)
+    if n_steps:
+        settings = replace(settings, epochs=max(1, round(n_steps / steps_per_epoch(rows.n_train, settings.batch_size))))
     chosen = {part: control_settings(settings, part, rows.n_train) for part in CONTROL_RATES}
     places = {part: folder / f"frozen_{part}_{fingerprint([asdict(of_part), run.digest(hook)])[:8]}"
               for part, of_part in chosen.items()}
