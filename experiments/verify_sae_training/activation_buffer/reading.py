@@ -49,7 +49,7 @@ def live_rows(
     block_texts = max(1, fitting)
     window = max(2, round(2 * buffer_tokens / (block_texts * per_text)) - 1)
     stored = rows_of_run(run, hook)
-    rows_held = ((window + 1) / 2 + 3) * block_texts * per_text  # the round's own, and a block twice while it is made
+    rows_held = (window // 2 + 5) * block_texts * per_text  # two of them are a block while it is made
     n_bytes = {"model": sum(p.nbytes for p in model.parameters()),
                "buffer": rows_held * len(stored.mean) * STORE_DTYPES[settings.store_dtype].itemsize}
     log.info("live: %s tokens, mixed within %s texts; memory: %s", f"{n_tokens:,}", f"{window * block_texts:,}",

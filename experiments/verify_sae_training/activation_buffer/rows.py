@@ -6,8 +6,8 @@
 Each row of block b leaves the buffer in one of the rounds b to b + window - 1, drawn by the seed and b. A round takes
 the next block in and gives out all rows that leave in it, in random order. So a batch mixes rows of `window` blocks,
 while little more than half of that is in memory, and a row is gone after `window` rounds: whoever resumes reads the
-last `window` blocks once more, and has every row where it was. The first round waits for `window` blocks. When
-n_tokens rows have come no more are read, and the last round gives out all that is left.
+last `window` blocks once more, and has every row where it was. The first round waits for half as many. When n_tokens
+rows have come no more are read, and the last round gives out all that is left.
 
 Several ranks read a part of each block each, the first rows first. They draw for the rows of all, and agree on every
 batch; a rank gives those of its rows that it has of them.
@@ -15,8 +15,7 @@ batch; a rank gives those of its rows that it has of them.
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +50,7 @@ class LiveRows:
     covariance: Tensor
     """[D, D], about the mean."""
     _place: dict[str, Any] = field(default_factory=dict)
+    """Of the batch that was given last."""
 
     @property
     def scale(self) -> float:
@@ -84,8 +84,7 @@ class LiveRows:
         """[batch_size, D] each, over all ranks; every row that was read leaves once, but for the last that no longer
         fill a batch.
         """
-        start = {"round": self.window - 1, "given": 0, "n_blocks": 0, "n_rows": 0,
-                 "over": torch.zeros(0, len(self.mean))}
+        start = dict.fromkeys(PLACE, 0) | {"round": self.window // 2, "over": torch.zeros(0, len(self.mean))}
         at: dict[str, Any] = _checked(place, len(self.mean)) if place else start
         buffer = _Buffer(self.window, seed, first_round=at["round"])
         first = max(0, at["round"] - self.window + 1) if place else 0
@@ -98,18 +97,19 @@ class LiveRows:
                 buffer.take(at["n_blocks"], block, counts)
                 at |= {"n_blocks": at["n_blocks"] + 1, "n_rows": at["n_rows"] + sum(counts)}
             is_last = at["n_rows"] >= self.n_tokens
-            rows, order = buffer.give(at["round"], at["over"], everything=is_last)
-            batches = order.split(batch_size)
-            n_full = len(order) // batch_size
+            numbers = torch.cat([buffer.put_back(at["over"]), buffer.leave(at["round"], everything=is_last)])
+            n_full = len(numbers) // batch_size
             for given in range(at["given"], n_full):
                 self._place = at | {"given": given + 1}
-                if not len(own := rows[batches[given][batches[given] >= 0]]):
+                if not len(own := buffer.rows_of(numbers[given * batch_size : (given + 1) * batch_size])):
                     raise InputError("a rank has no row of a batch: raise BATCH_SIZE_TRAIN and BUFFER_TOKENS, or start "
                                      "fewer ranks")
                 yield own
             if is_last:
                 return
-            at |= {"round": at["round"] + 1, "given": 0, "over": _of_all_ranks(rows, order[n_full * batch_size :])}
+            over = _of_all_ranks(buffer, numbers[n_full * batch_size :], len(self.mean))
+            buffer.free(numbers)
+            at |= {"round": at["round"] + 1, "given": 0, "over": over}
 
     def _blocks(self, first: int, n_to_fill: int) -> Iterator[tuple[Tensor, list[int]]]:
         """The blocks from number `first` on, each with the numbers of rows that the ranks have of it, and with a bar
@@ -133,73 +133,71 @@ class LiveRows:
                 yield block, counts.tolist()
 
 
-class _Leaving(NamedTuple):
-    """What leaves in one round of one block."""
-
-    rows: Tensor
-    """This rank's."""
-    places: Tensor
-    """int64: where they stand among those of all ranks."""
-    n: int
-    """Of all ranks."""
-
-
 class _Buffer:
-    """The rows that wait, by the round in which they leave."""
+    """The rows that wait, in one tensor. Of each round it knows the numbers of the rows that leave in it: their places
+    in that tensor, or -1 for another rank's.
+    """
 
     def __init__(self, window: int, seed: int, first_round: int):
         self.window, self.seed, self.first_round = window, seed, first_round
-        self.leaving: dict[int, list[_Leaving]] = defaultdict(list)
+        self.rows = torch.empty(0, 0)
+        self.empty = torch.empty(0, dtype=torch.int64)  # places that hold no row
+        self.leaving: dict[int, list[Tensor]] = defaultdict(list)
 
     def take(self, number: int, block: Tensor, counts: list[int]) -> None:
         """Spread a block's rows over the rounds; what would leave before the first one leaves in it or, if the
         training is resumed there, has left. counts: of the rows that each rank has of the block.
         """
         rounds = number + torch.randint(self.window, (sum(counts),), generator=_generator(self.seed, number, 0))
-        rounds.clamp_(min=self.window - 1)
+        rounds.clamp_(min=self.window // 2)
         before = sum(counts[: rank()])
-        own = slice(before, before + len(block))
+        own, stays = slice(before, before + len(block)), rounds >= self.first_round
+        numbers = torch.full((len(rounds),), -1)
+        numbers[own][stays[own]] = self._store(block[stays[own]])
         for leaves in range(self.first_round, number + self.window):
-            which = rounds == leaves
-            mine, first = which[own], int(which[:before].sum())
-            self.leaving[leaves].append(_Leaving(block[mine], first + torch.arange(int(mine.sum())), int(which.sum())))
+            self.leaving[leaves].append(numbers[rounds == leaves])
 
-    def give(self, number: int, over: Tensor, everything: bool) -> tuple[Tensor, Tensor]:
-        """The rows of a round, or all that are left, and the order of all ranks' rows: first those left over by the
-        round before. The order names rows by their number, or -1 for another rank's.
-        """
-        part = own_part(len(over))
-        pieces = [_Leaving(over[part], torch.arange(len(over))[part], len(over))]
-        for leaves in sorted(self.leaving) if everything else [number]:
-            pieces += self.leaving.pop(leaves)
-        starts = [0, *accumulate(piece.n for piece in pieces)]
-        places = torch.cat([start + piece.places for start, piece in zip(starts, pieces)])
-        numbers = torch.full((starts[-1],), -1).scatter_(0, places, torch.arange(len(places)))
-        waiting = [piece.rows for piece in pieces]
-        pieces.clear()
-        rows = _joined(waiting)
-        order = torch.randperm(len(numbers) - len(over), generator=_generator(self.seed, number, 1)) + len(over)
-        return rows, numbers[torch.cat([torch.arange(len(over)), order])]
+    def put_back(self, rows: Tensor) -> Tensor:
+        """Keep this rank's part of rows that all ranks have; returns the numbers of all."""
+        numbers, part = torch.full((len(rows),), -1), own_part(len(rows))
+        numbers[part] = self._store(rows[part])
+        return numbers
+
+    def leave(self, number: int, everything: bool) -> Tensor:
+        """The numbers of the rows that leave in a round, or of all that are left, in random order."""
+        numbers = torch.cat([part for leaves in (sorted(self.leaving) if everything else [number])
+                             for part in self.leaving.pop(leaves)])
+        return numbers[torch.randperm(len(numbers), generator=_generator(self.seed, number, 1))]
+
+    def rows_of(self, numbers: Tensor) -> Tensor:
+        """Those of the numbered rows that are this rank's."""
+        return self.rows[numbers[numbers >= 0]]
+
+    def free(self, numbers: Tensor) -> None:
+        """Forget these rows."""
+        self.empty = torch.cat([self.empty, numbers[numbers >= 0]])
+
+    def _store(self, rows: Tensor) -> Tensor:
+        """Keep these rows; returns their places."""
+        if (n_new := len(rows) - len(self.empty)) > 0:  # the first block; later only where blocks become larger
+            n_new += len(self.rows) // 10 or len(rows) * (self.window // 2 + 2)
+            larger = torch.empty(len(self.rows) + n_new, rows.shape[1], dtype=rows.dtype)  # takes memory as it fills
+            larger[: len(self.rows)] = self.rows.reshape(-1, rows.shape[1])
+            self.empty = torch.cat([self.empty, torch.arange(len(self.rows), len(larger))])
+            self.rows = larger
+        places, self.empty = self.empty[: len(rows)], self.empty[len(rows) :]
+        if len(rows):
+            self.rows[places] = rows
+        return places
 
 
-def _of_all_ranks(rows: Tensor, numbers: Tensor) -> Tensor:
-    """The rows with these numbers, [n, D], where a rank has -1 from the rank that has a number."""
-    found = torch.zeros(len(numbers), rows.shape[1])  # float32 holds every stored precision, and gloo adds it up
-    found[numbers >= 0] = rows[numbers[numbers >= 0]].float()
+def _of_all_ranks(buffer: _Buffer, numbers: Tensor, width: int) -> Tensor:
+    """The numbered rows, [n, D], each from the rank that has it."""
+    found = torch.zeros(len(numbers), width)  # float32 holds every stored precision, and gloo adds it up
+    if (own := numbers >= 0).any():
+        found[own] = buffer.rows_of(numbers).float()
     add_up(found)
-    return found.to(rows.dtype)
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """The pieces one after the other; the list is emptied on the way, so that they are not in memory twice."""
-    whole = torch.empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=pieces[-1].dtype)
-    at = 0
-    pieces.reverse()
-    while pieces:
-        piece = pieces.pop()
-        whole[at : at + len(piece)] = piece
-        at += len(piece)
-    return whole
+    return found.to(buffer.rows.dtype)
 
 
 def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
