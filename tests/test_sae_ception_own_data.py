@@ -157,6 +157,7 @@ def test_the_log_says_what_is_scored(own, defaults, caplog):  # noqa: F811
         task = own(reviews())
         say_what_is_scored(task, defaults[0] | {"LABEL_FIELD": "verdict", "PROBE_LIMIT": 20}, 0)
     said = [line.getMessage() for line in caplog.records]
+    assert said.pop().startswith("only 12 test examples are scored: base U leaves out units that fire on fewer than 20")
     assert said[-5:] == ["verdict: 2 classes", "train: 43 examples: bad (21), good (22)",
                          "val: 5 examples: bad (3), good (2)", "test: 12 examples: bad (6), good (6)",
                          "PROBE_LIMIT, training examples: 20 of 43 drawn by seed 0: bad (10), good (10)"]

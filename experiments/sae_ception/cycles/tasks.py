@@ -13,8 +13,10 @@ from torch import Tensor
 from cycles.labels import counts, draw
 from lib.environment import log
 from lib.files import fingerprint
+from lib.metrics.interpretability import MIN_SUPPORT
 from lib.texts import Tokens, pad
 
+FEW = 4 * MIN_SUPPORT  # a base unit fires on about a quarter of the examples
 DRAW_SEED = 0  # DATA_LIMIT leaves the same training examples for every seed, so that cached states serve all
 
 
@@ -96,3 +98,8 @@ def say_what_is_scored(task: Task, c: dict[str, Any], seed: int) -> None:
                                  ("PROBE_LIMIT", "train", "training")):
         if constant in c:
             task.sample(task.splits[name], c[constant], seed, f"{constant}, {what} examples")
+    n_test = min(len(task.splits["test"]), c.get("EVAL_LIMIT") or len(task.splits["test"]))
+    if n_test < FEW:
+        log.warning("only %d test examples are scored: base U leaves out units that fire on fewer than %d, and with "
+                    "few examples it leaves out all and is 0; give more rows, or raise TEST_FRAC or EVAL_LIMIT",
+                    n_test, MIN_SUPPORT)
