@@ -97,20 +97,22 @@ def jobs(device: torch.device, peaks: Any) -> Iterator[Job]:
         work = partial(time_sae, shape, batch, kind, device=device, seconds=SECONDS, peaks=peaks)
         return Job(f"step {shape}, batch {batch}", f"ours, {kind}", SECONDS + SET_UP["topk"], work)
 
+    def peer(name: str, shape: tuple) -> Job:
+        work = partial(time_peer, name, shape, PEER_BATCH, device=device, seconds=SECONDS, limit=4 * SET_UP["peer"],
+                       peaks=peaks)
+        return Job(f"step {shape}, batch {PEER_BATCH}", name, SECONDS + SET_UP["peer"], work)
+
     yield from (ours(shape, BATCHES[0], KINDS[0]) for shape in SHAPES)
     for model in SAVE_MODELS:
         yield Job(f"saving from a random {model}", "ours", SET_UP["saving"],
                   partial(time_saving, model, SAVE_TEXTS, SAVE_BATCH_TOKENS, device=device))
-    if LIVE_TOKENS and SAVE_MODELS:
-        yield Job(f"live training from a random {SAVE_MODELS[0]}, 32 latents per dimension, k 32, batch 4096", "ours",
-                  SET_UP["live"], partial(time_live, SAVE_MODELS[0], LIVE_TOKENS, device=device))
     yield from (ours(shape, batch, KINDS[0]) for batch in BATCHES[1:] for shape in SHAPES)
     yield from (ours(shape, BATCHES[0], kind) for shape in SHAPES[:1] for kind in KINDS[1:])
-    for shape in SHAPES if PEERS_PYTHON.exists() else ():
-        for name in PEERS:
-            work = partial(time_peer, name, shape, PEER_BATCH, device=device, seconds=SECONDS,
-                           limit=4 * SET_UP["peer"], peaks=peaks)
-            yield Job(f"step {shape}, batch {PEER_BATCH}", name, SECONDS + SET_UP["peer"], work)
+    for i, shape in enumerate(SHAPES):
+        yield from (peer(name, shape) for name in PEERS if PEERS_PYTHON.exists())
+        if i == 0 and LIVE_TOKENS and SAVE_MODELS:
+            yield Job(f"live training from a random {SAVE_MODELS[0]}, 32 latents per dimension, k 32, batch 4096",
+                      "ours", SET_UP["live"], partial(time_live, SAVE_MODELS[0], LIVE_TOKENS, device=device))
 
 
 def outcome(job: Job, left: float) -> dict[str, Any]:

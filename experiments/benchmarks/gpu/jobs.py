@@ -66,12 +66,18 @@ def time_sae(
 
 
 def kernels_of(step: Any, device: torch.device) -> list[dict[str, Any]]:
-    """The kernels that take most of a step: name, share of the time of all, calls; over three steps."""
+    """The kernels that take most of a step: name, share of the time of all, calls; over three steps.
+
+    None where the profiler is not allowed to look.
+    """
     on_cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as seen:
-        for i in range(3):
-            step(i)
-        synchronize(device)
+    try:
+        with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as seen:
+            for i in range(3):
+                step(i)
+            synchronize(device)
+    except RuntimeError:
+        return []
     found = [(event.key, event.self_device_time_total if on_cuda else event.self_cpu_time_total, event.count)
              for event in seen.key_averages()]
     total = sum(taken for _, taken, _ in found) or 1

@@ -15,6 +15,7 @@ from lib.models import load_tokenizer
 from .jobs import MODELS
 
 STEPS = PROJECT / "experiments" / "verify_sae_training"
+LIMIT = 300  # seconds of one step, after which it is ended
 
 
 def time_live(
@@ -45,7 +46,8 @@ def _run(store: Path, script: str, **constants: Any) -> float:
     """Run a step with these constants; its seconds."""
     command = [sys.executable, str(STEPS / script), *(f"{name}={value}" for name, value in constants.items())]
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"STORE_DIR": str(store)})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"STORE_DIR": str(store)},
+                          timeout=LIMIT)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise InputError(f"{script} ended with code {done.returncode}: {said}")
