@@ -23,6 +23,7 @@ import lib.training.checkpoints as checkpoints
 from cycles.auxiliary import Targets
 from cycles.fine_tuning import TuneSettings, fine_tune
 from cycles.modules import trained_state
+from cycles.sharding import gathered
 from lib.activations import SaveSettings, block_rows, save_activations
 from lib.distributed import add_up, own_part, ranks, world_size
 from lib.hooks import resolve
@@ -206,7 +207,7 @@ def spread(device: str, shards: bool) -> dict[str, torch.Tensor]:
     targets = Targets(torch.arange(21), torch.randn(21, 16, generator=torch.Generator().manual_seed(0)))
     settings = TuneSettings(epochs=1, batch_size=4, lr=1e-3, optimizer="adamw", clip_norm=4.0, aux_weight=0.5)
     fine_tune(model, task, settings, targets)
-    found = {f"sae.{name}": state[name] for name in ("dec", "enc", "bias")} | trained_state(model)
+    found = {f"sae.{name}": state[name] for name in ("dec", "enc", "bias")} | gathered(trained_state(model))
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
