@@ -110,8 +110,7 @@ class SAE:
         """
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise InputError(f"this SAE takes rows of shape [N, {len(self.mean)}], not {list(x.shape)}")
-        at_once = max(1, min(ENCODE_ROWS, ENCODE_SIZE // self.n_latents))  # the latter above 65,536 latents
-        parts = [self._fired(rows) for rows in x.split(at_once)]
+        parts = [self._fired(rows) for rows in x.split(max(1, min(ENCODE_ROWS, ENCODE_SIZE // self.n_latents)))]
         width = max(values.shape[1] for values, _ in parts)
         values, indices = (torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in column])
                            for column in zip(*parts))

@@ -94,8 +94,7 @@ def train_sae(
     source: Source, settings: TrainSettings, folder: Path | None = None, device: torch.device | str = "cpu",
     progress: bool = True, track: Callable[[dict[str, float]], None] = lambda record: None, start: SAE | None = None,
 ) -> tuple[SAE, dict[str, Any]]:
-    """Train an SAE on the source's training rows; returns that of the epoch with the best validation EV, and the
-    history.
+    """Train an SAE on the source's training rows; returns the best epoch's by validation EV, and the history.
 
     folder: keeps checkpoints/last.pt, from which a training with the same settings and rows resumes; None keeps
     nothing. progress: show a bar. track: called with each new entry of the history's `train`, and of its `val` as
