@@ -24,7 +24,7 @@ def test_notebooks_on_a_small_run(kind, tmp_path, monkeypatch, script, capfd):  
     assert names["pulled"].arm.tolist() == ["per_class", "class_mean"] and names["pulled"].cos_lambda0.notna().all()
     assert not any("success" in said for said in names["won"].values())  # with two controls of six there is none
     assert names["names"] == names["session"].task.class_names
-    assert names["rows"] == ["per_class", "lambda0"]  # whose activations are pictured, whatever arm stands first
+    assert (names["pictured"], names["reference"]) == ("per_class", "lambda0")  # whatever arm stands first
     names = run_notebook(SCRIPTS / "06_interpret_features.ipynb")
     assert names["masks"].sum(1).tolist() == [names["keep"]] * names["task"].n_classes
     if kind == "texts":
