@@ -6,7 +6,7 @@ A run is a folder `store/<experiment>/runs/<run_id>/`:
     texts.jsonl                          {"text_id", "text", "split": "train" | "val"}, one per line
     rows/shard_00000.safetensors         text_id, pos, token_id, char_start, char_end : int32 [R]
     <hook>/shard_00000.safetensors       x : [R, D]
-    <hook>/stats.safetensors, stats.json mean [D] and covariance [D, D]; scale, norms, gamma (training rows)
+    <hook>/stats.safetensors, stats.json mean [D] and covariance [D, D]; scale, norms, gamma (lib/summaries.py)
     manifest.json                        every file with its rows and sha256; written last: it marks the run as finished
 
 Row r of a hook's shard i is row r of rows/shard i, so row -> token -> text needs no language model.

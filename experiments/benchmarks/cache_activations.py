@@ -3,7 +3,8 @@
     python cache_activations.py '{"model": DIRECTORY, "texts": DIRECTORY, "layer": 3, "tokens": 100000, "context": 256,
                                   "batch": 32, "threads": 2, "folder": DIRECTORY}'
 
-Prints {"tokens", "seconds"} of its run(), which packs texts into whole contexts; the model is loaded before.
+Prints {"tokens", "seconds", "processor_seconds"} of its run(), which packs texts into whole contexts; the model is
+loaded before.
 """
 import json
 import sys
@@ -23,6 +24,7 @@ runner = CacheActivationsRunner(CacheActivationsRunnerConfig(
     hook_name=f"model.layers.{order['layer']}", context_size=order["context"], model_batch_size=order["batch"],
     training_tokens=n_tokens, buffer_size_gb=min(2.0, n_tokens * width * 4 / 2e9), device="cpu", shuffle=False,
     prepend_bos=True, new_cached_activations_path=order["folder"] + "/cached"))
-start = time.perf_counter()
+start, processor = time.perf_counter(), time.process_time()
 dataset = runner.run()
-print(json.dumps({"tokens": len(dataset) * order["context"], "seconds": time.perf_counter() - start}))
+print(json.dumps({"tokens": len(dataset) * order["context"], "seconds": time.perf_counter() - start,
+                  "processor_seconds": time.process_time() - processor}))
