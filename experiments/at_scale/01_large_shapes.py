@@ -1,10 +1,10 @@
-"""Memory and tokens/s that large shapes take on this machine, for saving activations and for SAE steps.
+"""Memory and tokens/s that large shapes take on this machine: the model, the saving beside it, reading, SAE steps.
 
     python 01_large_shapes.py                       # Bielik-1.5B whole, three layers of GPT-NeoX-20B, two SAEs: 10 GB
     python 01_large_shapes.py MODELS="('bielik_1.5b',)" SAES="()"
 
-Each measurement runs in its own process, so that peak memory is its own. The models have the true shapes, random
-weights and bfloat16: their activations mean nothing, but cost as much.
+Each measurement runs in its own process, with one thread, so that peak memory is its own. Times are processor times.
+The models have the true shapes, random weights and bfloat16: their activations mean nothing, but cost as much.
 Writes store/at_scale/measured.json and the random models in store/at_scale/models/
 """
 import multiprocessing
@@ -28,10 +28,13 @@ N_TEXTS: Annotated[int, at_least(2), at_most(5376)] = 24  # stories of at most 1
 BATCH_TOKENS: Size = 2048                 # tokens of one forward pass
 SAE_BATCH: Size = 4096                    # tokens of one SAE step
 SAE_STEPS: Size = 3                       # timed steps, after one that is not
+HOST_WIDTH: Size = 1536                   # of the activations whose saving and reading is timed without a model
+HOST_TEXTS: Annotated[int, at_least(2), at_most(5376)] = 1000  # stories of at most 128 tokens
 CONSTANTS = override(globals())
 
 import torch
 import transformers
+from host_stages import host_seconds
 
 from lib.activations import SaveSettings, save_activations
 from lib.environment import run, say_next
@@ -67,6 +70,7 @@ def fresh(function, **arguments):
 
 
 def with_peak(function, arguments):
+    torch.set_num_threads(1)
     found = function(**arguments)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
     return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
@@ -88,10 +92,10 @@ def save(name: str, folder: Path, device_map: str | None, n_texts: int, batch_to
     texts = [document["text"] for document in load_documents("store/embedded/stories/train.jsonl", limit=n_texts)]
     settings = SaveSettings(batch_tokens=batch_tokens, store_dtype="bfloat16")
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-        start = time.perf_counter()
+        start = time.process_time()
         saved = save_activations(Path(out), model, tokenizer, [resolve(model, SHAPES[name][1])], texts=texts,
                                  splits=split_texts(n_texts, 0.2, 0), settings=settings)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     n = sum(p.numel() for p in model.parameters())
     return {"parameters": n, "device_map": device_map, "tokens": saved.n_rows, "seconds": seconds,
             "tokens_per_s": saved.n_rows / seconds}
@@ -104,16 +108,20 @@ def train(width: int, n_latents: int, k: int, batch: int, n_steps: int) -> dict:
     x = torch.randn(batch, width) / width**0.5
     for step in range(n_steps + 1):
         if step == 1:  # the first one sets up buffers
-            start = time.perf_counter()
+            start = time.process_time()
         fast_step(state, x, k=k, lr=1e-4, dead_after=10**9, work=work)
-    seconds = (time.perf_counter() - start) / n_steps
+    seconds = (time.process_time() - start) / n_steps
     return {"width": width, "n_latents": n_latents, "top_k": k, "batch": batch, "precision": work.precision,
             "tokens_per_s": batch / seconds}
 
 
 def main():
     root = experiment_dir("at_scale")
-    measured: dict = {"threads": torch.get_num_threads(), "models": {}, "saes": []}
+    measured: dict = {"models": {}, "saes": []}
+    root.mkdir(parents=True, exist_ok=True)
+    measured["host"] = fresh(host_seconds, width=HOST_WIDTH, n_texts=HOST_TEXTS, batch_tokens=BATCH_TOKENS, folder=root)
+    print(f"beside the model, width {HOST_WIDTH}, us a token:",
+          ", ".join(f"{stage} {1e6 * value:.3g}" for stage, value in measured["host"].items() if value < 1), flush=True)
     for name in MODELS:
         folder = root / "models" / name
         if not (folder / "config.json").exists():

@@ -11,11 +11,13 @@
 # A job that is pre-empted and requeued runs the same commands again, and they resume.
 set -euo pipefail
 export STORE_DIR=${STORE_DIR:?a folder on the shared file system}
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))  # torchrun would give each process one
 cd "$SLURM_SUBMIT_DIR/experiments/verify_sae_training"
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 step() {
-  srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:29500" "$@"
+  srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --rdzv-backend c10d \
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${nodes[0]}:29500" "$@"
 }
 
 step 01_save_activations.py PRESET=bielik DATA_LIMIT=1000000 STREAM=True BATCH_SIZE_SAVE=64

@@ -1,0 +1,61 @@
+"""What saving and reading take beside the model: each stage of them, with a model that costs nothing."""
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib.activations import SaveSettings, save_activations
+from lib.batches import read_rows, rows_of_run
+from lib.hooks import resolve
+from lib.models import load_tokenizer
+from lib.texts import load_documents, split_texts
+
+BATCH_ROWS = 4096  # read together
+
+
+class Nothing(nn.Module):
+    """A model whose hidden states are the same for every text, and cost nothing."""
+
+    def __init__(self, width: int, n_tokens: int):
+        super().__init__()
+        states = 3 + torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(0))
+        self.states = nn.Parameter(states.bfloat16(), requires_grad=False)
+        self.layer = nn.Identity()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer(self.states[: input_ids.numel()].view(*input_ids.shape, -1))
+
+
+def host_seconds(width: int, n_texts: int, batch_tokens: int, folder: Path) -> dict[str, float]:
+    """Seconds of processor time per token, in bfloat16: tokenising, saving (checks, statistics, writing), reading (rows
+    of a batch out of the store), whitening (centring and the product with [D, D]); and "rows", how many were saved.
+    """
+    tokenizer = load_tokenizer("store/embedded/model")
+    texts = [str(document["text"]) for document in load_documents("store/embedded/stories/train.jsonl", limit=n_texts)]
+    settings = SaveSettings(batch_tokens=batch_tokens, store_dtype="bfloat16")
+    model = Nothing(width, batch_tokens)
+    settings.tokens(tokenizer, texts[:64])  # sets the tokenizer up
+    clock = [time.process_time()]
+    settings.tokens(tokenizer, texts)
+    clock.append(time.process_time())
+    out = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        run = save_activations(out, model, tokenizer, [resolve(model, "layer")], texts=texts, settings=settings,
+                               splits=split_texts(n_texts, 0.1, 0))
+        clock.append(time.process_time())
+        rows = rows_of_run(run, run.hooks[0])
+        order = torch.randperm(run.n_rows, generator=torch.Generator().manual_seed(0)).split(BATCH_ROWS)
+        batches = [read_rows(rows.shards, ids.sort().values) for ids in order]
+        clock.append(time.process_time())
+        transform = torch.eye(width)
+        for x in batches:
+            torch.mm(x - rows.mean, transform)
+        clock.append(time.process_time())
+    finally:
+        shutil.rmtree(out)
+    tokenising, saving, reading, whitening = (b - a for a, b in zip(clock, clock[1:]))
+    found = {"tokenising": tokenising, "saving": saving - tokenising, "reading": reading, "whitening": whitening}
+    return {stage: seconds / run.n_rows for stage, seconds in found.items()} | {"rows": run.n_rows}
