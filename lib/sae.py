@@ -4,9 +4,8 @@
 
 An SAE that refines codes a row twice with the same weights: x' + refine (x' - z0 W_dec) takes the place of x', z0 the
 codes of x' above thresholds of their own. Where an SAE has thresholds (lib.training.kinds; standard and gated SAEs of
-lib.exchange), codes that don't exceed them are 0, and k is the most that a row keeps. x are raw activations [N, D];
-rows of W_dec have unit norm; codes z are kept sparse as (values, indices) [N, k], or with thresholds as [N, K], K the
-codes of the fullest row.
+lib.exchange), codes that don't exceed them are 0, and k is the most a row keeps. x: raw activations [N, D]; rows of
+W_dec have unit norm; codes z are sparse: (values, indices) [N, k], with thresholds [N, K], K those of the fullest row.
 
     sae = load_sae(folder / "topk_sae.pt")
     values, indices = sae.encode(x)

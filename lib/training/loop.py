@@ -3,10 +3,9 @@
     rows = rows_of_run(run, hook)                       # or rows_of_tensor(x, is_val)
     sae, history = train_sae(rows, TrainSettings(n_latents=512, top_k=8), folder)
 
-lib/training/step.py and lib/training/fast_step.py have the mathematics of one step, lib/training/kinds.py the kinds of
-SAE, lib/training/settings.py the settings and rules, lib/training/checkpoints.py the history and the checkpoints. A
-training that was killed at any moment and is called again resumes from its last checkpoint, which Ctrl-C and SIGTERM
-write before they end it, and ends with the same bytes.
+step.py and fast_step.py in this folder have the mathematics of one step, kinds.py the kinds of SAE, settings.py the
+settings and rules, checkpoints.py history and checkpoints. A training that was killed at any moment and is called again
+resumes from its last checkpoint, which Ctrl-C and SIGTERM write before they end it, and ends with the same bytes.
 """
 import time
 from collections.abc import Callable, Iterator
