@@ -4,7 +4,7 @@
     python 08_judge_study.py STUDY=stories
 
 Reads  store/sae_ception/<setting>/study/
-Writes store/sae_ception/<setting>/study/verdict.md, frontier.png, gains.csv
+Writes store/sae_ception/<setting>/study/verdict.md, frontier.png, response.png, gains.csv
 """
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
@@ -16,10 +16,11 @@ SETTING: FileName | None = None           # as in step 7
 CONSTANTS = override(globals())
 
 import pandas
+from matplotlib.figure import Figure
 
 from cycles import schemas
 from cycles.colours import title
-from cycles.comparison_figures import frontier_figure
+from cycles.comparison_figures import frontier_figure, response_figure
 from cycles.frontier import Endpoints, against_lambda0, at_best_lambda, best_lambda, read_study
 from cycles.hypotheses import judge, sentences
 from cycles.metrics import in_words
@@ -58,6 +59,11 @@ def test_table(tests: pandas.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def save(name: str, figure: Figure) -> None:
+    path = experiment_dir("sae_ception") / (SETTING or f"study_{STUDY}") / "study" / f"{name}.png"
+    atomic_write(path, lambda part: figure.savefig(part, format="png"))
+
+
 def main():
     root = experiment_dir("sae_ception") / (SETTING or f"study_{STUDY}")
     if not (path := root / "study" / "study.json").exists():
@@ -74,11 +80,12 @@ def main():
     words = ", ".join(f"{margin:g} in {in_words(name)}" for name, margin in endpoints.margins.items())
     text = "\n".join([f"# {STUDY}", "", *(f"{i}. {line}" for i, line in enumerate(lines, 1)), "",
                       f"Margins: {words}.", "", test_table(tests), "", "Every arm at its best lambda, minus lambda0:",
-                      "", arm_table(gains, endpoints), "", "![frontier](frontier.png)", ""])
+                      "", arm_table(gains, endpoints), "", "![frontier](frontier.png)", "",
+                      "![response to lambda](response.png)", ""])
     write_text(root / "study" / "verdict.md", text)
     write_text(root / "study" / "gains.csv", gains.to_csv(index=False))
-    figure = frontier_figure(gains, endpoints.first, f"{STUDY}, {state}")
-    atomic_write(root / "study" / "frontier.png", lambda part: figure.savefig(part, format="png"))
+    save("frontier", frontier_figure(gains, endpoints.first, f"{STUDY}, {state}"))
+    save("response", response_figure(gains, list(endpoints.margins), f"{STUDY}, {state}"))
     print(text)
     log.info("%s", root / "study" / "verdict.md")
 

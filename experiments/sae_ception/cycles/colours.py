@@ -4,7 +4,7 @@ from cycles.arms import ARMS, unlabelled
 # The method is blue, its label-free form orange, what knows the classes red to brown, regularisers green.
 _LOOKS = {
     "lambda0": ("#30343b", "o"), "new_seed": ("#8a8f98", "o"), "baseline": ("#5b6069", "s"),
-    "per_class": ("#1f5fa8", "o"), "contrast": ("#5c9ad6", "s"), "mse_loss": ("#1f5fa8", "s"),
+    "per_class": ("#1f5fa8", "o"), "contrast": ("#5c9ad6", "s"), "mse_loss": ("#0d2c54", "s"),
     "complement": ("#9cc4ea", "^"), "untrained_sae": ("#7a88c9", "D"), "global_mask": ("#5c9ad6", "v"),
     "per_example": ("#d9822b", "o"), "full_recon": ("#f0b268", "s"), "random_latents": ("#8c5a1e", "D"),
     "pca_targets": ("#c9a227", "^"),
