@@ -56,7 +56,7 @@ def test_table(tests: pandas.DataFrame) -> str:
     lines += [f"| {title(row['arm'])} | {title(row['against'])} | {how[row['how']]} | {in_words(row['metric'])} | "
               f"{row['mean']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} | {row['p']:.4f} | {row['p_holm']:.4f} | "
               f"{row['n']:.0f} | {row['answer']} |" for _, row in tests.iterrows()]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("+nan to +nan", "-").replace("+nan", "-").replace("nan", "-")
 
 
 def save(name: str, figure: Figure) -> None:
