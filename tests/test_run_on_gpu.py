@@ -120,6 +120,13 @@ def test_what_has_no_time_or_fails_is_told_and_the_rest_goes_on(monkeypatch, own
     assert (own_store / "benchmarks" / "gpu.md").read_text().count("| left out: no time |") == 3
 
 
+def test_the_tests_are_those_marked_gpu():
+    """Each is skipped, or does what it does where there is a GPU."""
+    found = script().run_tests(300)
+    assert found["code"] == 0 and "deselected" in found["said"]
+    assert "skipped" in found["said"] or torch.cuda.is_available()
+
+
 def test_the_tests_come_first_and_their_failure_is_the_exit_code(monkeypatch, own_store):
     tried = script(**TINY | {"TESTS": True}, BUDGET_SECONDS=1.0)
     monkeypatch.setattr(tried, "run_tests", lambda seconds: {"code": 1, "said": "1 failed, 2 passed"})
