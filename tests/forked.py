@@ -37,7 +37,7 @@ SAVE = ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "LAYER_SIGNATURE=res
         "SHARD_ROWS=60", "PREFLIGHT=False"]
 TRAIN = ["N_LATENTS_MULTIPLIER=4", "EPOCHS=12", "BATCH_SIZE_TRAIN=64", "TOP_K=3", "PRECISION=float32"]
 DATA = ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "VAL_DATASET={data}/val.jsonl",
-        "TEST_DATASET={data}/test.jsonl", "DATA_LIMIT=None"]
+        "TEST_DATASET={data}/test.jsonl", "DATA_LIMIT=None", "SETTING=tiny"]
 BASELINE = [f"{CEPTION}/01_train_baseline.py", *DATA, "EPOCHS_PER_CYCLE=6", "BATCH_SIZE=16"]
 SAE = [f"{CEPTION}/02_train_sae.py", "SAE_EPOCHS=4", "SAE_BATCH_SIZE=64", "TOP_K=4"]
 CYCLE = [f"{CEPTION}/04_train_cycle.py", *BASELINE[1:], *SAE[1:], "SEEDS=0,", "ARMS=('lambda0','per_class')",

@@ -39,7 +39,7 @@ from lib.outputs import in_use
 
 
 def main():
-    session = Session(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
+    session = Session(inherited(CONSTANTS, SEED, ARM), SEED)
     log_to(session.root / "02_train_sae.log")
     with in_use(session.folder("baseline", 0)):
         train_cycle_sae(session, ARM, CYCLE)

@@ -43,7 +43,7 @@ from lib.outputs import in_use
 
 
 def main():
-    session = Session(inherited(CONSTANTS, SEED, ARM) | CONSTANTS, SEED)
+    session = Session(inherited(CONSTANTS, SEED, ARM), SEED)
     log_to(session.root / "03_train_auxiliary.log")
     with in_use(session.folder("baseline", 0)):
         train_model(session, ARM, CYCLE + 1)

@@ -134,7 +134,7 @@ def trained_session(c: Constants) -> Session:
     """The session of a finished model, with its weights put back: SETTING, ARM, CYCLE and SEED of `c` name it."""
     seed, arm, cycle = c["SEED"], c["ARM"], c["CYCLE"]
     scope = {name: c[name] for name in ("PRESET", "SETTING", "DEVICE")}
-    session = Session(inherited(c, seed, arm) | scope, seed)
+    session = Session(inherited(scope, seed, arm), seed)
     session.load(arm, cycle)
     return session
 
@@ -151,7 +151,7 @@ def safe_arm(arm: str) -> str:
 
 
 def inherited(c: Constants, seed: int, arm: str) -> Constants:
-    """The constants of the steps before this one, as the setting's folders record them: the baseline's, then the arm's.
+    """The constants of a later step: those of the steps before it, as the setting's folders record them, and its own.
 
     Raises InputError if step 1 was not run.
     """
@@ -166,4 +166,4 @@ def inherited(c: Constants, seed: int, arm: str) -> Constants:
         if local_path(found[name]) is None:  # the hub would be asked for it
             raise InputError(f"{name}={found[name]} was {then} when step 1 ran; put it back there, or start this step "
                              "where step 1 was started")
-    return found
+    return found | c | {"SETTING": root.name}
