@@ -206,6 +206,7 @@ def finish(
     shards = {key: [{"file": file, "rows": rows} for file, rows in zip(files, rows_of)] for key, files in names.items()}
     run = Run(folder, meta, {"rows": shards.pop("rows"), "hooks": shards, "n_rows": sum(rows_of)})
     write_stats(run, is_val, device)
+    wait_for_all()  # rank 0 writes them
     files = ["meta.json", "texts.jsonl", *(f for part in names.values() for f in part)]
     files += [f"{hook}/stats.{ending}" for hook in hooks for ending in ("json", "safetensors")]
     run.manifest["files"] = list_files(folder, files, known=shard_digests(run))
