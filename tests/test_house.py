@@ -1,6 +1,6 @@
 """The rules of the house, kept by reading the sources; `python tests/house.py` shows it."""
 import pytest
-from house import File, broken_import_rules, circles, floors, imported, long_lines, read_files, sizes, too_long
+from house import PROJECT, File, broken_import_rules, circles, floors, imported, long_lines, read_files, sizes, too_long
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,15 @@ def test_no_line_is_longer_than_120(house):
 def test_files_signatures_and_calls_are_short(house):
     """The length of a function is only told: some are clearer in one piece."""
     assert [row for row in too_long(house) if row[0] != "function"] == []
+
+
+def test_no_file_holds_both_sides_of_a_merge():
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    for top in (".", "lib", "experiments", "tests"):
+        for path in PROJECT.glob("*") if top == "." else (PROJECT / top).rglob("*"):
+            if path.is_file() and path.suffix in ("", ".py", ".md", ".ipynb", ".sh", ".toml", ".txt", ".json", ".cff"):
+                lines = path.read_text(encoding="utf-8", errors="ignore").splitlines()
+                assert not [line for line in lines if line.startswith(marks)], path
 
 
 def broken(**sources):
