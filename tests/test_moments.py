@@ -1,5 +1,6 @@
 """Statistics of a run: what they are of, and that no kill, no other split and no large mean changes their digits."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_activations import MANY, save, stored, tree
 
 import lib.activations as activations
 import lib.moments as moments
+import lib.saving as saving
 import lib.summaries as summaries
 from lib.activations import save_activations
 from lib.environment import InputError
@@ -116,6 +118,22 @@ def test_with_another_split_a_resumed_run_has_the_statistics_of_that_split(tmp_p
     x = stored(run)[~run.is_val].double()
     torch.testing.assert_close(run.stats(run.hooks[0])["mean"], x.mean(0).float())
     assert run.stats(run.hooks[0])["n_rows"] == len(x)
+
+
+def test_a_rank_reads_the_statistics_only_after_the_first_has_written_them(tmp_path, monkeypatch):
+    """As the second rank, for which the first one writes them while it waits."""
+    whole = save(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        killed_before_statistics(tmp_path / "run", patch)
+
+    def first_rank():
+        for path in whole.path.glob("*/stats.*"):
+            shutil.copy(path, tmp_path / "run" / path.parent.name)
+
+    for module in (saving, summaries):
+        monkeypatch.setattr(module, "rank", lambda: 1)
+    monkeypatch.setattr(saving, "wait_for_all", first_rank)
+    assert save(tmp_path / "run").manifest == whole.manifest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
