@@ -2,10 +2,12 @@
 import logging
 import shutil
 import signal
+from copy import copy
 from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
 from test_training import SMALL, Drawn, make_rows, split_rows
 from test_verify_scripts import TRAIN, files, script, source  # noqa: F401  (two fixtures)
 
@@ -42,7 +44,7 @@ def made(found):
 
 
 def alone(jobs):
-    found = [train_sae(job.source, job.settings, progress=False) for job in jobs]
+    found = [train_sae(job.source, job.settings, progress=False, start=job.start) for job in jobs]
     return {number: (sae_hash(sae), history) for number, (sae, history) in enumerate(found)}
 
 
@@ -63,6 +65,21 @@ def test_what_is_read_is_read_once(layers, in_memory, monkeypatch):
     per_pass = rows.n_train if in_memory else rows.n_train // 64 * 64
     assert sum(read) == (per_pass if in_memory else 2 * 2 * per_pass)  # seeds and epochs
     assert [len(group.numbers) for group in group_jobs(jobs)] == ([6] if in_memory else [3, 3])
+
+
+@pytest.mark.parametrize("own_centre", [True, False])
+def test_saes_that_start_from_equal_centres_share_what_is_read(layers, in_memory, monkeypatch, own_centre):
+    """Also where each has a copy of the SAE that it starts from."""
+    rows, read, real = layers[0], [], batches_module.read_rows
+    source, _ = train_sae(layers[0 if own_centre else 1], replace(BASE, epochs=1), progress=False)
+    jobs = [Job(rows, replace(BASE, lr=lr), start=copy(source)) for lr in (1e-3, 3e-3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(batches_module, "read_rows",
+                      lambda shards, ids, *rest: (read.append(len(ids)), real(shards, ids, *rest))[1])
+        found = made(train_saes(jobs, progress=False))
+    assert sum(read) == (rows.n_train if in_memory else 2 * (rows.n_train // 64 * 64)) and found == alone(jobs)
+    with pytest.raises(InputError, match="START_FROM has k = 4; set TOP_K=4"):
+        next(train_saes([*jobs, replace(jobs[0], settings=replace(BASE, top_k=3))], progress=False))
 
 
 @pytest.mark.parametrize("stop_at", [1, 20, 47])
@@ -134,6 +151,45 @@ def test_sources_that_are_not_stored_are_passed_once(monkeypatch, tmp_path):
     assert found == alone([replace(job, source=Drawn()) for job in jobs])
 
 
+def killed(jobs, monkeypatch, calls):
+    """Train the jobs until Ctrl-C comes in that step, counted over all."""
+    real, steps = training.fast_step, []
+
+    def interrupted(*args, **options):
+        steps.append(1)
+        if len(steps) == calls:
+            signal.raise_signal(signal.SIGINT)
+        real(*args, **options)
+
+    monkeypatch.setattr(many, "seconds_needed", lambda *rest: 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fast_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(train_saes(jobs, progress=False))
+
+
+def drawn(folder, epochs):
+    """Jobs of 10 steps an epoch on one source that stores nothing, which is at its beginning."""
+    source = Drawn()
+    return [Job(source, replace(BASE, batch_size=64, top_k=2 + i, epochs=n), folder / str(i))
+            for i, n in enumerate(epochs)]
+
+
+def drawn_alone(jobs):
+    return alone([replace(job, source=Drawn(), folder=None) for job in jobs])
+
+
+def test_one_that_is_finished_keeps_its_place_while_others_go_on(monkeypatch, tmp_path):
+    killed(drawn(tmp_path, (1, 2)), monkeypatch, calls=2 * 10 + 5)
+    assert made(train_saes(drawn(tmp_path, (1, 2)), progress=False)) == drawn_alone(drawn(tmp_path, (1, 2)))
+
+
+def test_one_that_is_ahead_keeps_its_place_while_it_waits(monkeypatch, tmp_path):
+    killed(drawn(tmp_path, (2, 2))[:1], monkeypatch, calls=12)
+    killed(drawn(tmp_path, (2, 2)), monkeypatch, calls=5)
+    assert made(train_saes(drawn(tmp_path, (2,)), progress=False)) == drawn_alone(drawn(tmp_path, (2,)))
+
+
 def test_one_that_diverges_leaves_the_others(layers, in_memory, tmp_path):
     jobs = [Job(layers[0], replace(BASE, top_k=2), tmp_path / "good"),
             Job(layers[0], replace(BASE, lr=1e30, aligned=False), tmp_path / "bad"),
@@ -147,10 +203,23 @@ def test_one_that_diverges_leaves_the_others(layers, in_memory, tmp_path):
 
 def test_what_cannot_fit_is_refused_before_anything_is_read(layers, monkeypatch):
     jobs = [Job(layers[0], replace(BASE, n_latents=100_000, top_k=k)) for k in (2, 3)]
-    monkeypatch.setattr(many, "free_memory", lambda device: 90_000_000)
+    monkeypatch.setattr(many, "free_memory", lambda device: 80_000_000)
     monkeypatch.setattr(batches_module, "read_rows", None)
-    with pytest.raises(InputError, match="these 2 SAEs need at least 0.282 GB of memory at once, 0.09 GB are free"):
+    with pytest.raises(InputError, match="these 2 SAEs need at least 0.0897 GB of memory at once, 0.08 GB are free"):
         next(train_saes(jobs, progress=False))
+
+
+def test_memory_that_is_asked_for_is_what_a_training_holds(layers, monkeypatch):
+    """Of a small SAE the pre-activations of a batch, not of a tile; on a GPU no copy of the best epoch."""
+    monkeypatch.setattr(batches_module, "BUFFER_BYTES", 1)
+    rows, n = layers[0], 48
+    jobs = [Job(rows, replace(BASE, n_latents=n, seed=seed // 2)) for seed in range(4)]
+    groups = group_jobs(jobs)
+    assert [group.together for group in groups] == [True, True]
+    for device, arrays in ("cpu", 8), ("cuda", 6):
+        wanted = 2 * (4 * arrays * n * len(rows.mean) + 2 * 64 * n)
+        of_rows = 4 * len(rows.mean) * min(rows.n_train, 2 * max(map(len, rows.shards)))
+        assert many.memory_needed(jobs, groups, torch.device(device)) == wanted + of_rows
 
 
 def test_memory_and_time_are_told_before(layers, in_memory, caplog):

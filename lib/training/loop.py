@@ -139,17 +139,18 @@ def take_batches(trainings: list[Training], progress: bool = True) -> None:
     Checkpoints are written now and then, and where Ctrl-C or SIGTERM ends it. A training that diverges is left behind;
     `finish` raises what it said.
     """
-    todo, step = trainings, min(training.step for training in trainings)
-    first = {training.wants: training for training in sorted(trainings, key=lambda each: -each.step)}
+    todo = [training for training in trainings if training.is_open]
+    step = min((training.step for training in todo), default=0)
+    first = {training.wants: training for training in sorted(todo, key=lambda each: -each.step)}
     batches = {wants: training.source.batches(training.transform, training.settings.batch_size,
                                               seed=training.settings.seed, step=training.step,
                                               place=training.made.get("place")) for wants, training in first.items()}
     starts = {wants: training.step for wants, training in first.items()}  # after a kill, some are ahead and wait
     due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
     # With several ranks one that stops leaves the others waiting for it, so there Ctrl-C acts at once.
-    with stop_between_steps(all(each.checkpoint for each in todo) and world_size() == 1) as stopped, \
-            tqdm(total=sum(training.plan.n_steps for training in todo), initial=sum(each.step for each in todo),
-                 desc=f"training {'the SAE' if len(todo) == 1 else f'{len(todo)} SAEs'}", unit="step",
+    with stop_between_steps(all(each.checkpoint for each in trainings) and world_size() == 1) as stopped, \
+            tqdm(total=sum(each.plan.n_steps for each in trainings), initial=sum(each.step for each in trainings),
+                 desc=f"training {'the SAE' if len(trainings) == 1 else f'{len(trainings)} SAEs'}", unit="step",
                  disable=not progress or rank() > 0) as bar:
         while todo := [training for training in todo if training.is_open]:
             given = {wants: next(batches[wants]) for wants in dict.fromkeys(training.wants for training in todo)
@@ -158,10 +159,10 @@ def take_batches(trainings: list[Training], progress: bool = True) -> None:
                 _try_batch(training, given[training.wants], bar)
             step += 1
             if stopped() or time.monotonic() > due:
-                due = _save(trainings)
+                due = _save(trainings, step)
             if stopped():
                 raise KeyboardInterrupt
-    _save(trainings)
+    _save(trainings, step)
 
 
 def _try_batch(training: Training, x: Tensor, bar: tqdm) -> None:
@@ -202,12 +203,12 @@ def finish(training: Training) -> tuple[SAE, dict[str, Any]]:
     return _sae_of(made["best"], training.source, settings).to(training.transform.device), history
 
 
-def _save(trainings: list[Training]) -> float:
-    """Write the checkpoints; returns when the next ones are due."""
+def _save(trainings: list[Training], step: int) -> float:
+    """Write the checkpoints after so many steps; returns when the next ones are due."""
     start = time.monotonic()
     for training in trainings:
         if training.checkpoint and not training.failed:
-            if place := training.source.place():
+            if training.step == step and (place := training.source.place()):  # others are ahead, or have ended
                 training.made["place"] = place
             try:
                 checkpoints.save_checkpoint(training.checkpoint, training.made)

@@ -23,16 +23,21 @@ from typing import Any, NamedTuple
 import torch
 
 from ..batches import Rows, Source, buffer_rows, read_rows
+from ..distributed import world_size
 from ..environment import InputError, as_device, log
+from ..files import fingerprint
 from ..sae import SAE
 from .checkpoints import Diverged
 from .loop import begin, finish, step_of, take_batches
 from .settings import TrainSettings, check_settings, make_plan
+from .start import check_start, rows_about
 from .step import init_state
 from .workspace import TILE_BYTES, TILE_ROWS
 
 TIMED_ROWS, TIMED_STEPS = 32_768, 2  # read and taken to tell how long a training will take
-KEPT = 8  # float32 arrays [F, D] of a training: two matrices, their four moments, the two of the best epoch
+KEPT = 6  # float32 arrays [F, D] of a training: two matrices and their four moments
+BEST = {"cpu": 2}  # those of the best epoch, which lie in the CPU's memory
+SCORE_BYTES = 2  # at least, of a pre-activation
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -64,9 +69,10 @@ def train_saes(
     Raises InputError as train_sae does, before anything is read where settings are at fault or memory can't suffice. A
     training that diverges does not stop the others: Diverged says at the end which one did.
     """
-    device, groups = as_device(device), group_jobs(jobs)
+    device, jobs = as_device(device), _centred(jobs)
     for job in jobs:
         check_settings(job.settings, job.source)
+    groups = group_jobs(jobs)
     if len(jobs) > 1:
         _require_memory(memory_needed(jobs, groups, device), len(jobs), device)
         log.info("%d SAEs: %s", len(jobs), _told(jobs, groups, device))
@@ -94,6 +100,17 @@ def train_saes(
                        f"SEED={s.seed}: {first}")
 
 
+def _centred(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with rows about the centre of the SAE that they start from: one source for equal centres."""
+    sources: dict[tuple[int, str], Source] = {}
+    for job in jobs:
+        if job.start is not None:
+            check_start(job.start, job.settings, len(job.source.mean))
+    return [job if job.start is None else
+            replace(job, source=sources.setdefault((id(job.source), fingerprint(job.start.mean)),
+                                                   rows_about(job.source, job.start.mean))) for job in jobs]
+
+
 def group_jobs(jobs: Sequence[Job]) -> list[Group]:
     """The jobs by what they share, in the order in which they are trained."""
     found: dict[tuple[Any, ...], list[int]] = {}
@@ -105,7 +122,7 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
         key: tuple[Any, ...] = True, of_source.index(wanted)
         if isinstance(rows := job.source, Rows):
             together = len(rows.is_val) > buffer_rows(rows) and rows.n_train >= job.settings.batch_size
-            key = together, id(rows), id(job.start), job.settings.whiten
+            key = together, id(rows), job.settings.whiten
             key += (job.settings.batch_size, job.settings.seed) if together else ()
         found.setdefault(key, []).append(number)
     return [Group(numbers, key[0]) for key, numbers in found.items()]
@@ -114,15 +131,19 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
 def memory_needed(jobs: Sequence[Job], groups: list[Group], device: torch.device) -> int:
     """Bytes that these trainings hold at least: rows, SAEs and what a step works on."""
     def of_sae(job: Job) -> int:
-        n_latents = job.settings.n_latents
-        tile = max(TILE_BYTES.get(device.type, TILE_BYTES["cpu"]), 4 * TILE_ROWS * n_latents)
-        return 4 * KEPT * n_latents * len(job.source.mean) + tile
+        n_latents, rows = job.settings.n_latents, -(-min(job.settings.batch_size, job.source.n_train) // world_size())
+        tile = max(TILE_BYTES.get(device.type, TILE_BYTES["cpu"]), SCORE_BYTES * TILE_ROWS * n_latents)
+        arrays = KEPT + BEST.get(device.type, 0)
+        return 4 * arrays * n_latents * len(job.source.mean) + min(tile, SCORE_BYTES * rows * n_latents)
 
-    def of_rows(job: Job) -> int:
+    def of_rows(job: Job, together: bool) -> int:
         rows = job.source
-        return 4 * len(rows.mean) * min(rows.n_train, buffer_rows(rows)) if isinstance(rows, Rows) else 0
+        if not isinstance(rows, Rows):
+            return 0
+        n = min(rows.n_train, buffer_rows(rows)) // (world_size() if together else 1)  # ranks share a buffer's rows
+        return 4 * len(rows.mean) * n
 
-    return max(of_rows(jobs[group.numbers[0]]) + (sum if group.together else max)(
+    return max(of_rows(jobs[group.numbers[0]], group.together) + (sum if group.together else max)(
         of_sae(jobs[number]) for number in group.numbers) for group in groups)
 
 

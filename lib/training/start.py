@@ -46,6 +46,8 @@ def check_start(sae: SAE, settings: TrainSettings, width: int) -> None:
 
 def rows_about(source: Source, mean: Tensor) -> Source:
     """The same rows with another centre than their mean: `covariance` is their second moment about it."""
+    if torch.equal(source.mean, mean.cpu()):
+        return source
     shift, moved = (source.mean - mean.cpu()).double(), copy(source)
     moved.mean, moved.covariance = mean.cpu(), (source.covariance.double() + shift.outer(shift)).float()
     return moved
