@@ -16,15 +16,19 @@ from cycles.session import Session
 from cycles.steps import train_model
 
 
-def trained(defaults, folder, lm):  # noqa: F811
+def trained(defaults, folder, lm, padded=True, **changed):  # noqa: F811
     """A session whose baseline is trained on short texts of two classes."""
+    if not padded:
+        lm.config.pad_token_id = None
     lm.save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = tokenizer.pad_token if padded else None
+    tokenizer.save_pretrained(folder / "model")
     lines = [{"text": f"{TEXTS[i % 6]} {TEXTS[i % 5]} {i}", "label": ("negative", "positive")[i % 2]}
              for i in range(60)]
     (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     session = Session(defaults[0] | {"MODEL": str(folder / "model"), "DATASET": str(folder / "mine.jsonl"),
-                                     "LABEL_FIELD": "label", "EPOCHS_PER_CYCLE": 1, "DEVICE": "cpu", "LR": 1e-2}, 0)
+                                     "LABEL_FIELD": "label", "EPOCHS_PER_CYCLE": 1, "DEVICE": "cpu", "LR": 1e-2, **changed}, 0)
     train_model(session, "baseline", 0)
     return session
 
@@ -50,6 +54,32 @@ def test_transformers_loads_it_and_says_the_same(defaults, tmp_path, make):  # n
             assert set(found) == {"negative", "neutral", "positive"}
             share = found["positive"] / (found["positive"] + found["negative"])
             assert share == pytest.approx(float(row[1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("make,changed", [
+    (lambda: classifier("llama", problem_type="multi_label_classification"), {"KEEP_HEAD": False}),
+    (lambda: tiny_model("llama"), {"MODEL_DTYPE": "bfloat16", "TARGET_LAYER": "1"}),
+    (lambda: classifier("llama"), {"MODEL_DTYPE": "bfloat16", "TARGET_LAYER": "1"}),
+], ids=["several labels", "bfloat16", "own bfloat16"])
+def test_what_is_saved_gives_probabilities_in_float32(defaults, tmp_path, make, changed):  # noqa: F811
+    session = trained(defaults, tmp_path, make(), **changed)
+    assert "pipeline" in save_for_others(session, tmp_path / "out")
+    classify = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None, device="cpu")
+    texts, p = expected(session)
+    names = json.loads((tmp_path / "out/classes.json").read_text())
+    assert classify.model.config.id2label == dict(enumerate(names))
+    assert {x.dtype for x in classify.model.parameters()} == {torch.float32}
+    for row, found in zip(p, classify(texts, batch_size=3)):
+        scores = {item["label"]: item["score"] for item in found}
+        assert sum(scores.values()) == pytest.approx(1, abs=1e-4)
+        share = scores["positive"] / (scores["positive"] + scores["negative"])
+        assert share == pytest.approx(float(row[1]), abs=0.03)
+
+
+def test_a_last_word_with_the_number_zero_is_read(defaults, tmp_path):  # noqa: F811
+    """A tokenizer without padding: GPT-2's token 0 is "!", which transformers must not take for padding."""
+    session = trained(defaults, tmp_path, tiny_model("gpt2"), padded=False)
+    assert session.task.pad_id == session.model.lm.config.pad_token_id == session.tokenizer.eos_token_id != 0
 
 
 def test_a_head_that_transformers_has_not_is_saved_beside_the_body(defaults, tmp_path):  # noqa: F811
@@ -120,6 +150,8 @@ def test_rows_of_numbers_are_classified(written, tmp_path, script, own_store):  
     truth = [session.task.class_names[i] for i in session.task.y[session.task.splits["test"]].tolist()]
     assert list(found.columns)[:2] == ["row", "prediction"] and (found.prediction == truth).mean() > 0.8
     pandas.DataFrame(x[:, 1:].numpy()).to_csv(tmp_path / "rows.csv", index=False)
-    for data, said in ((f"{tmp_path}/rows.csv", "must have 13 columns"), (f"{tmp_path}/gone.csv", "there is no file")):
+    pandas.DataFrame(x.numpy()).to_csv(tmp_path / "bare.csv", index=False, header=False)
+    for data, said in ((f"{tmp_path}/rows.csv", "must have 13 columns"),
+                       (f"{tmp_path}/bare.csv", "give it a first line with the columns' names"), (f"{tmp_path}/gone.csv", "there is no file")):
         code, _, err = script("predict.py", "SETTING=mine", f"DATA={data}", ok=False)
         assert code == 2 and said in err.splitlines()[-1]

@@ -9,7 +9,7 @@ from test_sae_ception_cycles import cycle, defaults  # noqa: F401  (a fixture)
 from test_sae_ception_gates import text_task
 
 from cycles.classifier import TextClassifier
-from cycles.heads import columns_of
+from cycles.heads import columns_of, padding_id
 from cycles.session import Session
 from cycles.tasks import Task
 from lib.environment import InputError
@@ -100,6 +100,21 @@ def test_classes_that_the_head_lacks_are_refused(task, names):
     with pytest.raises(InputError, match="set KEEP_HEAD=False") as error:
         columns_of(classifier("llama", names), task)
     assert "\n" not in str(error.value)
+
+
+def test_two_labels_for_one_output_are_refused():
+    with pytest.raises(InputError, match="are not as many classes of MODEL's own head; .* KEEP_HEAD=False"):
+        columns_of(classifier("llama"), task_of(["Positive", "negative", "positive"]))
+
+
+def test_padding_is_what_the_head_skips_and_no_word():
+    class Without:
+        pad_token_id, eos_token_id = None, 9
+
+    assert padding_id(Without, classifier("llama").config, own_head=True) == 0
+    assert padding_id(word_tokenizer(), transformers.GPT2Config(pad_token_id=5), own_head=True) == 5
+    assert padding_id(word_tokenizer(), transformers.GPT2Config(pad_token_id=5), own_head=False) == 0
+    assert padding_id(Without, transformers.GPT2Config(), own_head=False) == 9
 
 
 def test_numbers_of_a_head_without_names_stay_numbers():

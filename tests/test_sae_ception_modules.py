@@ -24,6 +24,24 @@ TABLE = """
         module = nn.Sequential(nn.Linear(13, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, 3))
         return module, "2", {"train": (x[~test], y[~test]), "test": (x[test], y[test]), "classes": data.target_names}
 """
+ODD = """
+    from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class Wrap(nn.Module):
+        def forward(self, x):
+            return x[None]
+
+    class Unwrap(nn.Module):
+        def forward(self, x):
+            return x[0]
+
+    def drawn(x, y, **how):
+        return DataLoader(TensorDataset(x, y), **how)
+"""
 CNN = """
     import gzip
     import numpy as np
@@ -140,11 +158,47 @@ def test_another_code_is_another_model(written):
     ("torch.tensor(data.target)", "torch.tensor(data.target).float()[:, None]", "give each input one label"),
     ("y[~test])", "y)", "inputs and labels of shape"),
     ("torch.tensor(data.data, dtype=torch.float32)", "torch.tensor(data.data).float() / 0", "not finite"),
+    ('return module, "2"', 'return nn.Sequential(module, Pair()), "0.2"', "gives a tuple; it must give the logits alone"),
+    ('return module, "2"', 'return nn.Sequential(Wrap(), Unwrap(), module), "0"', "gives 1 rows for 3 examples"),
+    ("return module,", "module.requires_grad_(False); return module,", "no parameter that trains"),
+    ('"test": (x[test], y[test])', '"test": (x[~test], y[~test])', "are the same inputs; give test examples of its"),
+    ("(x[test], y[test])", "drawn(x, y, sampler=SubsetRandomSampler(range(40)))", "draws with a SubsetRandomSam"),
+    ("(x[test], y[test])", "drawn(x, y, batch_sampler=[[0, 1], [2]])", "draws with a list"),
 ])
 def test_what_can_t_be_right_is_refused_in_one_line(written, old, new, said):
     with pytest.raises(InputError) as error:
-        Session(written(TABLE.replace(old, new)), 0)
+        Session(written(TABLE.replace(old, new) + ODD), 0)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_with_dataclasses_and_an_iterable_data_set(written):
+    """Dataclasses look their module up by name; an iterable data set has a sampler of no meaning."""
+    source = "    from __future__ import annotations\n" + TABLE.replace("def make_classifier", """from dataclasses import dataclass
+
+    @dataclass
+    class Sizes:
+        n: int = 13
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __init__(self, x, y):
+            self.rows = list(zip(x, y))
+
+        def __iter__(self):
+            return iter(self.rows)
+
+    def make_classifier""").replace("(x[test], y[test])", "torch.utils.data.DataLoader(Rows(x[test], y[test]), 4)")
+    assert len(Session(written(source), 0).task.splits["test"]) == 45
+
+
+def test_a_last_batch_of_one_is_refused_where_a_batch_norm_needs_two(written):
+    with pytest.raises(InputError, match="set BATCH_SIZE to another number than 59"):  # 119 examples
+        Session(written(TABLE, BATCH_SIZE=59), 0)
+    Session(written(TABLE.replace("nn.BatchNorm1d(32)", "nn.Identity()"), BATCH_SIZE=59), 0)
+
+
+def test_held_out_inputs_that_are_trained_on_are_told(written, caplog):
+    Session(written(TABLE.replace('"test": (x[test], y[test])', '"test": (x[::3], y[::3])')), 0)
+    assert "45 of 60 test inputs are training inputs too" in caplog.text
 
 
 def test_a_missing_file_and_a_wrong_layer(written, tmp_path):

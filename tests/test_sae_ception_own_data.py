@@ -1,6 +1,7 @@
 """A stranger's file of texts: nothing but its name and columns need be set, and what can't be right is said in one
 line.
 """
+import json
 import logging
 
 import pandas
@@ -99,6 +100,14 @@ def test_two_classes_that_differ_in_case_stay_two_and_are_told(caplog):
     y, names = classes(["a", "A", "a", "A"], ["train"] * 4, "LABEL_FIELD=x")
     assert names == ["A", "a"] and y.tolist() == [1, 0, 1, 0]
     assert "'A' and 'a' are different classes" in caplog.text
+
+
+def test_an_attribute_that_the_first_row_lacks_is_not_forgotten(own, tmp_path):
+    rows = reviews().assign(colour="red").to_dict("records")
+    del rows[0]["colour"]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = refused(own, reviews(), DATASET=str(tmp_path / "mine.jsonl"), ATTRIBUTE_FIELD="colour")
+    assert "ATTRIBUTE_FIELD=colour has no value in 1 of 60 examples" in said
 
 
 def test_numbers_are_named_as_the_data_set_names_them():

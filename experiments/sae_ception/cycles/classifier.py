@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from cycles.heads import check_reads, columns_of, has_own_head, head_parts
+from cycles.heads import check_reads, columns_of, has_own_head, head_parts, padding_id
 from cycles.modules import initialise
 from cycles.sharding import spread
 from cycles.tasks import Task
@@ -19,7 +19,6 @@ from lib.blocks import require_positions
 from lib.environment import InputError
 from lib.hooks import HookPoint, blocks, capture, edit, resolve
 from lib.models import choose_dtype, load_model, local_path
-from lib.texts import filler_id
 
 
 class TextClassifier(nn.Module):
@@ -191,9 +190,8 @@ def text_classifier(
     """
     lm = load_base(c, device)
     require_positions(lm, c["MAX_LENGTH"])
-    if lm.config.pad_token_id is None:
-        lm.config.pad_token_id = filler_id(tokenizer)
     columns = columns_of(lm, task) if has_own_head(lm) and c["KEEP_HEAD"] else None
+    lm.config.pad_token_id = task.pad_id = padding_id(tokenizer, lm.config, own_head=columns is not None)
     if columns is not None and c["LOAD_BITS"]:
         raise InputError("LOAD_BITS quantises MODEL's own head, which trains; set LOAD_BITS=None or KEEP_HEAD=False")
     model = TextClassifier(lm, task.n_classes, c["TARGET_LAYER"], seed, train_below=c["TRAIN_BELOW"], columns=columns)

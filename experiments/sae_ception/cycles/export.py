@@ -21,6 +21,7 @@ from lib.files import write_json, write_text, write_torch
 
 CHECKED = 16  # validation examples on which the saved model must give the classifier's logits
 TOLERANCE = 1e-3  # of a logit
+MIXED_TOLERANCE = 0.1  # where the frozen layers ran in bfloat16: what is saved is float32
 
 TRANSFORMERS = """from transformers import pipeline
 classify = pipeline("text-classification", {folder!r}, top_k=None)
@@ -51,6 +52,8 @@ def save_for_others(session: Session, folder: Path) -> str:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     names = session.task.class_names
+    if session.is_text and session.model.columns is not None:  # all outputs of its own head, in their order
+        names = [name for _, name in sorted(session.model.lm.config.id2label.items())]
     if session.is_text:
         how = _save_text(session, work)
     else:
@@ -71,16 +74,24 @@ def _position(session: Session) -> int:
 
 def _save_text(session: Session, folder: Path) -> str:
     model: TextClassifier = session.model
-    whole: Any = model.lm
+    whole: Any
     if model.columns is None:
         whole = _as_transformers(model, session.task.class_names)
+    else:
+        whole = copy.deepcopy(model.lm).float()
     tokenizer: Any = session.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(session.task.pad_id)
     tokenizer.save_pretrained(folder)
     if whole is not None and _agrees(session, whole):
+        whole.config.problem_type = "single_label_classification"  # pipelines apply a softmax
         whole.save_pretrained(folder)
         return TRANSFORMERS
+    if model.columns is not None:
+        raise InputError("transformers gives other logits than the trained classifier; set KEEP_HEAD=False and train "
+                         "again")
     log.warning("transformers has no classifier with this head, so the body is saved with the head beside it")
-    model.lm.base_model.save_pretrained(folder)
+    copy.deepcopy(model.lm.base_model).float().save_pretrained(folder)
     save_file({name: value.cpu().contiguous() for name, value in model.head.state_dict().items()},
               folder / "head.safetensors")
     return HEAD
@@ -100,7 +111,7 @@ def _as_transformers(model: TextClassifier, names: list[str]) -> Any:
     if len(parts) != 1 or not isinstance(parts[0], nn.Linear) or (parts[0].bias is None) != (model.head.bias is None):
         return None
     parts[0].load_state_dict(model.head.state_dict())
-    return whole.eval()
+    return whole.float().eval()
 
 
 @torch.no_grad()
@@ -113,4 +124,5 @@ def _agrees(session: Session, whole: Any) -> bool:
     ours = model(batch)[1].float()
     theirs = whole.to(device)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     theirs = theirs if model.columns is None else theirs[:, model.columns]
-    return torch.allclose(ours, theirs, atol=TOLERANCE)
+    mixed = any(p.dtype != torch.float32 for p in model.parameters())
+    return torch.allclose(ours, theirs, atol=MIXED_TOLERANCE if mixed else TOLERANCE)

@@ -41,6 +41,9 @@ def columns_of(lm: Any, task: Task) -> list[int]:
                          "its names or numbers as labels, or set KEEP_HEAD=False for a new head")
     if getattr(lm.config, "problem_type", None) == "multi_label_classification":
         raise InputError("MODEL's own head gives each text several labels; set KEEP_HEAD=False for a new head")
+    if len(set(found)) < len(found):
+        raise InputError(f"the labels {', '.join(task.class_names[:5])} are not as many classes of MODEL's own head; "
+                         "write alike what is one class, or set KEEP_HEAD=False for a new head")
     names = [lm.config.id2label[i] for i in found]
     if task.class_names == [str(number) for number in task.numbers] and not all(
             name.startswith("LABEL_") for name in names):
@@ -50,6 +53,15 @@ def columns_of(lm: Any, task: Task) -> list[int]:
              ", ".join(f"{name} = {lm.config.id2label[i]}" for name, i in zip(task.class_names, found)),
              f"; its {left} other classes are not in the data and are left out" if left else "")
     return found
+
+
+def padding_id(tokenizer: Any, config: Any, *, own_head: bool) -> int:
+    """The token that fills up batches. transformers' causal heads skip it wherever it stands, so it must be the one
+    that the config of a model's own head names, and no word: GPT-2 has no padding token, and its token 0 is "!".
+    """
+    of_tokenizer, of_model = tokenizer.pad_token_id, config.pad_token_id
+    wanted = (of_model, of_tokenizer) if own_head else (of_tokenizer, of_model)
+    return next((token for token in (*wanted, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def check_reads(model: Any) -> None:

@@ -27,7 +27,7 @@ def text_task(c: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
     y, known = classes([row.get(label) for row in rows], where, f"LABEL_FIELD={label}")
     task = Task(y, 0, {}, class_names=in_words(known, _called(c, label)), pad_id=filler_id(tokenizer),
                 numbers=[value for value in known if type(value) is int])
-    if attribute and attribute in rows[0]:
+    if attribute and any(attribute in row for row in rows):
         values = [row.get(attribute) for row in rows]
         task.attribute, known = classes(values, where, f"ATTRIBUTE_FIELD={attribute}", trained_on=False)
         task.attribute_names = in_words(known, _called(c, attribute))

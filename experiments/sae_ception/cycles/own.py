@@ -6,6 +6,7 @@ The function takes nothing and returns (module, name of the target layer, data).
 seed has another start. data is a dict: "train", "test" and, if there is one, "val" are data sets or data loaders of
 (x, y), or such a pair of tensors; "classes", if it is there, holds the classes' names.
 """
+import copy
 import importlib.util
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
 from cycles.labels import classes, in_words
@@ -56,11 +57,12 @@ def make(model: str, seed: int) -> Own:
     Raises InputError if file or function are missing or fail, or if the function returns something else.
     """
     path, name = file_of(model), model.rpartition(":")[2]
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"own_model_{path.stem}", path)
     assert spec and spec.loader
     code = importlib.util.module_from_spec(spec)
     with torch.random.fork_rng(), _findable(path.parent):
         torch.manual_seed(seed)
+        sys.modules[spec.name] = code  # where dataclasses look
         try:
             spec.loader.exec_module(code)
             if not callable(getattr(code, name, None)):
@@ -93,9 +95,11 @@ def key_of(weights: str, model: str) -> str:
     return fingerprint([weights, sha256(file_of(model))])
 
 
-def check_fits(model: OwnModule, task: Task) -> None:
-    """Raise InputError unless the module takes the task's inputs and gives a number for each class."""
-    x = task.images[:2] if task.images is not None else torch.zeros(0)
+def check_fits(model: OwnModule, task: Task, batch_size: int) -> None:
+    """Raise InputError unless the module takes the task's inputs, gives a number for each class and can be trained."""
+    x = task.images[:3] if task.images is not None else torch.zeros(0)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("the module of MODEL has no parameter that trains; set requires_grad of what is to be trained")
     model.eval()
     try:
         with torch.no_grad():
@@ -105,9 +109,22 @@ def check_fits(model: OwnModule, task: Task) -> None:
     except Exception as error:  # whatever code of other people raises
         raise InputError(f"the module of MODEL can't read its data ({first_line(error)}); x has the shape "
                          f"{tuple(x.shape)}, {x.dtype}") from error
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the module of MODEL gives a {type(logits).__name__}; it must give the logits alone, one "
+                         "number for each class")
+    if len(h) != len(x):
+        raise InputError(f"the target layer {model.target.path} gives {len(h)} rows for {len(x)} examples; name a layer "
+                         "whose first dimension is the examples")
     if logits.shape != (len(x), task.n_classes):
         raise InputError(f"the module of MODEL gives {logits[0].numel()} numbers for each example, but the data have "
                          f"the classes 0 to {task.n_classes - 1}; they must be as many")
+    if len(task.splits["train"]) % batch_size == 1:
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                copy.deepcopy(model).train()({"x": x[:1]})
+        except Exception as error:  # a batch norm needs two
+            raise InputError(f"the last batch of an epoch has one example, which the module of MODEL can't learn from "
+                             f"({first_line(error)}); set BATCH_SIZE to another number than {batch_size}") from error
     path = model.target.path
     log.info("MODEL: %s, %s parameters; target layer %s, %d units", type(model.module).__name__,
              f"{sum(p.numel() for p in model.parameters()):,}", path, h.shape[1])
@@ -124,11 +141,38 @@ def own_task(own: Own, limit: int | None) -> tuple[Task, list[str]]:
     y, known = classes([label for _, labels in parts.values() for label in labels], where, "the data's y")
     if known != list(range(len(known))):
         raise InputError(f"the data's classes must be numbered from 0, each in training; they are {known[:12]}")
+    _check_repeated(parts)
     called = own.data.get("classes", getattr(own.data["train"], "classes", None))
     task = Task(y, 0, {}, class_names=in_words(known, None if called is None else list(map(str, called))))
     kept = limited(task, where, limit)
     task.images, task.y = torch.cat([x for x, _ in parts.values()])[kept], y[kept]
     return task, [where[i] for i in kept]
+
+
+def _check_repeated(parts: dict[str, tuple[Tensor, list[Any]]]) -> None:
+    """Warn of held-out inputs that are training inputs too. Raises InputError if a split is the training data."""
+    train = parts["train"][0]
+    trained = {hash(row.numpy().tobytes()) for row in train}
+    for name, (x, _) in parts.items():
+        if name == "train":
+            continue
+        if torch.equal(x, train):
+            raise InputError(f"data['train'] and data[{name!r}] are the same inputs; give {name} examples of its own")
+        n = sum(hash(row.numpy().tobytes()) in trained for row in x)
+        if n:
+            log.warning("%s of %s %s inputs are training inputs too: take them out of one of the two", f"{n:,}",
+                        f"{len(x):,}", name)
+
+
+def _check_loader(loader: DataLoader, name: str) -> None:
+    """Raise InputError for a loader that draws from its data set: it would be read whole."""
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    for sampler, known in ((loader.sampler, (SequentialSampler, RandomSampler)),
+                           (loader.batch_sampler, (BatchSampler, type(None)))):
+        if type(sampler) not in known:
+            raise InputError(f"data[{name!r}] draws with a {type(sampler).__name__}; give the examples that belong to "
+                             "it alone: torch.utils.data.Subset(data set, their numbers)")
 
 
 def _read(source: Any, name: str) -> tuple[Tensor, list[Any]]:
@@ -137,6 +181,7 @@ def _read(source: Any, name: str) -> tuple[Tensor, list[Any]]:
         x, y = source
     else:
         if isinstance(source, DataLoader):
+            _check_loader(source, name)
             source, collate = source.dataset, source.collate_fn
         else:
             collate = None

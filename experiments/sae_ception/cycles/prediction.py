@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas
 import torch
+from pandas.api.types import is_numeric_dtype
 
 from cycles.examples import outputs
 from cycles.session import Session
@@ -13,7 +14,7 @@ from cycles.tasks import Task
 from lib.environment import InputError, first_line
 from lib.models import local_path
 from lib.sae import SAE
-from lib.texts import filler_id, load_documents, tokenise
+from lib.texts import load_documents, tokenise
 
 
 def texts(session: Session, text: str | None, data: str | None, column: str | None) -> Task:
@@ -28,7 +29,7 @@ def texts(session: Session, text: str | None, data: str | None, column: str | No
     if empty is not None:
         raise InputError(f"text {empty + 1:,} is blank; give it words, or leave its row out of DATA")
     return Task(torch.zeros(len(found), dtype=torch.long), session.task.n_classes, {}, texts=found, tokens=tokens,
-                pad_id=filler_id(session.tokenizer))
+                pad_id=session.task.pad_id)
 
 
 def numbers(session: Session, data: str) -> Task:
@@ -37,13 +38,17 @@ def numbers(session: Session, data: str) -> Task:
     assert images is not None
     shape = images.shape[1:]
     try:
-        frame = pandas.read_csv(local_path(data) or Path(data))
+        path = local_path(data) or Path(data)
+        first = pandas.read_csv(path, header=None, nrows=1)
+        frame = pandas.read_csv(path)
         x = torch.tensor(frame.to_numpy(dtype="float64"))
     except (ValueError, OSError) as error:
         raise InputError(f"DATA={data} is no .csv file of numbers ({first_line(error)}); set DATA to one") from None
     if x.shape[1] != shape.numel() or not torch.isfinite(x).all():
         raise InputError(f"DATA={data} must have {shape.numel():,} columns of finite numbers, one for each input; it "
                          f"has {x.shape[1]:,} columns")
+    if all(map(is_numeric_dtype, first.dtypes)) and first.iloc[0].tolist() != list(range(x.shape[1])):
+        raise InputError(f"DATA={data} begins with a row of numbers; give it a first line with the columns' names")
     scale = session.c["PIXEL_SCALE"] if session.c["MODEL"] == "mlp" else 1.0
     return Task(torch.zeros(len(x), dtype=torch.long), session.task.n_classes, {},
                 images=(x * scale).to(images.dtype).view(-1, *shape))

@@ -78,7 +78,7 @@ class Session:
             return MLP(self.task.n_pixels, self.task.n_classes, layer, seed)
         own = self.own if seed == self.seed else make(self.c["MODEL"], seed)
         model = OwnModule(own.module, own.layer if layer == "last" else layer)
-        check_fits(model, self.task)
+        check_fits(model, self.task, self.c["BATCH_SIZE"])
         return model
 
     def folder(self, arm: str, cycle: int) -> Path:
