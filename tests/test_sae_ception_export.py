@@ -27,8 +27,8 @@ def trained(defaults, folder, lm, padded=True, **changed):  # noqa: F811
     lines = [{"text": f"{TEXTS[i % 6]} {TEXTS[i % 5]} {i}", "label": ("negative", "positive")[i % 2]}
              for i in range(60)]
     (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    session = Session(defaults[0] | {"MODEL": str(folder / "model"), "DATASET": str(folder / "mine.jsonl"),
-                                     "LABEL_FIELD": "label", "EPOCHS_PER_CYCLE": 1, "DEVICE": "cpu", "LR": 1e-2, **changed}, 0)
+    small = {"LABEL_FIELD": "label", "EPOCHS_PER_CYCLE": 1, "DEVICE": "cpu", "LR": 1e-2, **changed}
+    session = Session(defaults[0] | small | {"MODEL": str(folder / "model"), "DATASET": str(folder / "mine.jsonl")}, 0)
     train_model(session, "baseline", 0)
     return session
 
@@ -152,6 +152,7 @@ def test_rows_of_numbers_are_classified(written, tmp_path, script, own_store):  
     pandas.DataFrame(x[:, 1:].numpy()).to_csv(tmp_path / "rows.csv", index=False)
     pandas.DataFrame(x.numpy()).to_csv(tmp_path / "bare.csv", index=False, header=False)
     for data, said in ((f"{tmp_path}/rows.csv", "must have 13 columns"),
-                       (f"{tmp_path}/bare.csv", "give it a first line with the columns' names"), (f"{tmp_path}/gone.csv", "there is no file")):
+                       (f"{tmp_path}/bare.csv", "give it a first line with the columns' names"),
+                       (f"{tmp_path}/gone.csv", "there is no file")):
         code, _, err = script("predict.py", "SETTING=mine", f"DATA={data}", ok=False)
         assert code == 2 and said in err.splitlines()[-1]

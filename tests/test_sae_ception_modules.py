@@ -42,6 +42,20 @@ ODD = """
     def drawn(x, y, **how):
         return DataLoader(TensorDataset(x, y), **how)
 """
+ROWS = """
+    from dataclasses import dataclass
+
+    @dataclass
+    class Sizes:
+        n: int = 13
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __init__(self, x, y):
+            self.rows = list(zip(x, y))
+
+        def __iter__(self):
+            return iter(self.rows)
+"""
 CNN = """
     import gzip
     import numpy as np
@@ -158,7 +172,7 @@ def test_another_code_is_another_model(written):
     ("torch.tensor(data.target)", "torch.tensor(data.target).float()[:, None]", "give each input one label"),
     ("y[~test])", "y)", "inputs and labels of shape"),
     ("torch.tensor(data.data, dtype=torch.float32)", "torch.tensor(data.data).float() / 0", "not finite"),
-    ('return module, "2"', 'return nn.Sequential(module, Pair()), "0.2"', "gives a tuple; it must give the logits alone"),
+    ('return module, "2"', 'return nn.Sequential(module, Pair()), "0.2"', "gives a tuple; it must give the logits"),
     ('return module, "2"', 'return nn.Sequential(Wrap(), Unwrap(), module), "0"', "gives 1 rows for 3 examples"),
     ("return module,", "module.requires_grad_(False); return module,", "no parameter that trains"),
     ('"test": (x[test], y[test])', '"test": (x[~test], y[~test])', "are the same inputs; give test examples of its"),
@@ -173,20 +187,8 @@ def test_what_can_t_be_right_is_refused_in_one_line(written, old, new, said):
 
 def test_a_file_with_dataclasses_and_an_iterable_data_set(written):
     """Dataclasses look their module up by name; an iterable data set has a sampler of no meaning."""
-    source = "    from __future__ import annotations\n" + TABLE.replace("def make_classifier", """from dataclasses import dataclass
-
-    @dataclass
-    class Sizes:
-        n: int = 13
-
-    class Rows(torch.utils.data.IterableDataset):
-        def __init__(self, x, y):
-            self.rows = list(zip(x, y))
-
-        def __iter__(self):
-            return iter(self.rows)
-
-    def make_classifier""").replace("(x[test], y[test])", "torch.utils.data.DataLoader(Rows(x[test], y[test]), 4)")
+    loader = "torch.utils.data.DataLoader(Rows(x[test], y[test]), 4)"
+    source = "    from __future__ import annotations\n" + TABLE.replace("(x[test], y[test])", loader) + ROWS
     assert len(Session(written(source), 0).task.splits["test"]) == 45
 
 

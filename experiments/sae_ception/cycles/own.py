@@ -113,8 +113,8 @@ def check_fits(model: OwnModule, task: Task, batch_size: int) -> None:
         raise InputError(f"the module of MODEL gives a {type(logits).__name__}; it must give the logits alone, one "
                          "number for each class")
     if len(h) != len(x):
-        raise InputError(f"the target layer {model.target.path} gives {len(h)} rows for {len(x)} examples; name a layer "
-                         "whose first dimension is the examples")
+        raise InputError(f"the target layer {model.target.path} gives {len(h)} rows for {len(x)} examples; name a "
+                         "layer whose first dimension is the examples")
     if logits.shape != (len(x), task.n_classes):
         raise InputError(f"the module of MODEL gives {logits[0].numel()} numbers for each example, but the data have "
                          f"the classes 0 to {task.n_classes - 1}; they must be as many")
