@@ -26,8 +26,8 @@ EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after e
 class Source(Protocol):
     """What a training reads: shuffled training rows, rows to score it on, and what is known of them beforehand.
 
-    Stored rows are one (`Rows`). covariance: of the training rows about `mean`; scale: sqrt of its trace. n_train: rows
-    of an epoch. n_val: held-out rows.
+    Stored rows are one (`Rows`). covariance: of the training rows, or many of them, about `mean`; scale: sqrt of its
+    trace. n_train: rows of an epoch. n_val: held-out rows.
     """
 
     mean: Tensor
@@ -65,13 +65,13 @@ class Rows:
     mean: Tensor
     """[D], of the training rows."""
     covariance: Tensor
-    """[D, D], of the training rows."""
+    """[D, D], of the training rows about the mean; in a large run of rows spread evenly over it (lib/summaries.py)."""
     kept: dict[str, Tensor] | None = None
     """A dict in which trainings share the whitened rows of a run that fits into one buffer; None: each has its own."""
 
     @property
     def scale(self) -> float:
-        """sqrt(mean squared norm of x - mean), the divisor of x'."""
+        """sqrt(mean squared norm of x - mean) over the rows of the covariance, the divisor of x'."""
         return float(self.covariance.cpu().double().trace().sqrt())
 
     @cached_property
