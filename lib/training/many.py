@@ -38,7 +38,7 @@ TIMED_ROWS, TIMED_STEPS = 32_768, 2  # read and taken to tell how long a trainin
 KEPT = 6  # float32 arrays [F, D] of a training: two matrices and their four moments
 BEST = {"cpu": 2}  # those of the best epoch, which lie in the CPU's memory
 SCORE_BYTES = 2  # at least, of a pre-activation
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+MEMINFO, MEMORY_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +206,10 @@ def _require_memory(needed: int, n_saes: int, device: torch.device) -> None:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a CUDA device, or under Linux for the CPU; None where nobody tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # from before, for torch alone
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = MEMINFO.read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         limit = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.exists() else "max"
     except (OSError, StopIteration, ValueError):
