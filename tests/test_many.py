@@ -222,6 +222,26 @@ def test_memory_that_is_asked_for_is_what_a_training_holds(layers, monkeypatch):
         assert many.memory_needed(jobs, groups, torch.device(device)) == wanted + of_rows
 
 
+def test_memory_that_torch_keeps_on_a_gpu_counts_as_free(monkeypatch):
+    """What an earlier training in the same process has left there."""
+    for name, found in ("mem_get_info", (10, 100)), ("memory_reserved", 7), ("memory_allocated", 3):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert many.free_memory(torch.device("cuda")) == 14
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max\n", 3 << 20), ("1000000\n", 1_000_000), (None, 3 << 20)])
+def test_a_container_may_have_less_memory_than_its_machine(monkeypatch, tmp_path, limit, free):
+    told, path = tmp_path / "meminfo", tmp_path / "memory.max"
+    told.write_text("MemTotal: 9999 kB\nMemAvailable: 3072 kB\n")
+    if limit:
+        path.write_text(limit)
+    monkeypatch.setattr(many, "MEMINFO", told)
+    monkeypatch.setattr(many, "MEMORY_LIMIT", path)
+    assert many.free_memory(torch.device("cpu")) == free
+    told.unlink()
+    assert many.free_memory(torch.device("cpu")) is None
+
+
 def test_memory_and_time_are_told_before(layers, in_memory, caplog):
     jobs = [Job(layers[0], replace(BASE, top_k=k)) for k in (2, 3)]
     with caplog.at_level(logging.INFO):
@@ -258,6 +278,7 @@ WRONG = [
     (["SAES=TOP_K=3,x"], "SAES: TOP_K=x must be a whole number"), (["SAES=TOP_K"], "SAES: TOP_K= must be a whole"),
     (["SAES=KIND=gated"], "SAES: KIND=gated must be one of topk,"), (["SAES=DEVICE=cpu"], "SAES can't name DEVICE"),
     (["SAES=SEED=0,1", "LIVE=True"], "with LIVE=True, SAES can't name SEED"),
+    (["SAES=BATCH_SIZE_TRAIN=64,9999", "LIVE=True"], "with LIVE=True, SAES can't name BATCH_SIZE_TRAIN"),
     (["SAES=SEED=0,1", "TRACKER=wandb"], "TRACKER=wandb shows one training at a time"),
     (["SAES=TOP_K=2,9999"], "TOP_K=9999 must be between 1 and the number of latents"),
     (["SAES=LAYER=resid_post:1,resid_post:7"], "not resid_post:7"),

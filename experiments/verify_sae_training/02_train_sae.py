@@ -134,7 +134,8 @@ def plan_saes(saved):
     """The SAEs to make, each once."""
     if len(EACH) > 1 and TRACKER in ("wandb", "trackio"):
         raise InputError(f"TRACKER={TRACKER} shows one training at a time; with SAES set local, tensorboard or mlflow")
-    if varied := {"LAYER", "SEED", "EPOCHS"} & {name for changes in EACH for name in changes} if LIVE else set():
+    fixed = {"LAYER", "SEED", "EPOCHS", "BATCH_SIZE_TRAIN"} if LIVE else set()
+    if varied := fixed & {name for changes in EACH for name in changes}:
         raise InputError(f"with LIVE=True, SAES can't name {', '.join(sorted(varied))}: its SAEs see the same batches")
     sources, planned = {}, {}
     for changes in EACH:
