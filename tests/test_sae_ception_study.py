@@ -18,6 +18,7 @@ from cycles.frontier import (
     at_best_lambda,
     at_equal_pull,
     best_lambda,
+    choosers,
     mean_distance,
     read_study,
 )
@@ -106,8 +107,8 @@ def test_the_best_lambda_keeps_the_accuracy_on_validation():
         rows += [("per_class", lam, seed, accuracy, 0.1 * seed + gain * seed, lam) for seed in (1, 2)]
     gains = against_lambda0(table(rows))
     assert best_lambda(gains, "per_class", ENDS) == 1.0
-    assert at_best_lambda(gains, "per_class", ENDS, U).to_dict() == pytest.approx({1: 0.02, 2: 0.04})
-    assert at_best_lambda(gains, "per_class", ENDS, ACCURACY).to_dict() == pytest.approx({1: -0.004, 2: -0.004})
+    assert at_best_lambda(gains, "per_class", ENDS, U).to_dict() == pytest.approx({2: 0.04})  # seed 1 has chosen
+    assert at_best_lambda(gains, "per_class", ENDS, ACCURACY).to_dict() == pytest.approx({2: -0.004})
     gains.loc[gains.lam < 10, f"val_{ACCURACY}"] = -0.1
     assert best_lambda(gains, "per_class", ENDS) is None
     assert not len(at_best_lambda(gains, "per_class", ENDS, U))
@@ -116,6 +117,20 @@ def test_the_best_lambda_keeps_the_accuracy_on_validation():
     assert best_lambda(gains, "per_class", ENDS) == 10.0
     gains["val_base_information"] = -gains.lam
     assert best_lambda(gains, "per_class", ENDS._replace(kept={"base_information": 5.0})) == 1.0
+
+
+def test_luck_is_not_chosen_and_scored_at_once():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(30):  # studies in which no lambda does anything
+        rows = [("lambda0", 0, seed, 0.9, 0.2, math.nan) for seed in range(12)]
+        rows += [("per_class", lam, seed, 0.9, 0.2 + luck, lam) for lam in (0.1, 0.3, 1.0, 3.0, 10.0)
+                 for seed, luck in enumerate(rng.normal(0, 0.02, 12))]
+        gains = against_lambda0(table(rows))
+        assert choosers(gains) == [0, 1, 2, 3]
+        gains.loc[gains.seed > 3, f"val_{U}"] += 100 * gains.lam  # those who are scored have no say
+        found.append(at_best_lambda(gains, "per_class", ENDS, U))
+    assert all(list(scored.index) == list(range(4, 12)) for scored in found)
+    assert abs(np.mean(found)) < 2.5 * 0.02 / np.sqrt(8 * 30)  # +.007 where all seeds choose and are scored
 
 
 def test_curves_are_compared_where_both_run():
@@ -136,9 +151,9 @@ def test_equal_pull_is_on_a_logarithmic_scale():
 
 
 def judged(gain, accuracy=0.9, control=0.0):
-    """A study of 12 seeds in which per_class gains `gain` in U on average, and the control `control`."""
+    """A study of 15 seeds in which per_class gains `gain` in U on average, and the control `control`."""
     rows = []
-    for seed in range(12):
+    for seed in range(15):
         noise = 0.001 * (-1) ** seed
         rows.append(("lambda0", 0, seed, 0.9, 0.2, math.nan))
         rows.append(("per_class", 1.0, seed, accuracy, 0.2 + gain + noise, 1.0))
