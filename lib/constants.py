@@ -96,6 +96,8 @@ def read_grid(grid: str, namespace: dict[str, Any], names: tuple[str, ...]) -> l
             if name not in kinds:
                 refuse(f"{grid} can't name {shown(name)}{nearest(name.upper(), list(names))}; it can name "
                        f"{', '.join(names)}")
+            if name in chosen:
+                refuse(f"{grid} names {name} twice; put all of its values into one list, or part the grids by ';'")
             try:
                 chosen[name] = [read_value(name, value, kinds[name]) for value in values.split(",")]
             except ValueError as error:

@@ -276,6 +276,7 @@ def test_saes_of_the_script_stand_where_single_trainings_put_them(script, source
 WRONG = [
     (["SAES=TOPK=3"], "SAES can't name TOPK; did you mean TOP_K?; it can name LAYER, N_LATENTS_MULTIPLIER, TOP_K"),
     (["SAES=TOP_K=3,x"], "SAES: TOP_K=x must be a whole number"), (["SAES=TOP_K"], "SAES: TOP_K= must be a whole"),
+    (["SAES=TOP_K=2 TOP_K=3"], "SAES names TOP_K twice"),
     (["SAES=KIND=gated"], "SAES: KIND=gated must be one of topk,"), (["SAES=DEVICE=cpu"], "SAES can't name DEVICE"),
     (["SAES=SEED=0,1", "LIVE=True"], "with LIVE=True, SAES can't name SEED"),
     (["SAES=BATCH_SIZE_TRAIN=64,9999", "LIVE=True"], "with LIVE=True, SAES can't name BATCH_SIZE_TRAIN"),
