@@ -117,10 +117,12 @@ def rows_to_train_on(saved, hook):
         return rows_of_run(saved, hook), {}
     from activation_buffer.reading import live_rows  # loads what a language model needs
 
+    largest = max((CONSTANTS | changes)["BATCH_SIZE_TRAIN"] for changes in EACH)
+
     def require_batches(n_tokens):
-        if min(n_tokens // EPOCHS, BUFFER_TOKENS) < BATCH_SIZE_TRAIN:
+        if min(n_tokens // EPOCHS, BUFFER_TOKENS) < largest:
             raise InputError(f"N_TOKENS / EPOCHS ({n_tokens // EPOCHS:,}) and BUFFER_TOKENS must hold a batch of "
-                             f"{BATCH_SIZE_TRAIN:,}; raise them, or lower BATCH_SIZE_TRAIN")
+                             f"{largest:,}; raise them, or lower BATCH_SIZE_TRAIN")
 
     if N_TOKENS is not None:
         require_batches(N_TOKENS)  # before the model is loaded
