@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import lib.activations as activations
 import lib.saving as saving
 import lib.summaries as summaries
-from lib.environment import run, say_next
+from lib.environment import run
 from lib.files import write_json
 from lib.hooks import resolve
 from lib.models import load_tokenizer
@@ -117,10 +117,9 @@ def main() -> None:
     print(f"width {WIDTH}, {n_rows:,} rows; processor time, medians of {ROUNDS}")
     print(pandas.DataFrame(shown).to_string(float_format=lambda x: f"{x:,.2f}" if x < 100 else f"{x:,.0f}"))
     for dtype, of_dtype in medians.items():
-        print(f"{dtype}: {2e6 / of_dtype['together']:,.0f} rows/s on two cores")
+        print(f"{dtype}: {2e6 / of_dtype['together']:,.0f} rows/s on two cores at most")
     write_json(experiment_dir("benchmarks") / "saving_speed.json",
                {"constants": CONSTANTS, "made_with": provenance(), "rows": n_rows, "us_a_row": turns})
-    say_next("04_show_benchmarks.ipynb")
 
 
 if __name__ == "__main__":

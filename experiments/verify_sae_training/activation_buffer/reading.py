@@ -36,8 +36,8 @@ def live_rows(
     """Training rows of the run's hook point from the whole of its data set, without the run's held-out texts.
 
     n_tokens: rows to give; None: `epochs` passes over the texts, by the run's tokens per text. epochs: parts of the
-    training. buffer_tokens: rows that are in memory to be mixed. Raises InputError for a model or data set that can't
-    be reached or has changed, or, without n_tokens, has no known end.
+    training. buffer_tokens: rows that are in memory to be mixed. Raises InputError for a model that
+    lib.reopen.open_model refuses, and a data set that can't be reached or, without n_tokens, has no known end.
     """
     model, tokenizer, point = model_of_run(run, hook, device, trust_remote_code)
     documents = _documents(run, seed)
