@@ -29,7 +29,7 @@ BATCH_TOKENS: Size = 2048                 # tokens of one forward pass
 SAE_BATCH: Size = 4096                    # tokens of one SAE step
 SAE_STEPS: Size = 3                       # timed steps, after one that is not
 HOST_WIDTH: Size = 1536                   # of the activations whose saving and reading is timed without a model
-HOST_TEXTS: Annotated[int, at_least(2), at_most(5376)] = 1000  # stories of at most 128 tokens
+HOST_TEXTS: Annotated[int, at_least(20), at_most(5376)] = 2400  # stories of at most 128 tokens; two savings
 CONSTANTS = override(globals())
 
 import torch
