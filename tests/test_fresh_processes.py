@@ -69,7 +69,7 @@ CHAINS = {
         Step(f"{CEPTION}/05_compare_cycles.ipynb", ["TSNE_EXAMPLES=40"]),
         Step(f"{CEPTION}/06_interpret_features.ipynb", ["SHOW_LATENTS=1", "SHOW_EXAMPLES=1"]),
         Step(f"{CEPTION}/07_run_study.py", ["STUDY=digits", "SEEDS=1", "LAMBDAS=1", "ARMS=lambda0,per_class",
-                                            "ARM_CONSTANTS={}", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1", "N_SAE_SEEDS=1",
+                                            "ARM_CONSTANTS={{}}", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1", "N_SAE_SEEDS=1",
                                             "PROBE_LIMIT=100", "EVAL_LIMIT=100"], "08_judge_study.py"),
         Step(f"{CEPTION}/08_judge_study.py", ["STUDY=digits"], "complete, 2 of 2 results"),
     ],

@@ -7,6 +7,7 @@ step.py and fast_step.py in this folder have the mathematics of one step, kinds.
 settings and rules, checkpoints.py history and checkpoints. A training that was killed at any moment and is called again
 resumes from its last checkpoint, which Ctrl-C and SIGTERM write before they end it, and ends with the same bytes.
 """
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -173,8 +174,7 @@ def _try_batch(training: Training, x: Tensor, bar: tqdm) -> None:
         return
     bar.update()
     if val:
-        dead_pct = training.made["history"]["train"]["dead_pct"][-1]
-        bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{dead_pct:.1f}%")
+        bar.set_postfix(ev=f"{val['val_ev']:.3f}", dead=f"{training.made['history']['train']['dead_pct'][-1]:.1f}%")
 
 
 def take_batch(training: Training, x: Tensor) -> dict[str, float] | None:
@@ -195,7 +195,7 @@ def finish(training: Training) -> tuple[SAE, dict[str, Any]]:
     """The SAE of the best epoch, and the history, after the last step. Raises Diverged if there is none."""
     if training.failed:
         if training.checkpoint and rank() == 0:
-            training.checkpoint.unlink(missing_ok=True)  # it would only diverge again
+            shutil.rmtree(training.checkpoint.parent, ignore_errors=True)  # it would only diverge again
         raise training.failed
     made, settings = training.made, training.settings
     history = made["history"] | {"settings": asdict(settings), "precision": made["precision"],
