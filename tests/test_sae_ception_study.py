@@ -119,6 +119,14 @@ def test_the_best_lambda_keeps_the_accuracy_on_validation():
     assert best_lambda(gains, "per_class", ENDS._replace(kept={"base_information": 5.0})) == 1.0
 
 
+def test_a_lambda_at_which_networks_die_is_not_chosen():
+    rows = [("lambda0", 0, seed, 0.9, 0.2, math.nan) for seed in range(6)]
+    rows += [("per_class", lam, seed, 0.9, 0.2 + lam, lam) for lam in (0.1, 1.0) for seed in range(6)]
+    assert best_lambda(against_lambda0(table(rows)), "per_class", ENDS) == 1.0
+    rows.remove(("per_class", 1.0, 1, 0.9, 1.2, 1.0))
+    assert best_lambda(against_lambda0(table(rows)), "per_class", ENDS) == 0.1
+
+
 def test_luck_is_not_chosen_and_scored_at_once():
     rng, found = np.random.default_rng(0), []
     for _ in range(30):  # studies in which no lambda does anything

@@ -77,13 +77,15 @@ def choosers(gains: pandas.DataFrame) -> list[int]:
 
 def best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> float | None:
     """The arm's lambda with the largest mean gain in the first endpoint on validation, among those that on average keep
-    there what is to be kept; None if none does.
+    there what is to be kept, with a result of every seed that chooses; None if none does.
 
     The seeds of choosers() alone decide, one lambda for all others; test scores play no part. Every arm gets the same
     chance, whatever its scale of lambda is.
     """
     names = list(dict.fromkeys(f"val_{name}" for name in (endpoints.first, *endpoints.kept)))
-    mean = gains[(gains.arm == arm) & gains.seed.isin(choosers(gains))].groupby("lam")[names].mean()
+    by_lambda = gains[(gains.arm == arm) & gains.seed.isin(choosers(gains))].groupby("lam")
+    # A network that died has no SAE and no result: those that lived must not stand for all.
+    mean = by_lambda[names].mean()[by_lambda.size() == len(choosers(gains))]
     for name, loss in endpoints.kept.items():
         mean = mean[mean[f"val_{name}"] >= -loss]
     return float(mean[names[0]].idxmax()) if len(mean) else None
