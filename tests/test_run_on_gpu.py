@@ -71,10 +71,15 @@ def test_a_trainer_in_a_process_is_timed_or_ended():
         jobs.time_peer("ours", (16, 32, 2), 64, limit=0.01, **options)
 
 
-def test_a_live_training_is_timed_by_the_difference_of_two(tmp_path):
+def test_a_live_training_is_timed_by_the_difference_of_two(tmp_path, monkeypatch):
+    run_step, seconds = live._run, iter([9.0, 5.0, 8.0])
+    monkeypatch.setattr(live, "_run", lambda *step, **constants: (run_step(*step, **constants), next(seconds))[1])
     found = live.time_live("tiny", (600, 1800), CPU, multiplier=2, k=4, batch=64, buffer_tokens=300)
-    few, many = found["seconds_of_each"]
-    assert found["seconds"] == pytest.approx(max(1e-3, many - few)) and found["tokens_per_s"] > 0
+    assert (found["seconds"], found["tokens_per_s"], found["seconds_of_each"]) == (3.0, 400.0, [5.0, 8.0])
+    monkeypatch.setattr(live, "_run", lambda *step, **constants: 5.0)
+    with pytest.raises(InputError, match="took no longer"):
+        live.time_live("tiny", (600, 1800), CPU)
+    monkeypatch.undo()
     with pytest.raises(InputError, match="02_train_sae.py ended with code 2: .*TOP_K"):
         live._run(tmp_path, "02_train_sae.py", TOP_K=0)
 

@@ -25,7 +25,8 @@ def time_live(
     """Tokens per second of a random model and a TopK SAE together, from the difference of two trainings.
 
     lengths: tokens of the shorter and the longer one, at least buffer_tokens each: so set-up, and the filling of the
-    buffer, are in both and drop out. multiplier: latents per dimension. Raises InputError where a step ends early.
+    buffer, are in both and drop out. multiplier: latents per dimension. Raises InputError where a step ends
+    early, or the longer training takes no longer.
     """
     kind, config, shape, signature = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +39,8 @@ def time_live(
         few, many = (_run(store, "02_train_sae.py", LIVE=True, N_TOKENS=length, BUFFER_TOKENS=buffer_tokens, EPOCHS=1,
                           N_LATENTS_MULTIPLIER=multiplier, TOP_K=k, BATCH_SIZE_TRAIN=batch, DEVICE=device)
                      for length in lengths)
-    seconds = max(1e-3, many - few)
+    if (seconds := many - few) <= 0:
+        raise InputError("the longer live training took no longer than the shorter one; set LIVE_TOKENS further apart")
     return {"seconds": seconds, "tokens_per_s": (lengths[1] - lengths[0]) / seconds, "seconds_of_each": [few, many]}
 
 
