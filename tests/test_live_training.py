@@ -73,7 +73,7 @@ def test_without_a_number_it_passes_over_all_texts(run):
     (["N_TOKENS=4000"], "N_TOKENS says how long LIVE=True trains"),
     (["LIVE=True", "N_TOKENS=100"], "must hold a batch of 64"),
     (["LIVE=True", "N_TOKENS=4000", "BUFFER_TOKENS=20"], "must hold a batch of 64"),
-    ([*LIVE, "SAES=BATCH_SIZE_TRAIN=64,300"], "must hold a batch of 300"),
+    ([*LIVE, "SAES=BATCH_SIZE_TRAIN=64,300"], "can't name BATCH_SIZE_TRAIN"),
     (["LIVE=True", "N_TOKENS=0"], "N_TOKENS=0 must be at least 1"),
 ])
 def test_wrong_constants_are_one_line(run, script, given, message):  # noqa: F811
