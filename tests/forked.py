@@ -29,8 +29,9 @@ IMPORTS = ("lib.environment", "lib.activations", "lib.training.loop", "cycles.st
 ROOMS = os.pathsep.join(str(PROJECT / folder)
                         for folder in (".", "experiments/verify_sae_training", "experiments/sae_ception"))
 # Set before a script starts, so that a run of a second writes as many files as a long one.
-OFTEN = {"lib.training.checkpoints.CHECKPOINT_SECONDS": 0.02, "lib.training.checkpoints.CHECKPOINT_SHARE": 1.0,
-         "lib.activations.BLOCK_TEXTS": 16}
+# A checkpoint after every step: how many files a run writes must not depend on how busy the machine is.
+OFTEN = {"lib.training.checkpoints.CHECKPOINT_SECONDS": -1.0,
+         "lib.training.checkpoints.CHECKPOINT_SHARE": float("inf"), "lib.activations.BLOCK_TEXTS": 16}
 VERIFY, CEPTION, EMBEDDED = (f"experiments/{name}"
                              for name in ("verify_sae_training", "sae_ception", "embedded_default"))
 SAVE = ["MODEL={data}/llama", "DATASET={data}/train.jsonl", "LAYER_SIGNATURE=resid_post:1,resid_post:0",

@@ -40,3 +40,15 @@ def test_a_killed_script_ends_with_the_same_bytes(forks, undisturbed, tmp_path, 
         shutil.rmtree(store)
     record_property("fault", f"SIGKILL in {name}")
     record_property("tried", kills)
+
+
+@pytest.mark.parametrize("name, folder", [("verify 02", "*/saes/*topk*"), ("embedded 02", "embedded")])
+def test_a_checkpoint_left_by_a_run_killed_at_its_very_end_is_deleted(forks, undisturbed, tmp_path, name, folder):
+    whole, store = undisturbed(name), tmp_path / "store"
+    shutil.copytree(whole.before, store)
+    assert forks.run(whole.command, store).code == 0
+    left = next(store.glob(folder)) / "checkpoints" / "last.pt"
+    left.parent.mkdir()
+    left.touch()
+    assert forks.run(whole.command, store).code == 0
+    assert contents(store) == whole.files

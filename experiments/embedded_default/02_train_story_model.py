@@ -118,11 +118,12 @@ def main() -> None:
     splits = {split: read_stories(folder / "stories", split) for split in ("train", "val", "test")}
     out = folder / "model"
     made_from = {"constants": CONSTANTS, "stories": {s: sha256(folder / "stories" / f"{s}.jsonl") for s in splits}}
-    if up_to_date(out / "report.json", made_from):
+    with in_use(folder):
+        report = None if up_to_date(out / "report.json", made_from) else make(folder, splits, made_from)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if report is None:
         print(f"{out} is up to date; delete its report.json to train again")
         return
-    with in_use(folder):
-        report = make(folder, splits, made_from)
     print(json.dumps({key: value for key, value in report.items() if key not in ("files", "stories", "constants")},
                      indent=1))
 
@@ -154,7 +155,6 @@ def make(folder: Path, splits: dict[str, list[dict]], made_from: dict) -> dict:
         "files": list_files(out, names),
     }
     write_json(out / "report.json", report)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return report
 
 

@@ -117,12 +117,10 @@ def rows_to_train_on(saved, hook):
         return rows_of_run(saved, hook), {}
     from activation_buffer.reading import live_rows  # loads what a language model needs
 
-    largest = max((CONSTANTS | changes)["BATCH_SIZE_TRAIN"] for changes in EACH)
-
     def require_batches(n_tokens):
-        if min(n_tokens // EPOCHS, BUFFER_TOKENS) < largest:
+        if min(n_tokens // EPOCHS, BUFFER_TOKENS) < BATCH_SIZE_TRAIN:
             raise InputError(f"N_TOKENS / EPOCHS ({n_tokens // EPOCHS:,}) and BUFFER_TOKENS must hold a batch of "
-                             f"{largest:,}; raise them, or lower BATCH_SIZE_TRAIN")
+                             f"{BATCH_SIZE_TRAIN:,}; raise them, or lower BATCH_SIZE_TRAIN")
 
     if N_TOKENS is not None:
         require_batches(N_TOKENS)  # before the model is loaded
@@ -159,7 +157,12 @@ def plan_saes(saved):
 
 def train(planned):
     """Train those that are not there, and write each as soon as it is finished."""
-    missing = [each for each in planned if not is_trained(each.folder, each.origin)]
+    missing = []
+    for each in planned:
+        if not is_trained(each.folder, each.origin):
+            missing.append(each)
+        elif rank() == 0:  # left by a run that was killed between its last file and this
+            shutil.rmtree(each.folder / "checkpoints", ignore_errors=True)
     if done := len(planned) - len(missing):
         log.info("this SAE is already trained" if len(planned) == 1 else f"{done} of these SAEs are already trained")
     with ExitStack() as shown:

@@ -97,13 +97,17 @@ def run_seed(c: Constants, seed: int, parent: int) -> list[str]:
         for arm in c["ARMS"]:
             if os.getppid() != parent:
                 break
-            if not is_finished(session, arm):
-                try:
-                    write_json(result_path(c, seed, arm), _scored(session, arm, unpulled), sealed=True)
-                except InputError as error:
-                    failed.append(f"seed {seed}, {arm}: {error}")
+            if is_finished(session, arm):
+                continue
+            scores = None
+            try:
+                scores = _scored(session, arm, unpulled)
+            except InputError as error:
+                failed.append(f"seed {seed}, {arm}: {error}")
             if arm != "lambda0":
                 shutil.rmtree(session.folder(arm, 1), ignore_errors=True)
+            if scores is not None:
+                write_json(result_path(c, seed, arm), scores, sealed=True)  # last: it marks the arm finished
     return failed
 
 

@@ -91,6 +91,7 @@ def train_arms(
             sae = at_mean_l0(sae, rows, settings.top_k)
             sae.config.update(hook=hook, run_id=run.run_id, data_digest=run.digest(hook), settings=asdict(settings))
             save_sae(sae, place / MODEL_FILE, probe=next(sample_rows(rows, validation=True)))
+        for place in planned:
             shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
 
