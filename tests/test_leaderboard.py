@@ -75,12 +75,21 @@ def test_who_passed_a_published_row_and_after_how_many_samples(board, reports):
 
 
 def test_seeds_that_stand_elsewhere_are_compared_where_all_have_a_point(board, reports):
+    for each in reports[:2]:
+        each["constants"]["N_SAMPLES"] = 5_000_000
     reports[1]["points"].pop()
     (group,) = (group for group in board.groups_of(reports) if len(group.reports) == 2)
-    assert list(group.curve) == [1_000_448] and board.rows_of(group, ["own"])[0]["samples"] == "1M of 2M"
+    assert list(group.curve) == [1_000_448] and board.rows_of(group, ["own"])[0]["samples"] == "1M of 5M"
     reports[1]["points"] = [scores(0.1, 0.1, 5)]
     (group,) = (group for group in board.groups_of(reports) if len(group.reports) == 2)
     assert board.rows_of(group, ["own"]) == []
+
+
+def test_a_run_that_has_just_begun_hides_no_finished_one(board, reports):
+    reports[1]["points"].pop()
+    (group,) = (group for group in board.groups_of(reports) if "2M samples" in group.what)
+    row = board.rows_of(group, ["own"])[0]
+    assert (row["samples"], row["seeds"], row["F1"]) == ("2M", 1, ".900") and row["command"].endswith("SEED=0`")
 
 
 def test_the_script_prints_tables_and_draws(forks, reports, own_store, tmp_path):

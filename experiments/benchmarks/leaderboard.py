@@ -71,6 +71,7 @@ def groups_of(reports: Iterable[Report]) -> list[Group]:
         found[report["script"], repr(sorted(changed.items()))].append(report)
     groups = []
     for (script, _), same in found.items():
+        same = [report for report in same if is_finished(report)] or same  # one that has just begun hides no other
         defaults = constants_of(Path(__file__).with_name(script))["CONSTANTS"]
         changed = {name: value for name, value in same[0]["constants"].items()
                    if name not in NOT_OF_A_GROUP and name in defaults and value != _as_json(defaults[name])}
@@ -79,6 +80,13 @@ def groups_of(reports: Iterable[Report]) -> list[Group]:
         given = [f"{name}={value}" for name, value in changed.items()]
         groups.append(Group(_words(same[0], changed), " ".join([script, *given, seed]), same))
     return groups
+
+
+def is_finished(report: Report) -> bool:
+    """Whether a run has a point after its last sample; SAELens' run by the clock, and every point may be their last."""
+    samples = report["points"][-1]["samples"] if report["points"] else 0
+    constants = report["constants"]
+    return report["script"].startswith("06") or samples + constants["BATCH_SIZE"] > constants["N_SAMPLES"]
 
 
 def _as_json(value: Any) -> Any:
@@ -110,8 +118,8 @@ def rows_of(group: Group, rules: Iterable[str]) -> list[dict[str, Any]]:
     if not (curve := group.curve):
         return []
     samples, points = list(curve.items())[-1]
-    report, wanted = group.reports[0], group.reports[0]["constants"]["N_SAMPLES"]
-    unfinished = samples + report["constants"]["BATCH_SIZE"] <= wanted and not report["script"].startswith("06")
+    wanted = group.reports[0]["constants"].get("N_SAMPLES", 0)
+    of_all = "" if all(map(is_finished, group.reports)) else f" of {wanted / 1e6:.3g}M"
     rows = []
     for rule in rules:
         if any(rule not in point["scores"] for point in points):
@@ -124,7 +132,7 @@ def rows_of(group: Group, rules: Iterable[str]) -> list[dict[str, Any]]:
             "commit": ", ".join(sorted({commit for each in group.reports for commit in each["commits"]})),
             "what": group.what, "codes": rule, "L0": f"{_mean(points, rule, 'l0'):.1f}",
             "F1": scores["f1"], "MCC": scores["mcc"], "EV": scores["ev"], "seeds": len(points),
-            "samples": f"{samples / 1e6:.3g}M" + (f" of {wanted / 1e6:.3g}M" if unfinished else ""),
+            "samples": f"{samples / 1e6:.3g}M{of_all}",
             "minutes": f"{sum(point['seconds'] for point in points) / len(points) / 60:.0f}",
             "machine": ", ".join(sorted({each["machine"] for each in group.reports})), "command": f"`{group.command}`",
             "order": _mean(points, rule, "f1")})
