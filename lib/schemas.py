@@ -25,7 +25,7 @@ from torch import Tensor
 DEEPEST = 32  # levels of lists and dicts inside one another
 LARGEST = 2**63  # whole number
 DTYPES = {
-    "float32": (torch.float32,), "int64": (torch.int64,), "int32": (torch.int32,),
+    "float32": (torch.float32,), "int64": (torch.int64,), "int32": (torch.int32,), "uint8": (torch.uint8,),
     "float": (torch.float32, torch.bfloat16, torch.float16), "sums": (torch.float64, torch.float32),
     "any_float": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }

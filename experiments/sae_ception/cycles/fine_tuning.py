@@ -3,9 +3,10 @@
     history = fine_tune(model, task, TuneSettings(epochs=3, aux_weight=1.0), Targets(ids, t))
 """
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from cycles.examples import Entries, make_batch, outputs, own_examples, shuffled
 from cycles.modules import load_trained, trained_state
 from cycles.sharding import is_sharded
 from cycles.tasks import Task
-from cycles.unfinished import Checkpoint, load, save
+from cycles.unfinished import Checkpoint, begun_epoch, load, partial_epoch, save
 from lib.distributed import add_up, rank, world_size
 from lib.environment import InputError
 from lib.files import fingerprint
+from lib.training import checkpoints
+from lib.training.stopping import stop_between_steps
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class TuneSettings:
     """Whose weights the model ends with: of the last epoch, or of the best one by validation."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Training:
     """What one call of fine_tune works with."""
 
@@ -58,6 +61,13 @@ class _Training:
     targets: Auxiliary | None
     entries: Entries | None
     optimizer: torch.optim.Optimizer
+    checkpoint: Checkpoint | None
+    progress: dict[str, Any] = field(default_factory=dict)
+    """Of all epochs that are over; "partial" has what was done of the next one."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether Ctrl-C came."""
+    due: float = math.inf
+    """When to write the next checkpoint, by time.monotonic()."""
 
 
 def fine_tune(
@@ -69,30 +79,33 @@ def fine_tune(
 
     settings.select says which. The best epoch has the highest validation accuracy, the earlier one on a tie; it ends
     some arms' training sooner than others', so arms that are compared take the last. targets: what h is pulled to, or
-    charged for, with settings.aux_weight; None: task loss only. entries: cached states below the first trained block. A
-    training that resumes from its checkpoint ends with the same result. Several ranks share every batch: their
-    gradients are added up, and only rank 0 writes the checkpoint.
+    charged for, with settings.aux_weight; None: task loss only. entries: cached states below the first trained block.
+
+    checkpoint: written after every epoch and, by one process alone, now and then within it and where Ctrl-C or SIGTERM
+    ends it; a training that resumes from it ends with the same result. Several ranks share every batch: their
+    gradients are added up, and what each of them drew within an epoch is not kept, so they resume at whole epochs.
 
     Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "kept_epoch"} and, with targets, "aux"
-    (cycles.auxiliary.pull_summary).
+    (cycles.auxiliary.pull_summary). Raises InputError for a loss that is no longer finite.
     """
     if settings.select not in ("last", "best"):
         raise InputError(f"SELECT_EPOCH={settings.select!r} must be 'last' or 'best'")
-    training = _Training(model=model, task=task, settings=settings, targets=targets, entries=entries,
-                         optimizer=_optimizer(model, settings))
     checkpoint = checkpoint and Checkpoint(checkpoint.path, fingerprint([checkpoint.key, asdict(settings)]))
-    progress = None
+    training = _Training(model=model, task=task, settings=settings, targets=targets, entries=entries,
+                         optimizer=_optimizer(model, settings), checkpoint=checkpoint)
     if checkpoint is not None:
-        progress = load(checkpoint, asdict(settings), model=model, optimizer=training.optimizer)
-    progress = progress or _beginning(training)
-    for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False,
-                      disable=rank() > 0):
-        record = _one_epoch(training, epoch) | _validated(training)
-        _add_epoch(progress, record, training)
-        if log is not None:
-            log({"epoch": epoch + 1, **record})
-        if checkpoint is not None and epoch + 1 < settings.epochs:
-            save(checkpoint, asdict(settings), progress, model=model, optimizer=training.optimizer)
+        training.progress = load(checkpoint, asdict(settings), model=model, optimizer=training.optimizer) or {}
+        training.due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
+    progress = training.progress = training.progress or _beginning(training)
+    with stop_between_steps(checkpoint is not None and world_size() == 1) as training.stopped:
+        for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False,
+                          disable=rank() > 0):
+            record = _one_epoch(training, epoch) | _validated(training)
+            _add_epoch(progress, record, training)
+            if log is not None:
+                log({"epoch": epoch + 1, **record})
+            if epoch + 1 < settings.epochs or training.stopped():
+                _save(training)
     if settings.select == "best":
         load_trained(model, progress["best"])
     model.eval()
@@ -102,6 +115,17 @@ def fine_tune(
         end = probe(model, task, targets, settings, entries=entries)
         history["aux"] = pull_summary(progress, end, settings.aux_weight)
     return history
+
+
+def _save(training: _Training) -> None:
+    """Write a checkpoint, if one is wanted; then end the training where Ctrl-C asked for it."""
+    if training.checkpoint is not None:
+        start = time.monotonic()
+        save(training.checkpoint, asdict(training.settings), training.progress, model=training.model,
+             optimizer=training.optimizer)
+        training.due = checkpoints.next_due(start)
+    if training.stopped():
+        raise KeyboardInterrupt
 
 
 def _beginning(training: _Training) -> dict[str, Any]:
@@ -139,18 +163,18 @@ def scheduled_lr(step: int, n_steps: int, settings: TuneSettings) -> float:
 
 
 def _one_epoch(training: _Training, epoch: int) -> dict[str, float]:
-    """One pass over the training split: the mean task and auxiliary loss of its examples."""
+    """One pass over the training split, or the rest of it: the mean task and auxiliary loss of its examples."""
     model, settings, train_ids = training.model, training.settings, training.task.splits["train"]
     batches = shuffled_batches(training.task, train_ids, settings.batch_size, seed=settings.seed, epoch=epoch)
     groups = [batches[i : i + settings.accumulate] for i in range(0, len(batches), settings.accumulate)]
     n_steps = -(-len(train_ids.split(settings.batch_size)) // settings.accumulate) * settings.epochs
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
-    sums: list[Tensor] = []  # stays on the device until the epoch ends: no wait at every step
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed * 1_000_003 + epoch + 1000 * rank())  # dropout has no generator of its own
-        for number, group in enumerate(groups):
+        done, sums = begun_epoch(training.progress.pop("partial", None), device)  # no wait for the losses at each step
+        for number, group in enumerate(groups[done:], done):
             sums += _accumulated(training, group)
             if settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -158,12 +182,25 @@ def _one_epoch(training: _Training, epoch: int) -> dict[str, float]:
                 param_group["lr"] = scheduled_lr(epoch * len(groups) + number, n_steps, settings)
             training.optimizer.step()
             training.optimizer.zero_grad(set_to_none=True)
+            if world_size() == 1 and (training.stopped() or time.monotonic() > training.due):
+                _check_finite(training, epoch, torch.stack(sums))
+                training.progress["partial"] = partial_epoch(number + 1, sums, device)
+                _save(training)
+                del training.progress["partial"]
     seen = torch.stack(sums).cpu().double().sum(0)
     add_up(seen)
+    _check_finite(training, epoch, seen)
     loss, aux = (seen / len(train_ids)).tolist()
-    if not math.isfinite(loss + aux):
-        raise InputError(f"the loss is not finite in epoch {epoch + 1}; lower LR (now {settings.lr:g}) or AUX_WEIGHT")
     return {"loss": loss, "aux_loss": aux}
+
+
+def _check_finite(training: _Training, epoch: int, losses: Tensor) -> None:
+    """Raise InputError for a training that diverged, whose checkpoint would only diverge again."""
+    if not losses.isfinite().all():
+        if training.checkpoint is not None and rank() == 0:
+            training.checkpoint.remove()
+        raise InputError(f"the loss is not finite in epoch {epoch + 1}; lower LR (now {training.settings.lr:g}) or "
+                         "AUX_WEIGHT")
 
 
 def _accumulated(training: _Training, group: list[Tensor]) -> list[Tensor]:

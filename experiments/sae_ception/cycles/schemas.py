@@ -10,8 +10,10 @@ SUMMARY = Schema({"n_seeds": POSITIVE, "cells": [{"arm": str, "cycle": COUNT, "m
                                                   "low?": float, "high?": float}]}, sealed=True)
 TUNING = {
     "key": SHORT_HASH, "settings": {}, "state": {}, "optimizer": {"state": {}, "param_groups": list},
-    "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},
+    "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float],
+                 "partial?": {"step": POSITIVE}},
 }
+PARTIAL = {"losses": "any_float N P", "generator": "uint8 G", "generator_cuda?": "uint8 C"}
 SHARED_TUNING = Schema({
     "key": SHORT_HASH, "settings": {}, "place": Text(r"epoch_\d{1,9}"), "steps": {Text(".+"): POSITIVE},
     "progress": {"epochs": [NUMBERS], "best_epoch": COUNT, "best": {}, "start": {}, "sums": [float, float]},

@@ -41,7 +41,8 @@ def train_model(session: Session, arm: str, cycle: int) -> None:
         return
     tracker = "local" if rank() else session.c["TRACKER"]
     with open_tracker(tracker, folder / f"tracker_cycle_{cycle}", session.c) as track:
-        history = fit(session, arm, cycle, log=track, checkpoint=unfinished if session.is_text else None)
+        may_last = session.is_text or session.own is not None  # the paper's MLP trains in seconds
+        history = fit(session, arm, cycle, log=track, checkpoint=unfinished if may_last else None)
     trained = gathered(trained_state(session.model))
     if rank():
         return

@@ -3,7 +3,7 @@
     save(Checkpoint(path, key), settings, progress, model=model, optimizer=optimizer)
     progress = load(Checkpoint(path, key), settings, model=model, optimizer=optimizer)
 
-    <path>.pt                        weights, moments and progress, from rank 0
+    <path>.pt                        weights, moments and progress, from rank 0; within epochs too where it is alone
     <path>/progress.json, epoch_<n>/ the same where the weights are shared out: each rank writes its own share
                                      (torch.distributed.checkpoint, as safetensors), and reads what it needs of them
 """
@@ -23,9 +23,11 @@ from lib.distributed import agree, rank, wait_for_all, world_size
 from lib.environment import InputError, first_line
 from lib.files import read_json, read_torch, write_json, write_torch
 from lib.outputs import is_current
+from lib.schemas import Misfit, check_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-DAMAGED = (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError)
+DAMAGED = (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
+           Misfit)
 
 
 class Checkpoint(NamedTuple):
@@ -56,6 +58,27 @@ def save(
     elif rank() == 0:
         write_torch(checkpoint.path, content | {"state": trained_state(model), "optimizer": optimizer.state_dict()})
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
+
+
+def partial_epoch(step: int, losses: list[Tensor], device: torch.device) -> dict[str, Any]:
+    """What an epoch resumes from after so many steps: the losses of its batches, and the generators as they stand."""
+    of_device = {"generator_cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"step": step, "losses": torch.stack(losses).cpu(), "generator": torch.get_rng_state()} | of_device
+
+
+def begun_epoch(partial: dict[str, Any] | None, device: torch.device) -> tuple[int, list[Tensor]]:
+    """How many steps an epoch has behind it and the losses of their batches; sets the generators as partial_epoch
+    found them. Of several ranks the first goes on with both.
+    """
+    if partial is None:
+        return 0, []
+    losses = partial["losses"].to(device)
+    if rank():
+        return partial["step"], list(torch.zeros_like(losses))
+    torch.set_rng_state(partial["generator"])
+    if device.type == "cuda" and "generator_cuda" in partial:
+        torch.cuda.set_rng_state(partial["generator_cuda"], device)
+    return partial["step"], list(losses)
 
 
 def _save_shares(
@@ -105,6 +128,9 @@ def load(
             best = _load_shares(checkpoint.folder / found["place"], found["steps"], model, optimizer)
             found["progress"]["best"] = best
         else:
+            if partial := found["progress"].get("partial"):
+                check_tensors(partial, schemas.PARTIAL, P=2)
+                torch.Generator().set_state(partial["generator"])
             load_trained(model, found["state"])
             _set_moments(optimizer, _own_moments(optimizer, found["optimizer"]["state"]))
     except DAMAGED as error:
