@@ -99,3 +99,12 @@ def test_this_machine_is_what_was_measured_and_wider_models_are_scaled(plan):
                                             (86400 * 365 * 30, "30 years")])
 def test_durations_in_words(plan, seconds, words):
     assert plan["duration"](seconds) == words
+
+
+def test_what_a_token_costs_beside_the_model_is_told_without_what_is_no_time(monkeypatch):
+    """A peak below 1 GB once stood among the microseconds, times a million."""
+    monkeypatch.syspath_prepend(str(ROOM))
+    from host_stages import in_microseconds
+
+    found = MEASURED["host"] | {"rows": 0.5, "peak_gb": 0.7}
+    assert in_microseconds(found) == "tokenising 4, saving 40, reading 2, whitening 90"

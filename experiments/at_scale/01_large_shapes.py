@@ -34,7 +34,7 @@ CONSTANTS = override(globals())
 
 import torch
 import transformers
-from host_stages import host_seconds
+from host_stages import host_seconds, in_microseconds
 
 from lib.activations import SaveSettings, save_activations
 from lib.environment import run, say_next
@@ -120,8 +120,8 @@ def main():
     measured: dict = {"models": {}, "saes": []}
     root.mkdir(parents=True, exist_ok=True)
     measured["host"] = fresh(host_seconds, width=HOST_WIDTH, n_texts=HOST_TEXTS, batch_tokens=BATCH_TOKENS, folder=root)
-    print(f"beside the model, width {HOST_WIDTH}, us a token:",
-          ", ".join(f"{stage} {1e6 * value:.3g}" for stage, value in measured["host"].items() if value < 1), flush=True)
+    print(f"beside the model, width {HOST_WIDTH}, us a token: {in_microseconds(measured['host'])}; "
+          f"peak {measured['host']['peak_gb']:.2f} GB", flush=True)
     for name in MODELS:
         folder = root / "models" / name
         if not (folder / "config.json").exists():

@@ -15,6 +15,7 @@ from lib.store import Run
 from lib.texts import load_documents, split_texts
 
 BATCH_ROWS = 4096  # read together
+STAGES = ("tokenising", "saving", "reading", "whitening")
 
 
 class Nothing(nn.Module):
@@ -69,3 +70,8 @@ def host_seconds(width: int, n_texts: int, batch_tokens: int, folder: Path) -> d
     found = {stage: seconds / run.n_rows for stage, seconds in found.items()}
     saving = (of_all - of_half) / (run.n_rows - half.n_rows) - found["tokenising"]
     return found | {"saving": saving, "rows": run.n_rows}
+
+
+def in_microseconds(host: dict[str, float]) -> str:
+    """The stages of host_seconds() in microseconds a token, in one line; what else it holds has other units."""
+    return ", ".join(f"{stage} {1e6 * host[stage]:.3g}" for stage in STAGES)
