@@ -159,9 +159,8 @@ class Run:
             raise InputError(f"{path} has {count} texts, meta.json says {self.meta['n_texts']}; {RUN_AGAIN}")
 
     def _row_shards(self) -> Iterator[dict[str, Tensor]]:
-        wanted = dict.fromkeys(ROW_COLUMNS, "int32 R")
         for shard in self.manifest["rows"]:
-            columns = read_tensors(self.path / shard["file"], wanted, R=shard["rows"])
+            columns = read_tensors(self.path / shard["file"], dict.fromkeys(ROW_COLUMNS, "int32 R"), R=shard["rows"])
             text_id = columns["text_id"]
             if int(text_id.min()) < 0 or int(text_id.max()) >= self.meta["n_texts"]:
                 raise InputError(f"{self.path / shard['file']} is damaged: it names a text that the run lacks; "
@@ -183,7 +182,10 @@ class Run:
     def is_val(self) -> Tensor:
         """Whether each row belongs to a validation text, bool [n_rows]."""
         val_text = torch.tensor([text["split"] == "val" for text in self._read_texts()])
-        return torch.cat([val_text[shard["text_id"]] for shard in self._row_shards()])
+        found = torch.empty(self.n_rows, dtype=torch.bool)  # one for all: many small masks took nine times its memory
+        for part, shard in zip(found.split([shard["rows"] for shard in self.manifest["rows"]]), self._row_shards()):
+            part.copy_(val_text[shard["text_id"]])
+        return found
 
     @property
     def first_position(self) -> int:
@@ -244,5 +246,4 @@ def _check_manifest(run: Run) -> None:
     needed |= {shard["file"] for shards in (manifest["rows"], *manifest["hooks"].values()) for shard in shards}
     same = all([shard["rows"] for shard in shards] == sizes for shards in manifest["hooks"].values())
     if not manifest["hooks"] or not needed <= stated or not same or sum(sizes) != manifest["n_rows"]:
-        raise InputError(f"{run.path / 'manifest.json'} is damaged: its files and rows don't fit together; "
-                         f"{RUN_AGAIN}")
+        raise InputError(f"{run.path / 'manifest.json'} is damaged: its files and rows don't fit together; {RUN_AGAIN}")

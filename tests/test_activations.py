@@ -1,10 +1,14 @@
 """Saving activations: which tokens are stored, in which order, and that nothing else changes them."""
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas
 import pytest
 import torch
-from conftest import TEXTS, row_text, tiny_model, word_tokenizer
+from conftest import PROJECT, TEXTS, row_text, tiny_model, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -107,6 +111,34 @@ def test_statistics_are_those_of_the_training_rows(tmp_path):
     assert stats["scale"] == pytest.approx((x - x.mean(0)).square().sum(1).mean().sqrt().item())
     assert stats["n_rows"] == len(x) and stats["median_norm"] == pytest.approx(x.norm(dim=1).median().item())
     assert stats["gamma"] == pytest.approx((x.mean(0).norm() / x.var(0, correction=0).sum().sqrt()).item())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux tells it")
+def test_the_mask_of_many_rows_takes_a_byte_a_row():
+    """A run of 1e9 rows is opened with it; as one small mask a shard it took nine."""
+    shown = subprocess.run([sys.executable, "-c", """if True:
+        import re
+        from pathlib import Path
+        import torch
+        from lib.store import Run
+
+        class Long(Run):
+            def _read_texts(self):
+                return ({"split": split} for split in ("val", "train", "train"))
+
+            def _row_shards(self):
+                return ({"text_id": torch.arange(shard["rows"], dtype=torch.int32) % 3} for shard in SHARDS)
+
+        def peak():  # ru_maxrss would begin at that of the process which started this one
+            return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+        SHARDS = [{"rows": 65_536}] * 1500 + [{"rows": 7}]
+        run = Long(Path(), {}, {"rows": SHARDS, "n_rows": 1500 * 65_536 + 7})
+        before = peak()
+        assert run.is_val[65_535:65_540].tolist() == [True, True, False, False, True] and run.is_val[-1]
+        print((peak() - before) / run.n_rows)
+    """], capture_output=True, text=True, check=True, cwd=PROJECT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert 0.5 < float(shown.stdout) < 1.5
 
 
 def test_shards_have_the_size_asked_for(tmp_path):
