@@ -213,6 +213,16 @@ def test_a_data_set_that_has_moved_leaves_the_run_without_truth(tmp_path, caplog
     assert ground_truth(run) is None and "is gone; put it back" in caplog.text
 
 
+@pytest.mark.parametrize("change", [
+    {"concepts": [0, 0, 4, 2, 0, 0, 0]}, {"concepts": [0, 0, 4, 2, 0, 0, 0, 1, 0]}, {"topic": -1}, {"mood": 2},
+    {"concepts": [0, 0, 4, 2, 0, 0, 0, 9]},
+])
+def test_numbers_that_are_not_those_of_the_words_and_the_tree_give_no_truth(tmp_path, caplog, change):
+    """One word's number missing shifted or dropped the labels of the rest; a leaf of another tree became no concept."""
+    run = story_run(tmp_path, [STORIES[0], STORIES[1] | change])
+    assert ground_truth(run) is None and "don't give their words the numbers" in caplog.text
+
+
 def test_every_word_with_two_senses_in_the_shipped_stories_is_asked_for():
     """What test_embedded.py finds in the stories, ground_truth finds too."""
     from checks.ground_truth import _senses

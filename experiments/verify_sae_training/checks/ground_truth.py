@@ -16,13 +16,14 @@ from torch import Tensor
 from lib.environment import InputError, log
 from lib.files import read_json
 from lib.models import local_path, source_of_run
-from lib.schemas import POSITIVE, Schema, Text
+from lib.schemas import COUNT, POSITIVE, Misfit, Schema, Text, check
 from lib.store import Run
 from lib.texts import load_documents
 
 # concepts.json beside a data set whose words have concepts, as the embedded stories do
 TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}],
                 "topics": [str], "moods": [str]})
+STORY = {"text": str, "concepts": [COUNT], "topic": COUNT, "mood": COUNT}
 FEELINGS = ("feeling/good", "feeling/bad/sad", "feeling/bad/afraid", "feeling/bad/angry")
 PETS = ("animal/pet/dog", "animal/pet/cat", "animal/pet/rabbit")
 NAMES = ("name/girl", "name/boy")
@@ -59,11 +60,11 @@ def ground_truth(run: Run) -> Truth | None:
     tree = concept_tree(run)
     if tree is None:
         return None
-    try:
-        return _labelled(run, tree)
-    except (KeyError, TypeError, IndexError, AttributeError):
+    stories, numbers = _stories_of(run), {0, *(leaf["number"] for leaf in tree["leaves"])}
+    if not all(_says_its_concepts(story, tree, numbers) for story in stories):
         log.warning("the texts don't give their words the numbers of the concepts.json beside them; it is ignored")
         return None
+    return _labelled(run, tree, stories)
 
 
 def concept_tree(run: Run) -> dict[str, Any] | None:
@@ -93,19 +94,36 @@ def tree_beside(dataset: dict[str, Any] | None) -> dict[str, Any] | None:
         if leaves and all(len({leaf[key] for leaf in leaves}) == len(leaves) for key in ("number", "path")):
             return tree
     except InputError:
-        pass
+        pass  # damaged, or of another shape: the same line says so
     log.warning("the concepts.json beside the data set holds no tree of concepts with their words; it is ignored")
     return None
 
 
-def _labelled(run: Run, tree: dict[str, Any]) -> Truth:
-    """What the stories of a run know of its tokens. Raises KeyError and the like for stories of another form."""
-    paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
+def _stories_of(run: Run) -> list[dict[str, Any]]:
+    """The lines of the data set that hold the run's texts, in the run's order."""
     by_text = {story["text"]: story for story in load_documents(source_of_run(run.meta["dataset"]))}
     if missing := sum(text["text"] not in by_text for text in run.texts):
         raise InputError(f"{missing} texts of run {run.run_id} are no longer in its data set; run "
                          "01_save_activations.py again")
-    stories = [by_text[text["text"]] for text in run.texts]
+    return [by_text[text["text"]] for text in run.texts]
+
+
+def _says_its_concepts(story: dict[str, Any], tree: dict[str, Any], numbers: set[int]) -> bool:
+    """Whether a story has the number of every word's leaf (0: none), its topic and its mood, all of them of this tree.
+
+    Numbers of another tree, or fewer than words, would give wrong labels without a word.
+    """
+    try:
+        check(story, STORY)
+    except Misfit:
+        return False
+    return (len(story["concepts"]) == len(WORD.findall(story["text"])) and numbers.issuperset(story["concepts"])
+            and story["topic"] < len(tree["topics"]) and story["mood"] < len(tree["moods"]))
+
+
+def _labelled(run: Run, tree: dict[str, Any], stories: list[dict[str, Any]]) -> Truth:
+    """What the stories of a run know of its tokens."""
+    paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
     senses = _senses(stories, paths)
     parts = {name: "leaf" if name in paths.values() else "node" for path in paths.values() for name in _above(path)}
     named = [Concept(name, parts[name]) for name in sorted(parts)]
