@@ -199,7 +199,7 @@ def _hook(model: nn.Module, point: HookPoint, see: Callable[[Tensor], Tensor | N
 def capture(model: nn.Module, points: list[HookPoint], stop: bool = True) -> Iterator[dict[str, Tensor]]:
     """Collect the hidden states at `points` during one forward pass inside the block.
 
-    Yields a dict signature -> tensor that the pass fills. With stop, the pass ends as soon as every point has been
+    Yields a dict signature -> tensor that the pass fills. With stop, pass and block end as soon as every point has been
     seen: deeper layers and the head are never computed. The hooks are removed when the block ends. The tensors keep
     their graph; use torch.no_grad() where none is wanted. Raises InputError if the pass never reaches some point.
     """
@@ -220,7 +220,7 @@ def capture(model: nn.Module, points: list[HookPoint], stop: bool = True) -> Ite
         try:
             yield seen
         except _Stop:
-            pass
+            pass  # every point has been seen
     if missing := [point.path for point in points if point.signature not in seen]:
         raise InputError(f"the forward pass never reached {', '.join(missing)}; choose another layer")
 

@@ -100,7 +100,7 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         _note_holder(path, "")
-        with suppress(OSError):
+        with suppress(OSError):  # an empty folder that stays does no harm
             if list(folder.iterdir()) == [path]:
                 path.unlink()
                 folder.rmdir()

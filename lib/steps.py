@@ -58,7 +58,7 @@ def plan(folder: Path, steps: Sequence[str], argv: Sequence[str], about: str) ->
 def _help(path: Path) -> None:
     try:
         constants_of(path, ["--help"])
-    except SystemExit:
+    except SystemExit:  # so ends every --help
         pass
 
 

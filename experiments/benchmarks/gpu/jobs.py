@@ -68,7 +68,7 @@ def time_sae(
 def kernels_of(step: Any, device: torch.device) -> list[dict[str, Any]]:
     """The kernels that take most of a step: name, share of the time of all, calls; over three steps.
 
-    None where the profiler is not allowed to look.
+    None of them where the profiler is not allowed to look.
     """
     on_cuda = device.type == "cuda"
     try:

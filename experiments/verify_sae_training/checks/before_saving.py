@@ -48,7 +48,7 @@ def say_what_changed(meta: dict[str, Any], run_id: str) -> None:
     try:
         last = open_run("verify_sae_training").meta
     except InputError:
-        return
+        return  # there is none, or it is damaged: nothing to compare with
     if last["constants"] != json.loads(json.dumps(meta["constants"])) or not isinstance(last["tokenizer"], dict):
         return
     pairs = zip(PARTS.values(), contents_of(last), contents_of(meta))

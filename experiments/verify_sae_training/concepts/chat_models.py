@@ -123,7 +123,7 @@ def find_json(text: str) -> dict[str, Any]:
         try:
             return json.JSONDecoder().raw_decode(said, brace.start())[0]
         except (ValueError, RecursionError):
-            continue
+            continue  # no object begins here; the next brace may begin one
     raise ValueError("there is no JSON object in it")
 
 
