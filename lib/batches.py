@@ -5,7 +5,8 @@
 
 Shards are memory-mapped, so only the rows of a batch are read from the disk.
 """
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,14 +21,18 @@ from .store import Run
 BUFFER_BYTES = 2_000_000_000  # whitened rows that are shuffled together; smaller runs stay in memory whole
 BATCH_ROWS = 8192  # rows of a batch in order; sums over a run, and so its last digits, depend on it
 WHITENED_ROWS = 65_536  # at once, of rows that stay in memory
+TIMED_ROWS = 32_768  # read to tell how long a pass takes
 EVAL_ROWS = 16_384  # validation rows, and as many training rows, scored after each epoch
+
+Begun = Sequence[tuple[int, dict[str, Any]]]
 
 
 class Source(Protocol):
     """What a training reads: shuffled training rows, rows to score it on, and what is known of them beforehand.
 
     Stored rows are one (`Rows`). covariance: of the training rows, or many of them, about `mean`; scale: sqrt of its
-    trace. n_train: rows of an epoch. n_val: held-out rows.
+    trace. n_train: rows of an epoch. n_val: held-out rows. buffer_bytes: of memory in which rows wait, on all ranks
+    together. seconds_a_row: about what reading one takes, measured.
     """
 
     mean: Tensor
@@ -39,16 +44,19 @@ class Source(Protocol):
     def n_train(self) -> int: ...
     @property
     def n_val(self) -> int: ...
+    @property
+    def buffer_bytes(self) -> int: ...
+    def seconds_a_row(self) -> float: ...
 
     def sample(self, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
         """Raw validation (or training) rows in batches, float32 [n, D]: about `limit`, all that it has with None."""
 
-    def batches(
-        self, transform: Tensor, batch_size: int, *, seed: int, step: int, place: dict[str, Any] | None
-    ) -> Iterator[Tensor]:
-        """Batches of (x - mean) @ transform from step `step` (from 0) on, as long as anyone asks, epoch after epoch.
+    def batches(self, transform: Tensor, batch_size: int, *, seed: int, begun: Begun) -> Iterator[Tensor]:
+        """Batches of (x - mean) @ transform from the least step of `begun` on, as long as anyone asks, epoch after
+        epoch.
 
-        place: what `place` gave when that many steps had been taken; None: it gave nothing.
+        begun: for each training that takes them, its steps so far, and what `place` gave after the last of them; after
+        a kill some may be ahead.
         """
 
     def place(self) -> dict[str, Any]:
@@ -82,14 +90,22 @@ class Rows:
     def n_val(self) -> int:
         return int(self.is_val.count_nonzero())  # a sum would first make int64 of the mask
 
+    @property
+    def buffer_bytes(self) -> int:
+        return 4 * len(self.mean) * min(self.n_train, buffer_rows(self))
+
+    def seconds_a_row(self) -> float:
+        ids = (~self.is_val[: len(self.shards[0])]).nonzero()[:TIMED_ROWS, 0]
+        start = time.monotonic()
+        read_rows(self.shards[:1], ids)
+        return (time.monotonic() - start) / max(1, len(ids))
+
     def sample(self, validation: bool, limit: int | None = EVAL_ROWS) -> Iterator[Tensor]:
         return sample_rows(self, validation, limit)
 
-    def batches(
-        self, transform: Tensor, batch_size: int, *, seed: int, step: int, place: dict[str, Any] | None = None
-    ) -> Iterator[Tensor]:
+    def batches(self, transform: Tensor, batch_size: int, *, seed: int, begun: Begun) -> Iterator[Tensor]:
         cache = {} if self.kept is None else self.kept
-        epoch, done = divmod(step, steps_per_epoch(self.n_train, batch_size))
+        epoch, done = divmod(min(step for step, _ in begun), steps_per_epoch(self.n_train, batch_size))
         while True:
             yield from shuffled_batches(self, transform, batch_size, seed=seed, epoch=epoch, start=done, cache=cache)
             epoch, done = epoch + 1, 0

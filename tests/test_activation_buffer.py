@@ -1,5 +1,6 @@
 """The rows of a running model, mixed in memory: how well, what is in memory, and that a resumed pass gives the same."""
 import signal
+from functools import partial
 from itertools import count, islice
 
 import datasets
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from activation_buffer import documents as documents_module
-from activation_buffer import rows as rows_module
+from activation_buffer import mixing
 from activation_buffer.documents import Shuffled, Stream
+from activation_buffer.mixing import LivePass
 from activation_buffer.rows import LiveRows
 from lib.batches import rows_of_tensor
 from lib.environment import InputError
@@ -20,25 +22,25 @@ BLOCK_ROWS, TEXT_ROWS, BATCH, WIDTH, WINDOW = 250, 10, 50, 4, 15
 IN_MEMORY = (WINDOW + 1) // 2 * BLOCK_ROWS
 
 
-def numbered(first, sizes=lambda number: BLOCK_ROWS):
+def numbered(first, points=(0,), sizes=lambda number: BLOCK_ROWS):
     """Blocks of rows whose first number is their position in the stream, as LiveRows.read gives them."""
     start = sum(map(sizes, range(first)))
     for number in count(first):
         block = torch.zeros(sizes(number), WIDTH)
         block[:, 0] = torch.arange(start, start + len(block))
-        yield block
+        yield block, str(number)
         start += len(block)
 
 
 def live(n_tokens, read=numbered, window=WINDOW):
     stored = rows_of_tensor(torch.eye(WIDTH).repeat(5, 1), torch.arange(20) < 4)
-    return LiveRows(stored, read, n_tokens, epochs=2, window=window, mean=torch.zeros(WIDTH),
+    return LiveRows(stored, LivePass(read, n_tokens, window, [WIDTH]), 0, epochs=2, mean=torch.zeros(WIDTH),
                     covariance=torch.eye(WIDTH))
 
 
-def positions(rows, batch=BATCH, seed=0, place=None, n=None):
+def positions(rows, batch=BATCH, seed=0, begun=(0, {}), n=None):
     """int64 [batches, batch]: where the rows of each batch stood in the stream."""
-    batches = rows.batches(torch.eye(WIDTH), batch, seed=seed, step=0, place=place)
+    batches = rows.batches(torch.eye(WIDTH), batch, seed=seed, begun=[begun])
     found = [x[:, 0].round().long() for x in islice(batches, n)]
     return torch.stack(found) if found else torch.empty(0, batch, dtype=torch.int64)
 
@@ -82,20 +84,20 @@ def test_memory_holds_little_more_than_half_a_window(monkeypatch):
     """What has been read and not yet given, at any step; and the tensor that holds it."""
     read, buffers = [], []
 
-    class Seen(rows_module._Buffer):
+    class Seen(mixing.Buffer):
         def __init__(self, *given, **named):
             super().__init__(*given, **named)
             buffers.append(self)
 
-    monkeypatch.setattr(rows_module, "_Buffer", Seen)
+    monkeypatch.setattr(mixing, "Buffer", Seen)
 
-    def counting(first):
-        for block in numbered(first):
+    def counting(first, points):
+        for block, word in numbered(first):
             read.append(len(block))
-            yield block
+            yield block, word
 
     rows, held = live(20_000, counting), []
-    for given, _ in enumerate(rows.batches(torch.eye(WIDTH), BATCH, seed=0, step=0, place=None), 1):
+    for given, _ in enumerate(rows.batches(torch.eye(WIDTH), BATCH, seed=0, begun=[(0, {})]), 1):
         held.append(sum(read) - given * BATCH)
     assert max(held) < 1.1 * IN_MEMORY + BLOCK_ROWS and len(buffers[0].rows) < 1.3 * IN_MEMORY
 
@@ -104,46 +106,47 @@ def test_memory_holds_little_more_than_half_a_window(monkeypatch):
 @pytest.mark.parametrize("batch", [BATCH, 333])
 def test_a_resumed_pass_gives_the_same_batches_and_reads_only_its_window(sizes, batch):
     """Stopped after any step; also where blocks are of any size, and smaller than a batch."""
-    whole = positions(live(9000, lambda first: numbered(first, sizes)), batch)
-    rows = live(9000, lambda first: numbered(first, sizes))
-    batches = rows.batches(torch.eye(WIDTH), batch, seed=0, step=0, place=None)
+    whole = positions(live(9000, partial(numbered, sizes=sizes)), batch)
+    rows = live(9000, partial(numbered, sizes=sizes))
+    batches = rows.batches(torch.eye(WIDTH), batch, seed=0, begun=[(0, {})])
     for step in range(1, len(whole) + 1):
         next(batches)
         if batch == BATCH and step % 9:
             continue
         place, began = rows.place(), []
 
-        def counted(first, began=began):
+        def counted(first, points, began=began):
             began.append(first)
-            yield from numbered(first, sizes)
+            yield from numbered(first, sizes=sizes)
 
         resumed = live(9000, counted)
-        rest = positions(resumed, batch, place=place)
+        rest = positions(resumed, batch, begun=(step, place))
         assert torch.equal(rest, whole[step:])
         assert began[0] >= place["round"] - WINDOW + 1
 
 
 def test_a_damaged_place_is_refused():
-    for wrong in ({"round": -1}, {"n_rows": "1"}, {"over": torch.zeros(2, 3)},
-                  {"over": torch.full((1, WIDTH), torch.nan)}):
-        place = {"round": 20, "given": 1, "n_blocks": 21, "n_rows": 5250, "over": torch.zeros(0, WIDTH)} | wrong
+    for wrong in ({"round": -1}, {"n_rows": "1"}, {"given": 0}, {"n_over": 1.5}, {"texts": None}):
+        place = {"round": 20, "given": 1, "n_blocks": 21, "n_rows": 5250, "n_over": 0, "texts": 16 * "0"} | wrong
         with pytest.raises(InputError, match="place in the texts is damaged"):
-            positions(live(9000), place=place, n=1)
+            positions(live(9000), begun=(70, place), n=1)
+    with pytest.raises(InputError, match="place in the texts is damaged"):
+        positions(live(9000), begun=(70, {}), n=1)
 
 
 def test_texts_that_give_no_rows_end_it():
     with pytest.raises(InputError, match="no more tokens"):
-        positions(live(9000, lambda first: numbered(first, lambda number: 0)))
+        positions(live(9000, partial(numbered, sizes=lambda number: 0)))
 
 
 def test_each_pass_over_a_file_reads_every_text_in_another_order():
     texts = [str(i) for i in range(57)]
-    found = list(islice(Shuffled(texts, seed=3).texts_from(0), 57 * 3))
+    found = list(islice(Shuffled(texts).texts_from(0, seed=3), 57 * 3))
     passes = [found[i : i + 57] for i in (0, 57, 114)]
     assert all(sorted(part) == sorted(texts) for part in passes) and passes[0] != passes[1] != passes[2]
     for first in (0, 1, 56, 57, 100, 114):
-        assert list(islice(Shuffled(texts, seed=3).texts_from(first), 30)) == found[first : first + 30] or first > 141
-    assert list(islice(Shuffled(texts, seed=4).texts_from(0), 57)) != passes[0]
+        assert list(islice(Shuffled(texts).texts_from(first, seed=3), 30)) == found[first : first + 30] or first > 141
+    assert list(islice(Shuffled(texts).texts_from(0, seed=4), 57)) != passes[0]
 
 
 @pytest.fixture
@@ -159,24 +162,25 @@ def hub(monkeypatch):
 
 def test_a_stream_is_read_from_any_number_and_again_from_its_beginning(hub, caplog):
     caplog.set_level("INFO", "workbench")
-    stream = Stream("data", "train", "text", seed=0)
-    found = list(islice(stream.texts_from(0), 250))
+    stream = Stream("data", "train", "text")
+    found = list(islice(stream.texts_from(0, seed=0), 250))
     assert found[:50] == found[100:150] == found[200:] and len(set(found[:100]) - {None}) == 86
     for first in (1, 99, 100, 101, 230):
-        assert list(islice(stream.texts_from(first), 20)) == found[first : first + 20]
+        assert list(islice(stream.texts_from(first, seed=0), 20)) == found[first : first + 20]
     assert "ends after 100 documents" in caplog.text
 
 
 def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """The same bytes, wherever it stopped: the checkpoint holds the place."""
-    def read(first):
+    def read(first, points):
         for number in count(first):
-            yield torch.randn(300, 8, generator=torch.Generator().manual_seed(number))
+            yield torch.randn(300, 8, generator=torch.Generator().manual_seed(number)), str(number)
 
     def training(folder):
         x = torch.randn(400, 8, generator=torch.Generator().manual_seed(99))
         stored = rows_of_tensor(x, torch.arange(400) < 100)
-        rows = LiveRows(stored, read, 6000, epochs=3, window=4, mean=stored.mean, covariance=stored.covariance)
+        rows = LiveRows(stored, LivePass(read, 6000, 4, [8]), 0, epochs=3, mean=stored.mean,
+                        covariance=stored.covariance)
         return train_sae(rows, TrainSettings(n_latents=16, top_k=2, epochs=3, batch_size=100), folder, progress=False)
 
     whole, history = training(None)
@@ -197,4 +201,4 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_a_stream_without_the_field_is_named(hub):
     with pytest.raises(InputError, match="no field 'story'"):
-        next(Stream("data", "train", "story", seed=0).texts_from(0))
+        next(Stream("data", "train", "story").texts_from(0, seed=0))

@@ -23,6 +23,7 @@ from test_training import SMALL, make_rows, split_rows
 
 import lib.training.checkpoints as checkpoints
 import lib.training.loop as training
+from activation_buffer.mixing import LivePass
 from activation_buffer.rows import LiveRows
 from cycles import schemas
 from cycles.auxiliary import Targets
@@ -88,31 +89,32 @@ def live_training(folder: Path) -> dict[str, torch.Tensor]:
     """Rows that each rank makes a part of, mixed on their way; the checkpoint holds what a round left over."""
     stored, _ = make_rows()
 
-    def read(first: int) -> Iterator[torch.Tensor]:
+    def read(first: int, points: list[int]) -> Iterator[tuple[torch.Tensor, str]]:
         for number in count(first):
             block = stored.shards[0].roll(37 * number, 0)[: [0, 1, 90, 210][number % 4]]
-            yield block[own_part(len(block))]
+            yield block[own_part(len(block))], str(number)
 
-    rows = LiveRows(stored, read, n_tokens=4000, epochs=2, window=5, mean=stored.mean, covariance=stored.covariance)
+    rows = LiveRows(stored, LivePass(read, 4000, 5, [24]), 0, epochs=2, mean=stored.mean, covariance=stored.covariance)
     settings = training.TrainSettings(**SMALL | {"epochs": 2})
     often = mock.patch.multiple(checkpoints, CHECKPOINT_SECONDS=0.0, CHECKPOINT_SHARE=float("inf"))
     with often:
         sae, history = training.train_sae(rows, settings, folder, progress=False)
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    return {"W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]), "over": state["place"]["over"].float()}
+    return {"W_dec": sae.W_dec, "ev": torch.tensor(history["val"]["ev"]),
+            "place": torch.tensor([state["place"][name] for name in ("round", "n_blocks", "n_rows", "n_over")])}
 
 
 def live_order(folder: Path) -> dict[str, torch.Tensor]:
     """Which rows each batch holds, over all ranks, and which of them are this rank's."""
-    def read(first: int) -> Iterator[torch.Tensor]:
+    def read(first: int, points: list[int]) -> Iterator[tuple[torch.Tensor, str]]:
         for number in count(first):
             block = (1 + 300 * number + torch.arange(float([0, 1, 90, 210][number % 4])))[:, None]
-            yield block[own_part(len(block))]
+            yield block[own_part(len(block))], str(number)
 
-    rows = LiveRows(make_rows()[0], read, n_tokens=3000, epochs=1, window=5, mean=torch.zeros(1),
+    rows = LiveRows(make_rows()[0], LivePass(read, 3000, 5, [1]), 0, epochs=1, mean=torch.zeros(1),
                     covariance=torch.eye(1))
     found = []
-    for x in rows.batches(torch.eye(1), 64, seed=0, step=0, place=None):
+    for x in rows.batches(torch.eye(1), 64, seed=0, begun=[(0, {})]):
         seen = torch.zeros(300 * 60).index_fill_(0, x[:, 0].long(), 1)
         add_up(seen)
         found.append(seen)
@@ -273,7 +275,7 @@ def test_a_running_model_gives_two_ranks_the_batches_of_one_process(results):
 def test_live_training_on_two_ranks_is_that_of_one_process(results):
     one, two, other = results["live_training"]
     assert all(torch.equal(two[name], other[name]) for name in one), "the ranks differ"
-    assert len(one["over"]) and torch.equal(one["over"], two["over"])
+    assert one["place"][-1] and torch.equal(one["place"], two["place"])
     torch.testing.assert_close(two["W_dec"], one["W_dec"], rtol=0, atol=2e-2)
     torch.testing.assert_close(two["ev"], one["ev"], rtol=0, atol=2e-3)
 

@@ -58,6 +58,7 @@ def test_each_of_many_has_the_bytes_of_a_training_of_its_own(layers, in_memory):
 
 def test_what_is_read_is_read_once(layers, in_memory, monkeypatch):
     rows, read, real = layers[0], [], batches_module.read_rows
+    monkeypatch.setattr(many, "seconds_needed", lambda *rest: 0.0)
     monkeypatch.setattr(batches_module, "read_rows",
                         lambda shards, ids, *rest: (read.append(len(ids)), real(shards, ids, *rest))[1])
     jobs = [Job(rows, replace(BASE, top_k=k, seed=seed)) for k, seed in product((2, 3, 4), (0, 1))]
@@ -74,6 +75,7 @@ def test_saes_that_start_from_equal_centres_share_what_is_read(layers, in_memory
     source, _ = train_sae(layers[0 if own_centre else 1], replace(BASE, epochs=1), progress=False)
     jobs = [Job(rows, replace(BASE, lr=lr), start=copy(source)) for lr in (1e-3, 3e-3)]
     with monkeypatch.context() as patch:
+        patch.setattr(many, "seconds_needed", lambda *rest: 0.0)
         patch.setattr(batches_module, "read_rows",
                       lambda shards, ids, *rest: (read.append(len(ids)), real(shards, ids, *rest))[1])
         found = made(train_saes(jobs, progress=False))
@@ -278,7 +280,7 @@ WRONG = [
     (["SAES=TOP_K=3,x"], "SAES: TOP_K=x must be a whole number"), (["SAES=TOP_K"], "SAES: TOP_K= must be a whole"),
     (["SAES=TOP_K=2 TOP_K=3"], "SAES names TOP_K twice"),
     (["SAES=KIND=gated"], "SAES: KIND=gated must be one of topk,"), (["SAES=DEVICE=cpu"], "SAES can't name DEVICE"),
-    (["SAES=SEED=0,1", "LIVE=True"], "with LIVE=True, SAES can't name SEED"),
+    (["SAES=EPOCHS=1,2", "LIVE=True"], "with LIVE=True, SAES can't name EPOCHS"),
     (["SAES=BATCH_SIZE_TRAIN=64,9999", "LIVE=True"], "with LIVE=True, SAES can't name BATCH_SIZE_TRAIN"),
     (["SAES=SEED=0,1", "TRACKER=wandb"], "TRACKER=wandb shows one training at a time"),
     (["SAES=TOP_K=2,9999"], "TOP_K=9999 must be between 1 and the number of latents"),

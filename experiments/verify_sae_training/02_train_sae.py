@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 4 02_train_sae.py  # four processes share every step; see experiments/at_scale
 
 LIVE takes the run of step 1 as a sample, for statistics, held-out texts and notebooks, and trains on the whole of its
-data set, read by the run's model: activations are mixed in memory and never written.
+data set, read by the run's model: activations are mixed in memory and never written. SAES may name its layers too.
 
 SAES trains many SAEs at once, each the same to the byte as if it were trained alone, in a folder of its own; reading is
 paid once (lib/training/many.py). Values between commas make a grid, several grids are parted by ";".
@@ -109,12 +109,13 @@ def source_of(name, rows, top_k):
     return sae, {"START_FROM_SAE": sae_hash(sae), "N_LATENTS_MULTIPLIER": whole}
 
 
-def rows_to_train_on(saved, hook):
-    """The run's own rows or, with LIVE, those of its whole data set; and the constants that this decides."""
+def rows_to_train_on(saved, wanted):
+    """Rows for each of these hook points and seeds: the run's own or, with LIVE, those of its whole data set."""
     if not LIVE:
         if N_TOKENS is not None:
             raise InputError("N_TOKENS says how long LIVE=True trains; on saved activations EPOCHS does: leave it out")
-        return rows_of_run(saved, hook), {}
+        stored = {hook: rows_of_run(saved, hook) for hook, _ in wanted}
+        return {(hook, seed): stored[hook] for hook, seed in wanted}
     from activation_buffer.reading import live_rows  # loads what a language model needs
 
     def require_batches(n_tokens):
@@ -124,30 +125,28 @@ def rows_to_train_on(saved, hook):
 
     if N_TOKENS is not None:
         require_batches(N_TOKENS)  # before the model is loaded
-    rows = live_rows(saved, hook, n_tokens=N_TOKENS, epochs=EPOCHS, buffer_tokens=BUFFER_TOKENS, seed=SEED,
-                     device=DEVICE, trust_remote_code=TRUST_REMOTE_CODE)
-    require_batches(rows.n_tokens)
-    return rows, {"N_TOKENS": rows.n_tokens}
+    found = live_rows(saved, wanted, n_tokens=N_TOKENS, epochs=EPOCHS, buffer_tokens=BUFFER_TOKENS, device=DEVICE,
+                      trust_remote_code=TRUST_REMOTE_CODE)
+    require_batches(found[wanted[0]].n_tokens)
+    return found
 
 
 def plan_saes(saved):
     """The SAEs to make, each once."""
     if len(EACH) > 1 and TRACKER in ("wandb", "trackio"):
         raise InputError(f"TRACKER={TRACKER} shows one training at a time; with SAES set local, tensorboard or mlflow")
-    fixed = {"LAYER", "SEED", "EPOCHS", "BATCH_SIZE_TRAIN"} if LIVE else set()
+    fixed = {"EPOCHS", "BATCH_SIZE_TRAIN"} if LIVE else set()
     if varied := fixed & {name for changes in EACH for name in changes}:
         raise InputError(f"with LIVE=True, SAES can't name {', '.join(sorted(varied))}: its SAEs see the same batches")
-    sources, planned = {}, {}
-    for changes in EACH:
-        constants = CONSTANTS | changes
-        hook = saved.hook(constants["LAYER"])
-        if hook not in sources:
-            rows, _ = sources[hook] = rows_to_train_on(saved, hook)
-            log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook,
-                     len(rows.mean))
-        rows, tokens = sources[hook]
+    grid = [CONSTANTS | changes for changes in EACH]
+    read = [(saved.hook(constants["LAYER"]), constants["SEED"]) for constants in grid]
+    sources, planned = rows_to_train_on(saved, list(dict.fromkeys(read))), {}
+    for hook, rows in {hook: rows for (hook, _), rows in sources.items()}.items():
+        log.info("run %s: %s training tokens at %s, width %d", saved.run_id, f"{rows.n_train:,}", hook, len(rows.mean))
+    for constants, place in zip(grid, read):
+        hook, rows = place[0], sources[place]
         start, decided = source_of(START_FROM, rows, constants["TOP_K"]) if START_FROM else (None, {})
-        constants = made_with(constants) | tokens | decided
+        constants = made_with(constants) | decided | ({"N_TOKENS": rows.n_tokens} if LIVE else {})
         n_latents = round(constants["N_LATENTS_MULTIPLIER"] * len(rows.mean))
         origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": constants}
         folder = trained_as(made_from(origin)) or sae_folder(origin)

@@ -137,16 +137,16 @@ def begin(
 def take_batches(trainings: list[Training], progress: bool = True) -> None:
     """Take all steps that are left, side by side: trainings that want the same batches get the same ones.
 
-    Checkpoints are written now and then, and where Ctrl-C or SIGTERM ends it. A training that diverges is left behind;
-    `finish` raises what it said.
+    Checkpoints are written now and then, and on Ctrl-C or SIGTERM. One that diverges is left behind; `finish` raises.
     """
     todo = [training for training in trainings if training.is_open]
     step = min((training.step for training in todo), default=0)
-    first = {training.wants: training for training in sorted(todo, key=lambda each: -each.step)}
+    begun: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
+    for training in todo:  # after a kill, some are ahead and wait
+        begun.setdefault(training.wants, []).append((training.step, training.made.get("place", {})))
     batches = {wants: training.source.batches(training.transform, training.settings.batch_size,
-                                              seed=training.settings.seed, step=training.step,
-                                              place=training.made.get("place")) for wants, training in first.items()}
-    starts = {wants: training.step for wants, training in first.items()}  # after a kill, some are ahead and wait
+                                              seed=training.settings.seed, begun=begun[wants])
+               for wants, training in {training.wants: training for training in todo}.items()}
     due = time.monotonic() + checkpoints.CHECKPOINT_SECONDS
     # With several ranks one that stops leaves the others waiting for it, so there Ctrl-C acts at once.
     with stop_between_steps(all(each.checkpoint for each in trainings) and world_size() == 1) as stopped, \
@@ -155,7 +155,7 @@ def take_batches(trainings: list[Training], progress: bool = True) -> None:
                  disable=not progress or rank() > 0) as bar:
         while todo := [training for training in todo if training.is_open]:
             given = {wants: next(batches[wants]) for wants in dict.fromkeys(training.wants for training in todo)
-                     if step >= starts[wants]}
+                     if step >= min(at for at, _ in begun[wants])}
             for training in (training for training in todo if training.step == step):
                 _try_batch(training, given[training.wants], bar)
             step += 1

@@ -11,8 +11,8 @@ it is finished. What they share:
   `whiten`. Each SAE is trained to its end before the next, so memory holds one SAE and one copy of the rows.
 - Of more rows, SAEs with the same `whiten`, batch size and seed see the same batches, and step through them side by
   side. Each seed orders the rows in its own way, and so reads for itself, one after another.
-- Sources that are not stored, as a running model, give their batches once to all SAEs that want the same ones, and all
-  SAEs on such sources step side by side.
+- Sources that are not stored, as the hook points of a running model, give their batches once to all SAEs that want the
+  same ones, and all SAEs on such sources with the same seed step side by side: a pass of the model is theirs together.
 """
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..batches import Rows, Source, buffer_rows, read_rows
+from ..batches import Rows, Source, buffer_rows
 from ..distributed import world_size
 from ..environment import InputError, as_device, log
 from ..files import fingerprint
@@ -34,7 +34,7 @@ from .start import check_start, rows_about
 from .step import init_state
 from .workspace import TILE_BYTES, TILE_ROWS
 
-TIMED_ROWS, TIMED_STEPS = 32_768, 2  # read and taken to tell how long a training will take
+TIMED_STEPS = 2  # taken to tell how long a training will take
 KEPT = 6  # float32 arrays [F, D] of a training: two matrices and their four moments
 BEST = {"cpu": 2}  # those of the best epoch, which lie in the CPU's memory
 SCORE_BYTES = 2  # at least, of a pre-activation
@@ -119,7 +119,7 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
         wanted = job.settings.whiten, job.settings.batch_size, job.settings.seed
         if wanted not in (of_source := streams.setdefault(id(job.source), [])):
             of_source.append(wanted)
-        key: tuple[Any, ...] = True, of_source.index(wanted)
+        key: tuple[Any, ...] = True, job.settings.seed, of_source.index(wanted)
         if isinstance(rows := job.source, Rows):
             together = len(rows.is_val) > buffer_rows(rows) and rows.n_train >= job.settings.batch_size
             key = together, id(rows), job.settings.whiten
@@ -136,15 +136,12 @@ def memory_needed(jobs: Sequence[Job], groups: list[Group], device: torch.device
         arrays = KEPT + BEST.get(device.type, 0)
         return 4 * arrays * n_latents * len(job.source.mean) + min(tile, SCORE_BYTES * rows * n_latents)
 
-    def of_rows(job: Job, together: bool) -> int:
-        rows = job.source
-        if not isinstance(rows, Rows):
-            return 0
-        n = min(rows.n_train, buffer_rows(rows)) // (world_size() if together else 1)  # ranks share a buffer's rows
-        return 4 * len(rows.mean) * n
+    def of_rows(group: Group) -> int:
+        n_bytes = sum(source.buffer_bytes for source in _sources(jobs, group))
+        return n_bytes // world_size() if group.together else n_bytes  # ranks share a buffer's rows
 
-    return max(of_rows(jobs[group.numbers[0]], group.together) + (sum if group.together else max)(
-        of_sae(jobs[number]) for number in group.numbers) for group in groups)
+    return max(of_rows(group) + (sum if group.together else max)(of_sae(jobs[number]) for number in group.numbers)
+               for group in groups)
 
 
 def seconds_needed(jobs: Sequence[Job], groups: list[Group], device: torch.device) -> float:
@@ -159,9 +156,8 @@ def seconds_needed(jobs: Sequence[Job], groups: list[Group], device: torch.devic
             if shape not in steps:
                 steps[shape] = _seconds_a_step(shape, job.source, device)
             seconds += plan.n_steps * steps[shape]
-        if isinstance(rows := jobs[group.numbers[0]].source, Rows):
-            passes = max(jobs[number].settings.epochs for number in group.numbers) if group.together else 1
-            seconds += passes * _seconds_a_row(rows) * rows.n_train
+        epochs = max(jobs[number].settings.epochs for number in group.numbers) if group.together else 1
+        seconds += epochs * max(source.seconds_a_row() * source.n_train for source in _sources(jobs, group))
     return seconds
 
 
@@ -180,11 +176,9 @@ def _seconds_a_step(settings: TrainSettings, source: Source, device: torch.devic
     return (time.monotonic() - start) / TIMED_STEPS
 
 
-def _seconds_a_row(rows: Rows) -> float:
-    ids = (~rows.is_val[: len(rows.shards[0])]).nonzero()[:TIMED_ROWS, 0]
-    start = time.monotonic()
-    read_rows(rows.shards[:1], ids)
-    return (time.monotonic() - start) / max(1, len(ids))
+def _sources(jobs: Sequence[Job], group: Group) -> list[Source]:
+    """What a group reads: the same rows, or hook points of one pass."""
+    return list({id(jobs[number].source): jobs[number].source for number in group.numbers}.values())
 
 
 def _told(jobs: Sequence[Job], groups: list[Group], device: torch.device) -> str:
