@@ -8,6 +8,7 @@ import pandas
 import pytest
 import torch
 from conftest import TEXTS, word_tokenizer
+from sklearn.model_selection import train_test_split
 from test_sae_ception_cycles import defaults, script, write_texts  # noqa: F401  (fixtures)
 
 from cycles.labels import classes, in_words
@@ -61,6 +62,25 @@ def test_texts_that_occur_twice_stay_on_one_side_of_the_test(own, caplog):
     test = {task.texts[i] for i in task.splits["test"].tolist()}
     assert len(test) == 15 and len(task.splits["test"]) == 30
     assert test.isdisjoint(task.texts[i] for name in ("train", "val") for i in task.splits[name].tolist())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_that_occur_twice_stay_on_one_side_of_the_validation(own, seed):
+    """Whatever the seed, and with another number of copies of each text."""
+    frame = reviews()
+    task = own(pandas.concat([frame, frame[::2], frame[::3], frame[::3]]), seed=seed, VAL_FRAC=0.25)
+    texts = {name: {task.texts[i] for i in ids.tolist()} for name, ids in task.splits.items()}
+    assert len(texts["val"]) == 12 and not texts["val"] & (texts["train"] | texts["test"])
+    assert sum(len(ids) for ids in task.splits.values()) == len(torch.cat(list(task.splits.values())).unique()) == 130
+    assert [torch.bincount(task.y[ids]).min() > 0 for ids in task.splits.values()] == [True] * 3
+
+
+def test_unique_texts_are_cut_as_ever(own):
+    """By rows: what was trained on them before stays as it was."""
+    task = own(reviews(), VAL_FRAC=0.25)
+    both = torch.cat([task.splits["train"], task.splits["val"]]).sort().values.numpy()
+    train, val = train_test_split(both, test_size=0.25, random_state=0, stratify=task.y[both].numpy())
+    assert task.splits["val"].tolist() == sorted(val) and task.splits["train"].tolist() == sorted(train)
 
 
 def test_held_out_texts_that_are_trained_on_are_told(own, tmp_path, caplog):

@@ -46,17 +46,24 @@ def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None, own: 
 
 
 def _split(task: Task, where: list[str], val_frac: float, seed: int) -> dict[str, Tensor]:
-    """Ids by the split that each example came from; without validation examples, a stratified val_frac of training."""
+    """Ids by the split that each example came from; without validation examples, a stratified val_frac of training.
+
+    Texts that occur twice stay in one split.
+    """
     ids = {name: torch.tensor([i for i, w in enumerate(where) if w == name]) for name in ("train", "val", "test")}
     if not len(ids["val"]):
+        every = ids["train"].tolist()
+        first = {task.texts[i]: i for i in reversed(every)} if task.texts else {}
+        kinds = np.array(sorted(first.values()) or every, dtype=np.int64)
         try:
-            labels = task.y[ids["train"]].numpy()
-            train, val = train_test_split(ids["train"].numpy(), test_size=val_frac, random_state=seed, stratify=labels)
+            _, chosen = train_test_split(kinds, test_size=val_frac, random_state=seed, stratify=task.y[kinds].numpy())
         except ValueError as error:
             smallest = smallest_class(task.y[ids["train"]], task.class_names)
             raise InputError(f"validation can't be cut from training: {smallest} ({error}); raise DATA_LIMIT or "
                              "VAL_FRAC, or set VAL_DATASET") from None
-        ids |= {"train": torch.from_numpy(np.sort(train)), "val": torch.from_numpy(np.sort(val))}
+        held_out = set(chosen.tolist())
+        is_val = torch.tensor([(first[task.texts[i]] if first else i) in held_out for i in every])
+        ids |= {"train": ids["train"][~is_val], "val": ids["train"][is_val]}
     empty = [name for name, part in ids.items() if not len(part)]
     if empty:
         raise InputError(f"the {empty[0]} split has no examples; raise DATA_LIMIT or set another data set")
