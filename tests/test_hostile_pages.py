@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from checks import figures
-from checks.ground_truth import ground_truth
 from concepts.codes import encode_run
 from concepts.dictionary import write_concepts
 from concepts.firings import collect_firings
 from lib.environment import log
+from lib.ground_truth import ground_truth
 from lib.sae import load_sae, sae_hash
 from lib.store import open_run
 

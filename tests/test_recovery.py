@@ -10,14 +10,14 @@ from conftest import PROJECT, TEXTS, row_text, tiny_model, word_tokenizer
 from checks import figures
 from checks.controls import control_saes, control_settings, relative_change
 from checks.evaluation import untrained_sae
-from checks.ground_truth import Concept, Truth, ground_truth, label_rows
-from checks.recovery import KINDS, compositions, gains, recover_concepts, recovery
-from checks.units import THRESHOLDS, table_scores
+from checks.recovery import KINDS, compositions, gains, recover_concepts
 from concepts.codes import Codes
 from lib.activations import SaveSettings, save_activations
 from lib.batches import rows_of_run, steps_per_epoch
 from lib.environment import InputError
+from lib.ground_truth import Concept, Truth, ground_truth, label_rows
 from lib.hooks import resolve
+from lib.metrics.units import THRESHOLDS, recovery, table_scores
 from lib.sae import make_sae, sae_hash
 from lib.texts import split_texts
 from lib.training.loop import TrainSettings
@@ -40,7 +40,7 @@ def test_labels_mark_the_tokens_that_overlap_a_span(run):
     text = run.texts[1]["text"]
     dog, bird = text.index("dog"), text.index("red bird")
     spans = torch.tensor([[1, dog, dog + 3, 0], [1, bird, bird + 8, 1], [2, 0, 0, 1], [5, 900, 950, 0]])
-    labels = label_rows(run, spans, 2)
+    labels = label_rows(run.rows, spans, 2)
     assert [row_text(run, int(row)) for row in labels[:, 0].nonzero()] == ["dog"]
     assert [row_text(run, int(row)) for row in labels[:, 1].nonzero()] == ["red", "bird"]
 
@@ -225,7 +225,7 @@ def test_numbers_that_are_not_those_of_the_words_and_the_tree_give_no_truth(tmp_
 
 def test_every_word_with_two_senses_in_the_shipped_stories_is_asked_for():
     """What test_embedded.py finds in the stories, ground_truth finds too."""
-    from checks.ground_truth import _senses
+    from lib.ground_truth import _senses
 
     with open(PROJECT / "store/embedded/stories/train.jsonl", encoding="utf-8") as file:
         stories = [json.loads(line) for line in file]

@@ -16,7 +16,7 @@ import checkout  # noqa: F401  (first: finds lib)
 from lib.environment import PROJECT, guard_imports, run
 
 PAGE = Path(__file__).with_name("METRICS_REFERENCE.md")
-FILES = ("interpretability", "performance", "reconstruction", "clustering", "robustness")
+FILES = ("interpretability", "performance", "reconstruction", "clustering", "robustness", "units")
 
 
 class Metric(NamedTuple):

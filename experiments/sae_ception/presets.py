@@ -17,6 +17,7 @@ Arm = Annotated[
 Metric = Annotated[str, Rule(f"one of {', '.join(OPTIONAL)}", lambda group: group in OPTIONAL)]
 TargetLayer = Name  # "last", a block's number, or a layer signature: the model knows which there are
 Weight = Annotated[float, at_least(0), at_most(10**6)]
+_METRICS = tuple(name for name in OPTIONAL if name != "concepts")  # which only the embedded stories have
 TEXT_FILES = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".parquet")
 
 
@@ -42,7 +43,7 @@ _MLP = {
     "ARMS": ("new_seed", "lambda0", "per_class", "per_example", "full_recon", "random_unit", "permuted",
              "random_latents", "shuffled_labels", "global_mask", "class_mean", "constant"),
     "EVAL_LIMIT": 10_000, "PROBE_LIMIT": 10_000, "SILHOUETTE_ROWS": 2_000, "ROBUST_LIMIT": 2_000,
-    "ABSORPTION_TOKENS": 0, "METRICS": OPTIONAL,
+    "ABSORPTION_TOKENS": 0, "METRICS": _METRICS,
 }
 _MNIST = {"DATASET": "ylecun/mnist", "TEST_DATASET": None, "PIXEL_SCALE": 1 / 255, "VAL_FRAC": 1 / 6}
 _GPT2 = {
@@ -52,7 +53,7 @@ _GPT2 = {
     "N_LATENTS_MULTIPLIER": 8, "TOP_K": 50, "SAE_EPOCHS": 5, "SAE_BATCH_SIZE": 1024, "SAE_POSITIONS": "tokens",
     "KEEP_PCT": 1.0, "CYCLES": 3, "SEEDS": tuple(range(5)), "N_SAE_SEEDS": 2,
     "EVAL_LIMIT": 10_000, "PROBE_LIMIT": 10_000, "SILHOUETTE_ROWS": 10_000, "ROBUST_LIMIT": 500,
-    "ABSORPTION_TOKENS": 20_000, "METRICS": OPTIONAL,
+    "ABSORPTION_TOKENS": 20_000, "METRICS": _METRICS,
 }
 _AG_NEWS = {"DATASET": "fancyzhx/ag_news", "TEST_DATASET": None, "TEST_SPLIT": "test", "TEXT_FIELD": "text",
             "LABEL_FIELD": "label", "MAX_LENGTH": 256}

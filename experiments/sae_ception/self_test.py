@@ -28,6 +28,7 @@ from lib.metrics.performance import (
 )
 from lib.metrics.reconstruction import Reconstruction, explained_variance
 from lib.metrics.robustness import active_jaccard, fgsm
+from lib.metrics.units import best_latents
 
 TOLERANCE = 1e-6
 Row = tuple[str, float, float]
@@ -103,8 +104,18 @@ def robustness() -> list[Row]:
             ("margin that FGSM takes, eps times the L1 norm", float(logits(moved)[0].diff()), 0.1 * 6)]
 
 
+def units() -> list[Row]:
+    """A latent that fires on every token, and twice as strongly on the concept's quarter of them."""
+    concept = (torch.arange(40) % 4 == 0)[:, None]
+    codes, held_out = (1.0 + concept, torch.zeros(40, 1, dtype=torch.long)), torch.arange(40) >= 20
+    strong, any_firing = (best_latents(codes, 1, concept, held_out, shares=shares)[0]["f1"]
+                          for shares in ((0.0, 0.6), (0.0,)))
+    return [("F1 of a latent above the best share of its largest code", strong, 1.0),
+            ("its F1 by firing at all, 2 * 5 / (20 + 5)", any_firing, 0.4)]
+
+
 def main() -> None:
-    rows = [row for part in (selectivity, performance, reconstruction, clusters, robustness) for row in part()]
+    rows = [row for part in (selectivity, performance, reconstruction, clusters, robustness, units) for row in part()]
     failed = 0
     for name, value, expected in rows:
         right = abs(value - expected) <= TOLERANCE

@@ -44,7 +44,6 @@ CONSTANTS = override(globals())
 from saved_model import model_of_sae
 from tqdm.auto import tqdm
 
-from checks.ground_truth import tree_beside
 from concepts.appearance import rule_of, words_to_seek
 from concepts.coherence import MIXED, interest
 from concepts.dictionary import read_concepts
@@ -57,6 +56,7 @@ from concepts.strengths import find_strength
 from concepts.top_texts import read_top_texts
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
+from lib.ground_truth import tree_beside
 from lib.origin import about_sae
 from lib.sae import load_sae, sae_hash
 from lib.saes import MODEL_FILE, find_sae

@@ -32,12 +32,12 @@ from saved_model import model_of_sae
 from scipy.stats import wilcoxon
 
 from checks.controls import control_saes
-from checks.ground_truth import ground_truth
 from checks.verification import VERIFICATION
 from concepts.effects import ablation, divergence, next_logits, of_length, prefixes
 from lib.batches import read_rows
 from lib.environment import InputError, choose_device, run, say_next
 from lib.files import read_json, write_json
+from lib.ground_truth import ground_truth
 from lib.sae import load_sae, sae_hash
 from lib.saes import HISTORY_FILE, MODEL_FILE, find_sae
 from lib.training.checkpoints import HISTORY

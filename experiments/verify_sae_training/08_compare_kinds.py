@@ -43,13 +43,13 @@ from checks.arms import ARMS as ALL_ARMS
 from checks.arms import REFERENCE, arm_place, arm_sae, arm_settings, train_arms
 from checks.controls import control_saes
 from checks.evaluation import loss_recovered
-from checks.ground_truth import ground_truth
 from checks.recovery import KINDS, searched_parts
 from concepts.codes import Codes
 from concepts.names import patterns_of
 from lib.batches import rows_of_run
 from lib.environment import choose_device, log, log_to, run
 from lib.files import fingerprint, read_json, write_json
+from lib.ground_truth import ground_truth
 from lib.sae import sae_hash
 from lib.schemas import SHORT_HASH, Number, Schema, Text
 from lib.store import experiment_dir, open_run

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cycles.attacks import robustness
+from cycles.concepts import concepts
 from cycles.language import language
 from cycles.metrics import GROUPS
 from cycles.scored import Scored, Scores, dense_codes, named, token_rows
@@ -134,5 +135,5 @@ def clustering(x: Scored) -> Scores:
 
 COMPUTE: dict[str, Callable[[Scored], Scores]] = {
     "task": task, "reconstruction": reconstruction, "selectivity": selectivity, "probes": probes,
-    "beyond": beyond, "clustering": clustering, "robustness": robustness, "language": language,
+    "beyond": beyond, "clustering": clustering, "robustness": robustness, "language": language, "concepts": concepts,
 }

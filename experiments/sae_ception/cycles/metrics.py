@@ -41,6 +41,7 @@ GROUPS = {
     "clustering": Group("how well codes and activations fall into the classes"),
     "robustness": Group("accuracy and active latents under FGSM and PGD; costs most"),
     "language": Group("perplexity and first-letter absorption; texts only"),
+    "concepts": Group("F1 of the best latent and the best unit for each concept; the embedded stories only"),
 }
 OPTIONAL = tuple(name for name, group in GROUPS.items() if not group.always)
 
@@ -80,6 +81,11 @@ CLUSTERS = {
     "davies_bouldin": "Davies-Bouldin (lower = tighter)", "calinski_harabasz": "Calinski-Harabasz",
 }
 ROWS = {"": "codes", "_unit": "codes of length 1", "_base": "activations"}
+FINDERS = {
+    "latent": "latent", "firing": "latent, firing at all", "untrained": "latent of an untrained SAE",
+    "neuron": "base unit", "pca": "principal direction", "token": "token", "table": "table of tokens",
+    "pairs": "table of token pairs",
+}
 WORDS = (
     {f"{place}{key}{of}{label}": text.format(who) + more + what for place, who in PLACES.items()
      for key, text in MEASURES.items() for of, more in OF_UNITS.items() for label, what in LABELS.items()}
@@ -90,6 +96,8 @@ WORDS = (
     | {"task_loss": "Task loss (nats)", "task_f1_macro": "Task F1, mean over classes",
        "task_f1_weighted": "Task F1, mean over examples", "task_perplexity": "Perplexity of the texts",
        "task_worst_group_accuracy": "Accuracy of the worst group"}
+    | {f"concepts_f1_{kind}_{where}": f"F1 of the best {who}, {where} concepts" for kind, who in FINDERS.items()
+       for where in ("word", "context")}
 )
 PRIMARY = tuple(name for name, metric in REPORTED.items() if metric.primary)
 MAX_ACCURACY_LOSS = REPORTED["task_accuracy"].margin or 0.0

@@ -15,14 +15,14 @@ import pandas
 import torch
 
 from checks.arms import REFERENCE
-from checks.ground_truth import Truth
 from checks.matching import MATCHED_AT_MOST, matched_cosine
 from checks.recovery import KINDS, Searched, recover_concepts
-from checks.units import best_latents
 from concepts.codes import encode_run
 from concepts.names import name_latents
 from concepts.patterns import Patterns
 from lib.batches import rows_of_run, sample_rows
+from lib.ground_truth import Truth
+from lib.metrics.units import best_latents
 from lib.sae import SAE
 from lib.statistics import holm, interval, paired
 from lib.store import Run

@@ -14,14 +14,13 @@ from corpora import corpus_of
 from saved_model import hook_of_run
 from torch import Tensor
 
-from checks.ground_truth import Truth
-from checks.recovery import MIN_TOKENS
-from checks.units import best_latents
 from concepts.dictionary import read_concepts
 from lib.batches import read_rows
 from lib.environment import InputError
 from lib.files import read_json, write_json
+from lib.ground_truth import MIN_TOKENS, Truth
 from lib.hooks import HookPoint
+from lib.metrics.units import best_latents
 from lib.sae import SAE, load_sae, sae_hash
 from lib.saes import ABOUT_FILE, MODEL_FILE, find_sae, list_saes, made_from
 from lib.schemas import SAE_SIDECAR

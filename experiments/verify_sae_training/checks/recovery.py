@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checks.ground_truth import Concept, Truth
-from checks.units import Scores, best_dimensions, best_latents, best_tokens, token_tables
 from concepts.codes import Codes
 from lib.batches import read_rows
+from lib.ground_truth import WORD_F1, Concept, Truth, searched
+from lib.metrics.units import recovery
 from lib.sae import SAE
 from lib.store import Run
 
-WORD_F1 = 0.8  # a concept that the token table reaches this F1 for, on training rows, is a word concept
-MIN_TOKENS, MIN_SENSE = 20, 5  # held-out tokens a concept needs; a sense needs as many of its word without it
 KINDS = {
     "latent": "latent of the SAE", "firing": "the same, firing at all",
     "frozen_decoder": "latent, decoder frozen at random", "frozen_encoder": "latent, encoder frozen at random",
@@ -72,39 +70,11 @@ def searched_parts(run: Run, hook: str, truth: Truth, n_rows: int = 120_000) -> 
     every = torch.arange(run.n_rows) % max(1, run.n_rows // n_rows) == 0
     with_senses = torch.stack([torch.zeros_like(every), *truth.words.values()]).any(0)
     x_all, x_senses = (read_rows(run.shards(hook), wanted) for wanted in (every, with_senses))
-    for word in (None, *truth.words):
-        rows = every if word is None else truth.words[word]
-        columns = [i for i, concept in enumerate(truth.concepts) if concept.word == word]
+    for rows, columns in searched(truth, run.is_val, every):
+        x = x_all if rows is every else x_senses[rows[with_senses]]
         labels, is_val = truth.labels[rows][:, columns], run.is_val[rows]
-        n_val = labels[is_val].sum(0)
-        enough = (n_val >= MIN_TOKENS if word is None
-                  else (n_val >= MIN_SENSE) & (int(is_val.sum()) - n_val >= MIN_SENSE))
-        if not enough.any() or not labels[~is_val].any():
-            continue
-        x = x_all if word is None else x_senses[rows[with_senses]]
-        chosen = [truth.concepts[column] for column, is_enough in zip(columns, enough) if is_enough]
-        yield Searched(rows, x, is_val, chosen, labels=labels[:, enough], n_val=n_val[enough].tolist())
-
-
-def recovery(
-    saes: dict[str, SAE], x: Tensor, labels: Tensor, is_val: Tensor, *, principal: Tensor, ids: Tensor, before: Tensor
-) -> list[dict[str, Scores]]:
-    """For each concept, a column of labels (bool [N, C]): kind -> scores of its best unit, and of the tables.
-
-    x: rows [N, D]. is_val: bool [N]. principal: directions [D, P]. ids, before: token ids of the rows, and of the token
-    before each (-1: none).
-    """
-    kinds: dict[str, list[Scores]] = {}
-    for kind, sae in saes.items():
-        codes = sae.encode(x.to(sae.mean.device))
-        kinds[kind] = best_latents(codes, sae.n_latents, labels, is_val)
-        if kind == "latent":
-            kinds["firing"] = best_latents(codes, sae.n_latents, labels, is_val, shares=(0.0,))
-    kinds["neuron"] = best_dimensions(x, labels, is_val)
-    kinds["pca"] = best_dimensions((x - x.mean(0)) @ principal, labels, is_val)
-    kinds["token"] = best_tokens(ids, labels, is_val)
-    kinds["table"], kinds["pairs"] = token_tables(ids, before, labels, is_val)
-    return [{kind: column[c] for kind, column in kinds.items()} for c in range(labels.shape[1])]
+        chosen = [truth.concepts[column] for column in columns]
+        yield Searched(rows, x, is_val, chosen, labels=labels, n_val=labels[is_val].sum(0).tolist())
 
 
 def gains(rows: list[dict[str, Any]]) -> dict[str, float]:

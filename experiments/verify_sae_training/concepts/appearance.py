@@ -40,7 +40,7 @@ def words_of(rule: Rule) -> list[str]:
 def truth_of(rule: Rule, tree: dict[str, Any] | None) -> tuple[str, frozenset[str]]:
     """The ground-truth concept that most of a rule's words belong to, and all its words; "" and none without one.
 
-    tree: concepts.json beside a data set (checks/ground_truth.py). Of several, the one with the largest share of its
+    tree: concepts.json beside a data set (lib/ground_truth.py). Of several, the one with the largest share of its
     own words named, then the first by name.
     """
     words = set(words_of(rule))

@@ -12,6 +12,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from ..sae import SAE
+
 THRESHOLDS = 14  # quantiles tried for each dimension
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # of a latent's largest code, tried as its threshold
 SAMPLE = 4_000_000  # activations, evenly thinned, that quantiles are taken of
@@ -21,23 +23,53 @@ Counts = Iterable[tuple[Tensor, Tensor]]
 """For training rows, then for held-out rows: firings of each unit [U], and those on each concept's rows [C, U]."""
 
 
+def recovery(
+    saes: dict[str, SAE], x: Tensor, labels: Tensor, is_val: Tensor, *, principal: Tensor, ids: Tensor, before: Tensor
+) -> list[dict[str, Scores]]:
+    """For each concept, a column of labels (bool [N, C]): kind -> scores of its best unit, and of the tables.
+
+    saes: kind -> SAE; "latent" is the trained one, which is also scored by firing at all. x: rows [N, D]. is_val: bool
+    [N]. principal: directions [D, P]. ids, before: token ids of the rows, and of the token before each (-1: none).
+    """
+    kinds: dict[str, list[Scores]] = {}
+    for kind, sae in saes.items():
+        codes = sae.encode(x.to(sae.mean.device))
+        kinds[kind] = best_latents(codes, sae.n_latents, labels, is_val)
+        if kind == "latent":
+            kinds["firing"] = best_latents(codes, sae.n_latents, labels, is_val, shares=(0.0,))
+    kinds["neuron"] = best_dimensions(x, labels, is_val)
+    kinds["pca"] = best_dimensions((x - x.mean(0)) @ principal, labels, is_val)
+    kinds["token"] = best_tokens(ids, labels, is_val)
+    kinds["table"], kinds["pairs"] = token_tables(ids, before, labels, is_val)
+    return [{kind: column[c] for kind, column in kinds.items()} for c in range(labels.shape[1])]
+
+
 def best_latents(
     codes: tuple[Tensor, Tensor], n_latents: int, labels: Tensor, is_val: Tensor, shares: tuple[float, ...] = SHARES
 ) -> list[Scores]:
     """For each concept the best latent by codes (values, indices) [N, k] above one of `shares` of its largest training
     code.
+
+    F1 = 2 hits / (firings + tokens of the concept). Latent and share are those of the highest F1 on training rows, the
+    scores are of held-out rows. Range: 0 to 1. Source: this project, after Gao et al. (2024).
     """
     counts = _latent_counts(codes, n_latents, labels, is_val, shares=shares)
     return _best_units(counts, labels, is_val, len(shares))
 
 
 def best_dimensions(x: Tensor, labels: Tensor, is_val: Tensor) -> list[Scores]:
-    """For each concept the column of x [N, D] that tells most by lying above, or below, one of THRESHOLDS quantiles."""
+    """For each concept the column of x [N, D] that tells most by lying above, or below, one of THRESHOLDS quantiles.
+
+    F1, chosen and scored as best_latents does. Range: 0 to 1. Source: this project.
+    """
     return _best_units(_threshold_counts(x, labels, is_val), labels, is_val, 2 * THRESHOLDS)
 
 
 def best_tokens(ids: Tensor, labels: Tensor, is_val: Tensor) -> list[Scores]:
-    """For each concept the best token; ids: int64 [N]."""
+    """For each concept the best token; ids: int64 [N].
+
+    F1, chosen and scored as best_latents does. Range: 0 to 1. Source: this project.
+    """
     tokens, which = ids.unique(return_inverse=True)
     found = _best_units(_token_counts(which, len(tokens), labels, is_val), labels, is_val)
     return [scores | {"unit": int(tokens[scores["unit"]])} for scores in found]
@@ -46,7 +78,9 @@ def best_tokens(ids: Tensor, labels: Tensor, is_val: Tensor) -> list[Scores]:
 def token_tables(ids: Tensor, before: Tensor, labels: Tensor, is_val: Tensor) -> tuple[list[Scores], list[Scores]]:
     """Scores by the table of tokens, and by that of pairs, whose rare entries are drawn to the share of their token.
 
-    ids, before: token ids of the rows, and of the token before each (-1: none), int64 [N].
+    ids, before: token ids of the rows, and of the token before each (-1: none), int64 [N]. An entry's share is
+    (concept rows + prior) / (rows + 1) on training rows, and all entries above the cut of the highest F1 there count.
+    Range: 0 to 1. Source: this project.
     """
     tokens, which = ids.unique(return_inverse=True)
     base = labels[~is_val].float().mean(0, keepdim=True)

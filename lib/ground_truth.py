@@ -1,6 +1,8 @@
 """What the embedded stories know of every token: its word's concept, which sense of two it has, its story's state.
 
-    truth = ground_truth(run)     # None for a data set without concepts
+    truth = ground_truth(run)                        # of a run of activations; None for a data set without concepts
+    truth = truth_of(stories, tree, rows)            # of any tokens; tree: tree_at(path of its concepts.json)
+    for rows, columns in searched(truth, is_val, every): ...
 
 A concept's `part` is "leaf" or "node" of the concept tree, "sense" or "state". A sense is sought among its word's own
 tokens only (`word`), where the token itself tells nothing; everything else among all tokens.
@@ -8,22 +10,25 @@ tokens only (`word`), where the token itself tells nothing; everything else amon
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lib.environment import InputError, log
-from lib.files import read_json
-from lib.models import local_path, source_of_run
-from lib.schemas import COUNT, POSITIVE, Misfit, Schema, Text, check
-from lib.store import Run
-from lib.texts import load_documents
+from .environment import InputError, log
+from .files import read_json
+from .models import local_path, source_of_run
+from .schemas import COUNT, POSITIVE, Misfit, Schema, Text, check
+from .store import Run
+from .texts import Documents, load_documents
 
 # concepts.json beside a data set whose words have concepts, as the embedded stories do
 TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}],
                 "topics": [str], "moods": [str]})
 STORY = {"text": str, "concepts": [COUNT], "topic": COUNT, "mood": COUNT}
+WORD_F1 = 0.8  # a concept that the token table reaches this F1 for, on training rows, is a word concept
+MIN_TOKENS, MIN_SENSE = 20, 5  # held-out tokens a concept needs; a sense needs as many of its word without it
 FEELINGS = ("feeling/good", "feeling/bad/sad", "feeling/bad/afraid", "feeling/bad/angry")
 PETS = ("animal/pet/dog", "animal/pet/cat", "animal/pet/rabbit")
 NAMES = ("name/girl", "name/boy")
@@ -43,7 +48,7 @@ class Concept(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """The concepts of a run's tokens."""
+    """The concepts of tokens, a row each."""
 
     concepts: list[Concept]
     labels: Tensor
@@ -60,11 +65,35 @@ def ground_truth(run: Run) -> Truth | None:
     tree = concept_tree(run)
     if tree is None:
         return None
-    stories, numbers = _stories_of(run), {0, *(leaf["number"] for leaf in tree["leaves"])}
+    return truth_of(_stories_of(run), tree, run.rows)
+
+
+def truth_of(stories: Documents, tree: dict[str, Any], rows: dict[str, Tensor]) -> Truth | None:
+    """The concepts of tokens; None, with a warning, if the stories have another form, or numbers of another tree.
+
+    rows: text_id (which of the stories), char_start and char_end of each token, int [n_rows].
+    """
+    numbers = {0, *(leaf["number"] for leaf in tree["leaves"])}
     if not all(_says_its_concepts(story, tree, numbers) for story in stories):
         log.warning("the texts don't give their words the numbers of the concepts.json beside them; it is ignored")
         return None
-    return _labelled(run, tree, stories)
+    return _labelled(stories, tree, rows)
+
+
+def searched(truth: Truth, is_val: Tensor, every: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+    """(rows bool [n_rows], columns of truth.labels): concepts with enough held-out tokens, and where they are sought.
+
+    A sense is sought in the rows of its word, every other concept in the rows `every`. is_val, every: bool [n_rows].
+    """
+    for word in (None, *truth.words):
+        rows = every if word is None else truth.words[word]
+        columns = [i for i, concept in enumerate(truth.concepts) if concept.word == word]
+        labels, held_out = truth.labels[rows][:, columns], is_val[rows]
+        n_val = labels[held_out].sum(0)
+        enough = (n_val >= MIN_TOKENS if word is None
+                  else (n_val >= MIN_SENSE) & (int(held_out.sum()) - n_val >= MIN_SENSE))
+        if enough.any() and labels[~held_out].any():
+            yield rows, [column for column, is_enough in zip(columns, enough.tolist()) if is_enough]
 
 
 def concept_tree(run: Run) -> dict[str, Any] | None:
@@ -86,7 +115,12 @@ def tree_beside(dataset: dict[str, Any] | None) -> dict[str, Any] | None:
         log.warning("no ground truth: %s", error)
         return None
     path = local_path(source)
-    if path is None or not (found := path.parent / "concepts.json").exists():
+    return None if path is None else tree_at(path.parent / "concepts.json")
+
+
+def tree_at(found: Path) -> dict[str, Any] | None:
+    """What a concepts.json holds; None if there is none or, with a warning, if it has another shape."""
+    if not found.exists():
         return None
     try:
         tree = read_json(found, TRUTH)
@@ -99,7 +133,7 @@ def tree_beside(dataset: dict[str, Any] | None) -> dict[str, Any] | None:
     return None
 
 
-def _stories_of(run: Run) -> list[dict[str, Any]]:
+def _stories_of(run: Run) -> Documents:
     """The lines of the data set that hold the run's texts, in the run's order."""
     by_text = {story["text"]: story for story in load_documents(source_of_run(run.meta["dataset"]))}
     if missing := sum(text["text"] not in by_text for text in run.texts):
@@ -121,8 +155,8 @@ def _says_its_concepts(story: dict[str, Any], tree: dict[str, Any], numbers: set
             and story["topic"] < len(tree["topics"]) and story["mood"] < len(tree["moods"]))
 
 
-def _labelled(run: Run, tree: dict[str, Any], stories: list[dict[str, Any]]) -> Truth:
-    """What the stories of a run know of its tokens."""
+def _labelled(stories: Documents, tree: dict[str, Any], rows: dict[str, Tensor]) -> Truth:
+    """What the stories know of these tokens."""
     paths = {leaf["number"]: leaf["path"] for leaf in tree["leaves"]}
     senses = _senses(stories, paths)
     parts = {name: "leaf" if name in paths.values() else "node" for path in paths.values() for name in _above(path)}
@@ -136,8 +170,8 @@ def _labelled(run: Run, tree: dict[str, Any], stories: list[dict[str, Any]]) -> 
         spans += [(text_id, start, end, column[name]) for start, end, name in _spans(story, paths, senses, tree)]
         words = ((match, word_column.get(match[0].lower())) for match in WORD.finditer(story["text"]))
         word_spans += [(text_id, *match.span(), number) for match, number in words if number is not None]
-    of_word = label_rows(run, torch.tensor(word_spans).view(-1, 4), len(senses))
-    labels = label_rows(run, torch.tensor(spans).view(-1, 4), len(named))
+    of_word = label_rows(rows, torch.tensor(word_spans).view(-1, 4), len(senses))
+    labels = label_rows(rows, torch.tensor(spans).view(-1, 4), len(named))
     return Truth(named, labels, {word: of_word[:, i] for word, i in word_column.items()})
 
 
@@ -187,16 +221,17 @@ def _spans(
     yield 0, len(text), f"how it ends: {tree['moods'][story['mood']]}"
 
 
-def label_rows(run: Run, spans: Tensor, n_concepts: int) -> Tensor:
+def label_rows(rows: dict[str, Tensor], spans: Tensor, n_concepts: int) -> Tensor:
     """Which concepts each row's token belongs to, bool [n_rows, n_concepts].
 
-    spans: int64 [n, 4], (text_id, char_start, char_end, concept); a token belongs to every concept it overlaps.
+    rows: as in truth_of, by text and place. spans: int64 [n, 4], (text_id, char_start, char_end, concept); a token
+    belongs to every concept it overlaps.
     """
     width = 1 << 32  # characters are numbered over all texts, each text beginning at a multiple of this
-    text_id, start, end = (run.rows[name].long() for name in ("text_id", "char_start", "char_end"))
+    text_id, start, end = (rows[name].long() for name in ("text_id", "char_start", "char_end"))
     first = torch.searchsorted(text_id * width + end, spans[:, 0] * width + spans[:, 1], right=True)
     last = torch.searchsorted(text_id * width + start, spans[:, 0] * width + spans[:, 2])
-    labels = torch.zeros(run.n_rows, n_concepts, dtype=torch.bool)
+    labels = torch.zeros(len(text_id), n_concepts, dtype=torch.bool)
     for offset in range(int((last - first).max()) if len(spans) else 0):
         inside = first + offset < last
         labels[first[inside] + offset, spans[inside, 3]] = True
