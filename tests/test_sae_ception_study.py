@@ -2,11 +2,16 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas
 import pytest
 import torch
+from forked import PROJECT
 from test_sae_ception_cycles import defaults, digits, script  # noqa: F401
 
 from cycles import study
@@ -50,14 +55,12 @@ def small(digits):  # noqa: F811
 
 
 def test_a_study_resumes_and_refuses_other_constants(small, monkeypatch, own_store):
-    study.run_seed(small, 7, -1)  # its parent is gone: nothing but the models that arms are made from
-    assert study.done(small) == (0, 7)
-    study.run_seed(small, 7, os.getppid())
+    study.run_seed(small, 7)
     assert study.done(small) == (7, 7)
     path = study.result_path(small, 7, "per_class@l2")
     first = path.read_bytes()
     path.unlink()
-    study.run_seed(small, 7, os.getppid())
+    study.run_seed(small, 7)
     assert path.read_bytes() == first
     found = json.loads(first)
     assert found["aux"]["pull"] > 0 and found["aux"]["shift"] > 0
@@ -70,9 +73,9 @@ def test_a_study_resumes_and_refuses_other_constants(small, monkeypatch, own_sto
     assert left == {"baseline", "lambda0", "study"}
     path.unlink()
     with pytest.raises(InputError, match="other constants"):
-        study.run_seed(small | {"PROBE_LIMIT": 150}, 7, os.getppid())
+        study.run_seed(small | {"PROBE_LIMIT": 150}, 7)
     failed = study.run_seed(small | {"ARM_CONSTANTS": small["ARM_CONSTANTS"] | {
-        "per_class@l2": {"AUX_WEIGHT": 2.0, "KEEP_PCT": 100.0}}}, 7, os.getppid())
+        "per_class@l2": {"AUX_WEIGHT": 2.0, "KEEP_PCT": 100.0}}}, 7)
     assert len(failed) == 1 and "seed 7, per_class@l2: keeping 256 latents" in failed[0] and not path.exists()
     scores = read_study(study.setting_root(small))
     assert len(scores) == 6 and set(scores.arm) == {"lambda0", "per_class", "l1_activation", "weight_decay"}
@@ -190,6 +193,39 @@ def test_success_needs_every_control_beaten_and_nothing_lost(gain, control, with
     lines = sentences(scores, tests, ENDS, "all of it")
     assert len(lines) == 5 and ("helps: per_class." in lines[4]) is wins
     assert "beats class_mean" in lines[2] or gain == control
+
+
+@pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_study_that_is_stopped_leaves_no_process(own_store, kind, code):
+    command = [sys.executable, str(PROJECT / "experiments/sae_ception/07_run_study.py"), "STUDY=digits",
+               "SEEDS=1,2", "WORKERS=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda:
+                               signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        wait_until(lambda: [*own_store.glob("*/study_digits/baseline/seed_1")])  # the worker is at work
+        process.send_signal(kind)
+        assert process.wait(30) == code
+        wait_until(lambda: not alive(process.pid))
+        assert kind != signal.SIGINT or "rerun the same command" in process.stderr.read()
+    finally:
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def alive(group):
+    """Whether any process of this group lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(happens, seconds=120):
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_every_arm_has_a_look_of_its_own():

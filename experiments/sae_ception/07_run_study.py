@@ -74,10 +74,12 @@ def main():
     record(c)
     log_to(setting_root(c) / "07_run_study.log")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
+    context = get_context("spawn")
+    going, keep_going = context.Pipe(duplex=False)
     finished, total = done(c)
-    with (ProcessPoolExecutor(WORKERS, get_context("spawn"), work_alone) as pool,
+    with (ProcessPoolExecutor(WORKERS, context, work_alone, (going,)) as pool, keep_going,
           tqdm(total=total, initial=finished, unit="model", desc=STUDY) as bar):
-        waiting = {pool.submit(run_seed, c, seed, os.getpid()) for seed in c["SEEDS"]}
+        waiting = {pool.submit(run_seed, c, seed) for seed in c["SEEDS"]}
         while waiting:
             ended, waiting = wait(waiting, timeout=2, return_when=FIRST_EXCEPTION)
             bar.update(done(c)[0] - bar.n)

@@ -1,7 +1,7 @@
 """A study: every arm at every lambda and seed, each in one small file, computed by several processes.
 
     constants = with_grid(constants, (0.1, 0.3, 1.0))      # the arms of a study: per_class@l0.1, per_class@l0.3, ...
-    run_seed(constants, 1000, started)                     # all arms of one seed; what is finished is not made again
+    run_seed(constants, 1000)                              # all arms of one seed; what is finished is not made again
     done(constants)                                        # how many files there are, and how many there will be
 
 store/sae_ception/<setting>/study/seed_<s>/<arm>.json holds all scores of an arm and how far it was pulled. Models and
@@ -11,8 +11,12 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -70,16 +74,27 @@ def done(c: Constants) -> tuple[int, int]:
     return sum(path.exists() for path in paths), len(paths)
 
 
-def work_alone() -> None:
-    """Make this process one of several: one thread, last in line, without bars and messages of its own."""
+def work_alone(going: Connection) -> None:
+    """Make this process one of several: one thread, last in line, without bars and messages of its own.
+
+    It ends at once, whatever it does, when the other end of `going` is closed: by the main process or by its death.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the main one decides
+    Thread(target=_end_with, args=(going,), daemon=True).start()
     os.nice(10)
     torch.set_num_threads(1)
     log.setLevel(logging.ERROR)
     sys.stderr = open(os.devnull, "w")  # the bars of each training; what goes wrong reaches the main process as errors
 
 
-def run_seed(c: Constants, seed: int, parent: int) -> list[str]:
-    """All arms of one seed. What is finished is not made again; ends early when the process `parent` is gone.
+def _end_with(going: Connection) -> None:
+    with suppress(EOFError):
+        going.recv()
+    os._exit(1)  # files are written whole or not at all
+
+
+def run_seed(c: Constants, seed: int) -> list[str]:
+    """All arms of one seed. What is finished is not made again.
 
     Returns a line for each arm that could not be trained: it has no result, and the others go on.
     """
@@ -95,8 +110,6 @@ def run_seed(c: Constants, seed: int, parent: int) -> list[str]:
         session.load("lambda0", 1)
         unpulled = session.outputs(session.task.splits["val"])[0]
         for arm in c["ARMS"]:
-            if os.getppid() != parent:
-                break
             if is_finished(session, arm):
                 continue
             scores = None
