@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from test_training import SMALL, Drawn, make_rows, split_rows
+from test_training import SMALL, Drawn, make_rows, split_rows, stop_in_step
 from test_verify_scripts import TRAIN, files, script, source  # noqa: F401  (two fixtures)
 
 import lib.batches as batches_module
@@ -88,22 +88,13 @@ def test_saes_that_start_from_equal_centres_share_what_is_read(layers, in_memory
 def test_many_that_were_killed_end_with_the_same_bytes(layers, in_memory, monkeypatch, tmp_path, stop_at):
     jobs = [Job(layers[0], replace(BASE, kind=kind, epochs=epochs), tmp_path / kind)
             for kind, epochs in (("topk", 2), ("jumprelu", 1), ("batchtopk", 2))]
-    real, steps = training.fast_step, []
-
-    def interrupted(*args, **options):
-        steps.append(1)
-        if len(steps) == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        real(*args, **options)
-
     monkeypatch.setattr(many, "log", logging.getLogger("quiet"))
     monkeypatch.setattr(many, "seconds_needed", lambda *rest: 0.0)
-    monkeypatch.setattr(training, "fast_step", interrupted)
+    steps = stop_in_step(monkeypatch, stop_at)
     with pytest.raises(KeyboardInterrupt):
         list(train_saes(jobs, progress=False))
     found = made(train_saes(jobs, progress=False))
     assert len(steps) == 2 * 12 + 12 + 2 * 12
-    monkeypatch.setattr(training, "fast_step", real)
     assert found == alone(jobs)
 
 
@@ -111,18 +102,9 @@ def test_those_ahead_after_a_kill_wait_for_those_behind(layers, monkeypatch, tmp
     """A process may end between the checkpoints of two SAEs."""
     monkeypatch.setattr(batches_module, "BUFFER_BYTES", 1)
     jobs = [Job(layers[0], replace(BASE, top_k=k), tmp_path / str(k)) for k in (2, 4)]
-    real, steps = training.fast_step, []
-
-    def interrupted(*args, **options):
-        steps.append(1)
-        if len(steps) == 5:
-            signal.raise_signal(signal.SIGINT)
-        real(*args, **options)
-
-    monkeypatch.setattr(training, "fast_step", interrupted)
+    stop_in_step(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         train_sae(layers[0], jobs[0].settings, jobs[0].folder, progress=False)
-    monkeypatch.setattr(training, "fast_step", real)
     assert made(train_saes(jobs, progress=False)) == alone(jobs)
 
 
@@ -134,38 +116,21 @@ def test_sources_that_are_not_stored_are_passed_once(monkeypatch, tmp_path):
             for k in (2, 3) for i, source in enumerate(sources)]
     other = Job(sources[0], replace(settings, seed=1), tmp_path / "other")
     assert [group.numbers for group in group_jobs([*jobs, other])] == [[0, 1, 2, 3], [4]]
-    real, steps = training.fast_step, []
-
-    def interrupted(*args, **options):
-        steps.append(1)
-        if len(steps) == 18:
-            signal.raise_signal(signal.SIGINT)
-        real(*args, **options)
-
     monkeypatch.setattr(many, "seconds_needed", lambda *rest: 0.0)
-    monkeypatch.setattr(training, "fast_step", interrupted)
+    steps = stop_in_step(monkeypatch, 18)
     with pytest.raises(KeyboardInterrupt):
         list(train_saes(jobs, progress=False))
     fresh = [Drawn(), Drawn()]
     found = made(train_saes([replace(job, source=fresh[i % 2]) for i, job in enumerate(jobs)], progress=False))
     assert len(steps) == 40
-    monkeypatch.setattr(training, "fast_step", real)
     assert found == alone([replace(job, source=Drawn()) for job in jobs])
 
 
 def killed(jobs, monkeypatch, calls):
     """Train the jobs until Ctrl-C comes in that step, counted over all."""
-    real, steps = training.fast_step, []
-
-    def interrupted(*args, **options):
-        steps.append(1)
-        if len(steps) == calls:
-            signal.raise_signal(signal.SIGINT)
-        real(*args, **options)
-
     monkeypatch.setattr(many, "seconds_needed", lambda *rest: 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "fast_step", interrupted)
+        stop_in_step(patch, calls)
         with pytest.raises(KeyboardInterrupt):
             list(train_saes(jobs, progress=False))
 

@@ -176,6 +176,20 @@ def test_an_interrupted_training_ends_with_the_same_sae(tmp_path, monkeypatch, s
         assert torch.equal(getattr(again, name), getattr(whole, name))
 
 
+def stop_in_step(monkeypatch, number, kind=signal.SIGINT):
+    """Send a signal in that step, counted over all trainings; returns a list with an item for every step so far."""
+    real, steps = training.fast_step, []
+
+    def interrupted(*args, **options):
+        steps.append(1)
+        if len(steps) == number:
+            signal.raise_signal(kind)
+        real(*args, **options)
+
+    monkeypatch.setattr(training, "fast_step", interrupted)
+    return steps
+
+
 class Drawn:
     """A source that stores nothing: rows drawn from a generator, whose state is its place."""
 
@@ -199,16 +213,9 @@ class Drawn:
 
 
 def test_a_training_reads_any_source_and_resumes_at_its_place(tmp_path, monkeypatch):
-    settings, real, steps = TrainSettings(**SMALL), training.fast_step, []
+    settings = TrainSettings(**SMALL)
     whole, whole_history = train_sae(Drawn(), settings, tmp_path / "whole", progress=False)
-
-    def interrupted(*args, **options):
-        steps.append(1)
-        if len(steps) == 13:
-            signal.raise_signal(signal.SIGINT)
-        real(*args, **options)
-
-    monkeypatch.setattr(training, "fast_step", interrupted)
+    steps = stop_in_step(monkeypatch, 13)
     with pytest.raises(KeyboardInterrupt):
         train_sae(Drawn(), settings, tmp_path / "stopped", progress=False)
     again, history = train_sae(Drawn(), settings, tmp_path / "stopped", progress=False)
@@ -220,15 +227,8 @@ def test_ctrl_c_saves_the_step_it_came_in(tmp_path, monkeypatch, kind):
     rows, _ = make_rows()
     settings, before = TrainSettings(**SMALL, dead_after=500), [signal.getsignal(n) for n in (2, 15)]
     whole, whole_history = train_sae(rows, settings, tmp_path / "whole", progress=False)
-    real, steps = training.fast_step, []
-
-    def interrupted(*args, **options):
-        steps.append(1)
-        if len(steps) == 23:  # in the second epoch, between two points of the curve, long before a checkpoint is due
-            signal.raise_signal(kind)
-        real(*args, **options)
-
-    monkeypatch.setattr(training, "fast_step", interrupted)
+    # in the second epoch, between two points of the curve, long before a checkpoint is due
+    steps = stop_in_step(monkeypatch, 23, kind)
     with pytest.raises(KeyboardInterrupt):
         train_sae(rows, settings, tmp_path / "stopped", progress=False)
     assert [signal.getsignal(n) for n in (2, 15)] == before and len(steps) == 23
