@@ -73,6 +73,7 @@ Made = dict[str, Any]  # what a saved run holds: the state, the mean of the samp
 
 
 def begin_or_resume(saved: Path, world: World, plan: Plan) -> Made:
+    """The saved run, or the state at step 0; this code's commit is noted in it if steps are left to take."""
     if saved.exists():
         state = {name: tensor.clone() for name, tensor in read_tensors(saved).items()}
         made = {"state": state, "mean": state.pop("mean"), **read_note(saved, PROGRESS)}

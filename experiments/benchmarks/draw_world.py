@@ -69,6 +69,7 @@ def parents(model: SyntheticModel) -> torch.Tensor:
 
 
 def tensors(model: SyntheticModel, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The world's tensors by the names under which sampler.py reads them; F features of width D: features [F, D]."""
     draws = model.activation_generator
     factor, spread = draws.low_rank_correlation
     found = {"features": features, "bias": model.feature_dict.bias, "factor": factor, "spread": spread,

@@ -30,6 +30,11 @@ SAMPLES = 200_000_000  # of the protocol; at a constant rate it decides nothing
 
 
 def trainer_of(kind, s):
+    """SAELens' trainer as its synthetic runner would make it, for rows that come from elsewhere.
+
+    kind: batchtopk, or matryoshka with groups of 128, 512, 2048 and all latents. s: width, n_latents, k, batch, lr,
+    autocast and seed.
+    """
     sizes = {"d_in": s["width"], "d_sae": s["n_latents"], "k": s["k"], "device": "cpu"}
     if kind == "batchtopk":
         config = BatchTopKTrainingSAEConfig(**sizes)
@@ -45,6 +50,7 @@ def trainer_of(kind, s):
 
 
 def save(trainer, folder):
+    """Write what resumes the trainer, and weights.safetensors: its SAE with unit dictionary rows, and b_dec as mean."""
     folder.mkdir(parents=True)
     trainer.save_trainer_state(folder)
     torch.save(trainer.sae.state_dict(), folder / "sae.pt")

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 def ours(x, s):
+    """The fast step with the constants of lib.training, on whitened rows; x is overwritten with them."""
     from lib.training.fast_step import fast_step
     from lib.training.settings import aux_after, learning_rate, schedule
     from lib.training.step import folded_weights, init_state, whitening

@@ -37,27 +37,32 @@ FORGET = 0.05  # weight of the newest batch in the running mean of batchtopk's t
 
 
 def topk_codes(pre: Tensor, k: int, log_threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [B, F]: of each row of pre [B, F], which are at least 0, the k largest; and no penalty."""
     values, chosen = pre.topk(k, dim=1)
     return torch.zeros_like(pre).scatter(1, chosen, values), pre.new_zeros(())
 
 
 def batchtopk_codes(pre: Tensor, k: int, log_threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [B, F]: the k B largest of all of pre [B, F], however they fall on the rows; and no penalty."""
     values, chosen = pre.flatten().topk(min(k * len(pre), pre.numel()))
     return torch.zeros_like(pre.flatten()).scatter(0, chosen, values).view_as(pre), pre.new_zeros(())
 
 
 def jumprelu_codes(pre: Tensor, k: int, log_threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [B, F]: those of pre [B, F] above their latent's threshold; and the penalty (L0 / k - 1)^2."""
     assert log_threshold is not None
     codes, fires = _Jump.apply(pre, log_threshold.exp())
     return codes, (fires.sum() / len(pre) / k - 1).square()
 
 
 def one_error(x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
+    """x - x_hat [B, D] and its squared norm, mean over rows."""
     error = x - codes @ dec
     return error, error.square().sum(-1).sum() / len(x)
 
 
 def nested_errors(x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
+    """x - x_hat [B, D] of all latents, and the squared error of the first n, mean over rows and the n of prefix_sizes."""
     error, total, prefixes = x, x.new_zeros(()), prefix_sizes(len(dec))
     for start, end in zip([0, *prefixes], prefixes):
         error = error - codes[:, start:end] @ dec[start:end]
@@ -71,6 +76,7 @@ def prefix_sizes(n_latents: int) -> list[int]:
 
 
 def prefix_levels(state: dict[str, Tensor]) -> Tensor:
+    """Level of each latent, uint8 [F]: the first F/16 make level 0; the next ones end at F/8, F/4, F/2 and F."""
     dec = state["dec"]
     return _levels(torch.arange(len(dec), device=dec.device), prefix_sizes(len(dec))[:-1])
 

@@ -45,6 +45,7 @@ def evaluate(session: Session, sae: SAE, split: str, groups: tuple[str, ...]) ->
 
 
 def task(x: Scored) -> Scores:
+    """Accuracy and the like of the model's logits, and of its worst group where the task has a shortcut."""
     scores = classification(x.logits, x.y)
     if (shortcut := x.session.task.shortcut) is not None:
         scores["worst_group_accuracy"] = worst_group(x.logits, x.y, shortcut[x.ids])
@@ -105,6 +106,7 @@ def _label_selectivity(x: Scored, fired: dict[str, Tensor], labels: Tensor, n_la
 
 
 def probes(x: Scored) -> Scores:
+    """What linear probes fitted on training codes, on all of them and on the k best for each class, reach on these."""
     train, y_train = dense_codes(x.sae, x.h_train), x.session.task.y[x.train_ids]
     sparse = k_sparse_probe(train, y_train, x.codes, x.y)
     return named("probe", logistic_probe(train, y_train, x.codes, x.y)) | named("k_sparse_probe", {
@@ -125,6 +127,7 @@ def beyond(x: Scored) -> Scores:
 
 
 def clustering(x: Scored) -> Scores:
+    """How well classes are parted in the codes, in codes of unit norm (_unit) and in the activations (_base)."""
     scores: Scores = {}
     for suffix, rows in (("", x.codes), ("_unit", unit_rows(x.codes)), ("_base", x.h)):
         found = class_separation(rows, x.y, x.session.task.n_classes, seed=x.session.seed,
