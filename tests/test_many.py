@@ -1,7 +1,6 @@
 """Many SAEs from one read: the bytes of single trainings, what is read, kills, memory, and the script's SAES."""
 import logging
 import shutil
-import signal
 from copy import copy
 from dataclasses import replace
 from itertools import product
@@ -12,7 +11,6 @@ from test_training import SMALL, Drawn, make_rows, split_rows, stop_in_step
 from test_verify_scripts import TRAIN, files, script, source  # noqa: F401  (two fixtures)
 
 import lib.batches as batches_module
-import lib.training.loop as training
 import lib.training.many as many
 from lib.environment import InputError
 from lib.sae import sae_hash

@@ -62,7 +62,7 @@ def one_error(x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nested_errors(x: Tensor, codes: Tensor, dec: Tensor) -> tuple[Tensor, Tensor]:
-    """x - x_hat [B, D] of all latents, and the squared error of the first n, mean over rows and the n of prefix_sizes."""
+    """x - x_hat [B, D] of all latents, and the squared error of the first n, mean over rows and prefix_sizes."""
     error, total, prefixes = x, x.new_zeros(()), prefix_sizes(len(dec))
     for start, end in zip([0, *prefixes], prefixes):
         error = error - codes[:, start:end] @ dec[start:end]
