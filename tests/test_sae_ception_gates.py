@@ -248,6 +248,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(kind, tmp_path):
     made = Targets(torch.arange(120), torch.randn(120, width, generator=torch.Generator().manual_seed(0)))
     model, task = start()
     whole = fine_tune(model, task, settings, made, checkpoint=Checkpoint(tmp_path / "a.pt"))
+    assert whole["epochs"][-1]["cos"] == pytest.approx(whole["aux"]["cos_end"], abs=1e-6)
+    assert whole["epochs"][0]["cos"] != whole["aux"]["cos_start"]
     expected = trained_state(model)
     model, _ = start()
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from cycles.auxiliary import Auxiliary, probe, pull_summary
+from cycles.auxiliary import Auxiliary, probe, probe_ids, pull_summary
 from cycles.examples import Entries, make_batch, outputs, own_examples, shuffled_batches
 from cycles.modules import load_trained, trained_state
 from cycles.sharding import is_sharded
@@ -85,8 +85,9 @@ def fine_tune(
     ends it; a training that resumes from it ends with the same result. Several ranks share every batch: their
     gradients are added up, and what each of them drew within an epoch is not kept, so they resume at whole epochs.
 
-    Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "kept_epoch"} and, with targets, "aux"
-    (cycles.auxiliary.pull_summary). Raises InputError for a loss that is no longer finite.
+    Returns {"epochs": [{loss, aux_loss, val_accuracy, val_loss}], "best_epoch", "kept_epoch"} and, with targets, "cos"
+    of each epoch, the mean cosine to them, and "aux" (cycles.auxiliary.pull_summary). Raises InputError for a loss that
+    is no longer finite.
     """
     if settings.select not in ("last", "best"):
         raise InputError(f"SELECT_EPOCH={settings.select!r} must be 'last' or 'best'")
@@ -100,7 +101,7 @@ def fine_tune(
     with stop_between_steps(checkpoint is not None and world_size() == 1) as training.stopped:
         for epoch in tqdm(range(len(progress["epochs"]), settings.epochs), desc=label, unit="epoch", leave=False,
                           disable=rank() > 0):
-            record = _one_epoch(training, epoch) | _validated(training)
+            record = _one_epoch(training, epoch) | _validated(training) | _cosine(training)
             _add_epoch(progress, record, training)
             if log is not None:
                 log({"epoch": epoch + 1, **record})
@@ -234,3 +235,13 @@ def _validated(training: _Training) -> dict[str, float]:
     _, logits = outputs(training.model, task, ids, training.settings.batch_size, entries=training.entries)
     y = task.y[ids]
     return {"val_accuracy": float((logits.argmax(1) == y).double().mean()), "val_loss": float(cross_entropy(logits, y))}
+
+
+def _cosine(training: _Training) -> dict[str, float]:
+    """The mean cosine to the targets, if there are some, of the examples that cycles.auxiliary.probe takes."""
+    ids = probe_ids(training.task)
+    if training.targets is None:
+        return {}
+    h, _ = outputs(training.model, training.task, ids, training.settings.batch_size, entries=training.entries)
+    far = training.targets.distance(h, ids)
+    return {} if far is None else {"cos": 1 - float(far.double().mean())}

@@ -22,8 +22,7 @@ def match_latents(
     if not len(rows_a) or not len(rows_b):
         raise InputError("one of the two SAEs has no latent alive: there is nothing to match")
     cosine = a[rows_a].double() @ b[rows_b].double().T
-    i, j = linear_sum_assignment(-cosine.numpy())
-    found = cosine[torch.from_numpy(i), torch.from_numpy(j)]
+    i, j, found = one_to_one(cosine)
     pairs = [(int(rows_a[x]), int(rows_b[y]), float(c)) for x, y, c in zip(i, j, found) if c >= moved_above]
     kept = sum(c >= kept_above for _, _, c in pairs)
     close = cosine > family_above
@@ -32,3 +31,9 @@ def match_latents(
         "died": len(rows_a) - len(pairs), "born": len(rows_b) - len(pairs),
         "split": int((close.sum(1) >= 2).sum()), "merged": int((close.sum(0) >= 2).sum()),
     }
+
+
+def one_to_one(cosine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of cosine [A, B] that the Hungarian method pairs, and the cosines of the pairs: [min(A, B)]."""
+    i, j = (torch.from_numpy(place) for place in linear_sum_assignment(-cosine.numpy()))
+    return i, j, cosine[i, j]

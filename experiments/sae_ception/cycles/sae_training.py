@@ -38,16 +38,34 @@ def trained_sae(session: Session, arm: str, cycle: int, sae_seed: int, *, work: 
 
 
 def _topk(session: Session, arm: str, cycle: int, seed: int, *, work: Path) -> tuple[SAE, Tensor]:
-    c = session.c
     rows = _sae_rows(session, work, session.key("model", arm, cycle))
+    sae = _topk_of(session, rows, seed, folder=work if work.exists() else None)
+    return sae, rows.shards[0][:PROBE_ROWS].float()
+
+
+def _topk_of(session: Session, rows: Rows, seed: int, *, folder: Path | None = None) -> SAE:
+    c = session.c
     settings = TrainSettings(c["N_LATENTS_MULTIPLIER"] * len(rows.mean), c["TOP_K"], epochs=c["SAE_EPOCHS"],
                              batch_size=c["SAE_BATCH_SIZE"], lr=c["SAE_LR"], seed=seed)
     threads = torch.get_num_threads()
-    sae, history = train_sae(rows, settings, work if work.exists() else None, session.device, progress=False)
+    sae, history = train_sae(rows, settings, folder, session.device, progress=False)
     # The compiled SAE step may leave torch with another number of threads, which changes the last bits of later models.
     torch.set_num_threads(threads)
     sae.config["val_ev"] = history["val"]["ev"][history["best_epoch"] - 1]
-    return sae, rows.shards[0][:PROBE_ROWS].float()
+    return sae
+
+
+def sae_of_rows(session: Session, x: Tensor, is_val: Tensor, seed: int) -> SAE:
+    """An SAE trained as the session's SAEs are, but on the rows x [N, D] where is_val [N] is false."""
+    c = session.c
+    if c["SAE_KIND"] == "topk":
+        return _topk_of(session, rows_of_tensor(x, is_val), seed)
+    training = L1Training(x.shape[1], c["N_LATENTS_MULTIPLIER"] * x.shape[1], seed, l1=c["SAE_L1"], lr=c["SAE_LR"],
+                          device=session.device)
+    along = c["SAE_TRAINED"] == "along"
+    training.epochs(x[~is_val], c["EPOCHS_PER_CYCLE" if along else "SAE_EPOCHS"],
+                    c["BATCH_SIZE" if along else "SAE_BATCH_SIZE"], seed)
+    return training.sae().to(session.device)
 
 
 def _sae_rows(session: Session, work: Path, model_key: str) -> Rows:
