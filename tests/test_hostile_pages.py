@@ -114,6 +114,6 @@ def test_a_concepts_file_of_another_project_is_ignored_in_one_line(tmp_path, cap
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "concepts.json").write_text("{" if content == "not JSON" else json.dumps(content))
     meta = {"dataset": {"name": str(tmp_path / "texts.jsonl"), "split": "train", "field": "text", "limit": None}}
-    run = type("Run", (), {"meta": meta, "texts": [{"text": "the cat sat"}]})
+    run = type("Run", (), {"meta": meta, "texts": [{"text": "the cat sat"}], "rows": {}})
     assert ground_truth(run) is None
     assert len(caplog.records) == 1 and "ignored" in caplog.text and str(tmp_path) not in caplog.text

@@ -64,8 +64,8 @@ def test_a_draw_keeps_the_classes_shares():
 def sorted_files(folder, kind):
     """Constants of a tiny model and of training and test files that are sorted by label; no validation file."""
     c = write_texts(folder, "llama")
-    rows = [{"text": f"{TEXTS[i % 6]} {('happy', 'sad')[i >= 60]}", "mood": ("good", "bad")[i >= 60], "topic": i % 4}
-            for i in range(120)]
+    rows = [{"text": f"{TEXTS[i % 6]} {('happy', 'sad')[i >= 60]} {i}", "mood": ("good", "bad")[i >= 60],
+             "topic": i % 4} for i in range(120)]
     for name, part in (("train", rows), ("test", rows)):
         path, frame = folder / f"sorted_{name}.{kind}", pandas.DataFrame(part)
         if kind == "csv":
@@ -172,7 +172,8 @@ def test_own_data_need_no_constants_of_the_stories(tmp_path, script, caplog):  #
     c = write_texts(tmp_path, "llama")
     for name in ("train", "test"):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        write_lines(tmp_path / f"my_{name}.jsonl", [{"text": row["text"], "label": row["mood"]} for row in rows])
+        write_lines(tmp_path / f"my_{name}.jsonl", [{"text": f"{row['text']} {number}", "label": row["mood"]}
+                                                    for number, row in enumerate(rows)])
     own = [f"MODEL={c['MODEL']}", f"DATASET={tmp_path}/my_train.jsonl", "LABEL_FIELD=label", "SETTING=mine",
            "EPOCHS_PER_CYCLE=1", "VAL_FRAC=0.2"]
     _, out, err = script("01_train_baseline.py", *own, f"TEST_DATASET={tmp_path}/my_test.jsonl")
