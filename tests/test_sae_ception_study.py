@@ -195,14 +195,16 @@ def test_success_needs_every_control_beaten_and_nothing_lost(gain, control, with
     assert "beats class_mean" in lines[2] or gain == control
 
 
-@pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_study_that_is_stopped_leaves_no_process(own_store, kind, code):
-    command = [sys.executable, str(PROJECT / "experiments/sae_ception/07_run_study.py"), "STUDY=digits",
-               "SEEDS=1,2", "WORKERS=1"]
+@pytest.mark.parametrize("step, own, setting, kind, code", [
+    ("07_run_study.py", "STUDY=digits", "study_digits", signal.SIGKILL, -9),
+    ("04_train_cycle.py", "PRESET=mlp_digits", "mlp_digits", signal.SIGINT, 130),
+])
+def test_processes_of_a_run_that_is_stopped_end(own_store, step, own, setting, kind, code):
+    command = [sys.executable, str(PROJECT / "experiments/sae_ception" / step), own, "SEEDS=1,2", "WORKERS=2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda:
                                signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
-        wait_until(lambda: [*own_store.glob("*/study_digits/baseline/seed_1")])  # the worker is at work
+        wait_until(lambda: [*own_store.glob(f"*/{setting}/baseline/seed_1")])  # a worker is at work
         process.send_signal(kind)
         assert process.wait(30) == code
         wait_until(lambda: not alive(process.pid))
@@ -210,6 +212,35 @@ def test_a_study_that_is_stopped_leaves_no_process(own_store, kind, code):
     finally:
         if alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_run_in_one_line(own_store):
+    command = [sys.executable, str(PROJECT / "experiments/sae_ception/04_train_cycle.py"), "PRESET=mlp_digits",
+               "SEEDS=1,2", "WORKERS=2"]
+    holder = own_store / "sae_ception/mlp_digits/baseline/seed_1/.lock"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_until(lambda: holder.exists() and holder.read_text())
+        os.kill(int(holder.read_text()), signal.SIGKILL)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "error: a process of WORKERS was killed" in said and "Traceback" not in said
+    wait_until(lambda: not alive(process.pid))
+
+
+def test_processes_give_the_scores_of_one(script, own_store):  # noqa: F811
+    """Each has as many threads as the one, so the scores are the same to the last digit."""
+    given = ["PRESET=mlp_digits", "SEEDS=1,2", "ARMS=lambda0,per_class", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1",
+             "PROBE_LIMIT=100", "EVAL_LIMIT=100", "METRICS=()", "CYCLES=1"]
+    with_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for n in (1, 2):
+            printed = script("04_train_cycle.py", *given, f"WORKERS={n}", f"SETTING=with_{n}")[1]
+            assert ("2 seeds in 2 processes" in printed) is (n == 2)
+            assert "per_class seed 2 cycle 1: SAE validation EV" in printed
+    finally:
+        torch.set_num_threads(with_threads)
+    one, two = ((own_store / f"sae_ception/with_{n}/results.csv").read_text().replace(f"with_{n}", "") for n in (1, 2))
+    assert one == two and one.count("per_class") > 20
 
 
 def alive(group):

@@ -29,6 +29,7 @@ from lib.ranges import (
     Seed,
     Share,
     Size,
+    Threads,
     Tracker,
     at_least,
     at_most,
@@ -103,40 +104,45 @@ ABSORPTION_TOKENS: NotNegative = 2000     # tokens of scored examples for the ab
 METRICS: tuple[Metric, ...] | tuple[()] = ("probes", "clustering", "language")  # on test; "robustness" costs most
 TRACKER: Tracker = "local"                # or tensorboard, wandb, trackio, mlflow; JSON is always written
 DEVICE: Device = "auto"                   # auto, cpu, cuda, mps
+WORKERS: Threads | None = None            # processes that share the seeds; None: several for small models on a CPU
 CONSTANTS = override(globals(), presets_for(globals()))
 
 import pandas
+import torch
 from tqdm.auto import tqdm
 
-from cycles.acting import lambda0_cosine
-from cycles.arms import definition
 from cycles.comparison import by_seed, pulls, result_table, summary
 from cycles.metrics import PRIMARY, REPORTED
+from cycles.seeds import Cosines, all_cycles, as_they_end, in_processes, n_evaluated, n_workers, of_seed, stages
 from cycles.session import Session, setting_root
-from cycles.steps import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
+from cycles.steps import drop_undefined
 from cycles.tasks import say_what_is_scored
 from lib.environment import log, log_to, run, say_next
 from lib.files import write_json, write_text
-from lib.outputs import in_use
 from lib.statistics import interval
 
+LOG = "04_train_cycle.log"
 WITH_INTERVAL = ("task_accuracy", *PRIMARY)
 
 
-def train_and_evaluate(session: Session, arm: str, cycle: int) -> None:
-    train_model(session, arm, cycle)
-    for sae_seed in range(N_SAE_SEEDS):
-        train_cycle_sae(session, arm, cycle, sae_seed)
-    evaluate_cycle(session, arm, cycle)
-
-
-def against_lambda0(session: Session) -> dict[tuple[str, int, int], float]:
-    """(arm, seed, cycle) -> the cosine of lambda0's model to the arm's targets: what the arm reaches unpulled."""
-    if "lambda0" not in ARMS:
-        return {}
-    pulled = [arm for arm in ARMS if definition(arm).has_targets]
-    return {(arm, session.seed, cycle): lambda0_cosine(session, arm, cycle) for arm in pulled
-            for cycle in range(1, CYCLES + 1)}
+def train_all() -> Cosines:
+    """Every arm and cycle of every seed, in this process or in several."""
+    session = Session(CONSTANTS, SEEDS[0])
+    say_what_is_scored(session.task, session.c, session.seed)
+    workers = WORKERS or n_workers(session, SEEDS)
+    cosines: Cosines = {}
+    with tqdm(total=len(SEEDS) * len(stages(CONSTANTS)), unit="model", desc="cycles") as bar:
+        if workers == 1:
+            for seed in SEEDS:
+                cosines |= all_cycles(session if seed == session.seed else Session(CONSTANTS, seed), bar.update)
+            return cosines
+        log.info("%d seeds in %d processes, whose messages alternate", len(SEEDS), workers)
+        threads = max(1, torch.get_num_threads() // workers)
+        with in_processes(of_seed, CONSTANTS, SEEDS, workers=workers, threads=threads,
+                          log_file=session.root / LOG) as jobs:
+            for found in as_they_end(jobs, lambda: bar.update(n_evaluated(session.root, CONSTANTS) - bar.n)):
+                cosines |= found
+    return cosines
 
 
 def print_pulls(table) -> None:
@@ -174,18 +180,8 @@ def print_comparison(found) -> None:
 
 def main():
     root = setting_root(CONSTANTS)
-    log_to(root / "04_train_cycle.log")
-    cosines: dict[tuple[str, int, int], float] = {}
-    with tqdm(total=len(SEEDS) * (1 + len(ARMS) * CYCLES), unit="model", desc="cycles") as bar:
-        for seed in SEEDS:
-            session = Session(CONSTANTS, seed)
-            if seed == SEEDS[0]:
-                say_what_is_scored(session.task, session.c, seed)
-            with in_use(session.folder("baseline", 0)):
-                for arm, cycle in [("baseline", 0), *((arm, cycle) for arm in ARMS for cycle in range(1, CYCLES + 1))]:
-                    train_and_evaluate(session, arm, cycle)
-                    bar.update()
-                cosines |= against_lambda0(session)
+    log_to(root / LOG)
+    cosines = train_all()
     table = result_table(root, tuple(ARMS), seeds=tuple(SEEDS), cycles=CYCLES, cosines=cosines)
     write_text(root / "results.csv", table.to_csv(index=False))
     found = summary(table, tuple(ARMS), CYCLES)

@@ -24,16 +24,13 @@ WORKERS: Threads = 2                      # processes, each with one thread
 REGISTRATION: FileName | None = None      # commit that registers the run; the code must be that commit's
 CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py"))
 
-import os
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from multiprocessing import get_context
-
 from tqdm.auto import tqdm
 
 from cycles import schemas
+from cycles.seeds import as_they_end, in_processes
 from cycles.session import setting_root
 from cycles.stamps import Constants
-from cycles.study import done, run_seed, with_grid, work_alone
+from cycles.study import done, run_seed, with_grid
 from lib.environment import InputError, log, log_to, run, say_next
 from lib.files import read_json, write_json
 from lib.outputs import is_current
@@ -73,19 +70,12 @@ def main():
     c = study_constants()
     record(c)
     log_to(setting_root(c) / "07_run_study.log")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
-    context = get_context("spawn")
-    going, keep_going = context.Pipe(duplex=False)
     finished, total = done(c)
-    with (ProcessPoolExecutor(WORKERS, context, work_alone, (going,)) as pool, keep_going,
+    with (in_processes(run_seed, c, c["SEEDS"], workers=WORKERS, threads=1) as jobs,
           tqdm(total=total, initial=finished, unit="model", desc=STUDY) as bar):
-        waiting = {pool.submit(run_seed, c, seed) for seed in c["SEEDS"]}
-        while waiting:
-            ended, waiting = wait(waiting, timeout=2, return_when=FIRST_EXCEPTION)
-            bar.update(done(c)[0] - bar.n)
-            for job in ended:
-                for line in job.result():
-                    log.warning("no result: %s", line)
+        for failed in as_they_end(jobs, lambda: bar.update(done(c)[0] - bar.n)):
+            for line in failed:
+                log.warning("no result: %s", line)
     log.info("%s", setting_root(c) / "study")
     say_next("08_judge_study.py", STUDY=STUDY, SETTING=SETTING)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Constants that say which outputs to make and where, and leave each single result as it is.
 SCOPE_ONLY = {"PRESET", "SETTING", "SEED", "SEEDS", "ARM", "ARMS", "CYCLE", "CYCLES", "DEVICE", "FSDP", "TRACKER",
-              "N_SAE_SEEDS"}
+              "N_SAE_SEEDS", "WORKERS"}
 SAE_ONLY = {"SAE_KIND", "SAE_TRAINED", "SAE_L1", "N_LATENTS_MULTIPLIER", "TOP_K", "SAE_EPOCHS", "SAE_BATCH_SIZE",
             "SAE_LR", "SAE_POSITIONS"}
 AUX_ONLY = {"ARM_CONSTANTS", *arms.CONSTANTS}

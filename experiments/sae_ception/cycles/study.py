@@ -7,19 +7,11 @@
 store/sae_ception/<setting>/study/seed_<s>/<arm>.json holds all scores of an arm and how far it was pulled. Models and
 SAEs are removed once they are scored, but for those that targets are made from.
 """
-import logging
-import os
 import re
 import shutil
-import signal
-import sys
-from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cycles import schemas
@@ -30,7 +22,7 @@ from cycles.fitting import tune_settings
 from cycles.session import Session, setting_root
 from cycles.stamps import Constants, stage_constants
 from cycles.steps import drop_undefined, evaluate_cycle, train_cycle_sae, train_model
-from lib.environment import InputError, log
+from lib.environment import InputError
 from lib.files import fingerprint, read_json, write_json
 from lib.outputs import in_use
 
@@ -72,25 +64,6 @@ def done(c: Constants) -> tuple[int, int]:
     """How many results there are, and how many there will be."""
     paths = [result_path(c, seed, arm) for seed in c["SEEDS"] for arm in c["ARMS"]]
     return sum(path.exists() for path in paths), len(paths)
-
-
-def work_alone(going: Connection) -> None:
-    """Make this process one of several: one thread, last in line, without bars and messages of its own.
-
-    It ends at once, whatever it does, when the other end of `going` is closed: by the main process or by its death.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the main one decides
-    Thread(target=_end_with, args=(going,), daemon=True).start()
-    os.nice(10)
-    torch.set_num_threads(1)
-    log.setLevel(logging.ERROR)
-    sys.stderr = open(os.devnull, "w")  # the bars of each training; what goes wrong reaches the main process as errors
-
-
-def _end_with(going: Connection) -> None:
-    with suppress(EOFError):
-        going.recv()
-    os._exit(1)  # files are written whole or not at all
 
 
 def run_seed(c: Constants, seed: int) -> list[str]:
