@@ -92,22 +92,22 @@ def _above_chance(information: Tensor, h_b: Tensor, chance: Tensor) -> Tensor:
 def _expected_information(fires: Tensor, sizes: Tensor) -> Tensor:
     """E[I] in nats for columns that fire `fires` [F] times when the labels (class sizes [C]) are permuted."""
     n = int(sizes.sum())
-    log_factorial = torch.lgamma(torch.arange(n + 2, dtype=torch.float64) + 1)
+    log_factorial = torch.lgamma(torch.arange(n + 1, dtype=torch.float64) + 1)
     unique, inverse = fires.long().unique(return_inverse=True)
-    expected = torch.zeros(len(unique), dtype=torch.float64)
-    for i, a in enumerate(unique.tolist()):
-        for size in sizes.long().tolist():
-            both = torch.arange(max(0, a + size - n), min(a, size) + 1)  # how many of the class may fire
-            log_p = (
-                log_factorial[size] - log_factorial[both] - log_factorial[size - both]
-                + log_factorial[n - size] - log_factorial[a - both] - log_factorial[n - size - a + both]
-                - log_factorial[n] + log_factorial[a] + log_factorial[n - a]
-            )
-            x = both.double()
-            terms = torch.special.xlogy(x, x * n / max(1, a * size))
-            silent = size - x
-            terms = terms + torch.special.xlogy(silent, silent * n / max(1, (n - a) * size))
-            expected[i] += (log_p.exp() * terms).sum() / n
+    a, expected = unique[:, None], torch.zeros(len(unique), dtype=torch.float64)
+    for size, classes in zip(*(column.tolist() for column in sizes.long().unique(return_counts=True))):
+        lowest, highest = (a + size - n).clamp(min=0), a.clamp(max=size)  # how many of the class may fire
+        both = lowest + torch.arange(int((highest - lowest).max()) + 1)
+        possible, both = both <= highest, both.minimum(highest)
+        silent = size - both
+        log_p = (
+            log_factorial[size] - log_factorial[both] - log_factorial[silent]
+            + log_factorial[n - size] - log_factorial[a - both] - log_factorial[n - a - silent]
+            - log_factorial[n] + log_factorial[a] + log_factorial[n - a]
+        )
+        terms = sum(torch.special.xlogy(x, x * n / (of * size).clamp(min=1).double())
+                    for x, of in ((both.double(), a), (silent.double(), n - a)))
+        expected += classes * torch.where(possible, log_p.exp() * terms, 0.0).sum(1) / n
     return expected[inverse]
 
 
