@@ -137,11 +137,20 @@ def test_luck_is_not_chosen_and_scored_at_once():
         rows += [("per_class", lam, seed, 0.9, 0.2 + luck, lam) for lam in (0.1, 0.3, 1.0, 3.0, 10.0)
                  for seed, luck in enumerate(rng.normal(0, 0.02, 12))]
         gains = against_lambda0(table(rows))
-        assert choosers(gains) == [0, 1, 2, 3]
+        assert choosers(gains, ENDS) == [0, 1, 2, 3]
         gains.loc[gains.seed > 3, f"val_{U}"] += 100 * gains.lam  # those who are scored have no say
         found.append(at_best_lambda(gains, "per_class", ENDS, U))
     assert all(list(scored.index) == list(range(4, 12)) for scored in found)
     assert abs(np.mean(found)) < 2.5 * 0.02 / np.sqrt(8 * 30)  # +.007 where all seeds choose and are scored
+
+
+def test_who_will_be_scored_does_not_choose_while_a_study_is_unfinished():
+    rows = [(arm, lam, seed, 0.9, 0.2 + lam, 1.0) for arm, lam in (("lambda0", 0), ("per_class", 0.1))
+            for seed in range(6)]
+    gains, study_of_30 = against_lambda0(table(rows)), ENDS._replace(seeds=tuple(range(30)))
+    assert choosers(gains, ENDS) == [0, 1] and choosers(gains, study_of_30) == [0, 1, 2, 3, 4, 5]
+    assert best_lambda(gains, "per_class", study_of_30) == 0.1
+    assert not len(at_best_lambda(gains, "per_class", study_of_30, U))
 
 
 def test_curves_are_compared_where_both_run():

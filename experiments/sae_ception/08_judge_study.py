@@ -73,7 +73,7 @@ def main():
     registered = f"registered at commit {made['registration']}" if made["registration"] else "exploratory"
     state = "complete" if finished == total else "INCOMPLETE"
     scores = read_study(root, tuple(made["seeds"]))
-    endpoints = Endpoints(*ENDPOINTS[STUDY])
+    endpoints = Endpoints(*ENDPOINTS[STUDY], seeds=tuple(made["seeds"]))
     tests = judge(scores, endpoints)
     lines = sentences(scores, tests, endpoints, f"{STUDY}: {state}, {finished:,} of {total:,} results, {registered}")
     gains = against_lambda0(scores)

@@ -30,6 +30,8 @@ class Endpoints(NamedTuple):
     """Metric -> the difference that is no effect worth having. The first one is the first endpoint."""
     kept: dict[str, float]
     """Metric -> what an arm's lambda may cost of it on validation."""
+    seeds: tuple[int, ...] = ()
+    """Of the study, finished or not; (): those that there are."""
 
     @property
     def first(self) -> str:
@@ -65,14 +67,16 @@ def against_lambda0(scores: pandas.DataFrame) -> pandas.DataFrame:
     return rows
 
 
-def choosers(gains: pandas.DataFrame) -> list[int]:
-    """The seeds that choose lambdas, and are not scored at them: the first third, at least one.
+def choosers(gains: pandas.DataFrame, endpoints: Endpoints) -> list[int]:
+    """The seeds that choose lambdas, and are not scored at them: the first third of the study's, at least one. Of an
+    unfinished study those that there are: who is to be scored does not choose meanwhile.
 
     A model's U is nearly the same on validation and on test, so the luck of its training would be chosen and scored at
     once: with 30 seeds and five lambdas without effect, p < .05 upwards would come up three times too often.
     """
-    seeds = sorted(gains.seed.unique())
-    return seeds[: max(1, len(seeds) // 3)]
+    there = sorted(gains.seed.unique())
+    seeds = endpoints.seeds or there
+    return [seed for seed in seeds[: max(1, len(seeds) // 3)] if seed in there]
 
 
 def best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> float | None:
@@ -83,9 +87,10 @@ def best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> floa
     chance, whatever its scale of lambda is.
     """
     names = list(dict.fromkeys(f"val_{name}" for name in (endpoints.first, *endpoints.kept)))
-    by_lambda = gains[(gains.arm == arm) & gains.seed.isin(choosers(gains))].groupby("lam")
+    choosing = choosers(gains, endpoints)
+    by_lambda = gains[(gains.arm == arm) & gains.seed.isin(choosing)].groupby("lam")
     # A network that died has no SAE and no result: those that lived must not stand for all.
-    mean = by_lambda[names].mean()[by_lambda.size() == len(choosers(gains))]
+    mean = by_lambda[names].mean()[by_lambda.size() == len(choosing)]
     for name, loss in endpoints.kept.items():
         mean = mean[mean[f"val_{name}"] >= -loss]
     return float(mean[names[0]].idxmax()) if len(mean) else None
@@ -96,7 +101,7 @@ def at_best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints, metr
     arm has none.
     """
     lam = best_lambda(gains, arm, endpoints)
-    scored = (gains.arm == arm) & (gains.lam == lam) & ~gains.seed.isin(choosers(gains))
+    scored = (gains.arm == arm) & (gains.lam == lam) & ~gains.seed.isin(choosers(gains, endpoints))
     rows = gains[scored] if lam is not None else gains[:0]
     return rows.set_index("seed")[f"test_{metric}"]
 
