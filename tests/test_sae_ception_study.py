@@ -202,6 +202,9 @@ def test_success_needs_every_control_beaten_and_nothing_lost(gain, control, with
     lines = sentences(scores, tests, ENDS, "all of it")
     assert len(lines) == 5 and ("helps: per_class." in lines[4]) is wins
     assert "beats class_mean" in lines[2] or gain == control
+    unfinished = scores[(scores.arm != "class_mean") | (scores.seed < 5)]  # the control has chosen, and is not scored
+    for rest in (unfinished, scores[scores.arm != "class_mean"]):
+        assert not succeeds(rest, tests, ENDS._replace(seeds=tuple(range(15))), "per_class")
 
 
 @pytest.mark.parametrize("step, own, setting, kind, code", [

@@ -46,7 +46,7 @@ def arm_table(gains: pandas.DataFrame, endpoints: Endpoints) -> str:
         found = {name: at_best_lambda(gains, arm, endpoints, name) for name in columns}
         cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in map(interval, found.values())]
         lines.append(f"| {title(arm)} | {lam:g} | {len(found[endpoints.first])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("+nan ± nan", "-")
 
 
 def test_table(tests: pandas.DataFrame) -> str:

@@ -71,16 +71,17 @@ def against_controls(
     gains: pandas.DataFrame, arm: str, others: list[str], endpoints: Endpoints
 ) -> dict[str, Interval]:
     """arm minus each control in the first endpoint, every one at its own best lambda, paired by seed; controls without
-    one are left out.
+    one are left out, and those that no scored seed has yet are nan.
     """
     own = at_best_lambda(gains, arm, endpoints, endpoints.first)
-    found = {other: at_best_lambda(gains, other, endpoints, endpoints.first) for other in others}
-    return {other: interval((own - theirs).dropna()) for other, theirs in found.items() if len(theirs)}
+    found = {other: at_best_lambda(gains, other, endpoints, endpoints.first) for other in others
+             if best_lambda(gains, other, endpoints) is not None}
+    return {other: interval((own - theirs).dropna()) for other, theirs in found.items()}
 
 
 def succeeds(scores: pandas.DataFrame, tests: pandas.DataFrame, endpoints: Endpoints, arm: str) -> bool:
     """Whether the arm helps: it raises the first endpoint, costs less than the margin of every other one and of what is
-    to be kept, by the intervals, and beats every control in the first endpoint.
+    to be kept, by the intervals, and beats every control in the first endpoint: there must be some, with results.
     """
     gains, first = against_lambda0(scores), endpoints.first
     own = tests[(tests.arm == arm) & (tests.how == "best") & (tests.metric == first)]
@@ -88,7 +89,7 @@ def succeeds(scores: pandas.DataFrame, tests: pandas.DataFrame, endpoints: Endpo
     spared = (endpoints.kept | endpoints.margins).items()
     return bool(len(own) and own.answer.iloc[0] == "raises"
                 and all(interval(at_best_lambda(gains, arm, endpoints, name)).low > -margin for name, margin in spared)
-                and all(found.low > 0 for found in beaten.values()))
+                and beaten and all(found.low > 0 for found in beaten.values()))  # nan is not above 0
 
 
 def sentences(scores: pandas.DataFrame, tests: pandas.DataFrame, endpoints: Endpoints, complete: str) -> list[str]:
