@@ -17,6 +17,7 @@ from test_sae_ception_cycles import defaults, digits, script  # noqa: F401
 from cycles import study
 from cycles.arms import ARMS
 from cycles.colours import colour, look, title
+from cycles.comparison_figures import n_seeds
 from cycles.frontier import (
     Endpoints,
     against_lambda0,
@@ -26,6 +27,8 @@ from cycles.frontier import (
     choosers,
     mean_distance,
     read_study,
+    waiting,
+    whole,
 )
 from cycles.hypotheses import answer, hypotheses, judge, sentences, succeeds
 from lib.environment import InputError
@@ -151,6 +154,16 @@ def test_who_will_be_scored_does_not_choose_while_a_study_is_unfinished():
     assert choosers(gains, ENDS) == [0, 1] and choosers(gains, study_of_30) == [0, 1, 2, 3, 4, 5]
     assert best_lambda(gains, "per_class", study_of_30) == 0.1
     assert not len(at_best_lambda(gains, "per_class", study_of_30, U))
+    assert waiting(gains, "per_class", study_of_30)  # for seeds 6 to 9
+    assert not waiting(gains, "per_class", ENDS._replace(seeds=tuple(range(18))))
+
+
+def test_means_are_over_the_same_seeds():
+    rows = [("lambda0", 0, seed, 0.9, 0.2, math.nan) for seed in range(3)]
+    rows += [("per_class", lam, seed, 0.9, 0.2, 1.0) for lam in (0.1, 1.0) for seed in range(3)]
+    rows += [("class_mean", 0.1, seed, 0.9, 0.2, 1.0) for seed in range(2)]
+    found = whole(against_lambda0(table(rows[:-3] + rows[-2:])))  # per_class at 1 lacks a seed, too
+    assert set(zip(found.arm, found.lam)) == {("per_class", 0.1)} and n_seeds(found) == 3
 
 
 def test_curves_are_compared_where_both_run():

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from cycles import schemas
 from cycles.colours import title
 from cycles.comparison_figures import frontier_figure, response_figure
-from cycles.frontier import Endpoints, against_lambda0, at_best_lambda, best_lambda, read_study
+from cycles.frontier import Endpoints, against_lambda0, at_best_lambda, best_lambda, read_study, waiting
 from cycles.hypotheses import judge, sentences
 from cycles.metrics import in_words
 from cycles.study import done
@@ -41,7 +41,8 @@ def arm_table(gains: pandas.DataFrame, endpoints: Endpoints) -> str:
              "|---" * (len(columns) + 3) + "|"]
     for arm in gains.arm.unique():
         if (lam := best_lambda(gains, arm, endpoints)) is None:
-            lines.append(f"| {title(arm)} | none keeps what is to be kept |" + " |" * (len(columns) + 1))
+            why = "not run yet" if waiting(gains, arm, endpoints) else "none keeps what is to be kept"
+            lines.append(f"| {title(arm)} | {why} |" + " |" * (len(columns) + 1))
             continue
         found = {name: at_best_lambda(gains, arm, endpoints, name) for name in columns}
         cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in map(interval, found.values())]

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import subplots
 
 from cycles.colours import look, title
+from cycles.frontier import whole
 from cycles.metrics import MAX_ACCURACY_LOSS, in_words
 from lib.plots import style
 from lib.statistics import interval
@@ -13,8 +14,12 @@ LOWEST = -3  # points of accuracy; arms that lose more leave the panel
 
 
 def frontier_figure(gains: pandas.DataFrame, metric: str, name: str) -> Figure:
-    """What each arm gains in a metric, one curve an arm over lambda: against accuracy, and against its pull."""
+    """What each arm gains in a metric, one curve an arm over lambda: against accuracy, and against its pull.
+
+    Left out here and in the response: an arm at a lambda that fewer seeds have than others.
+    """
     style()
+    gains = whole(gains)
     figure, (left, right) = subplots(1, 2, figsize=(13, 5.6), sharey=True)
     for arm in gains.arm.unique():
         rows = gains[gains.arm == arm]
@@ -32,9 +37,14 @@ def frontier_figure(gains: pandas.DataFrame, metric: str, name: str) -> Figure:
     _labelled(right, "Gain against pull", "Auxiliary over task gradient, at the model before", metric)
     right.set_xscale("log")
     right.set_ylabel("")
-    figure.suptitle(f"Frontier over lambda ({name}), means over {gains.seed.nunique()} seeds, test")
+    figure.suptitle(f"Frontier over lambda ({name}), means over {n_seeds(gains)} seeds, test")
     figure.legend(loc="outside right center", frameon=False)
     return figure
+
+
+def n_seeds(gains: pandas.DataFrame) -> int:
+    """How many seeds each arm has at each lambda, of whole() gains."""
+    return int(gains.groupby(["arm", "lam"]).size().max())
 
 
 def _labelled(axis: Axes, text: str, x: str, metric: str) -> None:
@@ -44,6 +54,7 @@ def _labelled(axis: Axes, text: str, x: str, metric: str) -> None:
 def response_figure(gains: pandas.DataFrame, metrics: list[str], name: str) -> Figure:
     """What each arm gains in each metric over its lambda: means over seeds with 95 % t intervals, a panel a metric."""
     style()
+    gains = whole(gains)
     figure, axes = subplots(1, len(metrics), figsize=(4.4 * len(metrics) + 2.4, 5.2), squeeze=False)
     for axis, metric in zip(axes.flat, metrics):
         for arm in gains.arm.unique():
@@ -54,6 +65,6 @@ def response_figure(gains: pandas.DataFrame, metrics: list[str], name: str) -> F
         axis.axhline(0, color="#30343b", linewidth=0.8)
         axis.set(title=in_words(metric).replace("; ", ";\n"), xlabel="lambda", ylabel="", xscale="log")
     axes.flat[0].set_ylabel("minus lambda0's, test")
-    figure.suptitle(f"Response to lambda ({name}); bars: 95 % t intervals")
+    figure.suptitle(f"Response to lambda ({name}); {n_seeds(gains)} seeds, bars: 95 % t intervals")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

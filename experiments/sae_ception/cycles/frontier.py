@@ -9,6 +9,7 @@ Scores are means over SAE seeds: "test_..." and "val_..." are those of the split
 arm was pulled and how far it moved (cycles/study.py).
 """
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,17 @@ def against_lambda0(scores: pandas.DataFrame) -> pandas.DataFrame:
     return rows
 
 
+def whole(gains: pandas.DataFrame) -> pandas.DataFrame:
+    """The arms at those lambdas that have as many seeds as any: means over fewer would be means over other seeds."""
+    n = gains.groupby(["arm", "lam"]).seed.transform("size")
+    return gains[n == n.max()]
+
+
+def waiting(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> bool:
+    """Whether a seed that has its say in the arm's lambda has no result of it yet."""
+    return not set(_first_third(endpoints.seeds)) <= set(gains[gains.arm == arm].seed)
+
+
 def choosers(gains: pandas.DataFrame, endpoints: Endpoints) -> list[int]:
     """The seeds that choose lambdas, and are not scored at them: the first third of the study's, at least one. Of an
     unfinished study those that there are: who is to be scored does not choose meanwhile.
@@ -75,8 +87,11 @@ def choosers(gains: pandas.DataFrame, endpoints: Endpoints) -> list[int]:
     once: with 30 seeds and five lambdas without effect, p < .05 upwards would come up three times too often.
     """
     there = sorted(gains.seed.unique())
-    seeds = endpoints.seeds or there
-    return [seed for seed in seeds[: max(1, len(seeds) // 3)] if seed in there]
+    return [seed for seed in _first_third(endpoints.seeds or there) if seed in there]
+
+
+def _first_third(seeds: Sequence[int]) -> Sequence[int]:
+    return seeds[: max(1, len(seeds) // 3)]
 
 
 def best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> float | None:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import pandas
 
-from cycles.frontier import Endpoints, against_lambda0, at_best_lambda, at_equal_pull, best_lambda
+from cycles.frontier import Endpoints, against_lambda0, at_best_lambda, at_equal_pull, best_lambda, waiting
 from cycles.metrics import in_words
 from lib.statistics import Interval, holm, interval, paired
 
@@ -124,8 +124,10 @@ def _specific(gains: pandas.DataFrame, scores: pandas.DataFrame, endpoints: Endp
     found = against_controls(gains, METHOD[0], controls(scores), endpoints)
     beats, beaten = [a for a, x in found.items() if x.low > 0], [a for a, x in found.items() if x.high < 0]
     undecided = [a for a in found if a not in beats + beaten]
+    late = [arm for arm in controls(scores) if waiting(gains, arm, endpoints)]
     return (f"Every arm at its best lambda, {METHOD[0]} beats {', '.join(beats) or 'none'}, is beaten by "
-            f"{', '.join(beaten) or 'none'}, and is not told apart from {', '.join(undecided) or 'none'}.")
+            f"{', '.join(beaten) or 'none'}, and is not told apart from {', '.join(undecided) or 'none'}"
+            f"{'; not run yet: ' + ', '.join(late) if late else ''}.")
 
 
 def _label_free(tests: pandas.DataFrame, endpoints: Endpoints) -> str:
