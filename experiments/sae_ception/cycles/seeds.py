@@ -104,7 +104,10 @@ def in_processes(
     try:
         with ProcessPoolExecutor(workers, context, _begin, (going, log_file, threads)) as pool:
             try:
-                yield {pool.submit(_call, work, c, seed) for seed in seeds}
+                jobs = {pool.submit(_call, work, c, seed) for seed in seeds}
+                # Python's pool wakes its watching thread before it starts a process, so the last could die unseen.
+                pool.submit(int)
+                yield jobs
             except BaseException:
                 keep_going.close()  # or the pool would wait for what they are at
                 raise
