@@ -127,20 +127,21 @@ WITH_INTERVAL = ("task_accuracy", *PRIMARY)
 
 def train_all() -> Cosines:
     """Every arm and cycle of every seed, in this process or in several."""
-    session = Session(CONSTANTS, SEEDS[0])
-    say_what_is_scored(session.task, session.c, session.seed)
-    workers = WORKERS or n_workers(session, SEEDS)
+    first = [Session(CONSTANTS, SEEDS[0])]
+    say_what_is_scored(first[0].task, first[0].c, first[0].seed)
+    workers, root = WORKERS or n_workers(first[0], SEEDS), first[0].root
     cosines: Cosines = {}
     with tqdm(total=len(SEEDS) * len(stages(CONSTANTS)), unit="model", desc="cycles") as bar:
         if workers == 1:
             for seed in SEEDS:
-                cosines |= all_cycles(session if seed == session.seed else Session(CONSTANTS, seed), bar.update)
+                # A session's model is gone before the next seed loads one.
+                cosines |= all_cycles(first.pop() if first else Session(CONSTANTS, seed), bar.update)
             return cosines
         log.info("%d seeds in %d processes, whose messages alternate", len(SEEDS), workers)
         threads = max(1, torch.get_num_threads() // workers)
         with in_processes(of_seed, CONSTANTS, SEEDS, workers=workers, threads=threads,
-                          log_file=session.root / LOG) as jobs:
-            for found in as_they_end(jobs, lambda: bar.update(n_evaluated(session.root, CONSTANTS) - bar.n)):
+                          log_file=root / LOG) as jobs:
+            for found in as_they_end(jobs, lambda: bar.update(n_evaluated(root, CONSTANTS) - bar.n)):
                 cosines |= found
     return {of: cosines[of] for seed in SEEDS for of in cosines if of[1] == seed}  # in the order of one process
 
