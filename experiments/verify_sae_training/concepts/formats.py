@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
 
 from lib.environment import InputError
@@ -22,7 +21,6 @@ from lib.files import fingerprint, read_bytes
 
 SCHEMA = json.loads(Path(__file__).with_name("concepts.schema.json").read_text(encoding="utf-8"))
 SCHEMA_VERSION = SCHEMA["properties"]["schema_version"]["const"]
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 EDITABLE = ("name", "description", "notes", "edited_by", "rating")
 STALE = ("rule", "confidence")  # about the name that a person has replaced
 YAML_ENDINGS = (".yaml", ".yml")
@@ -135,7 +133,9 @@ def check(content: Any, path: Path, sae_hash: str | None = None, dead: Iterable[
     """
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is not a concept dictionary of schema {SCHEMA_VERSION}; {AGAIN}")
-    error = jsonschema.exceptions.best_match(VALIDATOR.iter_errors(content))
+    import jsonschema  # takes 1.5 s, which a step without a dictionary does without
+
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SCHEMA).iter_errors(content))
     if error is not None:
         where = ": ".join(map(str, error.absolute_path)).replace("concepts: ", "latent ", 1) or "top level"
         raise InputError(f"{path}, {where[:80]}: {one_line(error.message)}; concepts.schema.json has the format")
