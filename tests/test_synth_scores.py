@@ -1,5 +1,6 @@
 """The scores of SynthSAEBench: closed forms, rules chosen without labels, SAELens' own functions on the same SAE."""
 import json
+import math
 import subprocess
 import sys
 
@@ -13,18 +14,8 @@ from lib.sae import make_sae
 
 FOLDER = PROJECT / "experiments" / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-from synth_scores import (  # noqa: E402
-    Dictionary,
-    above,
-    batch_topk,
-    codings_of,
-    costs,
-    decode,
-    everything,
-    matching,
-    score,
-    select,
-)
+from synth_rules import Known, above, batch_topk, codings_of, everything, log_odds  # noqa: E402
+from synth_scores import Dictionary, costs, decode, matching, score, select  # noqa: E402
 
 
 def drawn(fires, x):
@@ -82,11 +73,13 @@ def test_rules_meet_their_mean_l0_on_the_samples_that_chose_them():
     dictionary = Dictionary(sae.W_dec, sae.mean)
     codings, chosen = codings_of(sae, x, mean_l0=(2.0, 5.0), prune_from=1.5, batch_k=3.0)
     (own, _), (encode, rules) = codings
-    assert list(rules) == ["batch 3", "threshold 2", "pruned 2", "threshold 5", "pruned 5"]
+    assert list(rules) == ["batch 3", "threshold 2", "pruned 2", "odds 2", "threshold 5", "pruned 5", "odds 5",
+                           "even odds"]
     values, latents = encode(x)
     kept = {name: rule(x, values, latents, dictionary) for name, rule in rules.items()}
+    del kept["even odds"]  # has an L0 of its own
     assert {name: round(float(on.sum()) / len(x), 2) for name, on in kept.items()} == {
-        "batch 3": 3, "threshold 2": 2, "pruned 2": 2, "threshold 5": 5, "pruned 5": 5}
+        "batch 3": 3, "threshold 2": 2, "pruned 2": 2, "odds 2": 2, "threshold 5": 5, "pruned 5": 5, "odds 5": 5}
     assert chosen["threshold 2"] > chosen["threshold 5"] > 0
     least, most = ([float(values[on].min()) for on in (kept[f"pruned {n}"], kept[f"threshold {n}"])] for n in (2, 5))
     assert least[0] < least[1] and most[0] < most[1]  # pruning keeps smaller codes that are needed
@@ -96,6 +89,41 @@ def test_rules_meet_their_mean_l0_on_the_samples_that_chose_them():
 
     assert error(kept["pruned 5"]) < error(kept["threshold 5"])
     assert torch.equal(own(x)[0], sae.encode(x)[0])
+
+
+def test_odds_are_those_of_bayes_rule():
+    """x = a d + error, a ~ N(1.5, .4) with probability .1, else 0: the evidence by summing over a fine grid of a."""
+    noise, mean, variance, rate = 0.3, 1.5, 0.4, 0.1
+    x = torch.tensor([-0.5, 0.2, 1.0, 2.5], dtype=torch.float64)  # along d
+    a = torch.linspace(-6, 9, 30_001, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    fires = (normal(mean, variance**0.5).log_prob(a).exp() * normal(a, noise**0.5).log_prob(x[:, None]).exp()).sum(1)
+    fires = fires * (a[1] - a[0])
+    true = (rate * fires / ((1 - rate) * normal(0, noise**0.5).log_prob(x).exp())).log()
+    known = Known(torch.tensor([0.5, rate]), torch.tensor([9.0, mean]), torch.tensor([9.0, variance + noise]), noise)
+    found = log_odds(torch.ones(4, dtype=torch.int64), x.float(), x.float().square(), known)
+    assert found.double() == pytest.approx(true, abs=1e-4)
+
+
+def test_odds_know_a_rare_latent_from_noise():
+    """24 orthogonal features, half of them on .2 % of the samples: nearly all false alarms are of these."""
+    g = torch.Generator().manual_seed(4)
+    rates = torch.tensor([0.2] * 12 + [0.002] * 12)
+    fires = torch.rand(60_000, 24, generator=g) < rates
+    values = (2 + 0.4 * torch.randn(60_000, 24, generator=g)) * fires
+    x = torch.nn.functional.pad(values, (0, 8)) + 0.5 * torch.randn(60_000, 32, generator=g)
+    sae = make_sae(torch.eye(24, 32), torch.zeros(24), torch.eye(24, 32), torch.zeros(32), 1.0, 24)
+    l0 = float(rates.sum())
+    codings, _ = codings_of(sae, x[:30_000], mean_l0=(l0,), prune_from=1.4)
+    found = score(codings, Dictionary(sae.W_dec, sae.mean), torch.arange(24), draw=drawn(fires[30_000:], x[30_000:]),
+                  n=30_000, n_features=24)
+    spread = 0.4**2 + 0.5**2
+    true = ((x[30_000:, :24] / 0.5).square() - (x[30_000:, :24] - 2).square() / spread + math.log(0.25 / spread)) / 2
+    on = true + rates.logit() > 0  # by the numbers that drew the world
+    best = (2 * (on & fires[30_000:]).sum(0) / (on.sum(0) + fires[30_000:].sum(0))).mean()
+    assert found["even odds"]["l0"] == pytest.approx(l0, rel=0.04)  # nobody told it
+    odds, pruned = found[f"odds {l0:g}"]["f1"], found[f"pruned {l0:g}"]["f1"]
+    assert found["even odds"]["f1"] == pytest.approx(float(best), abs=0.02) and odds > pruned + 0.1
 
 
 def test_batch_topk_chooses_within_groups_of_1024():

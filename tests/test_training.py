@@ -259,7 +259,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path):
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == held
 
 
-@pytest.mark.parametrize("number", ["refine", "own", "ridge"])
+@pytest.mark.parametrize("number", ["refine", "own", "ridge", "revive"])
 def test_a_checkpoint_of_listas_other_numbers_is_not_continued(tmp_path, monkeypatch, number):
     rows, _ = make_rows()
     settings = TrainSettings(**{**SMALL, "kind": "lista"})
@@ -401,6 +401,15 @@ def test_k_falls_in_a_straight_line_and_then_stays():
     assert [falling_k(settings, step, 24) for step in range(24)] == [
         10, 10, 9, 8, 8, 8, 7, 6, 6, 6, 5, 4, *[4] * 12]
     assert {falling_k(TrainSettings(48, 4), step, 24) for step in range(24)} == {4}
+
+
+@pytest.mark.parametrize("kind, goes_on", [("lista", False), ("batchtopk", True)])
+def test_auxk_ends_half_way_where_the_kind_says_so(kind, goes_on):
+    settings = TrainSettings(**{**SMALL, "kind": kind, "dead_after": 0, "log_every": 1, "epochs": 4})
+    _, history = train_sae(make_rows(1000)[0], settings, progress=False)
+    auxk, dead = history["train"]["auxk"], history["train"]["dead_pct"]
+    half = len(auxk) // 2
+    assert any(auxk[:half]) and any(auxk[half:]) == goes_on and any(dead[half:])  # these are counted all the same
 
 
 def test_a_falling_k_resumes_to_the_same_weights(tmp_path):

@@ -8,7 +8,8 @@
 
 Scores at 1, 2, 5, 10, 20, 50, 100, 200 million samples and at the end, on samples that no training sees: F1, MCC, EV
 and dead latents by SAELens' formulas (synth_scores.py), for the SAE as it is and, to compare at equal L0, for rules at
-the mean L0s of AT_L0: one threshold, and leave-one-out pruning, chosen on further samples without labels.
+the mean L0s of AT_L0: one threshold, leave-one-out pruning, and posterior odds, chosen on further samples without
+labels (synth_rules.py).
 
 A run that was killed at any moment resumes; Ctrl-C keeps the step. 07_show_leaderboard.py compares all runs.
 Reads and writes store/benchmarks/synth_world.safetensors, synth_sae_bench/<run>/report.json, state.safetensors
@@ -36,7 +37,7 @@ SCALED: bool = True                       # children scaled by their parents' va
 SEED: Seed = 0                            # of the weights and of the training samples
 # What follows changes no training: a finished run is scored again where it was scored otherwise.
 AT_L0: tuple[MeanL0, ...] = (15.0, 20.0, 25.0)  # mean L0 of the rules that score besides the SAE's own
-PRUNE_FROM: Annotated[float, at_least(1), at_most(10)] = 1.4  # pruning starts from a threshold at so many times the L0
+PRUNE_FROM: Annotated[float, at_least(1), at_most(10)] = 1.4  # candidates of pruning and odds: so many times the L0
 N_SCORED: Scored = 1_000_000              # samples that score at the end
 N_CURVE: Scored = 200_000                 # samples that score at each milestone before
 CONSTANTS = override(globals())
@@ -47,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from sampler import Sampler, World
-from synth_reports import MILESTONES, POINT, score_sae, show, write_report
+from synth_reports import MILESTONES, N_CHOOSING, POINT, score_sae, show, write_report
 from synth_samples import batches, moments, open_world
 from tqdm.auto import tqdm
 
@@ -58,7 +59,7 @@ from lib.store import experiment_dir, provenance
 from lib.training.fast_step import fast_step
 from lib.training.kinds import KINDS, most_codes
 from lib.training.loop import unfolded
-from lib.training.settings import PRECISIONS, Plan, TrainSettings, falling_k, make_plan, schedule
+from lib.training.settings import PRECISIONS, Plan, TrainSettings, aux_weight_at, falling_k, make_plan, schedule
 from lib.training.step import folded_weights, init_state, whitening
 from lib.training.stopping import stop_between_steps
 from lib.training.workspace import Workspace, choose_precision
@@ -99,8 +100,8 @@ def unscored(made: Made, plan: Plan) -> dict[str, Any] | None:
     samples, is_end = steps * BATCH_SIZE, steps == plan.n_steps
     if not is_end and not any(samples - BATCH_SIZE < milestone <= samples for milestone in MILESTONES):
         return None
-    how = {"n": N_SCORED if is_end else N_CURVE, "mean_l0": list(AT_L0), "prune_from": PRUNE_FROM,
-           "batch_k": TOP_K if KIND == "batchtopk" else None}
+    how = {"n": N_SCORED if is_end else N_CURVE, "n_choosing": N_CHOOSING, "mean_l0": list(AT_L0),
+           "prune_from": PRUNE_FROM, "batch_k": TOP_K if KIND == "batchtopk" else None}
     return None if any(p["samples"] == samples and p["how"] == how for p in made["points"]) else how
 
 
@@ -127,7 +128,8 @@ def train(folder: Path, made: Made, world: World, plan: Plan) -> None:
                                                unit="sample", unit_scale=True) as bar:
         for step, x in batches(draw, BATCH_SIZE, int(state["step"]), plan.n_steps):
             lr = plan.learning_rate * schedule(step, plan.n_steps)
-            fast_step(state, x, k=falling_k(SETTINGS, step, plan.n_steps), lr=lr, dead_after=plan.dead_after, work=work)
+            fast_step(state, x, k=falling_k(SETTINGS, step, plan.n_steps), lr=lr, dead_after=plan.dead_after, work=work,
+                      aux_weight=aux_weight_at(SETTINGS, step, plan.n_steps))
             bar.update(BATCH_SIZE)
             how = unscored(made, plan)
             if how or stopped() or time.monotonic() > wall + SAVE_SECONDS:

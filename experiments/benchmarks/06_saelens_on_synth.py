@@ -29,7 +29,7 @@ MINUTES: Positive = 60.0                  # of training, without scoring
 N_SAMPLES: Count = 200_000_000            # at most
 THREADS: Threads = 2
 AT_L0: tuple[MeanL0, ...] = (15.0, 20.0, 25.0)  # mean L0 of the rules that score too
-PRUNE_FROM: Annotated[float, at_least(1), at_most(10)] = 1.4  # pruning starts from a threshold at so many times the L0
+PRUNE_FROM: Annotated[float, at_least(1), at_most(10)] = 1.4  # candidates of pruning and odds: so many times the L0
 N_SCORED: Scored = 1_000_000              # samples that score at the end
 N_CURVE: Scored = 200_000                 # samples that score at each milestone before
 CONSTANTS = override(globals())
@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from sampler import Sampler, World
 from side_by_side import Trainer
-from synth_reports import MILESTONES, read_report, score_sae, show, write_report
+from synth_reports import MILESTONES, N_CHOOSING, read_report, score_sae, show, write_report
 from synth_samples import batches, open_world
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -103,7 +103,7 @@ def add_point(folder: Path, made: dict[str, Any], world: World, n: int) -> None:
     """Score the last checkpoint on n samples, and write the report."""
     weights: dict[str, Any] = dict(read_tensors(folder / made["checkpoint"] / "weights.safetensors", WEIGHTS))
     sae = make_sae(**weights, scale=1.0, top_k=N_LATENTS)
-    how = {"n": n, "mean_l0": list(AT_L0), "prune_from": PRUNE_FROM, "batch_k": float(TOP_K)}
+    how = {"n": n, "n_choosing": N_CHOOSING, "mean_l0": list(AT_L0), "prune_from": PRUNE_FROM, "batch_k": float(TOP_K)}
     point = {"samples": made["samples"], "seconds": made["seconds"], "cpu_seconds": made["cpu_seconds"],
              **score_sae(sae, world, SCALED, how)}
     made["points"] = [p for p in made["points"] if p["samples"] != made["samples"]] + [point]

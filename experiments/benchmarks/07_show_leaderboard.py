@@ -11,7 +11,8 @@ from lib.constants import override
 from lib.ranges import Name, Positive
 
 AT_L0: Positive = 25.0                    # mean L0 of the published scores that are compared
-RULES: tuple[Name, ...] = ("own", "batch 25", "threshold 25", "pruned 25")  # a row for each that a run was scored by
+RULES: tuple[Name, ...] = (                # a row for each that a run was scored by: synth_rules.py
+    "own", "batch 25", "threshold 25", "pruned 25", "odds 25", "even odds")
 CURVE: Name = "threshold 25"               # the rule of the curves, and of who passed whom
 CONSTANTS = override(globals())
 

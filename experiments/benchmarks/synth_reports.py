@@ -2,8 +2,8 @@
 
 A report holds script, constants, made_with, machine, commits (of the code that took the steps), date (when it was last
 written) and points, one for each milestone: samples, seconds and cpu_seconds (of training alone), how it was scored,
-mcc, unique, chosen (thresholds and prices) and scores: rule -> f1, precision, recall, l0, ev, dead_pct. synth_scores.py
-says which rules there are.
+mcc, unique, chosen (thresholds, prices and odds) and scores: rule -> f1, precision, recall, l0, ev, dead_pct.
+synth_rules.py says which rules there are.
 """
 import os
 import platform
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from sampler import Sampler, World
-from synth_scores import Dictionary, codings_of, matching, score
+from synth_rules import codings_of
+from synth_scores import Dictionary, matching, score
 
 from lib.files import read_json, write_json
 from lib.sae import SAE
@@ -29,7 +30,7 @@ REPORT = Schema({"script": str, "constants": CONSTANTS, "machine": str, "commits
 RESUMED = {"samples": COUNT, "seconds": float, "cpu_seconds": float, "checkpoint": (NAME, None)}
 MILESTONES = [m * 1_000_000 for m in (1, 2, 5, 10, 20, 50, 100, 200)]  # samples at which a run is scored
 SCORING, CHOOSING = 1 << 61, 1 << 60  # seeds of other samples: no training has one as large
-N_CHOOSING = 1 << 14  # samples on which thresholds are chosen
+N_CHOOSING = 1 << 17  # samples on which rules are chosen
 
 
 def machine() -> str:
@@ -44,9 +45,9 @@ def machine() -> str:
 
 
 def score_sae(sae: SAE, world: World, scaled: bool, how: dict[str, Any]) -> dict[str, Any]:
-    """A point's scores; how: samples "n" that score, and what codings_of takes."""
-    rules = {name: value for name, value in how.items() if name != "n"}
-    codings, chosen = codings_of(sae, Sampler(world, scaled, CHOOSING)(0, N_CHOOSING)[0], **rules)
+    """A point's scores; how: samples "n" that score, "n_choosing" that choose, and what codings_of takes."""
+    rules = {name: value for name, value in how.items() if name not in ("n", "n_choosing")}
+    codings, chosen = codings_of(sae, Sampler(world, scaled, CHOOSING)(0, how["n_choosing"])[0], **rules)
     best, mcc, unique = matching(sae.W_dec, world.features)
     scores = score(codings, Dictionary(sae.W_dec, sae.mean), best, draw=Sampler(world, scaled, SCORING), n=how["n"],
                    n_features=len(world.features))

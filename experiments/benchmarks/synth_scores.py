@@ -1,7 +1,7 @@
 """The scores of SynthSAEBench (arXiv 2602.14687), however codes are made, by the formulas of SAELens' evals.py.
 
     dictionary = Dictionary(sae.W_dec, sae.mean)
-    codings, chosen = codings_of(sae, other_samples, mean_l0=(15.0, 25.0), prune_from=1.4)     # without labels
+    codings, chosen = codings_of(sae, other_samples, mean_l0=(15.0, 25.0), prune_from=1.4)     # synth_rules.py
     best, mcc, unique = matching(sae.W_dec, features)
     found = score(codings, dictionary, best, draw=draw, n=1_000_000, n_features=len(features))
 
@@ -15,7 +15,6 @@ An encoder is a function from rows x [B, D] to values [B, K], descending, 0 wher
 drops some of its codes; it is chosen on samples that do not score, and never sees a label.
 """
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 from tqdm.auto import tqdm
 
-from lib.sae import SAE
 from lib.training.dots import dot64
 from lib.training.kernels import compiled
 
@@ -34,7 +32,6 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 Draw = Callable[[int, int], tuple[Tensor, Tensor, Tensor, Tensor]]
 """(first, n) -> x [n, D]; feature [n, M], value [n, M]; how many of the M fire in each sample [n] (sampler.py)."""
 ROWS = 4096  # samples scored at once
-GROUP = 1024  # samples over which BatchTopK chooses, as SAELens does where it scores
 
 
 class Dictionary(NamedTuple):
@@ -56,41 +53,7 @@ class Codes(NamedTuple):
 
 
 Rule = Callable[[Tensor, Tensor, Tensor, Dictionary], Tensor]
-"""(x [B, D], values [B, K], latents [B, K], dictionary) -> which are kept, bool [B, K]."""
-
-
-def everything(x: Tensor, values: Tensor, latents: Tensor, dictionary: Dictionary) -> Tensor:
-    """Every code that is not 0."""
-    return values != 0
-
-
-def above(threshold: float | Tensor) -> Rule:
-    """Codes above one threshold for all latents, or above their own ones [F]."""
-    if isinstance(threshold, float):
-        return lambda x, values, latents, dictionary: values > threshold
-    return lambda x, values, latents, dictionary: values > threshold[latents]
-
-
-def batch_topk(k: float) -> Rule:
-    """The k n largest codes of each group of n samples: how SAELens scores an SAE that it trained with BatchTopK."""
-    def kept(x: Tensor, values: Tensor, latents: Tensor, dictionary: Dictionary) -> Tensor:
-        parts = []
-        for part in values.split(GROUP):
-            least = part.flatten().topk(min(int(k * len(part)), part.numel())).values[-1]
-            parts.append((part >= least) & (part > 0))
-        return torch.cat(parts)
-
-    return kept
-
-
-def pruned(threshold: float, price: float) -> Rule:
-    """Codes above a threshold whose removal, one at a time, raises the squared error by `price` or more."""
-    def kept(x: Tensor, values: Tensor, latents: Tensor, dictionary: Dictionary) -> Tensor:
-        found = values > threshold
-        found[found.clone()] = costs(x, select(values, latents, found), dictionary) >= price
-        return found
-
-    return kept
+"""(x [B, D], values [B, K], latents [B, K], dictionary) -> which are kept, bool [B, K] (synth_rules.py)."""
 
 
 def select(values: Tensor, latents: Tensor, kept: Tensor) -> Codes:
@@ -118,40 +81,6 @@ def _dots(rest, rows, first, latent, along):
     for r in prange(len(first)):
         for c in range(first[r], first[r + 1] if r + 1 < len(first) else len(latent)):
             along[c] = dot64(rest[r], rows[latent[c]])
-
-
-def codings_of(
-    sae: SAE, x: Tensor, mean_l0: Sequence[float], prune_from: float, batch_k: float | None = None
-) -> tuple[list[tuple[Encode, dict[str, Rule]]], dict[str, float]]:
-    """Rules for an SAE's codes, chosen on samples x [n, D] without labels, and the numbers that were chosen.
-
-    own            what the SAE does: its k largest codes, or those above its thresholds
-    threshold l0   one threshold for all latents, at that mean L0
-    pruned l0      such a threshold at prune_from times that L0, then leave-one-out pruning down to it
-    batch k        BatchTopK, if batch_k is given
-    """
-    def from_(floor: float) -> Encode:
-        return replace(sae, threshold=torch.full_like(sae.b_enc, floor), top_k=sae.n_latents).encode
-
-    values, latents = from_(0.0)(x)
-    rules: dict[str, Rule] = {} if batch_k is None else {f"batch {batch_k:g}": batch_topk(batch_k)}
-    chosen, floor = {}, _nth(values, 2 * max([*mean_l0, batch_k or 0]) * len(x))
-    for l0 in mean_l0:
-        threshold, low = _nth(values, l0 * len(x)), _nth(values, prune_from * l0 * len(x))
-        prices = costs(x, select(values, latents, values > low), Dictionary(sae.W_dec, sae.mean))
-        chosen[f"threshold {l0:g}"], chosen[f"pruned {l0:g}"] = threshold, _nth(prices, l0 * len(x))
-        rules[f"threshold {l0:g}"] = above(threshold)
-        rules[f"pruned {l0:g}"] = pruned(low, chosen[f"pruned {l0:g}"])
-        floor = min(floor, low)
-    if sae.threshold is None or sae.top_k < sae.n_latents:
-        return [(sae.encode, {"own": everything}), (from_(floor), rules)], chosen
-    floor = min(floor, float(sae.threshold.min()))  # one coding serves all rules
-    return [(from_(floor), {"own": above(sae.threshold), **rules})], chosen
-
-
-def _nth(values: Tensor, n: float) -> float:
-    """The n-th largest."""
-    return float(values.flatten().topk(max(1, min(int(n), values.numel()))).values[-1])
 
 
 def matching(dictionary: Tensor, features: Tensor) -> tuple[Tensor, float, float]:

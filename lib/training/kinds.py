@@ -15,7 +15,8 @@ lista       batchtopk of two codings: the first one's error, times `refine`, is 
             the lowest of eight levels; a level learns from the error that it and the lower ones leave, which keeps
             frequent latents whole where rarer ones could absorb them (nested prefixes, as matryoshka). `ridge`: a
             parent and children of which one always fires could share their directions in many ways at one error;
-            little energy of the codes means that little is shared.
+            little energy of the codes means that little is shared. `revive`: AuxK ends half way, because it takes the
+            latents of rare features for dead ones.
 
 To add a kind, write the functions in which it differs, add a row to KINDS, and add its name to KIND in
 02_train_sae.py, which lists the names so that --help need not load torch (a test compares the two). lib.training.
@@ -140,6 +141,8 @@ class Kind(NamedTuple):
     """
     ridge: float = 0.0
     """Weight of the codes' squared norm, mean over rows."""
+    revive: float = 1.0
+    """Share of the steps, from the first, in which AuxK works."""
     ranks: bool = False
     """Whether several ranks may train it together: no rule of it looks at the batch as a whole."""
 
@@ -150,7 +153,7 @@ KINDS = {
     "jumprelu": Kind(jumprelu_codes, threshold="learnt", rate=0.5),
     "matryoshka": Kind(topk_codes, nested_errors, levels=prefix_levels),
     "lista": Kind(batchtopk_codes, threshold="running mean", levels=frequency_levels, refine=0.5, own=0.7,
-                  ridge=0.05),
+                  ridge=0.05, revive=0.5),
 }
 WITH_THRESHOLD = tuple(name for name, kind in KINDS.items() if kind.threshold)
 

@@ -29,7 +29,7 @@ from ..sae import SAE, make_sae, refining, sae_hash
 from . import checkpoints
 from .fast_step import fast_step
 from .kinds import KINDS, most_codes
-from .settings import Plan, TrainSettings, check_settings, falling_k, make_plan, schedule
+from .settings import Plan, TrainSettings, aux_weight_at, check_settings, falling_k, make_plan, schedule
 from .start import check_start, rows_about
 from .step import folded_weights, whitening
 from .stopping import stop_between_steps
@@ -126,8 +126,8 @@ def begin(
     checkpoint = folder / "checkpoints" / "last.pt" if folder else None
     begun = [] if start is None else [sae_hash(start)]
     kind = KINDS[settings.kind]
-    twice = [kind.refine, kind.own, kind.ridge] if kind.refine else []  # may be tuned, unlike what names a kind
-    key = fingerprint([asdict(settings), fingerprint(source.mean), source.n_train, str(device), *begun, *twice])
+    tuned = [kind.refine, kind.own, kind.ridge, kind.revive] if kind.refine else []  # unlike what names a kind
+    key = fingerprint([asdict(settings), fingerprint(source.mean), source.n_train, str(device), *begun, *tuned])
     made = checkpoints.resumed_or_new(checkpoint, key, settings, plan=plan, transform=transform, start=start)
     log.info("peak learning rate %.1e, %s steps", plan.learning_rate, f"{plan.n_steps:,}")
     return Training(source, settings, plan, transform, made=made, track=track, checkpoint=checkpoint,
@@ -181,7 +181,8 @@ def take_batch(training: Training, x: Tensor) -> dict[str, float] | None:
     """One step on a batch of whitened rows; at the end of an epoch what `track` was told of its scores."""
     made, settings, plan, step = training.made, training.settings, training.plan, training.step
     lr = plan.learning_rate * schedule(step, plan.n_steps)
-    training.take_step(made["state"], x, lr=lr, k=falling_k(settings, step, plan.n_steps))
+    training.take_step(made["state"], x, lr=lr, k=falling_k(settings, step, plan.n_steps),
+                       aux_weight=aux_weight_at(settings, step, plan.n_steps))
     at = step % plan.steps_per_epoch + 1
     if at % settings.log_every == 0 or at == plan.steps_per_epoch:
         training.track(checkpoints.log_steps(made, settings, lr))
@@ -219,10 +220,9 @@ def _save(trainings: list[Training], step: int) -> float:
 
 
 def step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], precision: str) -> Callable[..., None]:
-    """take_step(state, x, lr=..., k=...) for this kind of SAE."""
+    """take_step(state, x, lr=..., k=..., aux_weight=...) for this kind of SAE."""
     work = Workspace(state, precision, shared=world_size() > 1, kind=settings.kind)
-    return partial(fast_step, dead_after=plan.dead_after, work=work, aux_weight=settings.aux_weight,
-                   frozen=settings.frozen)
+    return partial(fast_step, dead_after=plan.dead_after, work=work, frozen=settings.frozen)
 
 
 def _end_epoch(

@@ -136,6 +136,11 @@ def falling_k(settings: TrainSettings, step: int, n_steps: int) -> int:
     return round(start + (settings.top_k - start) * min(1.0, step / max(1.0, settings.fall * n_steps)))
 
 
+def aux_weight_at(settings: TrainSettings, step: int, n_steps: int) -> float:
+    """Weight of AuxK at `step` (from 0): the setting's, and 0 after the kind's last revival."""
+    return settings.aux_weight if step < KINDS[settings.kind].revive * n_steps else 0.0
+
+
 def schedule(step: int, n_steps: int) -> float:
     """Share of the peak learning rate at `step` (from 0): rises over 5 % of the steps, falls over the last half."""
     return min(1.0, (step + 1) / max(1.0, 0.05 * n_steps), (n_steps - step) / max(1.0, 0.5 * n_steps))

@@ -222,9 +222,9 @@ class Found(NamedTuple):
 
 
 def count_step(state: dict[str, Tensor], found: Found, aux_weight: float, dead_after: int) -> None:
-    """Bring `silent` and the sums of `read_stats` up to date. AuxK counts as 0 where nothing is dead."""
+    """Bring `silent` and the sums of `read_stats` up to date. AuxK counts as 0 without a weight or a dead latent."""
     n_dead = (state["silent"] > dead_after).sum()
-    auxk, recon = found.auxk * (n_dead > 0), found.recon
+    auxk, recon = found.auxk * (n_dead > 0) * bool(aux_weight), found.recon
     state["silent"] += found.n_rows
     state["silent"].masked_fill_(found.fired, 0)
     values = [recon + aux_weight * auxk, recon, auxk, found.n_active / found.n_rows, n_dead.float(), found.grad_norm,

@@ -191,12 +191,12 @@ def _errors(x: Tensor, code: Tensor, dec: Tensor, pairs: Pairs, *, rules: Kind) 
 def aux_gradients(
     state: dict[str, Tensor], x: Tensor, error: Tensor, *, total: Tensor, dead_after: int, aux_weight: float
 ):
-    """AuxK and its gradients: (value, latents [A], of dec, of enc [A, D], of bias [A]); None if nothing is dead, which
-    is only looked up on a CPU.
+    """AuxK and its gradients: (value, latents [A], of dec, of enc [A, D], of bias [A]); None if it has no weight, or
+    nothing is dead, which is only looked up on a CPU.
 
     total: sum of squares of the step's errors, over all ranks.
     """
-    if x.device.type == "cpu" and not (state["silent"] > dead_after).any():
+    if not aux_weight or x.device.type == "cpu" and not (state["silent"] > dead_after).any():
         return None
     latents, is_dead = dead_in_turn(state, dead_after)
     if x.device.type == "cpu":
