@@ -20,6 +20,7 @@ from lib.sae import SAE
 
 GROUP = 1024  # samples over which BatchTopK chooses, as SAELens does where it scores
 PRIOR = 5.0  # codes that the mean variance of all latents counts for, in the variance of one
+TINY = 1e-12  # noise of an SAE without error, variance of a code that is always the same
 ROUNDS = 8  # in which codes are kept by what the last round's say of their latents; their number settles in four
 
 
@@ -74,7 +75,7 @@ def known_of(latents: Tensor, values: Tensor, *, n_samples: int, n_latents: int,
     """From the codes that are kept; the variance of a latent with few of them is drawn to the mean of all."""
     count, total, square = (torch.zeros(n_latents).index_add_(0, latents, values**power) for power in range(3))
     mean = total / count.clamp(min=1)
-    variance = (square / count.clamp(min=1) - mean**2).clamp(min=0)
+    variance = (square / count.clamp(min=1) - mean**2).clamp(min=TINY)
     common = variance[count > 0].mean()
     return Known((count + 0.5) / (n_samples + 1), mean, (count * variance + PRIOR * common) / (count + PRIOR), noise)
 
@@ -122,7 +123,7 @@ def candidates(parts: Sequence[tuple[Tensor, Tensor, Tensor]], low: float, dicti
         prices.append(costs(x, codes[-1], dictionary))
         squares, n = squares + float((x - decode(codes[-1], dictionary)).square().sum()), n + x.numel()
     return Candidates(torch.cat([c.latent for c in codes]), torch.cat([c.value for c in codes]), torch.cat(prices),
-                      squares / n)
+                      max(squares / n, TINY))
 
 
 def settle(
