@@ -58,6 +58,13 @@ def test_rows_are_groups_over_seeds_with_intervals(board, reports):
     assert "a \\| b" in text and len(text.splitlines()) == 2 + len(found)
 
 
+def test_a_kind_that_changed_between_two_seeds_is_another_row(board, reports):
+    old, new = reports[0], reports[1] | {"kind_numbers": {"ridge": 0.05, "revive": 0.5}}
+    assert [len(group.reports) for group in board.groups_of([old, new])] == [1, 1]
+    again = new | {"kind_numbers": {"ridge": 0.1, "revive": 0.5}}
+    assert len(board.groups_of([new, again])) == 2 and len(board.groups_of([new, new])) == 1
+
+
 def test_codes_outside_the_protocols_l0_have_no_row(board):
     for l0, n in ((14.0, 0), (14.6, 1), (45.4, 1), (1400.0, 0)):
         (group,) = board.groups_of([report(0, [scores(0.2, 0.1, 1_000_448, l0)])])

@@ -131,6 +131,7 @@ def test_every_kind_trains_and_is_scored(bench, own_store, kind):
     scores = report["points"][0]["scores"]
     assert {"own", "threshold 2", "pruned 4"} <= scores.keys() and ("batch 3" in scores) == (kind == "batchtopk")
     assert all(0 <= found["f1"] <= 1 for found in scores.values())
+    assert report["kind_numbers"]["rate"] > 0
     assert sys.modules.get("synth_bench") is None
 
 

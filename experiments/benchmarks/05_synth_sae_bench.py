@@ -147,12 +147,12 @@ def main() -> None:
     if max(START_K, TOP_K) > N_LATENTS:
         raise InputError(f"TOP_K={TOP_K} and START_K={START_K} must be at most N_LATENTS={N_LATENTS}")
     plan = make_plan(SETTINGS, N_SAMPLES)
-    rules = {name: value for name, value in KINDS[KIND]._asdict().items() if isinstance(value, float)}
-    key = fingerprint([{name: value for name, value in CONSTANTS.items() if name not in OF_SCORES}, rules])
+    numbers = {name: value for name, value in KINDS[KIND]._asdict().items() if isinstance(value, float)}
+    key = fingerprint([{name: value for name, value in CONSTANTS.items() if name not in OF_SCORES}, numbers])
     folder = experiment_dir("benchmarks") / "synth_sae_bench" / f"{KIND}_{N_SAMPLES}_seed{SEED}_{key}"
     with in_use(folder):
         world = open_world()
-        made = begin_or_resume(folder / "state.safetensors", world, plan)
+        made = begin_or_resume(folder / "state.safetensors", world, plan) | {"kind_numbers": numbers}
         if how := unscored(made, plan):  # killed while scoring, or to be scored otherwise
             add_point(folder, made, world, how)
         if int(made["state"]["step"]) < plan.n_steps:

@@ -68,7 +68,9 @@ def groups_of(reports: Iterable[Report]) -> list[Group]:
     found = defaultdict(list)
     for report in reports:
         changed = {name: value for name, value in report["constants"].items() if name not in NOT_OF_A_GROUP}
-        found[report["script"], repr(sorted(changed.items()))].append(report)
+        # A kind that has changed between two seeds has made two recipes of the same constants.
+        shared = sorted(changed.items()), sorted(report.get("kind_numbers", {}).items())
+        found[report["script"], repr(shared)].append(report)
     groups = []
     for (script, _), same in found.items():
         same = [report for report in same if is_finished(report)] or same  # one that has just begun hides no other

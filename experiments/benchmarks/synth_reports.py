@@ -1,9 +1,9 @@
 """The reports of 05 and 06, which 07 reads.
 
-A report holds script, constants, made_with, machine, commits (of the code that took the steps), date (when it was last
-written) and points, one for each milestone: samples, seconds and cpu_seconds (of training alone), how it was scored,
-mcc, unique, chosen (thresholds, prices and odds) and scores: rule -> f1, precision, recall, l0, ev, dead_pct.
-synth_rules.py says which rules there are.
+A report holds script, constants, kind_numbers (what lib.training.kinds sets for the kind; of 05), made_with, machine,
+commits (of the code that took the steps), date (when it was last written) and points, one for each milestone: samples,
+seconds and cpu_seconds (of training alone), how it was scored, mcc, unique, chosen (thresholds, prices and odds) and
+scores: rule -> f1, precision, recall, l0, ev, dead_pct. synth_rules.py says which rules there are.
 """
 import os
 import platform
@@ -56,7 +56,7 @@ def score_sae(sae: SAE, world: World, scaled: bool, how: dict[str, Any]) -> dict
 
 def write_report(folder: Path, script: str, constants: dict[str, Any], made: dict[str, Any]) -> None:
     """made: among others commits and points; tensors in it are left out."""
-    kept = {name: value for name, value in made.items() if name in ("commits", "points", *RESUMED)}
+    kept = {name: value for name, value in made.items() if name in ("commits", "points", "kind_numbers", *RESUMED)}
     write_json(folder / "report.json", {
         "script": script, "constants": constants, "made_with": provenance(), "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(), **kept})
