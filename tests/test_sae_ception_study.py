@@ -26,9 +26,11 @@ from cycles.frontier import (
     best_lambda,
     choosers,
     mean_distance,
+    read_scores,
     read_study,
     waiting,
     whole,
+    write_scores,
 )
 from cycles.hypotheses import answer, hypotheses, judge, sentences, succeeds
 from lib.environment import InputError
@@ -100,6 +102,7 @@ def table(rows):
     """Scores from (arm, lambda, seed, accuracy, U, pull); validation and test are alike."""
     names = ("arm", "lam", "seed", f"test_{ACCURACY}", f"test_{U}", "pull")
     frame = pandas.DataFrame([dict(zip(names, row)) for row in rows])
+    frame["shift"] = frame["pull"]
     for name in (ACCURACY, U):
         frame[f"val_{name}"] = frame[f"test_{name}"]
     for split in ("val", "test"):
@@ -181,6 +184,25 @@ def test_equal_pull_is_on_a_logarithmic_scale():
     rows += [("per_example", 1, 2, 0.9, 0.1, 1.0)]  # one point is no curve
     found = at_equal_pull(table(rows), "per_example", "random_latents", U)
     assert found.to_dict() == pytest.approx({1: 0.15})  # mean of .1 and .2 above random_latents
+
+
+def test_scores_come_back_from_their_table(tmp_path):
+    rows = [("lambda0", 0, 1, 0.9, 0.1, math.nan), ("per_class", 0.3, 1, 0.85, 1 / 3, 2.5)]
+    scores, path = table(rows), tmp_path / "scores.csv"
+    about = {"study": "paper", "registration": None, "seeds": [1], "finished": 2, "total": 3}
+    write_scores(path, scores, [ACCURACY, U], about)
+    ends = Endpoints({U: 0.01}, {ACCURACY: 0.005})
+    found, of = read_scores(path, ends.columns)
+    assert of == about
+    pandas.testing.assert_frame_equal(found, scores[list(found)], rtol=1e-5)
+    whole_file = path.read_text()
+    header, _, rows = whole_file.partition("\n")
+    for text in ("", rows, f"{{}}\n{rows}", f"{header}\n", f"{header}\narm\nper_class\n",
+                 whole_file.replace("0.85", "much"), whole_file.replace("0.3,1,", "0.3,1.5,")):
+        assert text != whole_file
+        path.write_text(text)
+        with pytest.raises(InputError, match="scores.csv is damaged"):
+            read_scores(path, ends.columns)
 
 
 def judged(gain, accuracy=0.9, control=0.0):

@@ -1,19 +1,23 @@
 """What a study of step 7 says: one table, one figure, five sentences. Whatever is in is read, and it is told how much.
 
     python 08_judge_study.py                       # the parity study
-    python 08_judge_study.py STUDY=stories
+    python 08_judge_study.py STUDY=paper RESULTS=results/paper.csv    # the published scores, without running anything
 
 Reads  store/sae_ception/<setting>/study/
-Writes store/sae_ception/<setting>/study/verdict.md, frontier.png, response.png, gains.csv
+Writes store/sae_ception/<setting>/study/verdict.md, frontier.png, response.png, scores.csv, gains.csv
 """
 import checkout  # noqa: F401  (first: finds lib)
 from lib.constants import override
-from lib.ranges import FileName
+from lib.ranges import FileName, Location
 from studies import ENDPOINTS, Study
 
 STUDY: Study = "parity"                   # as in step 7
-SETTING: FileName | None = None           # as in step 7
+SETTING: FileName | None = None           # as in step 7; with RESULTS None is published_ and the study's name
+RESULTS: Location | None = None           # a scores.csv; None: the results of step 7
 CONSTANTS = override(globals())
+
+from pathlib import Path
+from typing import Any
 
 import pandas
 from matplotlib.figure import Figure
@@ -21,7 +25,16 @@ from matplotlib.figure import Figure
 from cycles import schemas
 from cycles.colours import title
 from cycles.comparison_figures import frontier_figure, response_figure
-from cycles.frontier import Endpoints, against_lambda0, at_best_lambda, best_lambda, read_study, waiting
+from cycles.frontier import (
+    Endpoints,
+    against_lambda0,
+    at_best_lambda,
+    best_lambda,
+    read_scores,
+    read_study,
+    waiting,
+    write_scores,
+)
 from cycles.hypotheses import judge, sentences
 from cycles.metrics import in_words
 from cycles.study import done
@@ -60,35 +73,54 @@ def test_table(tests: pandas.DataFrame) -> str:
     return "\n".join(lines).replace("+nan to +nan", "-").replace("+nan", "-").replace("nan", "-")
 
 
-def save(name: str, figure: Figure) -> None:
-    path = experiment_dir("sae_ception") / (SETTING or f"study_{STUDY}") / "study" / f"{name}.png"
-    atomic_write(path, lambda part: figure.savefig(part, format="png"))
+def results(root: Path, columns: list[str]) -> tuple[pandas.DataFrame, dict[str, Any]]:
+    """The scores of RESULTS or of step 7's folder, and what they are of: schemas.SCORES.
+
+    Raises InputError if there are none, or those of another study.
+    """
+    if RESULTS is not None:
+        scores, about = read_scores(Path(RESULTS).expanduser(), columns)
+        if about["study"] != STUDY:
+            raise InputError(f"{RESULTS} holds scores of the study {about['study']}; set STUDY={about['study']}")
+        return scores, about
+    if not (path := root / "study.json").exists():
+        raise InputError(f"{path} is missing; run 07_run_study.py STUDY={STUDY} first")
+    made = read_json(path, schemas.STUDY)
+    finished, total = done(made["constants"] | {"SETTING": root.parent.name, "SEEDS": made["seeds"]})
+    about = {"study": STUDY, "registration": made["registration"], "seeds": made["seeds"], "finished": finished,
+             "total": total}
+    return read_study(root.parent, tuple(made["seeds"])), about
 
 
 def main():
-    root = experiment_dir("sae_ception") / (SETTING or f"study_{STUDY}")
-    if not (path := root / "study" / "study.json").exists():
-        raise InputError(f"{path} is missing; run 07_run_study.py STUDY={STUDY} first")
-    made = read_json(path, schemas.STUDY)
-    finished, total = done(made["constants"] | {"SETTING": root.name, "SEEDS": made["seeds"]})
-    registered = f"registered at commit {made['registration']}" if made["registration"] else "exploratory"
-    state = "complete" if finished == total else "INCOMPLETE"
-    scores = read_study(root, tuple(made["seeds"]))
-    endpoints = Endpoints(*ENDPOINTS[STUDY], seeds=tuple(made["seeds"]))
+    setting = SETTING or ("study_" if RESULTS is None else "published_") + STUDY
+    root = experiment_dir("sae_ception") / setting / "study"
+    endpoints = Endpoints(*ENDPOINTS[STUDY])
+    scores, about = results(root, endpoints.columns)
+    endpoints = endpoints._replace(seeds=tuple(about["seeds"]))
+    registered = f"registered at commit {about['registration']}" if about["registration"] else "exploratory"
+    state = "complete" if about["finished"] == about["total"] else "INCOMPLETE"
     tests = judge(scores, endpoints)
-    lines = sentences(scores, tests, endpoints, f"{STUDY}: {state}, {finished:,} of {total:,} results, {registered}")
+    come = f"{STUDY}: {state}, {about['finished']:,} of {about['total']:,} results, {registered}"
+    lines = sentences(scores, tests, endpoints, come)
     gains = against_lambda0(scores)
     words = ", ".join(f"{margin:g} in {in_words(name)}" for name, margin in endpoints.margins.items())
     text = "\n".join([f"# {STUDY}", "", *(f"{i}. {line}" for i, line in enumerate(lines, 1)), "",
                       f"Margins: {words}.", "", test_table(tests), "", "Every arm at its best lambda, minus lambda0:",
                       "", arm_table(gains, endpoints), "", "![frontier](frontier.png)", "",
                       "![response to lambda](response.png)", ""])
-    write_text(root / "study" / "verdict.md", text)
-    write_text(root / "study" / "gains.csv", gains.to_csv(index=False))
-    save("frontier", frontier_figure(gains, endpoints.first, f"{STUDY}, {state}"))
-    save("response", response_figure(gains, list(endpoints.margins), f"{STUDY}, {state}"))
+    metrics = list(dict.fromkeys((*endpoints.margins, *endpoints.kept, *ALWAYS)))
+    write_text(root / "verdict.md", text)
+    write_scores(root / "scores.csv", scores, metrics, about)
+    write_text(root / "gains.csv", gains.to_csv(index=False))
+    save(root / "frontier.png", frontier_figure(gains, endpoints.first, f"{STUDY}, {state}"))
+    save(root / "response.png", response_figure(gains, list(endpoints.margins), f"{STUDY}, {state}"))
     print(text)
-    log.info("%s", root / "study" / "verdict.md")
+    log.info("%s", root / "verdict.md")
+
+
+def save(path: Path, figure: Figure) -> None:
+    atomic_write(path, lambda part: figure.savefig(part, format="png"))
 
 
 if __name__ == "__main__":

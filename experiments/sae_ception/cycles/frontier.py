@@ -8,18 +8,21 @@
 Scores are means over SAE seeds: "test_..." and "val_..." are those of the splits, "pull" and "shift" say how hard an
 arm was pulled and how far it moved (cycles/study.py).
 """
+import json
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
 
 from cycles import schemas
 from cycles.study import variant
-from lib.environment import InputError
-from lib.files import read_json
+from lib.environment import InputError, first_line
+from lib.files import parse_json, read_bytes, read_json, write_text
+from lib.schemas import Misfit, check
 
 KEYS = ["arm", "lam", "seed"]
 
@@ -39,6 +42,12 @@ class Endpoints(NamedTuple):
         """The endpoint by which an arm's lambda is chosen."""
         return next(iter(self.margins))
 
+    @property
+    def columns(self) -> list[str]:
+        """Of the scores, those that a verdict needs."""
+        needed = {f"test_{name}" for name in (*self.margins, *self.kept)}
+        return sorted(needed | {f"val_{name}" for name in (self.first, *self.kept)})
+
 
 def read_study(root: Path, seeds: tuple[int, ...] | None = None) -> pandas.DataFrame:
     """The results below root/study, of these seeds (None: all): KEYS and the scores, one row a result.
@@ -57,6 +66,33 @@ def read_study(root: Path, seeds: tuple[int, ...] | None = None) -> pandas.DataF
     if not any(row["arm"] == "lambda0" for row in rows):
         raise InputError(f"{root / 'study'} holds no result of lambda0 yet; run 07_run_study.py first")
     return pandas.DataFrame(rows).sort_values(KEYS, ignore_index=True)
+
+
+def write_scores(path: Path, scores: pandas.DataFrame, metrics: Sequence[str], about: dict[str, Any]) -> None:
+    """Scores in these metrics as a CSV of six digits below a line that says what they are of: read_scores() reads it.
+    """
+    names = [*KEYS, "pull", "shift", *(f"{split}_{name}" for split in ("val", "test") for name in metrics)]
+    table = scores[[name for name in names if name in scores]].to_csv(index=False, float_format="%.6g")
+    write_text(path, f"# {json.dumps(about)}\n{table}")
+
+
+def read_scores(path: Path, columns: Sequence[str]) -> tuple[pandas.DataFrame, dict[str, Any]]:
+    """What write_scores wrote: scores, as read_study has them, and `about`.
+
+    Raises InputError for any other file, and where one of the columns is missing.
+    """
+    schema = schemas.SCORES
+    about, _, table = read_bytes(path, schema.limit, schema.remedy).partition(b"\n")
+    found = parse_json(about.removeprefix(b"# "), path, schema.remedy)
+    try:
+        check(found, schema.content)
+        scores = pandas.read_csv(BytesIO(table), dtype={"arm": str, "seed": int})
+        if missing := {*KEYS, "pull", "shift", *columns} - set(scores):
+            raise ValueError(f"it has no column {min(missing)}")
+        scores = scores.astype({name: float for name in scores if name not in ("arm", "seed")})
+    except (Misfit, ValueError) as error:  # ValueError: also of pandas, for what is no number
+        raise InputError(f"{path} is damaged ({first_line(error)}); {schema.remedy}") from None
+    return scores, found
 
 
 def against_lambda0(scores: pandas.DataFrame) -> pandas.DataFrame:

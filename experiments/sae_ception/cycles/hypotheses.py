@@ -104,6 +104,8 @@ def sentences(scores: pandas.DataFrame, tests: pandas.DataFrame, endpoints: Endp
 
 
 def _told(row: pandas.Series) -> str:
+    if row["n"] == 0:
+        return f"{in_words(row['metric'])} not measured yet"
     return (f"{in_words(row['metric'])} {row['answer']} ({row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], "
             f"Holm p {row['p_holm']:.3f})")
 
@@ -114,7 +116,11 @@ def _method(gains: pandas.DataFrame, tests: pandas.DataFrame, endpoints: Endpoin
         own = tests[(tests.arm == arm) & (tests.how == "best")]
         if not len(own) or (lam := best_lambda(gains, arm, endpoints)) is None:
             continue
-        mean, low, high = (100 * x for x in interval(at_best_lambda(gains, arm, endpoints, "task_accuracy")))
+        accuracy = at_best_lambda(gains, arm, endpoints, "task_accuracy")
+        if accuracy.empty:
+            parts.append(f"{arm}, best lambda {lam:g}: no seed that is scored has run")
+            continue
+        mean, low, high = (100 * x for x in interval(accuracy))
         told = ", ".join(_told(row) for _, row in own.iterrows())
         parts.append(f"{arm}, best lambda {lam:g}: {told}, accuracy {mean:+.2f} points [{low:+.2f}, {high:+.2f}]")
     return "The method against lambda0: " + ("; ".join(parts) or "no lambda keeps what is to be kept") + "."

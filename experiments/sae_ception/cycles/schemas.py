@@ -25,6 +25,8 @@ STUDIED = Schema({
     "arm": str, "seed": int, "key": SHORT_HASH, "aux": NUMBERS,
     "saes": [{"sae_seed": COUNT, "val": NUMBERS, "test": NUMBERS}],
 }, sealed=True)
+SCORES = Schema({"study": str, "registration": (str, None), "seeds": [int], "finished": COUNT, "total": COUNT},
+                remedy="RESULTS is a scores.csv of 08_judge_study.py")
 RESULTS = Schema({
     "meta": {"arm": str, "cycle": COUNT, "seed": int, "key": SHORT_HASH}, "val": NUMBERS, "test": NUMBERS,
     "other_sae_seeds?": [{"sae_seed": POSITIVE, "val": NUMBERS, "test": NUMBERS}],
