@@ -404,12 +404,18 @@ def test_constants_are_chosen_on_validation(script, own_store):
     if fit:
         assert chosen["per_class"] == {"AUX_WEIGHT": float(max(fit, key=fit.get)[11:-3]), "KEEP_PCT": 2.0}
     assert set(chosen["class_mean"]) == {"AUX_WEIGHT"} and "ARM_CONSTANTS={" in printed
+    following = printed.splitlines()[-1]  # on the same data, with the same constants
+    assert "04_train_cycle.py PRESET=mlp_digits EPOCHS_PER_CYCLE=2" in following and "SETTING=small" in following
+    assert "ARM_CONSTANTS=" in following and "GRID_" not in following
+    for arm in ("per_class@mine", "lambda0"):
+        assert f"GRID_ARMS has {arm}" in script("choose_constants.py", *small, f"GRID_ARMS=('{arm}',)", ok=False)[2]
 
 
 @pytest.mark.parametrize("arguments,said", [
     (["ARMS=('nonsense',)"], "holds nonsense, which must be one of"), (["SEEDS=()"], "at least one value"),
     (["PRESET=huge"], "PRESET"),
     (["DATASET=missing.jsonl"], "missing.jsonl"), (["TRACKER=nothing"], "TRACKER"),
+    (["TOP_K=1", "ARMS=('lambda0','per_example')"], "TOP_K=1 leaves one"),
     (["KEEP_PCT=100", "SAE_EPOCHS=1", "EPOCHS_PER_CYCLE=1"], "keeps every code"),
 ])
 def test_wrong_input_is_one_line(arguments, said, script):

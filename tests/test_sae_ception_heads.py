@@ -9,6 +9,7 @@ from test_sae_ception_cycles import cycle, defaults  # noqa: F401  (a fixture)
 from test_sae_ception_gates import text_task
 
 from cycles.classifier import TextClassifier
+from cycles.fitting import drawn_start
 from cycles.heads import columns_of, padding_id
 from cycles.session import Session
 from cycles.tasks import Task
@@ -135,6 +136,10 @@ def test_a_whole_cycle_with_its_own_head_or_a_new_one(defaults, tmp_path, keep, 
     session = Session(c, 0)
     assert session.c.get("KEEP_HEAD") is keep and session.task.class_names == ["negative", "positive"]
     assert (session.model.columns == [0, 2]) if keep else (session.model.head.out_features == 2)
+    drawn = drawn_start(session, 500_001)  # new_seed's
+    assert drawn.keys() == session.initial.keys()
+    assert {name for name in drawn if not torch.equal(drawn[name], session.initial[name])} == (
+        set() if keep else {"head.weight", "head.bias"})
     cycle(session, "baseline", 0)
     test = cycle(session, "per_class", 1)["test"]
     assert 0 <= test["task_accuracy"] <= 1 and "task_perplexity" not in test

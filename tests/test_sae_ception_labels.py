@@ -16,7 +16,7 @@ from cycles.examples import make_batch
 from cycles.labels import classes, draw
 from cycles.language import letter_tokens
 from cycles.session import Session
-from cycles.sources import load_task
+from cycles.sources import load_task, own_data
 from lib.environment import InputError
 
 WHERE = ["train", "train", "train", "test"]
@@ -165,6 +165,16 @@ def test_held_out_files_without_labels_or_texts(defaults, tmp_path, change, said
     write_lines(tmp_path / "val.jsonl", [change(row) for row in rows])
     with pytest.raises(InputError, match=said):
         load_task(c, 0, word_tokenizer())
+
+
+@pytest.mark.parametrize("name,value", [
+    ("TEST_DATASET", "mine"), ("VAL_DATASET", "mine"), ("TEST_FRAC", 0.5), ("LABEL_FIELD", "parity"),
+    ("TEST_SPLIT", "other"), ("TRAIN_SPLIT", "other"), ("VAL_SPLIT", "validation"),
+])
+def test_what_images_do_not_use_is_refused(digits, name, value):  # noqa: F811
+    assert own_data(digits)["DATASET"] == "digits"
+    with pytest.raises(InputError, match=f"{name}={value} would be ignored"):
+        own_data(digits | {name: value})
 
 
 def test_own_data_need_no_constants_of_the_stories(tmp_path, script, caplog):  # noqa: F811

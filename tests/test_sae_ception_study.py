@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pandas
 import pytest
 import torch
 from forked import PROJECT
-from test_sae_ception_cycles import defaults, digits, script  # noqa: F401
+from test_sae_ception_cycles import SCRIPTS, defaults, digits, script  # noqa: F401
 
-from cycles import study
+from cycles import schemas, study
 from cycles.arms import ARMS
 from cycles.colours import colour, look, title
 from cycles.comparison_figures import n_seeds
@@ -90,6 +91,28 @@ def test_a_study_resumes_and_refuses_other_constants(small, monkeypatch, own_sto
 def own_store(monkeypatch, tmp_path):
     monkeypatch.setenv("STORE_DIR", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def run_study(monkeypatch, own_store):
+    """The functions of step 7, of the study of digits."""
+    monkeypatch.setattr(sys, "argv", ["07_run_study.py"])
+    step = runpy.run_path(str(SCRIPTS / "07_run_study.py"))
+    step["record"].__globals__["STUDY"] = "digits"
+    return step
+
+
+def test_a_study_is_judged_by_the_seeds_of_all_its_commands(run_study, own_store):
+    for asked, known in (((3, 4), [3, 4]), ((1, 3), [1, 3, 4]), ((4,), [1, 3, 4])):
+        run_study["record"](run_study["study_constants"]() | {"SEEDS": asked})
+        assert read_json(own_store / "sae_ception/study_digits/study/study.json", schemas.STUDY)["seeds"] == known
+
+
+@pytest.mark.parametrize("given", ["AUX_WEIGHT=0.05", "CYCLES=3"])
+def test_a_study_refuses_what_it_would_ignore(run_study, monkeypatch, given):
+    monkeypatch.setattr(sys, "argv", ["07_run_study.py", given])
+    with pytest.raises(InputError, match=f"{given.partition('=')[0]} would be ignored"):
+        run_study["study_constants"]()
 
 
 def test_shift():

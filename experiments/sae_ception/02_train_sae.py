@@ -2,7 +2,7 @@
 
     python 02_train_sae.py                                  # on the baseline
     python 02_train_sae.py CYCLE=1 ARM=per_class            # on the model of a later cycle
-    python 02_train_sae.py PRESET=mlp_digits TOP_K=4 SETTING=digits_k4
+    python 02_train_sae.py PRESET=mlp_digits TOP_K=4 SETTING=digits_k4    # after step 1 with that PRESET and SETTING
 
 Data, model and layer are those of the setting's step 1.
 Reads  store/sae_ception/<setting>/<arm>/seed_<s>/checkpoints/model_cycle_<n>_best.pt

@@ -2,7 +2,7 @@
 
     python 03_train_auxiliary.py                            # per_class targets from the baseline: cycle 1
     python 03_train_auxiliary.py CYCLE=1 ARM=random_unit    # from cycle 1 to cycle 2
-    python 03_train_auxiliary.py AUX_WEIGHT=0.1 KEEP_PCT=2 SETTING=weaker
+    python 03_train_auxiliary.py AUX_WEIGHT=0.1 KEEP_PCT=2 SETTING=weaker    # after steps 1 and 2 with that SETTING
     torchrun --nproc-per-node 4 03_train_auxiliary.py       # four processes share every batch, as in step 1
 
 L_total = L_task + AUX_WEIGHT * mean(1 - cos(h, target)); README.md says what arms without targets do instead.

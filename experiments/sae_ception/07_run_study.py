@@ -18,7 +18,7 @@ from studies import STUDIES, Study
 
 STUDY: Study = "parity"                   # README.md lists them; studies.py has their constants
 SETTING: FileName | None = None           # folder of the outputs; None: study_ and the study's name
-SEEDS: tuple[Seed, ...] | None = None     # None: the study's own
+SEEDS: tuple[Seed, ...] | None = None     # None: the study's own; step 8 judges those of all commands together
 LAMBDAS: tuple[Weight, ...] | None = None  # lambda of every arm, times the arm's AUX_WEIGHT; None: the study's own
 WORKERS: Threads = 2                      # processes, each with one thread
 REGISTRATION: FileName | None = None      # commit that registers the run; the code must be that commit's
@@ -38,19 +38,27 @@ from lib.store import provenance
 
 MAIN_SCRIPT = Path(__file__).with_name("04_train_cycle.py")
 OWN = ("STUDY", "SETTING", "SEEDS", "LAMBDAS", "WORKERS", "REGISTRATION")
+FIXED = {"AUX_WEIGHT": "set LAMBDAS", "CYCLES": "a study has one cycle"}  # constants of step 4 that decide nothing here
 
 
 def study_constants() -> Constants:
-    """Those of 04_train_cycle.py: the study's, replaced by what the command line gives, with the grid of arms."""
+    """Those of 04_train_cycle.py: the study's, replaced by what the command line gives, with the grid of arms.
+
+    Raises InputError for one of FIXED.
+    """
     study = {name: value for name, value in STUDIES[STUDY].items() if name != "LAMBDAS"}
     study |= {"SETTING": SETTING or f"study_{STUDY}"} | ({} if SEEDS is None else {"SEEDS": SEEDS})
     given = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in OWN]
+    for name in (argument.partition("=")[0] for argument in given):
+        if name in FIXED:
+            raise InputError(f"{name} would be ignored: {FIXED[name]}")
     values = [f"{name}={value if isinstance(value, str) else repr(value)}" for name, value in study.items()]
     return with_grid(constants_of(MAIN_SCRIPT, [*values, *given])["CONSTANTS"], LAMBDAS or STUDIES[STUDY]["LAMBDAS"])
 
 
 def record(c: Constants) -> None:
-    """Write study.json, or compare with the one that is there: a study keeps its constants and its code.
+    """Write study.json, or compare with the one that is there: a study keeps its constants and its code. Its seeds are
+    those of all commands so far.
 
     Raises InputError where one of them has changed, or where the code is not that of REGISTRATION.
     """
@@ -62,8 +70,10 @@ def record(c: Constants) -> None:
     made_from = {"study": STUDY, "registration": REGISTRATION, "revision": revision,
                  "constants": {name: value for name, value in c.items() if name != "SEEDS"}}
     then = read_json(path, schemas.STUDY) if path.exists() else None
-    if not is_current(path, then, made_from, "set SETTING to a new name"):
-        write_json(path, {**made_from, "seeds": c["SEEDS"], "provenance": provenance()}, sealed=True)
+    is_current(path, then, made_from, "set SETTING to a new name")
+    seeds = sorted({*c["SEEDS"], *(then["seeds"] if then else ())})
+    if then is None or seeds != then["seeds"]:
+        write_json(path, {**made_from, "seeds": seeds, "provenance": provenance()}, sealed=True)
 
 
 def main():

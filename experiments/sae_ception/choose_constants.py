@@ -5,9 +5,10 @@
 
 Trains one auxiliary cycle at every point of the grid, on seeds that the report does not use. Of the points whose
 validation accuracy is within 0.5 points of lambda0's, takes the one with the largest validation base U. Every constant
-of 04_train_cycle.py can be set here too.
+of 04_train_cycle.py can be set here too; ARMS, CYCLES, SEEDS, METRICS and N_SAE_SEEDS are only handed on to it.
 Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for 04_train_cycle.py
 """
+import sys
 from pathlib import Path
 
 import checkout  # noqa: F401  (first: finds lib)
@@ -27,7 +28,7 @@ from cycles.arms import definition, unlabelled
 from cycles.metrics import MAX_ACCURACY_LOSS
 from cycles.session import Session
 from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
-from lib.environment import log, log_to, run, say_next
+from lib.environment import InputError, log, log_to, run, say_next
 from lib.files import write_json
 from lib.outputs import in_use
 
@@ -38,6 +39,8 @@ def points() -> dict[str, dict[str, float]]:
     """Arm with label -> its constants, over the grid."""
     found = {}
     for arm in GRID_ARMS:
+        if "@" in arm or "AUX_WEIGHT" not in definition(arm).takes:
+            raise InputError(f"GRID_ARMS has {arm}; it needs arms with a lambda, without a label")
         for pct in GRID_KEEP_PCT if "KEEP_PCT" in definition(arm).takes else (None,):
             for weight in GRID_AUX_WEIGHT:
                 label = f"l{weight:g}" if pct is None else f"l{weight:g}_k{pct:g}"
@@ -86,8 +89,10 @@ def main():
     found = measure(grid)
     for arm, scores in found.items():
         print(f"{arm:<28}" + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-    print(f"ARM_CONSTANTS={choose(found, grid)!r}".replace(" ", ""))
-    say_next("04_train_cycle.py", PRESET=CONSTANTS["PRESET"], ARM_CONSTANTS=choose(found, grid))
+    chosen = CONSTANTS["ARM_CONSTANTS"] | choose(found, grid)
+    print(f"ARM_CONSTANTS={chosen!r}".replace(" ", ""))
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.partition("=")[0] not in GRID)
+    say_next("04_train_cycle.py", **(given | {"ARM_CONSTANTS": chosen}))
 
 
 if __name__ == "__main__":

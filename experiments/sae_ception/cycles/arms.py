@@ -49,7 +49,7 @@ ARMS = {
         takes=("INIT",), must_be_beaten=True, acts="nothing",
     ),
     "new_seed": Arm(
-        "none; from scratch with another start and order",
+        "none; from scratch with another start (of a text classifier: another new head) and order",
         "how large is the noise? (for `INIT=scratch`, where lambda0 repeats the baseline bit for bit)",
         takes=("INIT",), own_seed=True, acts="nothing",
     ),

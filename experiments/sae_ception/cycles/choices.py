@@ -53,6 +53,10 @@ def _check_sae(c: dict[str, Any]) -> None:
         raise InputError("SAE_TRAINED=along is for SAE_KIND=l1; a TopK SAE is trained after the classifier")
     if kind == "l1" and c["MODEL"] != "mlp" and c.get("SAE_POSITIONS") != "pooled":
         raise InputError("SAE_KIND=l1 learns from the position that the head reads; set SAE_POSITIONS=pooled")
+    arms = (*c.get("ARMS", ()), *([c["ARM"]] if "ARM" in c else []))
+    if kind == "topk" and c.get("TOP_K") == 1 and "per_example" in map(unlabelled, arms):
+        raise InputError("per_example keeps some of an example's codes, and TOP_K=1 leaves one: raise TOP_K, or leave "
+                         "per_example out")
     if along and c.get("SELECT_EPOCH") == "best":
         raise InputError("SAE_TRAINED=along follows the classifier to its last epoch; set SELECT_EPOCH=last")
 

@@ -5,10 +5,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor, nn
+
 from cycles.acting import act
 from cycles.arms import definition
 from cycles.fine_tuning import TuneSettings, fine_tune
-from cycles.modules import load_trained, trained_state
+from cycles.modules import initialise, load_trained, trained_state
 from cycles.session import Session
 from cycles.stamps import Constants, stage_constants
 from cycles.unfinished import Checkpoint
@@ -60,11 +62,23 @@ def aux_weight(aux: Constants, cycle: int) -> float:
 
 def start_from(session: Session, arm: str, cycle: int, aux: Constants) -> None:
     """Put the starting weights of a cycle into session.model."""
-    if cycle and definition(arm).own_seed and not session.is_text:
-        load_trained(session.model, trained_state(session.fresh_module(session.seed + 500_000 + cycle)))
+    if cycle and definition(arm).own_seed:
+        load_trained(session.model, drawn_start(session, session.seed + 500_000 + cycle))
     elif cycle and aux["INIT"] == "continue":
         session.load(arm, cycle - 1)
     elif cycle and aux["INIT"] != "scratch":
         raise InputError(f"INIT={aux['INIT']!r} must be 'scratch' or 'continue'")
     else:
         load_trained(session.model, session.initial)
+
+
+def drawn_start(session: Session, seed: int) -> dict[str, Tensor]:
+    """What a module starts from under another seed; of a text classifier its new head alone is drawn."""
+    if not session.is_text:
+        return trained_state(session.fresh_module(seed))
+    if session.model.columns is not None:  # the head that came with it: nothing is drawn
+        return session.initial
+    old = session.model.head
+    head = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    initialise(head, seed)
+    return session.initial | {f"head.{name}": p.detach() for name, p in head.named_parameters()}

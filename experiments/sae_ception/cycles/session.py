@@ -158,7 +158,8 @@ def inherited(c: Constants, seed: int, arm: str) -> Constants:
     root = setting_root(c)
     baseline = root / "baseline" / f"seed_{seed}" / "constants.json"
     if not baseline.exists():
-        command = f"01_train_baseline.py PRESET={c['PRESET']} SEED={seed}"
+        named = f" SETTING={c['SETTING']}, with its other constants," if c["SETTING"] else ""
+        command = f"01_train_baseline.py PRESET={c['PRESET']} SEED={seed}{named}"
         raise InputError(f"{baseline.parent} holds no baseline; run {command} first")
     own = root / safe_arm(arm) / f"seed_{seed}" / "constants.json"
     found = read_json(baseline, schemas.SETTING) | (read_json(own, schemas.SETTING) if own.exists() else {})

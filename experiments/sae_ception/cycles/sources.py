@@ -21,6 +21,12 @@ from cycles.tasks import Task
 from lib.environment import InputError, log
 
 STORIES_LIMIT = 600  # DATA_LIMIT="auto" of the embedded stories: minutes on two cores
+# Constants that decide nothing for images, whose splits and labels come with DATASET, and the values that say nothing.
+NOT_OF_IMAGES = {
+    "VAL_DATASET": (None,), "TEST_DATASET": (None,), "VAL_SPLIT": (None,), "TRAIN_SPLIT": ("train",),
+    "TEST_SPLIT": ("test",), "TEST_FRAC": (0.2,), "LABEL_FIELD": ("digit", "mood"), "TEXT_FIELD": ("text",),
+    "TEXT_FIELD_HELD_OUT": (None,),
+}
 
 
 def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None, own: Own | None = None) -> Task:
@@ -74,15 +80,18 @@ def _check_held_out(task: Task, c: dict[str, Any]) -> None:
     """Refuse a held-out split of one class, and warn of one that lacks a class: its scores would say less than they do.
     """
     for name, constant in (("val", "VAL_DATASET"), ("test", "TEST_DATASET")):
+        whole = f"MODEL={c['MODEL']} brings its data: give it" if is_own(c["MODEL"]) else "set DATASET to"
+        remedy = f"{whole} data with every class in both parts, and DATA_LIMIT and VAL_FRAC large enough"
+        if task.texts:
+            remedy = f"set {constant} to data with every class, or to None to cut it from DATASET"
         there = torch.bincount(task.y[task.splits[name]], minlength=task.n_classes) > 0
         missing = [task.class_names[i] for i in (~there).nonzero()[:, 0].tolist()]
         if int(there.sum()) == 1:
             only = task.class_names[int(there.nonzero())]
-            raise InputError(f"all {len(task.splits[name]):,} {name} examples are of the class {only!r}; set "
-                             f"{constant} to data with every class, or to None to cut it from DATASET")
+            raise InputError(f"all {len(task.splits[name]):,} {name} examples are of the class {only!r}; {remedy}")
         if missing:
-            log.warning("%s has no example of %s: no score of it counts this class; set %s to data with every class",
-                        name, ", ".join(map(repr, missing[:5])), constant)
+            log.warning("%s has no example of %s: no score of it counts this class; %s", name,
+                        ", ".join(map(repr, missing[:5])), remedy)
 
 
 def _group(task: Task, groups: tuple[int, ...] | None) -> None:
@@ -105,9 +114,13 @@ def _group(task: Task, groups: tuple[int, ...] | None) -> None:
 def own_data(c: dict[str, Any]) -> dict[str, Any]:
     """The constants; what belongs to the embedded stories is left out where DATASET is other data.
 
-    A module of people's own brings its data, so it needs no DATASET.
+    A module of people's own brings its data, so it needs no DATASET. Raises InputError for a constant that images do
+    not use.
     """
     if is_own(c["MODEL"]):
+        for name in ("DATASET", "VAL_DATASET", "TEST_DATASET"):
+            if c[name] and not are_stories(c[name]):
+                log.warning("%s=%s is not used: MODEL=%s brings its own data", name, c[name], c["MODEL"])
         c = c | {"MODEL": f"{file_of(c['MODEL'])}:{c['MODEL'].rpartition(':')[2]}", "LABEL_FIELD": "class"}
         c |= dict.fromkeys(("DATASET", "VAL_DATASET", "TEST_DATASET", "ATTRIBUTE_FIELD"))
     stories = are_stories(c["DATASET"])
@@ -118,5 +131,9 @@ def own_data(c: dict[str, Any]) -> dict[str, Any]:
         log.info("%s: the embedded stories' file is left out, because DATASET=%s is other data", " and ".join(left),
                  c["DATASET"])
     c = c | dict.fromkeys(left)
+    for name, silent in NOT_OF_IMAGES.items() if c["MODEL"] == "mlp" else ():
+        if c.get(name, silent[0]) not in silent:
+            raise InputError(f"{name}={c[name]} would be ignored: the training and test images of DATASET and their "
+                             f"labels come together, and VAL_FRAC of them validate; leave {name} out")
     unused = () if cuts_test(c) else ("TEST_FRAC",)  # what decides nothing makes no output stale
     return {name: value for name, value in c.items() if name not in unused}
