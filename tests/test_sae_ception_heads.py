@@ -93,6 +93,13 @@ def test_classes_are_matched_by_name_then_by_number(task, columns, called, caplo
     with caplog.at_level("INFO", "workbench"):
         assert columns_of(classifier("llama"), task) == columns and task.class_names == called
     assert "MODEL keeps its own head" in caplog.text and "1 other classes are not in the data" in caplog.text
+    assert "count from 1" not in caplog.text
+
+
+def test_labels_that_may_count_from_1_are_told(caplog):
+    with caplog.at_level("INFO", "workbench"):
+        assert columns_of(classifier("llama"), task_of(["1", "2"], [1, 2])) == [1, 2]
+    assert "1 = neutral, 2 = positive" in caplog.text and "if the labels count from 1" in caplog.text
 
 
 @pytest.mark.parametrize("task,names", [(task_of(["bad", "good"]), NAMES), (task_of(["0", "3"], [0, 3]), NAMES),

@@ -6,7 +6,7 @@ import torch
 from conftest import ASSETS
 from test_sae_ception_cycles import cycle, defaults, script  # noqa: F401  (fixtures)
 
-from cycles.own import is_own, make
+from cycles.own import code_of, file_of, is_own, key_of, make
 from cycles.session import Session
 from lib.environment import InputError
 from presets import setting_name
@@ -160,6 +160,29 @@ def test_another_code_is_another_model(written):
         cycle(Session(written(TABLE.replace("ReLU", "GELU")), 0), "baseline", 0)
 
 
+def test_code_that_its_file_imports_is_of_the_model(written, tmp_path):
+    source = TABLE.replace("import torch\n", "import torch\n    from parts import net\n", 1)
+    c = written(source)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from . import other\n")
+    (folder / "net.py").write_text("from .other import x\n")
+    (folder / "other.py").write_text("x = 1\n")
+    (tmp_path / "unused.py").write_text("not python\n")
+    path = file_of(c["MODEL"])
+    assert code_of(path) == {path, *folder.iterdir()} - {folder / "__pycache__"}
+    before = key_of("weights", c["MODEL"])
+    (folder / "other.py").write_text("x = 2\n")
+    assert key_of("weights", c["MODEL"]) != before
+
+
+def test_rows_that_occur_twice_stay_on_one_side_of_the_validation(written):
+    often = '"train": (torch.cat([x[~test]] * 4), torch.cat([y[~test]] * 4))'
+    task = Session(written(TABLE.replace('"train": (x[~test], y[~test])', often), VAL_FRAC=0.25), 0).task
+    kinds = {name: {row.numpy().tobytes() for row in task.images[ids]} for name, ids in task.splits.items()}
+    assert not kinds["train"] & kinds["val"] and len(task.splits["val"]) == 4 * len(kinds["val"])
+
+
 @pytest.mark.parametrize("old,new,said", [
     ("def make_classifier", "def other", "has no function make_classifier; it has load_wine, other"),
     ("import torch\n", "import nothing_like_it\n", "fails with ModuleNotFoundError"),
@@ -176,6 +199,7 @@ def test_another_code_is_another_model(written):
     ('return module, "2"', 'return nn.Sequential(Wrap(), Unwrap(), module), "0"', "gives 1 rows for 3 examples"),
     ("return module,", "module.requires_grad_(False); return module,", "no parameter that trains"),
     ('"test": (x[test], y[test])', '"test": (x[~test], y[~test])', "are the same inputs; give test examples of its"),
+    ('"test": ', '"val": (x[test], y[test]), "test": ', "data['test'] and data['val'] are the same inputs"),
     ("(x[test], y[test])", "drawn(x, y, sampler=SubsetRandomSampler(range(40)))", "draws with a SubsetRandomSam"),
     ("(x[test], y[test])", "drawn(x, y, batch_sampler=[[0, 1], [2]])", "draws with a list"),
 ])

@@ -89,6 +89,39 @@ def test_held_out_texts_that_are_trained_on_are_told(own, tmp_path, caplog):
     assert "20 of 20 test texts are training texts too" in caplog.text
 
 
+def test_texts_of_both_held_out_splits_are_told(own, tmp_path, caplog):
+    reviews(20).to_csv(tmp_path / "test.csv", index=False)
+    reviews(20).to_csv(tmp_path / "val.csv", index=False)
+    frame = reviews().assign(review=lambda f: "the " + f.review)
+    own(frame, TEST_DATASET=str(tmp_path / "test.csv"), VAL_DATASET=str(tmp_path / "val.csv"))
+    assert "20 of 20 val texts are test texts too" in caplog.text and "training texts too" not in caplog.text
+
+
+def test_a_validation_file_stays_the_validation_set_where_test_is_cut(own, tmp_path):
+    held_out = reviews(20).assign(review=lambda f: f.review + " again")
+    held_out.to_csv(tmp_path / "val.csv", index=False)
+    task = own(reviews(), VAL_DATASET=str(tmp_path / "val.csv"))
+    assert [len(ids) for ids in task.splits.values()] == [48, 20, 12]
+    assert {task.texts[i] for i in task.splits["val"].tolist()} == set(held_out.review)
+
+
+def test_blanks_around_a_text_make_no_other_text(own):
+    frame = reviews()
+    task = own(pandas.concat([frame, frame.assign(review=lambda f: f.review + " ")]), TEST_FRAC=0.25, VAL_FRAC=0.25)
+    texts = [{task.texts[i].strip() for i in ids.tolist()} for ids in task.splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 60
+
+
+def test_other_attributes_or_classes_are_another_task(own):
+    frame = reviews().assign(colour=["red", "blue"] * 30)
+    task = own(frame, ATTRIBUTE_FIELD="colour")
+    others = [own(frame.assign(colour=frame.colour[::-1].tolist()), ATTRIBUTE_FIELD="colour"),
+              own(frame.assign(colour=frame.colour.str.upper()), ATTRIBUTE_FIELD="colour"), own(frame),
+              own(frame.assign(verdict=frame.verdict + "!"), ATTRIBUTE_FIELD="colour")]
+    assert len({each.identity() for each in (task, *others)}) == 5
+    assert own(frame, ATTRIBUTE_FIELD="colour").identity() == task.identity()
+
+
 def test_one_file_is_never_two_splits(own, tmp_path):
     said = refused(own, reviews(), TEST_DATASET=str(tmp_path / "mine.csv"))
     assert "TEST_DATASET and DATASET are the same data, mine.csv" in said and "set TEST_DATASET to None" in said

@@ -44,13 +44,16 @@ def columns_of(lm: Any, task: Task) -> list[int]:
     if len(set(found)) < len(found):
         raise InputError(f"the labels {', '.join(task.class_names[:5])} are not as many classes of MODEL's own head; "
                          "write alike what is one class, or set KEEP_HEAD=False for a new head")
-    names = [lm.config.id2label[i] for i in found]
+    labels, names = list(task.class_names), [lm.config.id2label[i] for i in found]
     if task.class_names == [str(number) for number in task.numbers] and not all(
             name.startswith("LABEL_") for name in names):
         task.class_names = names
+    if found == task.numbers and 0 not in found:
+        log.warning("no label is 0, and MODEL's head counts from 0: if the labels count from 1, each stands for "
+                    "another class than it should")
     left = lm.config.num_labels - len(found)
     log.info("MODEL keeps its own head: %s%s (KEEP_HEAD=False gives it a new one)",
-             ", ".join(f"{name} = {lm.config.id2label[i]}" for name, i in zip(task.class_names, found)),
+             ", ".join(f"{label} = {name}" for label, name in zip(labels, names)),
              f"; its {left} other classes are not in the data and are left out" if left else "")
     return found
 

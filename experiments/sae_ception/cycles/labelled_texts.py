@@ -32,7 +32,7 @@ def text_task(c: dict[str, Any], tokenizer: Any) -> tuple[Task, list[str]]:
         task.attribute, known = classes(values, where, f"ATTRIBUTE_FIELD={attribute}", trained_on=False)
         task.attribute_names = in_words(known, _called(c, attribute))
     if "test" not in where:
-        where = _with_test(task, texts, c["TEST_FRAC"])
+        where = _with_test(task, texts, where, c["TEST_FRAC"])
     _tell_repeated(texts, where)
     kept = limited(task, where, c["DATA_LIMIT"])
     tokens = tokenise(tokenizer, [texts[i] for i in kept], 0, c["MAX_LENGTH"])
@@ -114,35 +114,37 @@ def _with_words(dataset: str, column: str, documents: Rows) -> Rows:
     return [document for row, document in enumerate(documents) if row not in gone]
 
 
-def _with_test(task: Task, texts: list[str], test_frac: float) -> list[str]:
-    """The split of each text when a stratified test_frac of them, drawn by TEST_SEED, are the test examples.
+def _with_test(task: Task, texts: list[str], where: list[str], test_frac: float) -> list[str]:
+    """`where` when a stratified test_frac of DATASET's texts, drawn by TEST_SEED, are the test examples.
 
     Texts that occur twice stay in one split.
     """
-    first = {text: i for i, text in reversed(list(enumerate(texts)))}
+    own = [i for i, name in enumerate(where) if name == "train"]
+    first = {texts[i].strip(): i for i in reversed(own)}
     kinds = sorted(first.values())
     try:
         _, chosen = train_test_split(kinds, test_size=test_frac, random_state=TEST_SEED,
                                      stratify=task.y[kinds].numpy())
     except ValueError as error:
-        smallest = smallest_class(task.y, task.class_names)
+        smallest = smallest_class(task.y[own], task.class_names)
         raise InputError(f"a test set can't be cut from DATASET: {smallest} ({error}); raise TEST_FRAC, or set "
                          "TEST_DATASET") from None
     test = set(chosen)
-    where = ["test" if first[text] in test else "train" for text in texts]
+    where = ["test" if name == "train" and first[text.strip()] in test else name for text, name in zip(texts, where)]
     log.info("test: %s of %s texts of DATASET, the same for every seed (TEST_FRAC=%g; TEST_DATASET names a file)",
-             f"{where.count('test'):,}", f"{len(texts):,}", test_frac)
+             f"{where.count('test'):,}", f"{len(own):,}", test_frac)
     return where
 
 
 def _tell_repeated(texts: list[str], where: list[str]) -> None:
-    """Warn of held-out texts that are training texts too: their scores are of what was learnt by heart."""
-    trained = {text for text, name in zip(texts, where) if name == "train"}
-    for held_out in ("val", "test"):
-        n = sum(name == held_out and text in trained for text, name in zip(texts, where))
-        if n:
-            log.warning("%s of %s %s texts are training texts too: take them out of one of the two", f"{n:,}",
-                        f"{where.count(held_out):,}", held_out)
+    """Warn of texts in two splits: their scores are of what was learnt by heart, or chosen on what is reported."""
+    kinds = {name: {text.strip() for text, own in zip(texts, where) if own == name} for name in set(where)}
+    for held_out, other in (("val", "train"), ("test", "train"), ("val", "test")):
+        known = kinds.get(other, set())
+        if n := sum(name == held_out and text.strip() in known for text, name in zip(texts, where)):
+            words = "training" if other == "train" else other
+            log.warning("%s of %s %s texts are %s texts too: take them out of one of the two", f"{n:,}",
+                        f"{where.count(held_out):,}", held_out, words)
 
 
 def are_stories(dataset: str | None) -> bool:

@@ -6,12 +6,13 @@ The function takes nothing and returns (module, name of the target layer, data).
 seed has another start. data is a dict: "train", "test" and, if there is one, "val" are data sets or data loaders of
 (x, y), or such a pair of tensors; "classes", if it is there, holds the classes' names.
 """
+import ast
 import copy
 import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,8 +92,39 @@ def _findable(folder: Path) -> Iterator[None]:
 
 
 def key_of(weights: str, model: str) -> str:
-    """Sixteen hex digits over the weights' and the file's bytes: another code is another model."""
-    return fingerprint([weights, sha256(file_of(model))])
+    """Sixteen hex digits over the weights and the code, imports from beside it included: another code is another model.
+    """
+    path = file_of(model)
+    others = sorted(code_of(path) - {path})
+    return fingerprint([weights, sha256(path), *map(sha256, others)])
+
+
+def code_of(path: Path) -> set[Path]:
+    """The file, those below its folder that its import statements name, and what these import in their turn."""
+    found: set[Path] = set()
+    left = [path]
+    while left:
+        file = left.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        with suppress(SyntaxError):  # of a file that is imported where it can be
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                left += _imported(node, file.parent, path.parent)
+    return found
+
+
+def _imported(node: ast.AST, here: Path, folder: Path) -> list[Path]:
+    """Where the modules that a statement imports would lie, in a file of the folder `here` below `folder`."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        names = [".".join(filter(None, (node.module, alias.name))) for alias in node.names]
+        folder = [folder, here, *here.parents][min(node.level, len(here.parents) + 1)]
+    else:
+        return []
+    stems = {folder.joinpath(*name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
+    return [path for stem in sorted(stems) for path in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")]
 
 
 def check_fits(model: OwnModule, task: Task, batch_size: int) -> None:
@@ -150,18 +182,19 @@ def own_task(own: Own, limit: int | None) -> tuple[Task, list[str]]:
 
 
 def _check_repeated(parts: dict[str, tuple[Tensor, list[Any]]]) -> None:
-    """Warn of held-out inputs that are training inputs too. Raises InputError if a split is the training data."""
-    train = parts["train"][0]
-    trained = {hash(row.numpy().tobytes()) for row in train}
-    for name, (x, _) in parts.items():
-        if name == "train":
+    """Warn of inputs in two splits. Raises InputError if two splits are the same."""
+    rows = {name: [hash(row.numpy().tobytes()) for row in x] for name, (x, _) in parts.items()}
+    for held_out, other in (("val", "train"), ("test", "train"), ("val", "test")):
+        if held_out not in parts or other not in parts:
             continue
-        if torch.equal(x, train):
-            raise InputError(f"data['train'] and data[{name!r}] are the same inputs; give {name} examples of its own")
-        n = sum(hash(row.numpy().tobytes()) in trained for row in x)
-        if n:
-            log.warning("%s of %s %s inputs are training inputs too: take them out of one of the two", f"{n:,}",
-                        f"{len(x):,}", name)
+        if torch.equal(parts[held_out][0], parts[other][0]):
+            raise InputError(f"data[{other!r}] and data[{held_out!r}] are the same inputs; give {held_out} examples of "
+                             "its own")
+        known = set(rows[other])
+        if n := sum(row in known for row in rows[held_out]):
+            words = "training" if other == "train" else other
+            log.warning("%s of %s %s inputs are %s inputs too: take them out of one of the two", f"{n:,}",
+                        f"{len(rows[held_out]):,}", held_out, words)
 
 
 def _check_loader(loader: DataLoader, name: str) -> None:

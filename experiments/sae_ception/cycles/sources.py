@@ -5,6 +5,7 @@
 
 The official test set is the test split where there is one; without a validation set the seed cuts one from training.
 """
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,14 @@ def load_task(constants: dict[str, Any], seed: int, tokenizer: Any = None, own: 
 def _split(task: Task, where: list[str], val_frac: float, seed: int) -> dict[str, Tensor]:
     """Ids by the split that each example came from; without validation examples, a stratified val_frac of training.
 
-    Texts that occur twice stay in one split.
+    Examples that occur twice stay in one split.
     """
     ids = {name: torch.tensor([i for i, w in enumerate(where) if w == name]) for name in ("train", "val", "test")}
     if not len(ids["val"]):
         every = ids["train"].tolist()
-        first = {task.texts[i]: i for i in reversed(every)} if task.texts else {}
-        kinds = np.array(sorted(first.values()) or every, dtype=np.int64)
+        kind_of = {i: _kind(task, i) for i in every}
+        first = {kind_of[i]: i for i in reversed(every)}
+        kinds = np.array(sorted(first.values()), dtype=np.int64)
         try:
             _, chosen = train_test_split(kinds, test_size=val_frac, random_state=seed, stratify=task.y[kinds].numpy())
         except ValueError as error:
@@ -68,12 +70,19 @@ def _split(task: Task, where: list[str], val_frac: float, seed: int) -> dict[str
             raise InputError(f"validation can't be cut from training: {smallest} ({error}); raise DATA_LIMIT or "
                              "VAL_FRAC, or set VAL_DATASET") from None
         held_out = set(chosen.tolist())
-        is_val = torch.tensor([(first[task.texts[i]] if first else i) in held_out for i in every])
+        is_val = torch.tensor([first[kind_of[i]] in held_out for i in every])
         ids |= {"train": ids["train"][~is_val], "val": ids["train"][is_val]}
     empty = [name for name, part in ids.items() if not len(part)]
     if empty:
         raise InputError(f"the {empty[0]} split has no examples; raise DATA_LIMIT or set another data set")
     return ids
+
+
+def _kind(task: Task, i: int) -> str | bytes:
+    """What two examples share if they are the same one."""
+    if task.images is None:
+        return task.texts[i].strip()
+    return blake2b(task.images[i].numpy().tobytes(), digest_size=16).digest()
 
 
 def _check_held_out(task: Task, c: dict[str, Any]) -> None:

@@ -72,9 +72,10 @@ class Task:
         return drawn
 
     def identity(self) -> str:
-        """Fingerprint of the examples, labels and splits."""
+        """Fingerprint of the examples, labels, names of classes, the attribute and the splits."""
         content = self.images if self.images is not None else [t.ids for t in self.tokens]
-        return fingerprint([fingerprint(content), fingerprint(self.y),
+        attribute = [] if self.attribute is None else [fingerprint(self.attribute), self.attribute_names]
+        return fingerprint([fingerprint(content), fingerprint(self.y), self.class_names, *attribute,
                             [fingerprint(ids) for ids in self.splits.values()]])
 
 
