@@ -48,7 +48,7 @@ def override(
         guard_imports()
     # IPython keeps the sources of the cells in In; that of the running one is the last.
     source = namespace["In"][-1] if is_notebook else Path(namespace["__file__"]).read_text(encoding="utf-8")
-    kinds = kinds_of(source, namespace, [name for name in _assigned(source).values()
+    kinds = kinds_of(source, namespace, [name for name in _assigned(source)
                                          if name in namespace and (presets is None or namespace[name] is not presets)])
     if "-h" in argv or "--help" in argv:
         print(_help(namespace, kinds, presets, source), flush=True)
@@ -221,29 +221,29 @@ def _help(namespace: dict[str, Any], kinds: dict[str, Any], presets: Presets | N
     return "\n".join([(namespace.get("__doc__") or "").strip(), "", "Constants (NAME=value):", *lines])
 
 
-def _assigned(source: str) -> dict[int, str]:
-    """Last line of the assignment -> name, for every UPPERCASE name that the script assigns at its top level."""
-    ends = {}
+def _assigned(source: str) -> dict[str, range]:
+    """Every UPPERCASE name that the script assigns at its top level -> the lines of its assignment."""
+    lines = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             if isinstance(target, ast.Name) and target.id.isupper():
-                ends[node.end_lineno or node.lineno] = target.id
-    return ends
+                lines[target.id] = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    return lines
 
 
 def _comments(source: str) -> dict[str, str]:
-    """Constant -> the comment after its assignment, with the indented comment lines below it."""
-    ends = _assigned(source)
+    """Constant -> the comments beside its assignment and in the indented lines below it."""
+    names = {line: name for name, lines in _assigned(source).items() for line in lines}
     found: dict[str, str] = {}
     name, last_line = "", -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             text, line = token.string.lstrip("# "), token.start[0]
-            if line in ends:
-                name, last_line = ends[line], line
-                found[name] = text
+            if line in names:
+                name, last_line = names[line], line
+                found[name] = f"{found[name]} {text}" if name in found else text
             elif name and line == last_line + 1 and token.start[1] > 0:
                 found[name] += " " + text
                 last_line = line

@@ -94,6 +94,18 @@ def test_help_prints_docstring_constants_and_comments(script, capsys):
     assert "PRESET=big: TOP_K=64, NAME='b'" in said
 
 
+def test_help_of_a_value_over_several_lines(tmp_path, capsys):
+    """A comment within it is its own, not of the constant above."""
+    source = "TOP_K: int = 8  # above\nRULES: tuple[str, ...] = (  # one row each,\n    'a', 'b')  # in this order\n"
+    (tmp_path / "script.py").write_text(source)
+    namespace = {"__name__": "__main__", "__file__": str(tmp_path / "script.py")}
+    exec(source, namespace)
+    with pytest.raises(SystemExit):
+        override(namespace, argv=["--help"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].endswith(" above") and said[-1].endswith(" one row each, in this order")
+
+
 def test_an_imported_script_ignores_the_command_line(script, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest", "TOP_K=99"])
     script["__name__"] = "elsewhere"
