@@ -36,7 +36,6 @@ from lib.training.step import init_state
 from lib.training.workspace import Workspace
 
 SETTINGS = SaveSettings(shard_rows=50)
-RECORDED = {"max_length": 128, "skip_special": True, "skip_first": 0}
 
 
 @pytest.fixture(autouse=True, params=[DEVICE, CUDA])
@@ -134,7 +133,7 @@ def test_what_the_language_model_loses(run, device):
     for where in ("cpu", device):
         model = language_model(where)
         found.append(loss_recovered(model, word_tokenizer(), resolve(model, "resid_post:1"), random_sae().to(where),
-                                    texts=TEXTS, mean=mean, settings=RECORDED))
+                                    tokens=SETTINGS.tokens(word_tokenizer(), TEXTS), mean=mean))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
@@ -178,7 +177,7 @@ def work_on(model, sae):
     """What reads and edits a model: activations, loss recovered, next-token logits and steered logits."""
     tokenizer, point = word_tokenizer(), resolve(model, "resid_post:1")
     _, (x,) = block_rows(model, [point], SETTINGS.tokens(tokenizer, TEXTS), pad_id=0, settings=SETTINGS)
-    lost = loss_recovered(model, tokenizer, point, sae, texts=TEXTS, mean=torch.zeros(16), settings=RECORDED)
+    lost = loss_recovered(model, tokenizer, point, sae, tokens=SETTINGS.tokens(tokenizer, TEXTS), mean=torch.zeros(16))
     texts = [list(item.ids) for item in SETTINGS.tokens(tokenizer, TEXTS)]
     _, (plain, moved_on) = next(next_logits(model, point, texts, [None, sae.W_dec[: len(texts)]]))
     ids = torch.tensor([texts[0]], device=next(model.parameters()).device)

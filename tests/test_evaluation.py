@@ -1,9 +1,11 @@
 """Numbers of one model and SAE against dense or closed-form values, and the verdicts on them."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 
-from checks.evaluation import ev, ev_by, loss_recovered, pca_ev, row_scores, shuffled, untrained_sae
+from checks.evaluation import ev, ev_by, held_out_tokens, loss_recovered, pca_ev, row_scores, shuffled, untrained_sae
 from checks.verification import RULES, check, format_table
 from lib.activations import SaveSettings, save_activations
 from lib.batches import rows_of_run, rows_of_tensor
@@ -13,7 +15,7 @@ from lib.sae import make_sae
 from lib.texts import split_texts
 from lib.training.loop import TrainSettings, train_sae
 
-SETTINGS = {"max_length": 128, "skip_special": True, "skip_first": 0}
+TOKENS = SaveSettings().tokens(word_tokenizer(), TEXTS)
 
 
 @pytest.fixture
@@ -99,11 +101,25 @@ def test_loss_recovered_is_1_for_an_exact_sae_and_0_for_the_mean(kind):
     model, tokenizer = tiny_model(kind), word_tokenizer()
     point = resolve(model, "resid_post:1")
     mean = torch.full((16,), 0.3)
-    exact = loss_recovered(model, tokenizer, point, exact_sae(16), texts=TEXTS, mean=mean, settings=SETTINGS)
+    exact = loss_recovered(model, tokenizer, point, exact_sae(16), tokens=TOKENS, mean=mean)
     assert exact["loss_recovered"] == pytest.approx(1, abs=1e-4)
-    ablated = loss_recovered(model, tokenizer, point, mean_sae(mean), texts=TEXTS, mean=mean, settings=SETTINGS)
+    ablated = loss_recovered(model, tokenizer, point, mean_sae(mean), tokens=TOKENS, mean=mean)
     assert ablated["loss_recovered"] == pytest.approx(0, abs=1e-4)
     assert exact["ce_mean_ablated"] == ablated["ce_mean_ablated"] != exact["ce_clean"]
+
+
+@pytest.mark.parametrize("norm", [None, 1.05])
+def test_only_what_the_run_stored_is_replaced(tmp_path, model, norm):
+    point = resolve(model, "resid_post:1")
+    run = save_activations(tmp_path / "run", model, word_tokenizer(), [point], texts=TEXTS,
+                           splits=split_texts(len(TEXTS), 0.5, 0), settings=SaveSettings(max_norm_multiple=norm))
+    replaced = []
+    sae = SimpleNamespace(encode=lambda x: (replaced.append(x), x), decode=lambda _, x: x)
+    loss_recovered(model, word_tokenizer(), point, sae, mean=torch.zeros(16), max_tokens=1,
+                   tokens=held_out_tokens(run, word_tokenizer(), len(TEXTS)))
+    stored = torch.cat(run.shards(run.hooks[0]))[run.is_val]
+    assert len(torch.cat(replaced)) == len(stored)
+    torch.testing.assert_close(torch.cat(replaced).norm(dim=1).sort().values, stored.norm(dim=1).sort().values)
 
 
 def test_clean_loss_is_the_models_own_and_independent_of_batches(model):
@@ -116,8 +132,8 @@ def test_clean_loss_is_the_models_own_and_independent_of_batches(model):
             total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     for max_tokens in (1, 30, 8192):
-        found = loss_recovered(model, tokenizer, point, sae, texts=TEXTS, mean=torch.zeros(16),
-                               settings=SETTINGS, max_tokens=max_tokens)
+        found = loss_recovered(model, tokenizer, point, sae, tokens=TOKENS, mean=torch.zeros(16),
+                               max_tokens=max_tokens)
         assert found["ce_clean"] == pytest.approx(total / count, rel=1e-5) and found["n_tokens"] == count
 
 

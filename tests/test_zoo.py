@@ -260,8 +260,8 @@ def test_the_steps_after_the_first_run(name, model_of, run_of):
     if model.get_output_embeddings() is None:
         return
     for inside in points:  # with the mean in its place at every point, and the SAE at the one it was trained for
-        loss = loss_recovered(model, tokenizer, inside, sae, texts=STEP_TEXTS,
-                              mean=run.stats(inside.signature)["mean"], settings=run.meta["settings"])
+        loss = loss_recovered(model, tokenizer, inside, sae, mean=run.stats(inside.signature)["mean"],
+                              tokens=SaveSettings(**run.meta["settings"]).tokens(tokenizer, STEP_TEXTS))
         assert all(map(math.isfinite, loss.values())) and loss["ce_mean_ablated"] != loss["ce_clean"]
     assert loss["ce_clean"] == pytest.approx(clean_loss(model, tokenizer), rel=1e-4)
     latent = int(next(iter(codes))[2][0, 0])

@@ -42,7 +42,7 @@ from checks.arm_scores import MEASURES, Judge, baselines, compare, stabilities
 from checks.arms import ARMS as ALL_ARMS
 from checks.arms import REFERENCE, arm_place, arm_sae, arm_settings, train_arms
 from checks.controls import control_saes
-from checks.evaluation import loss_recovered
+from checks.evaluation import held_out_tokens, loss_recovered
 from checks.recovery import KINDS, searched_parts
 from concepts.codes import Codes
 from concepts.names import patterns_of
@@ -92,9 +92,8 @@ def recovered_by(saved, hook, device):
     if not LOSS_TEXTS or not ("CausalLM" in name or "LMHead" in name):
         return None
     model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
-    texts = [text["text"] for text in saved.texts if text["split"] == "val"][:LOSS_TEXTS]
-    given = {"texts": texts, "mean": rows_of_run(saved, hook).mean, "settings": saved.meta["settings"]}
-    return lambda sae: loss_recovered(model, tokenizer, point, sae, **given)["loss_recovered"]
+    tokens, mean = held_out_tokens(saved, tokenizer, LOSS_TEXTS), rows_of_run(saved, hook).mean
+    return lambda sae: loss_recovered(model, tokenizer, point, sae, tokens=tokens, mean=mean)["loss_recovered"]
 
 
 def print_table(rows):

@@ -28,7 +28,7 @@ CONSTANTS = override(globals())
 import pandas
 from saved_model import model_of_run
 
-from checks.evaluation import loss_recovered
+from checks.evaluation import held_out_tokens, loss_recovered
 from checks.sparsity import recommend_k, sweep_k
 from lib.batches import rows_of_run
 from lib.environment import InputError, choose_device, run, say_next
@@ -42,9 +42,8 @@ def recovered_by(saved, hook, mean, device):
     if not N_TEXTS:
         return None
     model, tokenizer, point = model_of_run(saved, hook, device, TRUST_REMOTE_CODE)
-    texts = [text["text"] for text in saved.texts if text["split"] == "val"][:N_TEXTS]
-    given = {"texts": texts, "mean": mean, "settings": saved.meta["settings"]}
-    return lambda sae: loss_recovered(model, tokenizer, point, sae, **given)["loss_recovered"]
+    tokens = held_out_tokens(saved, tokenizer, N_TEXTS)
+    return lambda sae: loss_recovered(model, tokenizer, point, sae, tokens=tokens, mean=mean)["loss_recovered"]
 
 
 def main():

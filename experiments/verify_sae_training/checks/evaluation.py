@@ -4,11 +4,12 @@ Only loss_recovered() needs the language model; the rest reads a run in the stor
 """
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lib.activations import SaveSettings
 from lib.batches import Rows, batches_in_order
 from lib.blocks import input_device, no_cache
 from lib.environment import InputError
@@ -16,7 +17,7 @@ from lib.hooks import HookPoint, edit
 from lib.metrics.reconstruction import ev_of_sums, explained_variance
 from lib.sae import SAE, make_sae
 from lib.store import Run
-from lib.texts import filler_id, length_batches, pad, tokenise
+from lib.texts import Tokens, filler_id, length_batches, pad
 from lib.training.loop import TrainSettings
 from lib.training.step import folded_weights, init_state, whitening
 
@@ -90,19 +91,32 @@ def shuffled(x: Tensor, seed: int = 0) -> Tensor:
     return x.gather(0, order)
 
 
+def held_out_tokens(run: Run, tokenizer, limit: int) -> list[Tokens]:
+    """The first `limit` validation texts of a run, tokenised as it has them; `keep` holds where it stored a token."""
+    chosen = [text for text in run.texts if text["split"] == "val"][:limit]
+    settings = SaveSettings(**run.meta["settings"])
+    tokens = settings.tokens(tokenizer, [text["text"] for text in chosen])
+    if settings.max_norm_multiple is None:  # then the settings tell what was stored
+        return tokens
+    stored: dict[int, set[int]] = {text["text_id"]: set() for text in chosen}
+    for text_id, pos in zip(run.rows["text_id"].tolist(), run.rows["pos"].tolist()):
+        if text_id in stored:
+            stored[text_id].add(pos)
+    return [item._replace(keep=[pos in kept for pos in range(len(item.ids))])
+            for item, kept in zip(tokens, stored.values())]
+
+
 def loss_recovered(
-    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, *, texts: list[str], mean: Tensor,
-    settings: dict[str, Any], max_tokens: int = 8192
+    model: nn.Module, tokenizer, point: HookPoint, sae: SAE, *, tokens: list[Tokens], mean: Tensor,
+    max_tokens: int = 8192
 ) -> dict[str, float]:
     """Language-model loss in nats per token: clean, with the SAE spliced in, with the mean in its place.
 
-    loss_recovered = (mean_ablated - spliced) / (mean_ablated - clean). Only stored positions are replaced: BOS and
-    padding keep their activations. At resid_mid the residual stream itself is replaced (see lib.hooks.edit).
-    settings: max_length, skip_special, skip_first of the run. max_tokens: of one forward pass.
+    loss_recovered = (mean_ablated - spliced) / (mean_ablated - clean). Only positions that `tokens` keep are replaced,
+    as held_out_tokens() gives them: BOS and outliers that were never stored keep their activations. At resid_mid the
+    residual stream itself is replaced (see lib.hooks.edit). max_tokens: of one forward pass.
     """
     device = input_device(model)
-    tokens = tokenise(tokenizer, texts, 0, settings["max_length"], skip_special=settings["skip_special"],
-                      skip_first=settings["skip_first"])
     tokens = [t for t in tokens if len(t.ids) > 1]
     changes: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,
