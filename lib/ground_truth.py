@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .documents import Documents
 from .environment import InputError, log
 from .files import read_json
 from .models import local_path, source_of_run
 from .schemas import COUNT, POSITIVE, Misfit, Schema, Text, check
 from .store import Run
-from .texts import Documents, load_documents
+from .texts import load_documents
 
 # concepts.json beside a data set whose words have concepts, as the embedded stories do
 TRUTH = Schema({"leaves": [{"number": POSITIVE, "path": Text(r"[^/]{1,60}(/[^/]{1,60}){0,9}"), "words": [str]}],

@@ -1,25 +1,19 @@
 """Texts in, tokens out: data sets by hub name or local file, and batches of texts of like length."""
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pandas
 import torch
 from torch import Tensor
 
 from .distributed import rank
+from .documents import Documents, from_datasets, from_file
 from .environment import InputError, first_line, log
 from .files import require_file
 from .models import local_path
 
-Documents = list[dict[str, Any]]
 MOST_LEFT_OUT = 0.5  # share of the rows that may have no text
-DRAW_SEED = 0  # the same documents for every SEED, so that all of them share cached activations
-CHUNK_ROWS = 10_000  # rows of a file held in memory while some are drawn
-STREAM_BUFFER = 10_000  # a hub data set is not read to its end: what is drawn comes from its first limit + this many
 LONG_TEXT, CHARS_PER_TOKEN = 4096, 64  # characters of a text tokenised at once, and more for each token wanted
 
 
@@ -36,10 +30,10 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
     path = local_path(dataset)
     with readable(dataset):
         if path is None or path.is_dir():
-            documents = _from_datasets(str(path or dataset), path is not None, split, limit)
+            documents = from_datasets(str(path or dataset), path is not None, split, limit)
         else:
             require_file(path, remedy="set DATASET to a file of texts")
-            documents = _from_file(path, text_field, limit)
+            documents = from_file(path, text_field, limit)
     if not documents:
         raise InputError(f"DATASET={dataset} is empty")
     require_field(dataset, documents[0], text_field)
@@ -84,71 +78,6 @@ def _kind(value: Any) -> str:
         return ""
     names = {bool: "true or false", int: "a number", float: "a number", bytes: "binary"}
     return ", " + next((name for kind, name in names.items() if isinstance(value, kind)), f"a {type(value).__name__}")
-
-
-def _from_file(path: Path, text_field: str, limit: int | None) -> Documents:
-    if path.suffix == ".txt":
-        paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-        documents = [{text_field: part.strip()} for part in paragraphs if part.strip()]
-        return [documents[i] for i in drawn_rows(len(documents), limit)]
-    csv = {"keep_default_na": False, "low_memory": False}  # low_memory: a column's type may change half-way
-    readers: dict[str, Callable[..., Any]] = {
-        ".jsonl": lambda **chunks: pandas.read_json(path, lines=True, dtype=False, **chunks),
-        ".json": lambda: pandas.read_json(path, dtype=False),
-        ".csv": lambda **chunks: pandas.read_csv(path, **csv, **chunks),
-        ".tsv": lambda **chunks: pandas.read_csv(path, sep="\t", quoting=3, **csv, **chunks),
-        # its lists come as arrays
-        ".parquet": lambda: pandas.read_parquet(path).map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x),
-    }
-    if path.suffix not in readers:
-        raise InputError(f"{path.name} has no known ending; use {', '.join(readers)} or .txt")
-    read = readers[path.suffix]
-    if limit is None:
-        return read().to_dict("records")
-    if path.suffix in (".json", ".parquet"):
-        frame = read()
-        return frame.iloc[drawn_rows(len(frame), limit)].to_dict("records")
-    return _drawn_in_chunks(read(chunksize=CHUNK_ROWS), limit)
-
-
-def drawn_rows(n: int, limit: int | None) -> list[int]:
-    """The rows, ascending, that a limit leaves of n: those with the smallest random keys."""
-    if limit is None or n <= limit:
-        return list(range(n))
-    log.info("%s of %s documents drawn at random", f"{limit:,}", f"{n:,}")
-    return np.sort(np.random.default_rng(DRAW_SEED).random(n).argsort(kind="stable")[:limit]).tolist()
-
-
-def _drawn_in_chunks(chunks: Any, limit: int) -> Documents:
-    """The documents of drawn_rows, with at most limit + CHUNK_ROWS in memory."""
-    keys = np.random.default_rng(DRAW_SEED)
-    kept: list[tuple[float, int, dict[str, Any]]] = []
-    n = 0
-    for chunk in chunks:
-        kept += zip(keys.random(len(chunk)).tolist(), range(n, n + len(chunk)), chunk.to_dict("records"))
-        n += len(chunk)
-        kept = sorted(kept, key=lambda item: item[:2])[:limit]
-    if n > limit:
-        log.info("%s of %s documents drawn at random", f"{limit:,}", f"{n:,}")
-    return [document for _, _, document in sorted(kept, key=lambda item: item[1])]
-
-
-def _from_datasets(source: str, is_local: bool, split: str, limit: int | None) -> Documents:
-    import datasets
-
-    datasets.disable_progress_bars()
-    if is_local:
-        loaded = datasets.load_from_disk(source)
-        rows = loaded[split] if isinstance(loaded, dict) else loaded
-        return [dict(rows[i]) for i in drawn_rows(len(rows), limit)]
-    # Streaming reads only the documents that are asked for, not the whole data set.
-    rows = datasets.load_dataset(source, split=split, streaming=limit is not None)
-    return [dict(row) for row in (rows if limit is None else drawn_from_stream(rows, limit))]
-
-
-def drawn_from_stream(rows: Any, limit: int) -> Any:
-    """`limit` documents of a stream of unknown length, drawn from a buffer at its beginning."""
-    return rows.shuffle(seed=DRAW_SEED, buffer_size=limit + STREAM_BUFFER).take(limit)
 
 
 class Tokens(NamedTuple):

@@ -8,9 +8,10 @@ import streaming
 from conftest import run_script
 from streaming import TextFile, fingerprint_texts, stream_texts
 
+from lib.documents import drawn_from_stream, drawn_rows
 from lib.environment import InputError
 from lib.files import fingerprint
-from lib.texts import drawn_from_stream, drawn_rows, load_documents
+from lib.texts import load_documents
 
 SAVE = "experiments/verify_sae_training/01_save_activations.py"
 DOCUMENTS = [{"n": i, "text": None if i % 7 == 3 else f"é \u2028 line\nbreak \"{i}\"" * (i % 5)} for i in range(60)]
@@ -104,7 +105,7 @@ def test_a_streamed_run_has_the_files_of_one_from_memory(tmp_path, saved_model):
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "txt", "folder"])
 def test_a_limit_draws_a_sample(tmp_path, kind, monkeypatch):
     """From a sorted file a limit draws a fair sample: the same at every call, in order, whatever the format."""
-    monkeypatch.setattr("lib.texts.CHUNK_ROWS", 37)
+    monkeypatch.setattr("lib.documents.CHUNK_ROWS", 37)
     frame = pandas.DataFrame({"text": [f"{'ab'[i // 200]} {i:03d}" for i in range(400)], "n": range(400)})
     path = tmp_path / f"sorted.{kind}"
     writers = {
@@ -123,7 +124,7 @@ def test_a_limit_draws_a_sample(tmp_path, kind, monkeypatch):
 
 
 def test_a_stream_of_unknown_length_draws_from_a_buffer(monkeypatch):
-    monkeypatch.setattr("lib.texts.STREAM_BUFFER", 300)
+    monkeypatch.setattr("lib.documents.STREAM_BUFFER", 300)
     stream = datasets.Dataset.from_dict({"n": list(range(400))}).to_iterable_dataset()
     drawn = [row["n"] for row in drawn_from_stream(stream, 100)]
     assert len(set(drawn)) == 100 and max(drawn) > 300 and [row["n"] for row in drawn_from_stream(stream, 100)] == drawn

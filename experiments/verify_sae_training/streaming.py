@@ -20,12 +20,13 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 
 from lib.distributed import LOADING, beat, rank, wait_for_all
+from lib.documents import drawn_from_stream, drawn_rows
 from lib.environment import InputError, log
 from lib.files import fingerprint
 from lib.models import local_path
 from lib.outputs import in_use
 from lib.store import experiment_dir
-from lib.texts import drawn_from_stream, drawn_rows, readable, require_field, tell_left_out
+from lib.texts import readable, require_field, tell_left_out
 
 COPY_TEXTS = 1000  # documents written together
 

@@ -11,10 +11,11 @@ from functools import cached_property
 import torch
 from streaming import TextFile, copy_of, fingerprint_texts, open_stream
 
+from lib.documents import STREAM_BUFFER
 from lib.environment import InputError, log
 from lib.files import sha256
 from lib.models import local_path
-from lib.texts import STREAM_BUFFER, load_documents, readable, require_field
+from lib.texts import load_documents, readable, require_field
 
 ORDER_CHUNK = 10_000  # numbers of texts held as Python's
 
