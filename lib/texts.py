@@ -21,7 +21,7 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
     """`limit` documents drawn at random (None: all), in their order, each a dict whose `text_field` is its text.
 
     Every call draws the same ones, from all of a file, or from the first limit + 10,000 documents of a hub data set
-    (its shards in random order). Rows whose field is not text (null, a number, a list ...) are left out and logged.
+    (its shards in random order). Of these, rows without text (see has_text) are left out and logged.
 
     dataset: a local .jsonl, .json, .csv, .tsv, .parquet or .txt (one document a paragraph) file, a folder
     written by datasets' save_to_disk, or a hub name. split is used for folders and hub names only.
@@ -37,13 +37,18 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
     if not documents:
         raise InputError(f"DATASET={dataset} is empty")
     require_field(dataset, documents[0], text_field)
-    missing = [row for row, document in enumerate(documents) if not isinstance(document[text_field], str)]
+    missing = [row for row, document in enumerate(documents) if not has_text(document[text_field])]
     if missing:
         first = f"row {missing[0] + 1:,} of these{_kind(documents[missing[0]][text_field])}"
         tell_left_out(dataset, text_field, first, n_missing=len(missing), n_rows=len(documents))
     for row in reversed(missing):
         del documents[row]
     return documents
+
+
+def has_text(value: Any) -> bool:
+    """Whether a row's field holds text: not if it is null, a number, a list ..., or blank."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 @contextmanager
@@ -76,6 +81,8 @@ def tell_left_out(dataset: str, text_field: str, first: str, *, n_missing: int, 
 def _kind(value: Any) -> str:
     if value is None or value != value:  # NaN stands for what is missing
         return ""
+    if isinstance(value, str):
+        return ", which is blank"
     names = {bool: "true or false", int: "a number", float: "a number", bytes: "binary"}
     return ", " + next((name for kind, name in names.items() if isinstance(value, kind)), f"a {type(value).__name__}")
 

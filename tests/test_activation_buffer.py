@@ -153,7 +153,7 @@ def test_each_pass_over_a_file_reads_every_text_in_another_order():
 def hub(monkeypatch):
     """A data set of 100 documents that stands for one of the hub; every seventh has no text."""
     def open_stream(dataset, split):
-        rows = [{"text": None if i % 7 == 3 else f"{dataset} {split} {i}"} for i in range(100)]
+        rows = [{"text": (None, " ")[i % 2] if i % 7 == 3 else f"{dataset} {split} {i}"} for i in range(100)]
         return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
 
     monkeypatch.setattr(documents_module, "open_stream", open_stream)

@@ -15,7 +15,8 @@ from lib.hooks import resolve
 from lib.texts import load_documents
 
 GOOD = ["the cat sat", "a dog ran", "it was sad", "the blue bird"]
-BAD = {"null": None, "number": 3.5, "zero": 0, "flag": True, "list": ["a"], "dict": {"a": 1}}
+BAD = {"null": None, "number": 3.5, "zero": 0, "flag": True, "list": ["a"], "dict": {"a": 1},
+       "empty": "", "blank": " \n\u3000"}
 
 
 def jsonl(path, values):
@@ -36,6 +37,18 @@ def test_a_missing_field_is_left_out_with_a_line(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "workbench"):
         assert len(load_documents(jsonl(tmp_path / "x.jsonl", [*GOOD, ...]))) == 4
     assert "the first is row 5 of these: they are left out" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "parquet"])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_an_empty_cell_is_left_out_with_a_line(tmp_path, caplog, ending, limit):
+    frame, path = pandas.DataFrame({"n": range(6), "text": [*GOOD[:2], "", *GOOD[2:], "  "]}), tmp_path / f"x.{ending}"
+    {"csv": lambda: frame.to_csv(path, index=False), "tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
+     "json": lambda: frame.to_json(path, orient="records"), "parquet": lambda: frame.to_parquet(path)}[ending]()
+    with caplog.at_level(logging.WARNING, "workbench"):
+        found = [document["text"] for document in load_documents(str(path), limit=limit)]
+    assert set(found) <= set(GOOD) and len(found) >= (4 if limit is None else 3)
+    assert "rows have no text in 'text'; the first is row 3 of these, which is blank" in caplog.text
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -64,10 +77,10 @@ def test_a_parquet_column_of_other_values_is_refused(tmp_path, column):
 
 
 def test_a_stream_tells_what_it_leaves_out(tmp_path, caplog):
-    path = jsonl(tmp_path / "x.jsonl", [GOOD[0], None, *GOOD[1:]])
+    path = jsonl(tmp_path / "x.jsonl", [GOOD[0], None, *GOOD[1:], " "])
     with caplog.at_level(logging.WARNING, "workbench"):
         assert list(stream_texts(path, tmp_path / "copy.jsonl")) == GOOD
-    assert "1 of 5 rows have no text in 'text'; the first is row 2" in caplog.text
+    assert "2 of 6 rows have no text in 'text'; the first is row 2" in caplog.text
     with pytest.raises(InputError, match="2 of 2 rows"):
         stream_texts(jsonl(tmp_path / "y.jsonl", [None, None]), tmp_path / "other.jsonl")
 

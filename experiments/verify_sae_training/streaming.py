@@ -26,7 +26,7 @@ from lib.files import fingerprint
 from lib.models import local_path
 from lib.outputs import in_use
 from lib.store import experiment_dir
-from lib.texts import readable, require_field, tell_left_out
+from lib.texts import has_text, readable, require_field, tell_left_out
 
 COPY_TEXTS = 1000  # documents written together
 
@@ -138,7 +138,7 @@ def _copy(documents: Any, copy: Path, dataset: str, text_field: str, *, total: i
         lines = []
         for document in tqdm(documents, initial=done, total=total, unit="text", desc="copying the texts"):
             require_field(dataset, document, text_field)
-            lines.append(json.dumps(document[text_field] if isinstance(document[text_field], str) else None) + "\n")
+            lines.append(json.dumps(document[text_field] if has_text(document[text_field]) else None) + "\n")
             if len(lines) == COPY_TEXTS:
                 file.writelines(lines)
                 lines.clear()

@@ -13,7 +13,7 @@ from lib.environment import InputError, first_line, log
 from lib.files import read_json
 from lib.models import local_path
 from lib.schemas import Schema
-from lib.texts import filler_id, load_documents, tell_left_out, tokenise
+from lib.texts import filler_id, load_documents, tokenise
 
 STORIES = "store/embedded/stories"  # the default data; its validation and test files go when DATASET changes
 TEST_SEED = 0  # every seed has the same test set
@@ -59,7 +59,7 @@ def _labelled_rows(c: dict[str, Any]) -> tuple[Rows, list[str], list[str]]:
         hint = "TEXT_FIELD" if name == "train" else "TEXT_FIELD_HELD_OUT"
         column = c["TEXT_FIELD"] if name == "train" else c["TEXT_FIELD_HELD_OUT"] or c["TEXT_FIELD"]
         try:
-            documents = _with_words(dataset, column, load_documents(dataset, split, column))
+            documents = load_documents(dataset, split, column)
         except InputError as error:
             said = str(error).replace("DATASET=", f"{constant}=", 1).replace("set TEXT_FIELD", f"set {hint}")
             raise InputError(said) from None
@@ -101,17 +101,6 @@ def cuts_test(c: dict[str, Any]) -> bool:
 def _is_in_one_piece(path: Path | None) -> bool:
     """Whether local data are one file, or a folder that datasets wrote without splits."""
     return path is not None and (path.is_file() or not (path / "dataset_dict.json").exists())
-
-
-def _with_words(dataset: str, column: str, documents: Rows) -> Rows:
-    """The rows whose text is not blank; the log counts the others. Raises InputError if they are the most."""
-    blank = [row for row, document in enumerate(documents) if not document[column].strip()]
-    if not blank:
-        return documents
-    tell_left_out(dataset, column, f"row {blank[0] + 1:,} of these, which is blank", n_missing=len(blank),
-                  n_rows=len(documents))
-    gone = set(blank)
-    return [document for row, document in enumerate(documents) if row not in gone]
 
 
 def _with_test(task: Task, texts: list[str], where: list[str], test_frac: float) -> list[str]:

@@ -15,7 +15,7 @@ from lib.documents import STREAM_BUFFER
 from lib.environment import InputError, log
 from lib.files import sha256
 from lib.models import local_path
-from lib.texts import load_documents, readable, require_field
+from lib.texts import has_text, load_documents, readable, require_field
 
 ORDER_CHUNK = 10_000  # numbers of texts held as Python's
 
@@ -62,7 +62,7 @@ class Stream:
             with readable(self.dataset):
                 for document in documents.skip(at) if at else documents:
                     require_field(self.dataset, document, self.text_field)
-                    yield document[self.text_field] if isinstance(document[self.text_field], str) else None
+                    yield document[self.text_field] if has_text(document[self.text_field]) else None
                     n += 1
                 # A resumed pass may begin beyond the end of the first one.
                 length = at + n if n else sum(1 for _ in documents)
