@@ -1,9 +1,11 @@
 """Texts in, tokens out: data sets by hub name or local file, and batches of texts of like length."""
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,7 +182,22 @@ def pad(batch: list[Tokens], pad_id: int) -> tuple[Tensor, Tensor]:
 def split_texts(n_texts: int, val_frac: float, seed: int) -> list[str]:
     """ "train" or "val" for each text: round(n * val_frac) validation texts, at least one of each, drawn by seed."""
     if n_texts < 2:
-        raise InputError("at least two texts are needed, one of them for validation; raise DATA_LIMIT")
+        raise InputError("at least two different texts are needed, one of them for validation; raise DATA_LIMIT")
     n_val = min(max(1, round(n_texts * val_frac)), n_texts - 1)
     chosen = set(random.Random(seed).sample(range(n_texts), n_val))
     return ["val" if i in chosen else "train" for i in range(n_texts)]
+
+
+def split_by_text(texts: Sequence[str], val_frac: float, seed: int) -> list[str]:
+    """split_texts() of the different texts: one that occurs twice stands on one side, so training sees none of the
+    validation texts.
+    """
+    digests = np.fromiter((int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
+                           for text in texts), np.uint64, len(texts))
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    if len(first) < len(texts):
+        log.info("%s of %s texts occur before: each is split as the first of its kind", f"{len(texts) - len(first):,}",
+                 f"{len(texts):,}")
+    splits = split_texts(len(first), val_frac, seed)
+    in_order = first.argsort().argsort()  # the n-th different text has number n, as without repetitions
+    return [splits[i] for i in in_order[which].tolist()]

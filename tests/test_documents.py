@@ -12,7 +12,7 @@ from streaming import stream_texts
 from lib.activations import save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
-from lib.texts import load_documents
+from lib.texts import load_documents, split_by_text, split_texts
 
 GOOD = ["the cat sat", "a dog ran", "it was sad", "the blue bird"]
 BAD = {"null": None, "number": 3.5, "zero": 0, "flag": True, "list": ["a"], "dict": {"a": 1},
@@ -83,6 +83,16 @@ def test_a_stream_tells_what_it_leaves_out(tmp_path, caplog):
     assert "2 of 6 rows have no text in 'text'; the first is row 2" in caplog.text
     with pytest.raises(InputError, match="2 of 2 rows"):
         stream_texts(jsonl(tmp_path / "y.jsonl", [None, None]), tmp_path / "other.jsonl")
+
+
+def test_a_text_that_occurs_twice_stands_on_one_side_of_the_split():
+    texts = [f"text {i % 70}" for i in range(100)] + ["\ud800"]
+    splits = split_by_text(texts, 0.2, 3)
+    sides = {text: {split for other, split in zip(texts, splits) if other == text} for text in texts}
+    assert all(len(side) == 1 for side in sides.values()) and [*sides.values()].count({"val"}) == round(71 * 0.2)
+    assert split_by_text(texts[:70], 0.2, 3) == split_texts(70, 0.2, 3)  # of old, where nothing occurs twice
+    with pytest.raises(InputError, match="two different texts"):
+        split_by_text(["a"] * 5, 0.2, 3)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

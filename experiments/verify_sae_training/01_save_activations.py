@@ -92,7 +92,7 @@ from lib.outputs import in_use, require_room
 from lib.sae import load_sae
 from lib.saes import MODEL_FILE, find_sae
 from lib.store import experiment_dir, open_run, provenance
-from lib.texts import load_documents, split_texts
+from lib.texts import load_documents, split_by_text
 
 FOLDER = experiment_dir("verify_sae_training")
 
@@ -156,7 +156,7 @@ def main():
             saved_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             require_room(folder, n_bytes - saved_bytes)
             saved = save_activations(folder, model, tokenizer, points, texts=texts, settings=settings, meta=meta,
-                                     splits=split_texts(len(texts), VAL_FRAC, SEED))
+                                     splits=split_by_text(texts, VAL_FRAC, SEED))
     if rank() == 0 and not SAE:
         write_text(FOLDER / "run_id.txt", run_id + "\n")
     log.info("run %s: %s tokens of %s texts at %s", run_id, f"{saved.n_rows:,}", f"{len(texts):,}",
