@@ -12,8 +12,10 @@ from test_sae_ception_heads import classifier
 from test_sae_ception_modules import TABLE, written  # noqa: F401  (a fixture)
 
 from cycles.export import save_for_others
+from cycles.prediction import predictions, texts
 from cycles.session import Session
 from cycles.steps import train_model
+from lib.environment import InputError
 
 
 def trained(defaults, folder, lm, padded=True, **changed):  # noqa: F811
@@ -31,6 +33,20 @@ def trained(defaults, folder, lm, padded=True, **changed):  # noqa: F811
     session = Session(defaults[0] | small | {"MODEL": str(folder / "model"), "DATASET": str(folder / "mine.jsonl")}, 0)
     train_model(session, "baseline", 0)
     return session
+
+
+def said(how, text):
+    """What the printed lines say of a text: name -> probability."""
+    printed = []
+    exec(how.replace('"a text"', repr(text)), {"print": printed.append})
+    (found,) = printed
+    return found if isinstance(found, dict) else {item["label"]: item["score"] for item in found[0]}
+
+
+def predicted(session, text):
+    """What predict.py says of a text, in the same form."""
+    row = predictions(session, texts(session, text, None, None), None, 0).iloc[0]
+    return {name: row[f"p({name})"] for name in session.task.class_names}
 
 
 def expected(session):
@@ -54,6 +70,29 @@ def test_transformers_loads_it_and_says_the_same(defaults, tmp_path, make):  # n
             assert set(found) == {"negative", "neutral", "positive"}
             share = found["positive"] / (found["positive"] + found["negative"])
             assert share == pytest.approx(float(row[1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model("llama"), lambda: tiny_model("bert"),
+                                  lambda: classifier("gpt2", ["negative", "positive"])],
+                         ids=["pipeline", "head beside the body", "own gpt2"])
+def test_a_longer_text_is_cut_as_in_training(defaults, tmp_path, make):  # noqa: F811
+    """The session's own tokenizer stays as it was."""
+    session = trained(defaults, tmp_path, make(), MAX_LENGTH=8)
+    limit = session.tokenizer.model_max_length
+    how = save_for_others(session, tmp_path / "out")
+    assert session.tokenizer.model_max_length == limit > 8
+    for text in (" ".join(TEXTS), " ".join(reversed(TEXTS)), "a cat"):
+        assert said(how, text) == pytest.approx(predicted(session, text), abs=1e-5)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.model_max_length == 8 and len(saved(" ".join(TEXTS), truncation=True)["input_ids"]) == 8
+
+
+def test_a_tokenizer_that_loads_as_another_is_refused(defaults, tmp_path, monkeypatch):  # noqa: F811
+    session = trained(defaults, tmp_path, tiny_model("llama"), MAX_LENGTH=8)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _folder: word_tokenizer(bos=False))
+    with pytest.raises(InputError, match="reads texts otherwise") as error:
+        save_for_others(session, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("make,changed", [

@@ -18,19 +18,20 @@ from cycles.heads import head_parts
 from cycles.session import Session
 from lib.environment import InputError, log
 from lib.files import write_json, write_text, write_torch
+from lib.texts import tokenise
 
 CHECKED = 16  # validation examples on which the saved model must give the classifier's logits
 TOLERANCE = 1e-3  # of a logit
 MIXED_TOLERANCE = 0.1  # where the frozen layers ran in bfloat16: what is saved is float32
 
 TRANSFORMERS = """from transformers import pipeline
-classify = pipeline("text-classification", {folder!r}, top_k=None)
+classify = pipeline("text-classification", {folder!r}, top_k=None, truncation=True)
 print(classify("a text"))"""
 HEAD = """import torch, safetensors.torch, transformers
 model = transformers.AutoModel.from_pretrained({folder!r})
 head = safetensors.torch.load_file({folder!r} + "/head.safetensors")
 tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})
-batch = tokenizer("a text", return_tensors="pt")
+batch = tokenizer("a text", return_tensors="pt", truncation=True)
 state = model(**batch).last_hidden_state[:, {position}]
 print(dict(zip({names!r}, torch.nn.functional.linear(state, **head).softmax(1)[0].tolist())))"""
 MODULE = """import torch
@@ -42,8 +43,8 @@ def save_for_others(session: Session, folder: Path) -> str:
     """Save session.model, as it is now, into `folder`; returns the Python that loads it without this project.
 
     Texts: a transformers classifier with tokenizer and the classes' names, where transformers has one of this form and
-    it gives the same logits; else the body, and the head beside it. Modules: the state_dict. Raises InputError for
-    quantised models and for ranks that hold only a share of the weights.
+    it gives the same logits; else the body, and the head beside it. The tokenizer cuts texts at MAX_LENGTH. Modules:
+    the state_dict. Raises InputError for quantised models and for ranks that hold only a share of the weights.
     """
     if session.is_text and (session.c["LOAD_BITS"] or session.c.get("FSDP")):
         raise InputError("a quantised or sharded model can't be saved for others; train with LOAD_BITS=None and "
@@ -79,10 +80,7 @@ def _save_text(session: Session, folder: Path) -> str:
         whole = _as_transformers(model, session.task.class_names)
     else:
         whole = copy.deepcopy(model.lm).float()
-    tokenizer: Any = session.tokenizer
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(session.task.pad_id)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(session, folder)
     if whole is not None and _agrees(session, whole):
         whole.config.problem_type = "single_label_classification"  # pipelines apply a softmax
         whole.save_pretrained(folder)
@@ -95,6 +93,24 @@ def _save_text(session: Session, folder: Path) -> str:
     save_file({name: value.cpu().contiguous() for name, value in model.head.state_dict().items()},
               folder / "head.safetensors")
     return HEAD
+
+
+def _save_tokenizer(session: Session, folder: Path) -> None:
+    """The tokenizer with the length at which training cut texts. Raises InputError if it loads as another.
+
+    It is read as others will read it, on validation texts and on one that is too long.
+    """
+    tokenizer: Any = copy.deepcopy(session.tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(session.task.pad_id)
+    length = tokenizer.model_max_length = session.c["MAX_LENGTH"]
+    tokenizer.save_pretrained(folder)
+    texts = [session.task.texts[i] for i in session.task.splits["val"][:CHECKED].tolist()]
+    texts.append(" ".join(texts[:1] * (length + 1)))
+    ours = [item.ids for item in tokenise(session.tokenizer, texts, 0, length)]
+    if transformers.AutoTokenizer.from_pretrained(folder)(texts, truncation=True)["input_ids"] != ours:
+        raise InputError("the tokenizer reads texts otherwise once it is saved and loaded; set MODEL to a folder that "
+                         "its save_pretrained wrote, and train again")
 
 
 def _as_transformers(model: TextClassifier, names: list[str]) -> Any:
