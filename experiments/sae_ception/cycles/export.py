@@ -53,8 +53,6 @@ def save_for_others(session: Session, folder: Path) -> str:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     names = session.task.class_names
-    if session.is_text and session.model.columns is not None:  # all outputs of its own head, in their order
-        names = [name for _, name in sorted(session.model.lm.config.id2label.items())]
     if session.is_text:
         how = _save_text(session, work)
     else:
@@ -75,11 +73,7 @@ def _position(session: Session) -> int:
 
 def _save_text(session: Session, folder: Path) -> str:
     model: TextClassifier = session.model
-    whole: Any
-    if model.columns is None:
-        whole = _as_transformers(model, session.task.class_names)
-    else:
-        whole = copy.deepcopy(model.lm).float()
+    whole: Any = (_as_transformers if model.columns is None else _with_its_columns)(model, session.task.class_names)
     _save_tokenizer(session, folder)
     if whole is not None and _agrees(session, whole):
         whole.config.problem_type = "single_label_classification"  # pipelines apply a softmax
@@ -116,8 +110,7 @@ def _save_tokenizer(session: Session, folder: Path) -> None:
 def _as_transformers(model: TextClassifier, names: list[str]) -> Any:
     """A transformers classifier with the model's weights; None if there is none whose head is one linear layer."""
     config = copy.deepcopy(model.lm.config)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in config.id2label.items()}
+    _name_classes(config, names)
     try:
         whole = transformers.AutoModelForSequenceClassification.from_config(config)
         whole.base_model.load_state_dict(model.lm.base_model.state_dict())
@@ -130,6 +123,31 @@ def _as_transformers(model: TextClassifier, names: list[str]) -> Any:
     return whole.float().eval()
 
 
+def _with_its_columns(model: TextClassifier, names: list[str]) -> Any:
+    """A copy of a classifier that kept its own head, whose outputs are the task's classes alone, in their order.
+
+    Raises InputError if it has other outputs and not one linear layer that gives them.
+    """
+    whole: Any = copy.deepcopy(model.lm).float().eval()
+    n = whole.config.num_labels
+    if model.columns != list(range(n)):
+        last = [layer for part in head_parts(whole) for layer in part.modules()
+                if isinstance(layer, nn.Linear) and layer.out_features == n]
+        if len(last) != 1:
+            raise InputError(f"MODEL's own head can't be cut to the data's classes, {', '.join(names[:5])}; set "
+                             "KEEP_HEAD=False and train again")
+        for name, p in list(last[0].named_parameters()):
+            setattr(last[0], name, nn.Parameter(p.detach()[model.columns]))
+        last[0].out_features = whole.num_labels = len(names)
+    _name_classes(whole.config, names)
+    return whole
+
+
+def _name_classes(config: Any, names: list[str]) -> None:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+
+
 @torch.no_grad()
 def _agrees(session: Session, whole: Any) -> bool:
     """Whether a transformers classifier gives the logits of session.model on some validation texts, in one batch."""
@@ -139,6 +157,5 @@ def _agrees(session: Session, whole: Any) -> bool:
     batch: dict[str, Tensor] = make_batch(session.task, ids, device)
     ours = model(batch)[1].float()
     theirs = whole.to(device)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-    theirs = theirs if model.columns is None else theirs[:, model.columns]
     mixed = any(p.dtype != torch.float32 for p in model.parameters())
     return torch.allclose(ours, theirs, atol=MIXED_TOLERANCE if mixed else TOLERANCE)
