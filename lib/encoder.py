@@ -39,6 +39,16 @@ NAMES = Schema({"sae_hash": str, "concepts": {Text(r"0|[1-9][0-9]{0,8}"): {"name
 LONGEST = 100_000  # tokens of a text for a model that sets no limit
 
 
+def fit_of(word: str, name: str) -> tuple[bool, int, bool] | None:
+    """How well a word fits a latent's name, the least best, as Encoder.find tells; None: the name lacks it."""
+    text, sought = name.lower(), word.lower()
+    if sought not in text:
+        return None
+    patterns = re.split(r"[,;] | \(\+", text)
+    is_word = re.search(rf"(?<!\w){re.escape(sought)}(?![\w…])", text) is not None
+    return sought not in patterns, patterns.index(sought) if sought in patterns else len(patterns), not is_word
+
+
 class Encoded(NamedTuple):
     """What the latents do on the T tokens of one text; printed, it shows every token with its latents."""
 
@@ -99,15 +109,8 @@ class Encoder(NamedTuple):
         """The latents with this in their names: first where it is one of the listed patterns, the sooner the better,
         then where it is a word of one, then where it is part of a word; then by F1.
         """
-        ranked = []
-        for rank, (latent, name) in enumerate(self.names.items()):
-            text, sought = name.lower(), word.lower()
-            patterns = re.split(r"[,;] | \(\+", text)
-            if sought in text:
-                is_word = re.search(rf"(?<!\w){re.escape(sought)}(?![\w…])", text) is not None
-                at = patterns.index(sought) if sought in patterns else len(patterns)
-                ranked.append((sought not in patterns, at, not is_word, rank, latent))
-        return [latent for *_, latent in sorted(ranked)]
+        fits = {latent: fit for latent, name in self.names.items() if (fit := fit_of(word, name))}
+        return sorted(fits, key=lambda latent: fits[latent])  # which keeps the order by F1
 
     @contextmanager
     def steer(self, latent: int | str, strength: float = 1.0, mode: str = "add") -> Iterator[int]:

@@ -6,7 +6,7 @@ import torch
 from test_concepts import TEXTS, planted, word_rows
 from test_dictionary import HEADER
 
-from concepts.coherence import activation_shares, add_coherence, interest, likeness, mean_codes, unrelated
+from concepts.coherence import activation_shares, add_coherence, called, interest, likeness, mean_codes, unrelated
 from concepts.dictionary import read_concepts, write_concepts
 from concepts.names import codes_matrix, name_latents, patterns_of
 from concepts.patterns import find_patterns
@@ -114,3 +114,13 @@ def test_coherence_is_stored_and_files_from_before_it_still_open(tmp_path):
     write_json(path, content)
     with pytest.raises(InputError, match="latent 1: coherence: 1.5 is greater"):
         read_concepts(path)
+
+
+def test_a_word_calls_the_latent_whose_name_has_it_as_a_word():
+    concepts = {0: {"name": "answered", "f1": 1.0}, 1: {"name": "bored, red", "f1": 0.3}, 2: {"name": "red", "f1": 0.5},
+                3: {"name": "red", "f1": 0.9}, 4: {"name": "the red ball", "f1": 1.0}}
+    found = []
+    while (latent := called(concepts, "Red")) is not None:
+        found.append(latent)
+        del concepts[latent]
+    assert found == [3, 2, 1, 4, 0]

@@ -35,7 +35,7 @@ def raw_batches(rows, size=50):
 
 @pytest.fixture
 def run(script, source):  # noqa: F811
-    """A run of all of the 60 texts, of which three are held out."""
+    """A run of all of the 60 texts, of which one is held out, ten times."""
     assert script("01_save_activations.py", *source, *SMALL, "VAL_FRAC=0.05")[0] == 0
     return open_run("verify_sae_training")
 

@@ -1,7 +1,7 @@
 """Step 6: let the model write while a latent is edited: does its concept appear, and do the texts still read well?
 
     python 06_steer_model.py                                 # the concept that shows most, chosen by the rule below
-    python 06_steer_model.py SEARCH=dog                      # the most interesting with this word in its name
+    python 06_steer_model.py SEARCH=dog                      # the one whose name this word fits best
     python 06_steer_model.py LATENT=17 MODE=scale STRENGTHS=1,3 "PROMPTS=('One day',)"
 
 Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing changes, bit for bit. Without
@@ -45,7 +45,7 @@ from saved_model import model_of_sae
 from tqdm.auto import tqdm
 
 from concepts.appearance import rule_of, words_to_seek
-from concepts.coherence import MIXED, interest
+from concepts.coherence import MIXED, called
 from concepts.dictionary import read_concepts
 from concepts.directions import promoted_ids
 from concepts.firings import read_latent_stats
@@ -74,10 +74,10 @@ def named_latent(concepts, n_latents):
         return LATENT
     if SEARCH is None:
         return None
-    fitting = [i for i, entry in concepts.items() if SEARCH.lower() in entry["name"].lower()]
-    if not fitting:
+    latent = called(concepts, SEARCH)
+    if latent is None:
         raise InputError(f"no concept has {SEARCH!r} in its name; look in {FOLDER / 'concepts.csv'}")
-    return max(fitting, key=lambda i: (interest(concepts[i]), -i))
+    return latent
 
 
 def chosen_by_rule(concepts, measure, skip_ids, **live):

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from concepts.patterns import Patterns, Rule
+from lib.encoder import fit_of
 
 MIXED = 0.5  # a latent of less coherence stands for several things
 REFERENCE_WORDS = 500  # the commonest words; what their pairs reach at UNRELATED is the zero of likeness
@@ -117,3 +118,11 @@ def interest(entry: Mapping[str, Any], ablated_kl: float | None = None) -> float
     beyond = min(max(2 * (score - baseline), 0.0), 1.0) if score is not None and baseline is not None else 0.0
     effect = float(np.sqrt(-np.expm1(-max(ablated_kl or 0.0, 0.0))))
     return described * (1.0 if one_thing is None else one_thing) * (1 + beyond + effect) / 3
+
+
+def called(concepts: Mapping[int, Mapping[str, Any]], word: str) -> int | None:
+    """The latent whose name this word fits best, as in lib.encoder.Encoder.find, the most interesting first; None: no
+    name has it.
+    """
+    fits = {latent: fit for latent, entry in concepts.items() if (fit := fit_of(word, entry["name"]))}
+    return min(fits, key=lambda latent: (fits[latent], -interest(concepts[latent]), latent), default=None)
