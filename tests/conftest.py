@@ -118,11 +118,13 @@ def texts():
 
 @pytest.fixture
 def saved_model(tmp_path):
-    """Directory of a tiny Llama and its tokenizer, and a .jsonl of texts: what the scripts take."""
+    """Directory of a tiny Llama and its tokenizer, and a .jsonl of 60 texts, no two the same: what the scripts take."""
     folder = tmp_path / "model"
     tiny_model("llama").save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
-    lines = "".join(f'{{"text": "{text}"}}\n' for text in TEXTS * 10)
+    others = [" ".join([WORDS[i + 9 * (k > 3)], *text.split()[1:]])  # another first word, so that all rows differ
+              for i in range(2, 11) for k, text in enumerate(TEXTS)]
+    lines = "".join(f'{{"text": "{text}"}}\n' for text in TEXTS + others)
     (tmp_path / "texts.jsonl").write_text(lines)
     return folder, tmp_path / "texts.jsonl"
 

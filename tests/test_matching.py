@@ -105,7 +105,8 @@ def test_the_notebook_on_two_seeds_and_two_layers(script, source, own_store):  #
     names = run_notebook(FOLDER / "09_compare_saes.ipynb")
     assert [one.layer for one in names["saes"]] == ["resid_post:1", "resid_post:1", "resid_post:2"]
     assert names["groups"] == [["A", "B"]] and len(names["written"]) == 3
-    assert names["table"]["EV"].between(0, 1).all() and names["table"]["loss recovered"].between(-1, 1.01).all()
+    assert names["table"]["EV"].between(0, 1).all()
+    assert np.isfinite(names["table"]["loss recovered"]).all()  # an untrained model may lose by its own mean: no range
     assert 0 < names["seeds"][0]["PW-MCC"] <= 1 and names["seeds"][0]["by chance"] < names["seeds"][0]["correlation"]
     assert list(names["columns"]) == ["token", "A", "B", "C"]
     run, keep, codes = names["run"], names["keep"], names["codes"]["A"]
