@@ -12,10 +12,16 @@ from test_sae_ception_heads import classifier
 from test_sae_ception_modules import TABLE, written  # noqa: F401  (a fixture)
 
 from cycles.export import save_for_others
-from cycles.prediction import predictions, texts
+from cycles.prediction import numbers, predictions, texts
 from cycles.session import Session
 from cycles.steps import train_model
 from lib.environment import InputError
+
+FLOATS = """
+    class Floats(nn.Module):
+        def forward(self, x):
+            return x.float()
+"""
 
 
 def trained(defaults, folder, lm, padded=True, **changed):  # noqa: F811
@@ -218,3 +224,35 @@ def test_rows_of_numbers_are_classified(written, tmp_path, script, own_store):  
                        (f"{tmp_path}/gone.csv", "there is no file")):
         code, _, err = script("predict.py", "SETTING=mine", f"DATA={data}", ok=False)
         assert code == 2 and said in err.splitlines()[-1]
+
+
+def rows(session, folder, text):
+    """What predict.py makes of a .csv file that holds this text."""
+    (folder / "some.csv").write_text(text)
+    return numbers(session, str(folder / "some.csv"))
+
+
+@pytest.mark.parametrize("kind,row,said", [
+    ("int64", "0.5", "has 0.5 .* inputs are int64"), ("int64", "1e30", r"has 1e\+30 .* int64"),
+    ("uint8", "300", "has 300 .* inputs are uint8"), ("uint8", "-1", "has -1 .* inputs are uint8"),
+    ("bool", "2", "has 2 .* inputs are bool"), ("float32", "1e300", "13 columns of finite numbers"),
+])
+def test_numbers_that_the_inputs_can_t_hold_are_refused(written, tmp_path, kind, row, said):  # noqa: F811
+    """Where training had whole numbers a fraction would be cut off, and what is out of range would wrap around."""
+    source = TABLE.replace("module = ", f"x = x.round().abs().to(torch.{kind})\n        module = ").replace(
+        "nn.Linear(13, 32)", "Floats(), nn.Linear(13, 32)").replace('"2"', '"3"') + FLOATS
+    session = Session(written(source), 0)
+    header = ",".join(f"c{i}" for i in range(13))
+    assert rows(session, tmp_path, f"{header}\n{'1,' * 12}1.0\n").images.tolist() == [[1] * 13]
+    with pytest.raises(InputError, match=said) as error:
+        rows(session, tmp_path, f"{header}\n{'1,' * 12}{row}\n")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", [",7", ","])
+def test_rows_with_a_field_more_than_the_header_are_refused(written, tmp_path, end):  # noqa: F811
+    """pandas would take the first column for the rows' names, and shift all others."""
+    session = Session(written(TABLE), 0)
+    text = "\n".join([",".join(f"c{i}" for i in range(13)), *[",".join(map(str, range(13))) + end] * 2])
+    with pytest.raises(InputError, match="rows with more fields than the header"):
+        rows(session, tmp_path, text)

@@ -44,14 +44,22 @@ def numbers(session: Session, data: str) -> Task:
         x = torch.tensor(frame.to_numpy(dtype="float64"))
     except (ValueError, OSError) as error:
         raise InputError(f"DATA={data} is no .csv file of numbers ({first_line(error)}); set DATA to one") from None
-    if x.shape[1] != shape.numel() or not torch.isfinite(x).all():
+    if not isinstance(frame.index, pandas.RangeIndex):  # the first column became the rows' names
+        raise InputError(f"DATA={data} has rows with more fields than the header; quote fields that hold commas, and "
+                         "end no row with one")
+    scale = session.c["PIXEL_SCALE"] if session.c["MODEL"] == "mlp" else 1.0
+    x = x * scale
+    inputs = x.to(images.dtype)
+    if x.shape[1] != shape.numel() or not torch.isfinite(x).all() or not torch.isfinite(inputs).all():
         raise InputError(f"DATA={data} must have {shape.numel():,} columns of finite numbers, one for each input; it "
                          f"has {x.shape[1]:,} columns")
     if all(map(is_numeric_dtype, first.dtypes)) and first.iloc[0].tolist() != list(range(x.shape[1])):
         raise InputError(f"DATA={data} begins with a row of numbers; give it a first line with the columns' names")
-    scale = session.c["PIXEL_SCALE"] if session.c["MODEL"] == "mlp" else 1.0
-    return Task(torch.zeros(len(x), dtype=torch.long), session.task.n_classes, {},
-                images=(x * scale).to(images.dtype).view(-1, *shape))
+    if not images.is_floating_point() and not torch.equal(inputs.double(), x):
+        changed = float(x[inputs.double() != x][0])
+        raise InputError(f"DATA={data} has {changed:g} in it, but the module's inputs are "
+                         f"{str(images.dtype).removeprefix('torch.')}; write the numbers as in training")
+    return Task(torch.zeros(len(x), dtype=torch.long), session.task.n_classes, {}, images=inputs.view(-1, *shape))
 
 
 def predictions(session: Session, task: Task, sae: SAE | None, n_latents: int) -> pandas.DataFrame:
