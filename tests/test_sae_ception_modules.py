@@ -6,6 +6,7 @@ import torch
 from conftest import ASSETS
 from test_sae_ception_cycles import cycle, defaults, script  # noqa: F401  (fixtures)
 
+from cycles.ablation import Ablation
 from cycles.own import code_of, file_of, is_own, key_of, make
 from cycles.session import Session
 from lib.environment import InputError
@@ -127,6 +128,39 @@ def test_a_batch_norms_running_means_are_kept(written):
     assert torch.equal(session.outputs(ids)[1], trained)
 
 
+def test_frozen_parts_stay_in_eval_mode(written):
+    """A batch norm that is frozen keeps its means, and what drops out there drops nothing; the others train."""
+    source = TABLE.replace("return module,", """extra = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32),
+                nn.Dropout(.5)).requires_grad_(False)
+        module = nn.Sequential(*module[:4], extra, module[4])
+        return module,""")
+    session = Session(written(source), 0)
+    model = session.model.module
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    session.model.train()
+    assert [part.training for part in model] == [True, True, True, True, False, True]
+    assert not any(part.training for part in model[4])
+    cycle(session, "baseline", 0)
+    changed = {name for name, p in model.state_dict().items() if not torch.equal(p, start[name])}
+    assert changed == {name for name in start if not name.startswith("4.")}
+
+
+def test_caft_takes_the_directions_out_of_every_example(written):
+    """Of a layer that gives each example a grid, too: what is taken out is a row of all its numbers."""
+    source = TABLE.replace('return module, "2"', """
+        module = nn.Sequential(nn.Linear(13, 32), nn.Unflatten(1, (2, 4, 4)), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+        return module, "2\"""")
+    session = Session(written(source, ARMS=("lambda0", "caft"), LABEL_GROUPS=(0, 0, 1),
+                              ARM_CONSTANTS={"caft": {"AUX_WEIGHT": 1.0}}), 0)
+    cycle(session, "baseline", 0)
+    ablation = Ablation(torch.eye(32)[:2], 1.0)
+    batch = {"x": session.task.images[:5]}
+    with ablation.while_training(session.model):
+        h, _ = session.model(batch)
+    assert h.shape == (5, 32) and not h[:, :2].any() and torch.equal(h[:, 2:], session.model(batch)[0][:, 2:])
+    assert 0 < cycle(session, "caft", 1)["test"]["task_accuracy"]
+
+
 @pytest.mark.skipif(not (ASSETS / "data/mnist").is_dir(), reason="no real data")
 def test_a_cnn_on_mnist(written):
     session = Session(written(CNN.replace("{FOLDER}", str(ASSETS / "data/mnist")), EPOCHS_PER_CYCLE=5), 0)
@@ -188,6 +222,9 @@ def test_rows_that_occur_twice_stay_on_one_side_of_the_validation(written):
     ("import torch\n", "import nothing_like_it\n", "fails with ModuleNotFoundError"),
     ("return module,", "return None,", "returned something else; it must return"),
     ('"test": ', '"held_out": ', "returned something else"),
+    ("data.target_names", "['a', 'b', 'a']", "must have 3 different names, one for each class; it has a, b, a"),
+    ("data.target_names", "['a', 'b']", "must have 3 different names"),
+    ('return module, "2"', 'return nn.Sequential(*module[:3], module[2], *module[3:]), "2"', "runs 2 times"),
     ('"2", {', '"9", {', "there is no layer 9"),
     ("nn.Linear(32, 3)", "nn.Linear(32, 2)", "gives 2 numbers for each example, but the data have the classes 0 to 2"),
     ("nn.Linear(13, 32)", "nn.Linear(12, 32)", "can't read its data"),

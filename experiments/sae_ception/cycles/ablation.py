@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cycles.auxiliary import Auxiliary
+from cycles.modules import OwnModule
 from lib.environment import InputError
 from lib.hooks import edit
 from lib.metrics.interpretability import uncertainty_given
@@ -67,4 +68,6 @@ class Ablation(Auxiliary):
             return self.part(h).square().sum(1) / h.square().sum(1).clamp(min=1e-12)
 
     def while_training(self, model: Any) -> AbstractContextManager:
+        if isinstance(model, OwnModule):  # whose layer may give more than one row of numbers for an example
+            return edit(model.module, model.target, lambda h: h - self.share * self.part(h.flatten(1)).view_as(h))
         return edit(getattr(model, "lm", model), model.target, lambda h: h - self.share * self.part(h))

@@ -38,6 +38,14 @@ class OwnModule(nn.Module):
         self.module = module
         self.target = resolve(module, layer)
 
+    def train(self, mode: bool = True) -> "OwnModule":
+        """Train mode for what trains; a part whose parameters are all frozen stays as it is, a batch norm too."""
+        super().train(mode)
+        for part in self.modules():
+            if any(True for _ in part.parameters()) and not any(p.requires_grad for p in part.parameters()):
+                part.train(False)
+        return self
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """batch["x"] [B, ...] -> h [B, D], logits [B, C]."""
         with capture(self.module, [self.target], stop=False) as seen:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from cycles.modules import OwnModule
 from cycles.tasks import Task, limited
 from lib.environment import InputError, first_line, log
 from lib.files import fingerprint, sha256
+from lib.hooks import edit
 
 READ_AT_ONCE = 1024  # examples of a data set that are read together
 FORM = "it must return (module, name of its layer, {'train': ..., 'test': ...})"
@@ -133,8 +135,9 @@ def check_fits(model: OwnModule, task: Task, batch_size: int) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("the module of MODEL has no parameter that trains; set requires_grad of what is to be trained")
     model.eval()
+    times = count()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), edit(model.module, model.target, lambda h: (next(times), h)[1]):
             h, logits = model({"x": x})
     except InputError:
         raise
@@ -144,6 +147,8 @@ def check_fits(model: OwnModule, task: Task, batch_size: int) -> None:
     if not isinstance(logits, Tensor):
         raise InputError(f"the module of MODEL gives a {type(logits).__name__}; it must give the logits alone, one "
                          "number for each class")
+    if (n := next(times)) != 1:
+        raise InputError(f"the target layer {model.target.path} runs {n} times for one input; name one that runs once")
     if len(h) != len(x):
         raise InputError(f"the target layer {model.target.path} gives {len(h)} rows for {len(x)} examples; name a "
                          "layer whose first dimension is the examples")
@@ -174,11 +179,20 @@ def own_task(own: Own, limit: int | None) -> tuple[Task, list[str]]:
     if known != list(range(len(known))):
         raise InputError(f"the data's classes must be numbered from 0, each in training; they are {known[:12]}")
     _check_repeated(parts)
-    called = own.data.get("classes", getattr(own.data["train"], "classes", None))
-    task = Task(y, 0, {}, class_names=in_words(known, None if called is None else list(map(str, called))))
+    task = Task(y, 0, {}, class_names=in_words(known, _called(own, len(known))))
     kept = limited(task, where, limit)
     task.images, task.y = torch.cat([x for x, _ in parts.values()])[kept], y[kept]
     return task, [where[i] for i in kept]
+
+
+def _called(own: Own, n_classes: int) -> list[str]:
+    """The classes' names, from data["classes"] or the training set, or none. Raises InputError if two share one."""
+    given = own.data.get("classes")
+    names = list(map(str, getattr(own.data["train"], "classes", ()) if given is None else given))
+    if given is not None and not len(names) == len(set(names)) == n_classes:
+        raise InputError(f"data['classes'] must have {n_classes} different names, one for each class; it has "
+                         f"{', '.join(names)[:80]}")
+    return names
 
 
 def _check_repeated(parts: dict[str, tuple[Tensor, list[Any]]]) -> None:
