@@ -36,6 +36,7 @@ from cycles.frontier import (
 from cycles.hypotheses import answer, hypotheses, judge, sentences, succeeds
 from lib.environment import InputError
 from lib.files import read_json
+from studies import ENDPOINTS
 
 U, ACCURACY = "base_u_weighted_attribute_given_label", "task_accuracy"
 WITHIN = "base_probe_within_accuracy"
@@ -259,10 +260,38 @@ def test_success_needs_every_control_beaten_and_nothing_lost(gain, control, with
     assert succeeds(scores, tests, ENDS, "per_class") is wins
     lines = sentences(scores, tests, ENDS, "all of it")
     assert len(lines) == 5 and ("helps: per_class." in lines[4]) is wins
-    assert "beats class_mean" in lines[2] or gain == control
+    assert "per_class beats class_mean" in lines[2] or gain == control
     unfinished = scores[(scores.arm != "class_mean") | (scores.seed < 5)]  # the control has chosen, and is not scored
     for rest in (unfinished, scores[scores.arm != "class_mean"]):
         assert not succeeds(rest, tests, ENDS._replace(seeds=tuple(range(15))), "per_class")
+
+
+def test_controls_without_a_lambda_are_named():
+    """Where per_class has no lambda that keeps the accuracy, the other form of it is compared, or none."""
+    scores, _, _ = judged(0.05, accuracy=0.5)
+    second = scores[scores.arm == "class_mean"].assign(arm="per_class@25")
+    for arms, said in (([scores, second], "per_class@25 is not told apart from class_mean."),
+                       ([scores[scores.arm != "class_mean"]], "there are none.")):
+        some = pandas.concat(arms)
+        assert said in sentences(some, judge(some, ENDS), ENDS, "all of it")[2]
+    some = pandas.concat([scores.assign(test_task_accuracy=0.5, val_task_accuracy=0.5)[scores.arm == "class_mean"],
+                          scores[scores.arm == "lambda0"], second.assign(arm="per_class")])
+    assert "no lambda keeps what is to be kept in class_mean." in sentences(some, judge(some, ENDS), ENDS, "")[2]
+
+
+@pytest.mark.parametrize("name, method", [
+    ("paper", "Probe within a class on base units raises (+0.0114 [+0.0041, +0.0186], Holm p 0.011)"),
+    ("few", "raises (+0.0259 [+0.0090, +0.0428], Holm p 0.018)"),
+    ("noise", "no effect (+0.0029 [+0.0016, +0.0042], Holm p 0.002)"),
+    ("shortcut", "not decided (-0.0225 [-0.0455, +0.0004], Holm p 0.160)"),
+])
+def test_the_published_scores_give_the_published_verdict(name, method):
+    endpoints = Endpoints(*ENDPOINTS[name])
+    scores, about = read_scores(PROJECT / f"experiments/sae_ception/results/{name}.csv", endpoints.columns)
+    assert about["study"] == name and len(scores) == about["finished"] == about["total"]
+    endpoints = endpoints._replace(seeds=tuple(about["seeds"]))
+    lines = sentences(scores, judge(scores, endpoints), endpoints, "all of it")
+    assert method in lines[1] and lines[4].endswith("no variant of SAE-ception is shown to help.")
 
 
 @pytest.mark.parametrize("step, own, setting, kind, code", [

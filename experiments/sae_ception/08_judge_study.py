@@ -1,4 +1,4 @@
-"""What a study of step 7 says: one table, one figure, five sentences. Whatever is in is read, and it is told how much.
+"""What a study of step 7 says: five sentences, tables, a figure. Whatever is in is read, and it is told how much.
 
     python 08_judge_study.py                       # the parity study
     python 08_judge_study.py STUDY=paper RESULTS=results/paper.csv    # the published scores, without running anything
@@ -29,13 +29,14 @@ from cycles.frontier import (
     Endpoints,
     against_lambda0,
     at_best_lambda,
+    at_equal_pull,
     best_lambda,
     read_scores,
     read_study,
     waiting,
     write_scores,
 )
-from cycles.hypotheses import judge, sentences
+from cycles.hypotheses import LABEL_FREE, METHOD, judge, sentences
 from cycles.metrics import in_words
 from cycles.study import done
 from lib.environment import InputError, log, run
@@ -61,6 +62,29 @@ def arm_table(gains: pandas.DataFrame, endpoints: Endpoints) -> str:
         cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in map(interval, found.values())]
         lines.append(f"| {title(arm)} | {lam:g} | {len(found[endpoints.first])} | " + " | ".join(cells) + " |")
     return "\n".join(lines).replace("+nan ± nan", "-")
+
+
+def lambda_table(gains: pandas.DataFrame, endpoints: Endpoints) -> str:
+    """Every arm at every lambda, minus lambda0, on test and over all seeds: means ± half the 95 % t interval."""
+    columns = [f"test_{name}" for name in dict.fromkeys((*endpoints.margins, "task_accuracy"))]
+    lines = ["| arm | lambda | pull | seeds | " + " | ".join(in_words(name[5:]) for name in columns) + " |",
+             "|---" * (len(columns) + 4) + "|"]
+    for (arm, lam), rows in gains.groupby(["arm", "lam"], sort=False):
+        cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in (interval(rows[name]) for name in columns)]
+        lines.append(f"| {title(arm)} | {lam:g} | {rows.pull.mean():.3f} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("+nan ± nan", "-").replace("nan", "-")
+
+
+def pull_table(scores: pandas.DataFrame, endpoints: Endpoints) -> str:
+    """Every variant of the method minus every other arm at equal pull: means and 95 % t intervals over the seeds."""
+    lines = ["| arm | minus | seeds | " + " | ".join(map(in_words, endpoints.margins)) + " |",
+             "|---" * (len(endpoints.margins) + 3) + "|"]
+    arms = [arm for arm in scores.arm.unique() if arm != "lambda0"]
+    for arm, other in [(a, b) for a in METHOD + LABEL_FREE if a in arms for b in arms if a != b]:
+        found = [at_equal_pull(scores, arm, other, name) for name in endpoints.margins]
+        cells = [f"{x.mean:+.4f} [{x.low:+.4f}, {x.high:+.4f}]" for x in map(interval, found)]
+        lines.append(f"| {title(arm)} | {title(other)} | {len(found[0])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("+nan [+nan, +nan]", "-")
 
 
 def test_table(tests: pandas.DataFrame) -> str:
@@ -107,7 +131,9 @@ def main():
     words = ", ".join(f"{margin:g} in {in_words(name)}" for name, margin in endpoints.margins.items())
     text = "\n".join([f"# {STUDY}", "", *(f"{i}. {line}" for i, line in enumerate(lines, 1)), "",
                       f"Margins: {words}.", "", test_table(tests), "", "Every arm at its best lambda, minus lambda0:",
-                      "", arm_table(gains, endpoints), "", "![frontier](frontier.png)", "",
+                      "", arm_table(gains, endpoints), "", "Exploratory, at equal pull:", "",
+                      pull_table(scores, endpoints), "", "Exploratory, every lambda and all seeds, minus lambda0:", "",
+                      lambda_table(gains, endpoints), "", "![frontier](frontier.png)", "",
                       "![response to lambda](response.png)", ""])
     metrics = list(dict.fromkeys((*endpoints.margins, *endpoints.kept, *ALWAYS)))
     write_text(root / "verdict.md", text)

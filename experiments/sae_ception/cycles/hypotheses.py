@@ -127,13 +127,20 @@ def _method(gains: pandas.DataFrame, tests: pandas.DataFrame, endpoints: Endpoin
 
 
 def _specific(gains: pandas.DataFrame, scores: pandas.DataFrame, endpoints: Endpoints) -> str:
-    found = against_controls(gains, METHOD[0], controls(scores), endpoints)
-    beats, beaten = [a for a, x in found.items() if x.low > 0], [a for a, x in found.items() if x.high < 0]
-    undecided = [a for a in found if a not in beats + beaten]
-    late = [arm for arm in controls(scores) if waiting(gains, arm, endpoints)]
-    return (f"Every arm at its best lambda, {METHOD[0]} beats {', '.join(beats) or 'none'}, is beaten by "
-            f"{', '.join(beaten) or 'none'}, and is not told apart from {', '.join(undecided) or 'none'}"
-            f"{'; not run yet: ' + ', '.join(late) if late else ''}.")
+    lams = {arm: best_lambda(gains, arm, endpoints) for arm in (*METHOD, *controls(scores))}
+    arm = next((arm for arm in METHOD if lams[arm] is not None), None)
+    late = [other for other in controls(scores) if waiting(gains, other, endpoints)]
+    none = [other for other in controls(scores) if lams[other] is None and other not in late]
+    parts = []
+    if arm is not None:
+        found = against_controls(gains, arm, controls(scores), endpoints)
+        beats, beaten = [a for a, x in found.items() if x.low > 0], [a for a, x in found.items() if x.high < 0]
+        undecided = [a for a in found if a not in beats + beaten]
+        told = (("beats", beats), ("is beaten by", beaten), ("is not told apart from", undecided))
+        parts += [f"{arm} {words} {', '.join(names)}" for words, names in told if names]
+    parts += [f"no lambda keeps what is to be kept in {', '.join(none)}"] if none else []
+    parts += [f"not run yet: {', '.join(late)}"] if late else []
+    return f"The controls, every arm at its best lambda: {'; '.join(parts) or 'there are none'}."
 
 
 def _label_free(tests: pandas.DataFrame, endpoints: Endpoints) -> str:
