@@ -72,7 +72,7 @@ def lambda_table(gains: pandas.DataFrame, endpoints: Endpoints) -> str:
     for (arm, lam), rows in gains.groupby(["arm", "lam"], sort=False):
         cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in (interval(rows[name]) for name in columns)]
         lines.append(f"| {title(arm)} | {lam:g} | {rows.pull.mean():.3f} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).replace("+nan ± nan", "-").replace("nan", "-")
+    return "\n".join(lines).replace("+nan ± nan", "-").replace("| nan |", "| - |")
 
 
 def pull_table(scores: pandas.DataFrame, endpoints: Endpoints) -> str:
@@ -82,9 +82,10 @@ def pull_table(scores: pandas.DataFrame, endpoints: Endpoints) -> str:
     arms = [arm for arm in scores.arm.unique() if arm != "lambda0"]
     for arm, other in [(a, b) for a in METHOD + LABEL_FREE if a in arms for b in arms if a != b]:
         found = [at_equal_pull(scores, arm, other, name) for name in endpoints.margins]
-        cells = [f"{x.mean:+.4f} [{x.low:+.4f}, {x.high:+.4f}]" for x in map(interval, found)]
+        cells = [f"{x.mean:+.4f} [{x.low:+.4f}, {x.high:+.4f}]" if len(values) > 1 else "-"
+                 for values, x in zip(found, map(interval, found))]
         lines.append(f"| {title(arm)} | {title(other)} | {len(found[0])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).replace("+nan [+nan, +nan]", "-")
+    return "\n".join(lines)
 
 
 def test_table(tests: pandas.DataFrame) -> str:
