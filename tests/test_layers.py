@@ -124,6 +124,14 @@ def test_the_script(script, source, own_store, tmp_path):  # noqa: F811
     code, out, _ = script("00_probe_layers.py", source[0], f"DATASET={tmp_path}/labelled.jsonl", "LABEL_FIELD=kind",
                           "POINTS=resid_pre, mlp_out")
     assert code == 0 and "probe" in out and len(json.loads((folder / "layers.json").read_text())["layers"]) == 6
+    (tmp_path / "bodies.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in MANY))
+    given = ["DATA_SPLIT=other", "TEXT_FIELD=body", "MAX_LENGTH=9", "SKIP_FIRST=1", "MODEL_DTYPE=float32", "DEVICE=cpu"]
+    code, out, _ = script("00_probe_layers.py", source[0], f"DATASET={tmp_path}/bodies.jsonl", *given, "N_TEXTS=20",
+                          "BATCH_SIZE_SAVE=16")
+    following = out.splitlines()[-1]
+    assert code == 0 and "01_save_activations.py MODEL=" in following
+    assert all(f" {constant}" in following for constant in given)
+    assert not any(name in following for name in ("N_TEXTS", "BATCH_SIZE_SAVE", "TRUST_REMOTE_CODE"))
     for wrong, message in (("LABEL_FIELD=mood", "set LABEL_FIELD"), ("N_TEXTS=3", "at least 10"),
                            ("POINTS=resid", "resid")):
         code, _, err = script("00_probe_layers.py", *source, wrong)

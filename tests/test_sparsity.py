@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from test_verify_scripts import SMALL, script, source  # noqa: F401  (two fixtures)
+from test_verify_scripts import script, source  # noqa: F401  (two fixtures)
 
 from checks.sparsity import agreement, mean_cosine, recommend_k, sweep_k
 from lib.batches import rows_of_tensor
@@ -39,9 +39,16 @@ def test_a_planted_dictionary_is_found_by_two_seeds_at_its_own_k():
 
 
 def test_the_script(script, source, own_store):  # noqa: F811
-    assert script("01_save_activations.py", *source, *SMALL)[0] == 0
-    code, out, _ = script("choose_k.py", "KS=1,3", "N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64",
-                          "N_TEXTS=5")
+    layers = ["LAYER_SIGNATURE=resid_post:1,resid_post:0", "SHARD_ROWS=100"]
+    assert script("01_save_activations.py", *source, *layers, "MAX_LENGTH=9", "PREFLIGHT=False")[0] == 0
+    run_id = (own_store / "verify_sae_training" / "run_id.txt").read_text().strip()
+    assert script("01_save_activations.py", *source, *layers)[0] == 0
+    given = ["N_LATENTS_MULTIPLIER=2", "EPOCHS=1", "BATCH_SIZE_TRAIN=64", "N_TEXTS=5"]
+    code, out, _ = script("choose_k.py", "KS=1,3", f"RUN_ID={run_id}", "LAYER=resid_post:0", *given)
+    following = out.splitlines()[-1]
+    assert following.endswith(f" N_LATENTS_MULTIPLIER=2 RUN_ID={run_id} LAYER=resid_post:0 BATCH_SIZE_TRAIN=64")
+    code, out, _ = script("choose_k.py", "KS=1,3", *given, "BATCH_SIZE_TRAIN=1024")
+    assert out.splitlines()[-1].endswith(" N_LATENTS_MULTIPLIER=2")
     assert (code == 0 and "loss_recovered" in out
             and json.loads((own_store / "verify_sae_training" / "choose_k.json").read_text())["recommended"] in (1, 3))
     code, _, err = script("choose_k.py", "KS=4,9999")

@@ -39,6 +39,7 @@ TRUST_REMOTE_CODE = False                 # run code that comes with a hub model
 CONSTANTS = override(globals())
 
 import pandas
+from next_step import kept_for
 
 from checks import figures
 from checks.layers import probe_layers, recommend_layer
@@ -51,6 +52,8 @@ from lib.plots import style
 from lib.store import experiment_dir
 from lib.texts import load_documents
 
+SAME_NEXT = ("DATA_SPLIT", "TEXT_FIELD", "MAX_LENGTH", "BATCH_SIZE_SAVE", "SKIP_FIRST", "MODEL_DTYPE", "DEVICE",
+             "TRUST_REMOTE_CODE")  # mean the same in step 1
 COLUMNS = {  # of the table of checks.layers.probe_layers: heading and format
     "width": ("width", "{:d}"), "median_norm": ("|x| med", "{:.2f}"), "gamma": ("gamma", "{:.2f}"),
     "outlier_frac": ("outl.row", "{:.2%}"), "outlier_dims": ("outl.dim", "{:d}"),
@@ -96,7 +99,8 @@ def main():
     (folder / "figures").mkdir(exist_ok=True)
     figures.layers(table, signature).savefig(folder / "figures" / "layers.png")
     print(folder / "layers.json", "and", folder / "figures" / "layers.png")
-    say_next("01_save_activations.py", MODEL=MODEL, DATASET=DATASET, LAYER_SIGNATURE=signature)
+    say_next("01_save_activations.py", MODEL=MODEL, DATASET=DATASET, LAYER_SIGNATURE=signature,
+             **kept_for("01_save_activations.py", CONSTANTS, SAME_NEXT))
 
 
 if __name__ == "__main__":

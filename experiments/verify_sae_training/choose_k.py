@@ -26,6 +26,7 @@ SEED: Seed = 0                            # of the first training; the second ta
 CONSTANTS = override(globals())
 
 import pandas
+from next_step import kept_for
 from saved_model import model_of_run
 
 from checks.evaluation import held_out_tokens, loss_recovered
@@ -35,6 +36,8 @@ from lib.environment import InputError, choose_device, run, say_next
 from lib.files import write_json
 from lib.store import experiment_dir, open_run
 from lib.training.loop import TrainSettings
+
+SAME_NEXT = ("RUN_ID", "LAYER", "BATCH_SIZE_TRAIN", "DEVICE", "SEED")  # mean the same in step 2; EPOCHS is larger there
 
 
 def recovered_by(saved, hook, mean, device):
@@ -61,7 +64,8 @@ def main():
     print(f"recommended: TOP_K={k}\n  {reason}")
     write_json(folder / "choose_k.json", {"constants": CONSTANTS, "run_id": saved.run_id, "hook": hook, "ks": table,
                                           "recommended": k, "reason": reason})
-    say_next("02_train_sae.py", TOP_K=k, N_LATENTS_MULTIPLIER=N_LATENTS_MULTIPLIER)
+    say_next("02_train_sae.py", TOP_K=k, N_LATENTS_MULTIPLIER=N_LATENTS_MULTIPLIER,
+             **kept_for("02_train_sae.py", CONSTANTS, SAME_NEXT))
 
 
 if __name__ == "__main__":
