@@ -142,3 +142,19 @@ def test_a_start_that_does_not_fit_is_one_line(script, published, kind, more, me
     code, _, err = script("02_train_sae.py", *TRAIN, *folders, *more)
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert len(list_saes()) == 1
+
+
+def test_overcomplete_is_not_set_beside_what_its_loop_cannot_repeat(script, trained, published):  # noqa: F811
+    live = ["LIVE=True", "N_TOKENS=4000", "BUFFER_TOKENS=200"]
+    for step, said, given in (
+        ("02_train_sae.py", "with KIND=batchtopk", [*TRAIN, "KIND=batchtopk"]),
+        ("02_train_sae.py", "with LIVE=True", [*TRAIN, *live]),
+        ("02_train_sae.py", f"with START_FROM={trained.name}", [*TRAIN, f"START_FROM={trained.name}"]),
+        ("import_sae.py", "elsewhere", [f"SOURCE={published('topk')}"]),
+    ):
+        assert script(step, *given)[0] == 0
+        code, _, err = script("compare_with_overcomplete.py", "EPOCHS=1")
+        assert code == 2 and f"was trained {said}, and" in err and "set SAE to one that" in err, err
+        assert err.count("\n") == 1, err
+    code, out, _ = script("compare_with_overcomplete.py", "EPOCHS=1", f"SAE={trained.name}")
+    assert code == 0 and "overcomplete   EV" in out

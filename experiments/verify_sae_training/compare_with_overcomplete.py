@@ -3,7 +3,8 @@
     python compare_with_overcomplete.py          # after 02_train_sae.py, whose sizes, epochs and batches it takes
 
 Raw activations, overcomplete's default encoder, its train_sae with plain MSE and Adam: nothing is centred, tied or
-revived.
+revived. So that both learn from the same, the SAE must be of KIND=topk and trained on the activations of its run from
+the start: without LIVE and START_FROM.
 
 Reads  store/verify_sae_training/runs/<run_id>/, saes/<name>/
 """
@@ -20,20 +21,32 @@ SEED: Seed = 0                            # start of the weights and order of th
 CONSTANTS = override(globals())
 
 import torch
+from corpora import corpus_of
 from overcomplete.sae import TopKSAE, train_sae
 from torch.utils.data import DataLoader, TensorDataset
 
 from lib.batches import read_rows, rows_of_run, sample_rows
-from lib.environment import run
+from lib.environment import InputError, run
 from lib.files import read_json
 from lib.metrics.reconstruction import Reconstruction
 from lib.sae import load_sae
 from lib.saes import HISTORY_FILE, MODEL_FILE, find_sae
-from lib.store import open_run
 from lib.training.checkpoints import HISTORY
 from lib.training.loop import score
 
 FOLDER = find_sae(SAE)
+
+
+def require_comparable(sae):
+    """Raise InputError for an SAE that had other tokens, another start or another rule than theirs would have."""
+    made = sae.config.get("constants", {})
+    odd = {name: made[name] for name in ("LIVE", "START_FROM") if made.get(name)}
+    if made.get("KIND", "topk") != "topk":
+        odd["KIND"] = made["KIND"]
+    if odd or "imported" in sae.config:
+        how = "with " + " and ".join(f"{name}={value}" for name, value in odd.items()) if odd else "elsewhere"
+        raise InputError(f"{FOLDER.name} was trained {how}, and overcomplete's loop can't be: set SAE to one that "
+                         "02_train_sae.py trained with KIND=topk, without LIVE and START_FROM")
 
 
 def train_theirs(x, settings):
@@ -59,16 +72,18 @@ def score_theirs(model, x, k):
 
 
 def main():
+    sae = load_sae(FOLDER / MODEL_FILE)
+    require_comparable(sae)
     history = read_json(FOLDER / HISTORY_FILE, HISTORY)
-    saved, sae = open_run("verify_sae_training", history["run_id"]), load_sae(FOLDER / MODEL_FILE)
-    rows, settings = rows_of_run(saved, sae.config["hook"]), history["settings"]
+    saved, hook, _ = corpus_of(sae, FOLDER)
+    rows, settings = rows_of_run(saved, hook), history["settings"]
     train, val = (read_rows(rows.shards, wanted) for wanted in (~rows.is_val, rows.is_val))
     start = time.perf_counter()
     theirs = train_theirs(train, settings)
     print(f"overcomplete's loop took {time.perf_counter() - start:.0f} s")
     table = {"this project": score(sae, sample_rows(rows, validation=True, limit=None)),
              "overcomplete": score_theirs(theirs, val, sae.top_k)}
-    print(f"{saved.meta['model']['name']}, {sae.config['hook']}: {sae.n_latents} latents, "
+    print(f"{saved.meta['model']['name']}, {hook}: {sae.n_latents} latents, "
           f"k={sae.top_k}, {len(train):,} tokens x {EPOCHS or settings['epochs']}")
     for name, result in table.items():
         print(f"{name:<14} EV {result['ev']:.4f}  dead {result['dead_pct']:5.1f} %  L0 {result['l0_mean']:.2f}  on "
