@@ -8,6 +8,7 @@ import torch
 from conftest import PROJECT, TEXTS, row_text, tiny_model, word_tokenizer
 
 from checks import figures
+from checks.comparison import One, word_f1
 from checks.controls import control_saes, control_settings, relative_change
 from checks.evaluation import untrained_sae
 from checks.recovery import KINDS, compositions, gains, recover_concepts
@@ -146,6 +147,22 @@ def test_concepts_are_parted_by_the_token_table_and_rare_ones_left_out(run):
     assert (sense["n_val"] == int((held & (pos < 4)).sum())
             and sense["table"]["f1"] == pytest.approx(2 * share / (1 + share)))
     assert all(row["table"]["f1"] == 1.0 for row in found if row["concept"] == "cat")
+
+
+def test_compared_saes_are_scored_on_the_word_concepts_of_notebook_03(run):
+    """Leaves, nodes above them and senses that the token table finds, not leaves alone; the same F1."""
+    ids, pos = run.rows["token_id"], run.rows["pos"]
+    cat, dog = (ids == word_tokenizer().convert_tokens_to_ids(word) for word in ("cat", "dog"))
+    labels = torch.stack([cat, cat | dog, pos < 4, cat & (pos < 9)], 1)
+    concepts = [Concept("animal/cat", "leaf"), Concept("animal", "node"), Concept("early", "state"),
+                Concept("cat: not late", "sense", "cat")]
+    labels[(cat & (pos < 9)).nonzero()[::4, 0], 3] = False  # a sense needs tokens of its word without it
+    truth, hook = Truth(concepts, labels, {"cat": cat}), run.hooks[0]
+    sae = untrained_sae(rows_of_run(run, hook), TrainSettings(n_latents=40, top_k=3))
+    found = recover_concepts({"latent": sae}, run, hook, truth, torch.eye(16))
+    one = One(run.path, sae, hook, point=None, layer="", names={})
+    words = {row["concept"]: row["latent"]["f1"] for row in found if not row["context"]}
+    assert word_f1(one, run, truth) == words and len(words) == 3
 
 
 def story_run(tmp_path, stories):

@@ -82,11 +82,20 @@ def token_tables(ids: Tensor, before: Tensor, labels: Tensor, is_val: Tensor) ->
     (concept rows + prior) / (rows + 1) on training rows, and all entries above the cut of the highest F1 there count.
     Range: 0 to 1. Source: this project.
     """
-    tokens, which = ids.unique(return_inverse=True)
-    base = labels[~is_val].float().mean(0, keepdim=True)
-    share, single = table_scores(which, labels, is_val, base.expand(len(tokens), -1))
+    share, single = token_table(ids, labels, is_val)
+    _, which = ids.unique(return_inverse=True)
     pairs, pair = torch.stack([before, which]).unique(dim=1, return_inverse=True)
     return single, table_scores(pair, labels, is_val, share[pairs[1]])[1]
+
+
+def token_table(ids: Tensor, labels: Tensor, is_val: Tensor) -> tuple[Tensor, list[Scores]]:
+    """table_scores() of the table of tokens; its entries are those that occur, ascending. ids: int64 [N].
+
+    A token that training rows lack has the share of all of them. Range: 0 to 1. Source: this project.
+    """
+    tokens, which = ids.unique(return_inverse=True)
+    base = labels[~is_val].float().mean(0, keepdim=True)
+    return table_scores(which, labels, is_val, base.expand(len(tokens), -1))
 
 
 def table_scores(which: Tensor, labels: Tensor, is_val: Tensor, prior: Tensor) -> tuple[Tensor, list[Scores]]:

@@ -5,7 +5,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import scipy.sparse
@@ -14,20 +13,19 @@ from corpora import corpus_of
 from saved_model import hook_of_run
 from torch import Tensor
 
+from checks.recovery import searched_parts
 from concepts.dictionary import read_concepts
-from lib.batches import read_rows
 from lib.environment import InputError
 from lib.files import read_json, write_json
-from lib.ground_truth import MIN_TOKENS, Truth
+from lib.ground_truth import WORD_F1, Truth
 from lib.hooks import HookPoint
-from lib.metrics.units import best_latents
+from lib.metrics.units import best_latents, token_table
 from lib.sae import SAE, load_sae, sae_hash
 from lib.saes import ABOUT_FILE, MODEL_FILE, find_sae, list_saes, made_from
 from lib.schemas import SAE_SIDECAR
 from lib.store import Run
 
 DEFAULT = 6  # SAEs that are compared unasked
-RECOVERY_TOKENS = 40_000  # tokens to search for ground-truth concepts
 Matches = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 """(SAE, other SAE) -> for each latent the other's best match and its correlation, as best_matches gives them."""
 
@@ -87,17 +85,17 @@ def _of_one_run() -> list[Path]:
     return [last, *others][:DEFAULT]
 
 
-def word_f1(one: One, run: Run, truth: Truth) -> float:
-    """Mean F1 on held-out tokens of the best latent, over the leaf concepts with at least MIN_TOKENS of them."""
-    keep = torch.arange(run.n_rows) % max(1, run.n_rows // RECOVERY_TOKENS) == 0
-    x, is_val, labels = read_rows(run.shards(one.hook), keep), run.is_val[keep], truth.labels[keep]
-    enough = labels[is_val].sum(0) >= MIN_TOKENS
-    columns = [i for i, concept in enumerate(truth.concepts) if concept.part == "leaf" and enough[i]]
-    if not columns:
-        return float("nan")
-    values, latents = one.sae.encode(x.to(one.sae.mean))
-    found = best_latents((values.cpu(), latents.cpu()), one.sae.n_latents, labels[:, columns], is_val)
-    return mean(scores["f1"] for scores in found)
+def word_f1(one: One, run: Run, truth: Truth) -> dict[str, float]:
+    """Word concept -> F1 on held-out tokens of the best latent; as recover_concepts has them, on the same rows."""
+    found: dict[str, float] = {}
+    for part in searched_parts(run, one.hook, truth):
+        _, table = token_table(run.rows["token_id"].long()[part.rows], part.labels, part.is_val)
+        columns = [i for i, scores in enumerate(table) if scores["f1_train"] >= WORD_F1]
+        if columns:
+            codes = one.sae.encode(part.x.to(one.sae.mean))
+            best = best_latents(codes, one.sae.n_latents, part.labels[:, columns], part.is_val)
+            found |= {part.concepts[i].name: scores["f1"] for i, scores in zip(columns, best)}
+    return found
 
 
 def strongest_tokens(
