@@ -20,12 +20,11 @@ def from_file(path: Path, text_field: str, limit: int | None) -> Documents:
         paragraphs = path.read_text(encoding="utf-8").split("\n\n")
         documents = [{text_field: part.strip()} for part in paragraphs if part.strip()]
         return [documents[i] for i in drawn_rows(len(documents), limit)]
-    csv = {"keep_default_na": False, "low_memory": False}  # low_memory: a column's type may change half-way
     readers: dict[str, Callable[..., Any]] = {
         ".jsonl": lambda **chunks: pandas.read_json(path, lines=True, dtype=False, **chunks),
         ".json": lambda: pandas.read_json(path, dtype=False),
-        ".csv": lambda **chunks: pandas.read_csv(path, **csv, **chunks),
-        ".tsv": lambda **chunks: pandas.read_csv(path, sep="\t", quoting=3, **csv, **chunks),
+        ".csv": lambda **chunks: _read_csv(path, **chunks),
+        ".tsv": lambda **chunks: _read_csv(path, sep="\t", quoting=3, **chunks),
         # its lists come as arrays
         ".parquet": lambda: pandas.read_parquet(path).map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x),
     }
@@ -38,6 +37,25 @@ def from_file(path: Path, text_field: str, limit: int | None) -> Documents:
         frame = read()
         return frame.iloc[drawn_rows(len(frame), limit)].to_dict("records")
     return _drawn_in_chunks(read(chunksize=CHUNK_ROWS), limit)
+
+
+def _read_csv(path: Path, **settings: Any) -> Any:
+    """pandas' frame of a .csv or .tsv file; with chunksize, one after the other.
+
+    Raises InputError where the rows have more fields than the header: pandas would take the first column for the rows'
+    names, and shift all others.
+    """
+    def checked(frame: pandas.DataFrame) -> pandas.DataFrame:
+        if not isinstance(frame.index, pandas.RangeIndex):
+            remedy = "quote fields that hold commas, and end no row with one"
+            if path.suffix == ".tsv":  # where a quotation mark is one of the text
+                remedy = "leave out the tabs within fields and at the ends of rows"
+            raise InputError(f"DATASET={path} has rows with more fields than the header; {remedy}")
+        return frame
+
+    # low_memory: a column's type may change half-way
+    found = pandas.read_csv(path, keep_default_na=False, low_memory=False, **settings)
+    return checked(found) if isinstance(found, pandas.DataFrame) else map(checked, found)
 
 
 def drawn_rows(n: int, limit: int | None) -> list[int]:

@@ -69,6 +69,22 @@ def test_a_column_of_other_values_is_refused(tmp_path, name, text):
         load_documents(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize("ending,separator,remedy", [("csv", ",", "quote fields"), ("tsv", "\t", "leave out the tabs")])
+@pytest.mark.parametrize("more", ["", "4", "4{0}5"])
+def test_rows_with_more_fields_than_the_header_are_refused(tmp_path, ending, separator, remedy, more, limit):
+    """pandas would take the first column for the rows' names, and the next one, here also texts, for the first."""
+    path = tmp_path / f"x.{ending}"
+    fields = [["text", "note"], *([text, f"note {text}"] for text in GOOD)]
+    path.write_text("".join(separator.join(row) + "\n" for row in fields))
+    assert len(load_documents(str(path), limit=limit)) == (limit or len(GOOD))
+    rows = [fields[0], *([*row, more.format(separator)] for row in fields[1:])]
+    path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=f"^DATASET=.*x.{ending} has rows with more fields .*; {remedy}") as error:
+        load_documents(str(path), limit=limit)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("column", [[b"a", b"b"], [{"a": 1}, {"a": 2}], [["a"], ["b"]], [1, 2]])
 def test_a_parquet_column_of_other_values_is_refused(tmp_path, column):
     pandas.DataFrame({"text": column}).to_parquet(tmp_path / "x.parquet")
