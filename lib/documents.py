@@ -81,12 +81,15 @@ def _drawn_in_chunks(chunks: Any, limit: int) -> Documents:
 
 
 def from_datasets(source: str, is_local: bool, split: str, limit: int | None) -> Documents:
-    """Those of a hub data set, or of a folder that datasets wrote."""
+    """Those of a hub data set, or of a folder that datasets wrote. Raises InputError if the folder lacks the split."""
     import datasets
 
     datasets.disable_progress_bars()
     if is_local:
         loaded = datasets.load_from_disk(source)
+        if isinstance(loaded, dict) and split not in loaded:
+            raise InputError(f"DATASET={source} has no split {split!r}; it has {', '.join(loaded)}: set DATA_SPLIT "
+                             "(in sae_ception TRAIN_SPLIT, VAL_SPLIT or TEST_SPLIT)")
         rows = loaded[split] if isinstance(loaded, dict) else loaded
         return [dict(rows[i]) for i in drawn_rows(len(rows), limit)]
     # Streaming reads only the documents that are asked for, not the whole data set.

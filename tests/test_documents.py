@@ -3,6 +3,7 @@ import json
 import logging
 import os
 
+import datasets
 import pandas
 import pytest
 import torch
@@ -82,6 +83,15 @@ def test_rows_with_more_fields_than_the_header_are_refused(tmp_path, ending, sep
     path.write_text("".join(separator.join(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=f"^DATASET=.*x.{ending} has rows with more fields .*; {remedy}") as error:
         load_documents(str(path), limit=limit)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_the_split_names_those_that_are_there(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": GOOD})
+    datasets.DatasetDict({"training": rows, "dev": rows.select([0])}).save_to_disk(tmp_path / "folder")
+    assert [document["text"] for document in load_documents(str(tmp_path / "folder"), "dev")] == GOOD[:1]
+    with pytest.raises(InputError, match="has no split 'train'; it has training, dev: set DATA_SPLIT") as error:
+        load_documents(str(tmp_path / "folder"))
     assert "\n" not in str(error.value)
 
 
