@@ -1,6 +1,7 @@
 """Steps 3 to 7 on SAEs that others published, and training that goes on from one."""
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -135,13 +136,29 @@ def test_training_goes_on_from_any_sae(script, trained, published, own_store, ca
     ("topk", ["KIND=jumprelu"], "which KIND=jumprelu does not continue; set KIND=topk or matryoshka"),
     (None, ["START_FROM=nothing"], "there is no SAE called 'nothing'"),
     (None, ["START_FROM=user/nothing"], "set a local folder, or a repository that this machine can reach"),
-    (None, ["START_FROM=user/nothing/folder"], "SOURCE=user/nothing: "),
+    (None, ["START_FROM=user/nothing/folder"], "error: START_FROM=user/nothing: "),
 ])
 def test_a_start_that_does_not_fit_is_one_line(script, published, kind, more, message):  # noqa: F811
     folders = [f"START_FROM={published(kind)}"] if kind else []
     code, _, err = script("02_train_sae.py", *TRAIN, *folders, *more)
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert len(list_saes()) == 1
+
+
+def test_a_start_in_one_of_several_folders_is_named(script, published, tmp_path):  # noqa: F811
+    """Step 2 has no SUBFOLDER: START_FROM is the whole path; a folder's name needs no slash in it."""
+    places = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+    (tmp_path / "several").mkdir()
+    for place in places:
+        shutil.copytree(published("topk"), tmp_path / "several" / place)
+    for start in ("several", "./several", tmp_path / "several"):
+        code, _, err = script("02_train_sae.py", *TRAIN, f"START_FROM={start}")
+        assert code == 2 and f"; add to START_FROM the folder of one, like {' or '.join(places)}\n" in err, err
+    (tmp_path / "empty").mkdir()
+    code, _, err = script("02_train_sae.py", *TRAIN, "START_FROM=empty")
+    assert code == 2 and "; set START_FROM to the folder of one SAE\n" in err and err.count("\n") == 1, err
+    code, out, err = script("02_train_sae.py", *TRAIN, f"START_FROM=several/{places[0]}")
+    assert code == 0 and "START_FROM, held out: EV" in out, err
 
 
 def test_overcomplete_is_not_set_beside_what_its_loop_cannot_repeat(script, trained, published):  # noqa: F811

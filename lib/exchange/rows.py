@@ -1,4 +1,8 @@
 """An SAE that others published, in the units of stored activations."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from ..batches import Rows, sample_rows
 from ..environment import InputError, log
 from ..sae import SAE, load_sae
@@ -16,15 +20,27 @@ def sae_for(source: str, rows: Rows) -> SAE:
     try:
         folder = find_sae(source)
     except InputError:
-        if "/" not in source:
+        if "/" not in source and not Path(source).is_dir():
             raise
-        folder = folder_of(source)
+        with _called_start_from():
+            folder = folder_of(source)
     if (folder / MODEL_FILE).exists():
         return load_sae(folder / MODEL_FILE)
-    found = read_foreign(folder, source)
+    with _called_start_from():
+        found = read_foreign(folder, source)
     sae = fitted(found.sae, rows)
     sae.config["imported"] = {"format": found.format, "source": source, "subfolder": "", **found.facts}
     return sae
+
+
+@contextmanager
+def _called_start_from() -> Iterator[None]:
+    """What is said of import_sae.py's SOURCE and SUBFOLDER, said of the one constant that is both."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error).replace("SOURCE and SUBFOLDER", "START_FROM").replace("SOURCE=", "START_FROM=")
+        raise InputError(said.replace("set SUBFOLDER to", "add to START_FROM")) from None
 
 
 def fitted(folded: Folded, rows: Rows) -> SAE:
