@@ -42,6 +42,17 @@ def is_current(output: object, then: Parts | None, now: Parts, otherwise: str) -
     return True
 
 
+def why_no_run(path: Path, most: int = 5) -> str:
+    """What to tell of a run's folder that holds no finished run: whether it is there, what to do, which others are."""
+    others = sorted(path.parent.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    there = " or ".join(file.parent.name for file in others[:most])
+    others_do = f", or set RUN_ID to a finished one, like {there}" if there else ""
+    if path.is_dir():
+        return (f"run {path.name} is unfinished; run 01_save_activations.py with its constants again to finish it"
+                f"{others_do}")
+    return f"run {path.name} is missing; run 01_save_activations.py{others_do}"
+
+
 def differences(then: Parts, now: Parts) -> str:
     """What differs between two dicts of parts, in words: "TOP_K was 4, is 8; SEED was 0, is 1"; empty if nothing does.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .environment import INSTALLED, PROJECT, InputError
 from .files import fingerprint, read_bytes, read_json, read_lines, read_tensors
-from .outputs import check_files, safe_name
+from .outputs import check_files, safe_name, why_no_run
 from .schemas import CONSTANTS, COUNT, FILES, NAME, PATH, POSITIVE, POSITIVE_NUMBER, SHORT_HASH, Number, Schema
 
 SCHEMA_VERSION = 1
@@ -227,7 +227,7 @@ def open_run(experiment: str, run_id: str | None = None, verify: bool = False) -
         run_id = read_bytes(folder / "run_id.txt", 1000).decode(errors="replace").strip()
     path = folder / "runs" / safe_name(run_id)
     if not (path / "manifest.json").exists():
-        raise InputError(f"run {run_id} is missing or unfinished; run 01_save_activations.py to finish it")
+        raise InputError(why_no_run(path))
     run = Run(path, read_json(path / "meta.json", META), read_json(path / "manifest.json", MANIFEST))
     if run.meta["schema_version"] != SCHEMA_VERSION:
         raise InputError(f"run {run_id} has schema {run.meta['schema_version']}, this code reads {SCHEMA_VERSION}; "

@@ -112,8 +112,13 @@ def test_a_run_of_another_model_or_place_is_refused(script, trained, source, tmp
     script("01_save_activations.py", *source, *SMALL, "PREFLIGHT=False")
     with pytest.raises(InputError, match="is of another model than the SAE"):
         corpus_of(sae, trained, open_run("verify_sae_training").run_id)
-    with pytest.raises(InputError, match="no_such_run is missing"):
+    here = r"set RUN_ID to a finished one, like \S+ or \S+ or model_layers_1\S+$"  # the newest first
+    with pytest.raises(InputError, match=f"^run no_such_run is missing; run 01_save_activations.py, or {here}"):
         corpus_of(sae, trained, "no_such_run")
+    run = open_run("verify_sae_training")
+    (run.path / "manifest.json").unlink()
+    with pytest.raises(InputError, match=f"^run {run.run_id} is unfinished; run 01_save_activations.py with its const"):
+        corpus_of(sae, trained, run.run_id)
 
 
 @pytest.mark.parametrize("gone", ["shards", "runs"])
@@ -139,4 +144,7 @@ def test_without_activations(script, trained, own_store, gone):  # noqa: F811
     again = f"python 01_save_activations.py SAE={trained.name}"
     for name, *arguments in (("export_sae.py", "FORMAT=delphi"), ("export_sae.py", "FORMAT=neuronpedia"),
                              ("07_test_causality.py",)):
-        one_line(script(name, *arguments), "this reads the activations that the SAE was trained on", again)
+        ended = script(name, *arguments)
+        one_line(ended, "this reads the activations that the SAE was trained on", again)
+        # these scripts have no RUN_ID, and step 1 by itself would make another run
+        assert gone == "shards" or ended[2].count("01_save") == 1 and "RUN_ID" not in ended[2]

@@ -146,7 +146,7 @@ WRONG_SECOND = [
     (["EPOCHS=0"], "EPOCHS=0 must be at least 1"),
     (["BATCH_SIZE_TRAIN=0"], "BATCH_SIZE_TRAIN=0 must be at least 1"),
     (["LR=fast"], "LR=fast must be a number or None"),
-    (["RUN_ID=nothing"], "run nothing is missing or unfinished"),
+    (["RUN_ID=nothing"], "run nothing is missing; run 01_save_activations.py, or set RUN_ID to a finished one"),
     (["RUN_ID=../../etc"], "RUN_ID=../../etc must be a file name of letters"),
     (["LAYER=other"], "holds resid_post:1, not other"),
 ]

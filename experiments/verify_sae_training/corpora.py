@@ -17,7 +17,7 @@ from lib.origin import about_sae
 from lib.outputs import differences, safe_name
 from lib.sae import SAE, sae_hash
 from lib.saes import link
-from lib.store import MANIFEST, META, Run, open_run
+from lib.store import MANIFEST, META, Run, experiment_dir, open_run
 
 DATA = ("PRESET", "DATASET", "DATA_SPLIT", "TEXT_FIELD", "DATA_LIMIT", "VAL_FRAC", "SEED")
 HERE = ("SAE", "STREAM", "TRUST_REMOTE_CODE")  # what an SAE has no say in
@@ -31,13 +31,15 @@ def corpus_of(sae: SAE, folder: Path, run_id: str | None = None) -> tuple[Run, s
     gone, or those of another model, tokenizer or place.
     """
     own, hook = sae.config["run_id"], sae.config["hook"]
+    is_own, told = run_id in (None, own), "this reads the activations that the SAE was trained on, and"
+    again = f"; to make them again: python 01_save_activations.py SAE={folder.name}"
+    if is_own and not (experiment_dir("verify_sae_training") / "runs" / safe_name(own) / "manifest.json").exists():
+        # not with the advice of open_run: another run is not the SAE's, and step 1 by itself makes another one
+        raise InputError(f"{told} run {own} is missing or unfinished{again}")
     try:
         run = open_run("verify_sae_training", run_id or own)
     except InputError as error:
-        if run_id not in (None, own):
-            raise
-        raise InputError(f"this reads the activations that the SAE was trained on, and {error}; to make them again: "
-                         f"python 01_save_activations.py SAE={folder.name}") from None
+        raise InputError(f"{told} {error}{again}" if is_own else str(error)) from None
     if run.run_id == own:
         require_trained_on(sae, run, hook)
         return run, hook, folder
