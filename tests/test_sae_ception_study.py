@@ -280,15 +280,17 @@ def test_controls_without_a_lambda_are_named():
 
 
 @pytest.mark.parametrize("name, method", [
+    ("paper_25", "Probe within a class on base units not decided (+0.0096 [-0.0017, +0.0208], Holm p 0.121)"),
     ("paper", "Probe within a class on base units raises (+0.0114 [+0.0041, +0.0186], Holm p 0.011)"),
     ("few", "raises (+0.0259 [+0.0090, +0.0428], Holm p 0.018)"),
     ("noise", "no effect (+0.0029 [+0.0016, +0.0042], Holm p 0.002)"),
     ("shortcut", "not decided (-0.0225 [-0.0455, +0.0004], Holm p 0.160)"),
 ])
 def test_the_published_scores_give_the_published_verdict(name, method):
-    endpoints = Endpoints(*ENDPOINTS[name])
+    study = name.removesuffix("_25")
+    endpoints = Endpoints(*ENDPOINTS[study])
     scores, about = read_scores(PROJECT / f"experiments/sae_ception/results/{name}.csv", endpoints.columns)
-    assert about["study"] == name and len(scores) == about["finished"] == about["total"]
+    assert about["study"] == study and len(scores) == about["finished"] == about["total"]
     endpoints = endpoints._replace(seeds=tuple(about["seeds"]))
     lines = sentences(scores, judge(scores, endpoints), endpoints, "all of it")
     assert method in lines[1] and lines[4].endswith("no variant of SAE-ception is shown to help.")
