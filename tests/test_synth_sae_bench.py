@@ -114,7 +114,8 @@ def test_scores_are_made_again_where_they_are_asked_for_otherwise(bench, own_sto
     again.main()
     state, report = left_in(own_store)
     assert same(state, whole[0]) and len(report["points"]) == 1
-    assert list(report["points"][0]["scores"]) == ["own", "threshold 5", "pruned 5", "odds 5", "even odds"]
+    assert list(report["points"][0]["scores"]) == ["own", "threshold 5", "pruned 5", "odds 5", "conditional 5",
+                                                     "even odds", "even conditional"]
 
 
 def test_wrong_constants_are_refused(bench):

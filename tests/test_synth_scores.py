@@ -71,13 +71,16 @@ def test_the_cost_of_a_code_is_what_its_removal_adds_to_the_error():
 def test_rules_meet_their_mean_l0_on_the_samples_that_chose_them():
     sae, x = random_sae(), torch.randn(3000, 12, generator=torch.Generator().manual_seed(2))
     dictionary = Dictionary(sae.W_dec, sae.mean)
-    codings, chosen = codings_of(sae, x, mean_l0=(2.0, 5.0), prune_from=1.5, batch_k=3.0)
+    codings, chosen = codings_of(sae, x, mean_l0=(2.0, 5.0), prune_from=1.5, condition_from=2.0, batch_k=3.0)
     (own, _), (encode, rules) = codings
-    assert list(rules) == ["batch 3", "threshold 2", "pruned 2", "odds 2", "threshold 5", "pruned 5", "odds 5",
-                           "even odds"]
+    assert list(rules) == ["batch 3", "threshold 2", "pruned 2", "odds 2", "conditional 2", "threshold 5",
+                           "pruned 5", "odds 5", "conditional 5", "even odds", "even conditional"]
     values, latents = encode(x)
     kept = {name: rule(x, values, latents, dictionary) for name, rule in rules.items()}
-    del kept["even odds"]  # has an L0 of its own
+    for name in ("even odds", "even conditional"):  # have an L0 of their own
+        del kept[name]
+    looked = [kept.pop(f"conditional {n}") for n in (2, 5)]  # at codes again, until what is kept agrees with itself
+    assert [float(on.sum()) / len(x) for on in looked] == pytest.approx([2, 5], rel=0.05)
     assert {name: round(float(on.sum()) / len(x), 2) for name, on in kept.items()} == {
         "batch 3": 3, "threshold 2": 2, "pruned 2": 2, "odds 2": 2, "threshold 5": 5, "pruned 5": 5, "odds 5": 5}
     assert chosen["threshold 2"] > chosen["threshold 5"] > 0
@@ -114,7 +117,7 @@ def test_odds_know_a_rare_latent_from_noise():
     x = torch.nn.functional.pad(values, (0, 8)) + 0.5 * torch.randn(60_000, 32, generator=g)
     sae = make_sae(torch.eye(24, 32), torch.zeros(24), torch.eye(24, 32), torch.zeros(32), 1.0, 24)
     l0 = float(rates.sum())
-    codings, _ = codings_of(sae, x[:30_000], mean_l0=(l0,), prune_from=1.4)
+    codings, _ = codings_of(sae, x[:30_000], mean_l0=(l0,), prune_from=1.4, condition_from=2.0)
     found = score(codings, Dictionary(sae.W_dec, sae.mean), torch.arange(24), draw=drawn(fires[30_000:], x[30_000:]),
                   n=30_000, n_features=24)
     spread = 0.4**2 + 0.5**2
@@ -197,7 +200,7 @@ def test_saelens_own_evaluation_says_the_same(tmp_path):
     acts, x, features = made.pop("acts"), made.pop("x"), made.pop("features")
     sae = make_sae(**made, scale=1.0, top_k=6)
     best, mcc, unique = matching(sae.W_dec, features)
-    codings, _ = codings_of(sae, x, mean_l0=(6.0,), prune_from=1.4, batch_k=6.0)
+    codings, _ = codings_of(sae, x, mean_l0=(6.0,), prune_from=1.4, condition_from=2.0, batch_k=6.0)
     ours = score(codings, Dictionary(sae.W_dec, sae.mean), best, draw=drawn(acts > 0, x), n=3072, n_features=200)
     batch = ours["batch 6"]
     assert (mcc, unique) == pytest.approx((theirs["mcc"], theirs["uniqueness"]), rel=1e-5)

@@ -8,8 +8,8 @@
 
 Scores at 1, 2, 5, 10, 20, 50, 100, 200 million samples and at the end, on samples that no training sees: F1, MCC, EV
 and dead latents by SAELens' formulas (synth_scores.py), for the SAE as it is and, to compare at equal L0, for rules at
-the mean L0s of AT_L0: one threshold, leave-one-out pruning, and posterior odds, chosen on further samples without
-labels (synth_rules.py).
+the mean L0s of AT_L0: one threshold, leave-one-out pruning, and posterior odds, alone and given the other codes, chosen
+on further samples without labels (synth_rules.py).
 
 A run that was killed at any moment resumes; Ctrl-C keeps the step. 07_show_leaderboard.py compares all runs.
 Reads and writes store/benchmarks/synth_world.safetensors, synth_sae_bench/<run>/report.json, state.safetensors
@@ -38,6 +38,7 @@ SEED: Seed = 0                            # of the weights and of the training s
 # What follows changes no training: a finished run is scored again where it was scored otherwise.
 AT_L0: tuple[MeanL0, ...] = (15.0, 20.0, 25.0)  # mean L0 of the rules that score besides the SAE's own
 PRUNE_FROM: Annotated[float, at_least(1), at_most(10)] = 1.4  # candidates of pruning and odds: so many times the L0
+CONDITION_FROM: Annotated[float, at_least(1), at_most(10)] = 2.0  # of conditional odds
 N_SCORED: Scored = 1_000_000              # samples that score at the end
 N_CURVE: Scored = 200_000                 # samples that score at each milestone before
 CONSTANTS = override(globals())
@@ -66,7 +67,7 @@ from lib.training.workspace import Workspace, choose_precision
 
 SETTINGS = TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH_SIZE, lr=LR, dead_after=DEAD_AFTER,
                          start_k=START_K, fall=FALL)
-OF_SCORES = ("AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE")
+OF_SCORES = ("AT_L0", "PRUNE_FROM", "CONDITION_FROM", "N_SCORED", "N_CURVE")
 SAVE_SECONDS = 120.0  # between two saved states
 PROGRESS = {"precision": PRECISIONS, "seconds": float, "cpu_seconds": float, "commits": [str],
             "points": [POINT]}
@@ -101,7 +102,8 @@ def unscored(made: Made, plan: Plan) -> dict[str, Any] | None:
     if not is_end and not any(samples - BATCH_SIZE < milestone <= samples for milestone in MILESTONES):
         return None
     how = {"n": N_SCORED if is_end else N_CURVE, "n_choosing": N_CHOOSING, "mean_l0": list(AT_L0),
-           "prune_from": PRUNE_FROM, "batch_k": TOP_K if KIND == "batchtopk" else None}
+           "prune_from": PRUNE_FROM, "condition_from": CONDITION_FROM,
+           "batch_k": TOP_K if KIND == "batchtopk" else None}
     return None if any(p["samples"] == samples and p["how"] == how for p in made["points"]) else how
 
 

@@ -30,6 +30,7 @@ N_SAMPLES: Count = 200_000_000            # at most
 THREADS: Threads = 2
 AT_L0: tuple[MeanL0, ...] = (15.0, 20.0, 25.0)  # mean L0 of the rules that score too
 PRUNE_FROM: Annotated[float, at_least(1), at_most(10)] = 1.4  # candidates of pruning and odds: so many times the L0
+CONDITION_FROM: Annotated[float, at_least(1), at_most(10)] = 2.0  # of conditional odds
 N_SCORED: Scored = 1_000_000              # samples that score at the end
 N_CURVE: Scored = 200_000                 # samples that score at each milestone before
 CONSTANTS = override(globals())
@@ -103,7 +104,8 @@ def add_point(folder: Path, made: dict[str, Any], world: World, n: int) -> None:
     """Score the last checkpoint on n samples, and write the report."""
     weights: dict[str, Any] = dict(read_tensors(folder / made["checkpoint"] / "weights.safetensors", WEIGHTS))
     sae = make_sae(**weights, scale=1.0, top_k=N_LATENTS)
-    how = {"n": n, "n_choosing": N_CHOOSING, "mean_l0": list(AT_L0), "prune_from": PRUNE_FROM, "batch_k": float(TOP_K)}
+    how = {"n": n, "n_choosing": N_CHOOSING, "mean_l0": list(AT_L0), "prune_from": PRUNE_FROM,
+           "condition_from": CONDITION_FROM, "batch_k": float(TOP_K)}
     point = {"samples": made["samples"], "seconds": made["seconds"], "cpu_seconds": made["cpu_seconds"],
              **score_sae(sae, world, SCALED, how)}
     made["points"] = [p for p in made["points"] if p["samples"] != made["samples"]] + [point]

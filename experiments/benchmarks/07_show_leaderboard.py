@@ -12,7 +12,8 @@ from lib.ranges import Name, Positive
 
 AT_L0: Positive = 25.0                    # mean L0 of the published scores that are compared
 RULES: tuple[Name, ...] = (                # a row for each that a run was scored by: synth_rules.py
-    "own", "batch 25", "threshold 25", "pruned 25", "odds 25", "even odds")
+    "own", "batch 25", "threshold 25", "pruned 25", "odds 25", "even odds", "conditional 25",
+    "even conditional")
 CURVE: Name = "threshold 25"               # the rule of the curves, and of who passed whom
 CONSTANTS = override(globals())
 

@@ -13,7 +13,8 @@ from lib.plots import GREY
 from lib.statistics import interval
 
 Report = dict[str, Any]
-NOT_OF_A_GROUP = {"SEED", "MINUTES", "THREADS", "AT_L0", "PRUNE_FROM", "N_SCORED", "N_CURVE"}
+NOT_OF_A_GROUP = {"SEED", "MINUTES", "THREADS", "AT_L0", "PRUNE_FROM", "CONDITION_FROM", "N_SCORED",
+                  "N_CURVE"}
 WORDS = {"START_K": "k from {}", "LR": "rate {:g}", "N_LATENTS": "{:,} latents", "TOP_K": "k {}",
          "WHITEN": "whitening {:g}", "BATCH_SIZE": "batch {:,}"}
 PROTOCOL_L0 = (15, 45)

@@ -6,6 +6,8 @@ pruned l0      a threshold at prune_from times that L0; then codes go whose remo
                error least, down to that L0
 odds l0        the same candidates; then codes go whose latents fire with the least posterior odds
 even odds      the candidates whose latents fire more likely than not: an L0 that nobody has to know
+conditional l0 as odds, of more candidates, where a latent's odds depend on which others fire (synth_context.py)
+even conditional  those more likely than not
 batch k        BatchTopK over groups of samples, as SAELens scores an SAE that it trained with it
 """
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from synth_context import Context, learn, of_others
 from synth_scores import ROWS, Codes, Dictionary, Encode, Rule, costs, decode, select
 from torch import Tensor
 
@@ -21,6 +24,8 @@ from lib.sae import SAE
 GROUP = 1024  # samples over which BatchTopK chooses, as SAELens does where it scores
 PRIOR = 5.0  # codes that the mean variance of all latents counts for, in the variance of one
 TINY = 1e-12  # noise of an SAE without error, variance of a code that is always the same
+CONTEXTS = 4  # times that the context is learnt, each from what is kept by the last one
+LOOKS = 3  # at which codes of a sample are kept, the others being what the last look kept
 ROUNDS = 8  # in which codes are kept by what the last round's say of their latents; their number settles in four
 
 
@@ -103,9 +108,27 @@ def likely(threshold: float, known: Known, least: float) -> Rule:
     return kept
 
 
+def conditional(threshold: float, known: Known, context: Context, *, starts: float, least: float) -> Rule:
+    """Codes above a threshold whose latents fire with log odds of `least` or more, given the others that are kept; at
+    first those with log odds of `starts` or more without context.
+    """
+    def kept(x: Tensor, values: Tensor, latents: Tensor, dictionary: Dictionary) -> Tensor:
+        found = values > threshold
+        codes, samples = select(values, latents, found), found.nonzero()[:, 0]
+        alone = log_odds(codes.latent, codes.value, costs(x, codes, dictionary), known)
+        on = alone >= starts
+        for _ in range(LOOKS):
+            on = alone + of_others(context, samples, codes.latent, on) >= least
+        found[found.clone()] = on
+        return found
+
+    return kept
+
+
 class Candidates(NamedTuple):
     """All codes above a threshold on the samples that choose."""
 
+    samples: Tensor
     latents: Tensor
     values: Tensor
     prices: Tensor
@@ -117,13 +140,15 @@ class Candidates(NamedTuple):
 def candidates(parts: Sequence[tuple[Tensor, Tensor, Tensor]], low: float, dictionary: Dictionary) -> Candidates:
     """From parts of the samples, each x [n, D] with its values and latents [n, K]."""
     codes: list[Codes] = []
-    prices, squares, n = [], 0.0, 0
+    samples, prices, squares, n = [], [], 0.0, 0
     for x, values, latents in parts:
         codes.append(select(values, latents, values > low))
+        samples.append((values > low).nonzero()[:, 0] + n)
         prices.append(costs(x, codes[-1], dictionary))
-        squares, n = squares + float((x - decode(codes[-1], dictionary)).square().sum()), n + x.numel()
-    return Candidates(torch.cat([c.latent for c in codes]), torch.cat([c.value for c in codes]), torch.cat(prices),
-                      max(squares / n, TINY))
+        squares, n = squares + float((x - decode(codes[-1], dictionary)).square().sum()), n + len(x)
+    return Candidates(
+        torch.cat(samples), torch.cat([c.latent for c in codes]), torch.cat([c.value for c in codes]),
+        prices=torch.cat(prices), noise=max(squares / (n * dictionary.rows.shape[1]), TINY))
 
 
 def settle(
@@ -134,25 +159,46 @@ def settle(
     for _ in range(ROUNDS):
         known = known_of(found.latents[kept], found.values[kept], n_samples=n_samples, n_latents=n_latents,
                          noise=found.noise)
-        odds = log_odds(*found[:3], known)
+        odds = log_odds(found.latents, found.values, found.prices, known)
         least = 0.0 if even else _nth(odds, mean_l0 * n_samples)
         kept = odds >= least
     return known, least
 
 
+def in_context(
+    found: Candidates, low: float, *, n_samples: int, n_latents: int, mean_l0: float, even: bool = False
+) -> tuple[Rule, float]:
+    """The conditional rule for candidates above `low`, by what the codes that are kept say of their latents and of each
+    other, and the log odds from which it keeps them.
+    """
+    known, starts = settle(found, n_samples, n_latents, mean_l0)
+    kept = log_odds(found.latents, found.values, found.prices, known) >= starts
+    for _ in range(CONTEXTS):
+        samples, latents = found.samples[kept], found.latents[kept]
+        then = known_of(latents, found.values[kept], n_samples=n_samples, n_latents=n_latents, noise=found.noise)
+        context = learn(samples, latents, n_samples=n_samples, n_latents=n_latents)
+        odds = log_odds(found.latents, found.values, found.prices, then)
+        odds += of_others(context, found.samples, found.latents, kept)
+        least = 0.0 if even else _nth(odds, mean_l0 * n_samples)
+        kept = odds >= least
+    return conditional(low, then, context, starts=starts, least=least), least
+
+
 def codings_of(
-    sae: SAE, x: Tensor, mean_l0: Sequence[float], prune_from: float, batch_k: float | None = None
+    sae: SAE, x: Tensor, mean_l0: Sequence[float], prune_from: float, *, condition_from: float,
+    batch_k: float | None = None,
 ) -> tuple[list[tuple[Encode, dict[str, Rule]]], dict[str, float]]:
     """The rules for an SAE's codes, chosen on samples x [n, D] without labels, and the numbers that were chosen.
 
-    batch k only if batch_k is given; even odds starts from the candidates of the largest mean_l0.
+    prune_from, condition_from: candidates of pruning and odds, and of conditional odds, over the mean L0. batch k only
+    if batch_k is given; the even rules start from the candidates of the largest mean_l0.
     """
     def from_(floor: float) -> Encode:
         return replace(sae, threshold=torch.full_like(sae.b_enc, floor), top_k=sae.n_latents).encode
 
     n, dictionary, largest = len(x), Dictionary(sae.W_dec, sae.mean), max([*mean_l0, batch_k or 0])
     few = x[:ROWS]
-    floor = _nth(from_(0.0)(few)[0], 2 * prune_from * largest * len(few))
+    floor = _nth(from_(0.0)(few)[0], 1.5 * max(prune_from, condition_from) * largest * len(few))
     parts = [(part, *from_(floor)(part)) for part in x.split(ROWS)]
     values = torch.cat([values[values > 0] for _, values, _ in parts])
     rules: dict[str, Rule] = {} if batch_k is None else {f"batch {batch_k:g}": batch_topk(batch_k)}
@@ -163,9 +209,13 @@ def codings_of(
         price = _nth(found.prices, l0 * n)
         known, least = settle(found, n, sae.n_latents, l0)
         chosen |= {f"threshold {l0:g}": threshold, f"pruned {l0:g}": price, f"odds {l0:g}": least}
+        wide = _nth(values, condition_from * l0 * n)
+        more, size = candidates(parts, wide, dictionary), {"n_samples": n, "n_latents": sae.n_latents}
         rules |= {f"threshold {l0:g}": above(threshold), f"pruned {l0:g}": pruned(low, price),
                   f"odds {l0:g}": likely(low, known, least)}
+        rules[f"conditional {l0:g}"], chosen[f"conditional {l0:g}"] = in_context(more, wide, mean_l0=l0, **size)
     rules["even odds"] = likely(low, settle(found, n, sae.n_latents, l0, even=True)[0], 0.0)
+    rules["even conditional"] = in_context(more, wide, mean_l0=l0, even=True, **size)[0]
     if sae.threshold is None or sae.top_k < sae.n_latents:
         return [(sae.encode, {"own": everything}), (from_(floor), rules)], chosen
     floor = min(floor, float(sae.threshold.min()))  # one coding serves all rules

@@ -1,7 +1,7 @@
 """The scores of SynthSAEBench (arXiv 2602.14687), however codes are made, by the formulas of SAELens' evals.py.
 
     dictionary = Dictionary(sae.W_dec, sae.mean)
-    codings, chosen = codings_of(sae, other_samples, mean_l0=(15.0, 25.0), prune_from=1.4)     # synth_rules.py
+    codings, chosen = codings_of(sae, other_samples, mean_l0=(15.0, 25.0), prune_from=1.4, condition_from=2.0)
     best, mcc, unique = matching(sae.W_dec, features)
     found = score(codings, dictionary, best, draw=draw, n=1_000_000, n_features=len(features))
 
