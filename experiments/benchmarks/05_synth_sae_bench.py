@@ -121,7 +121,7 @@ def add_point(folder: Path, made: Made, world: World, how: dict[str, Any]) -> No
 
 
 def train(folder: Path, made: Made, world: World, plan: Plan) -> None:
-    """All steps that are left."""
+    """The steps up to the next milestone, where the run is saved. Scoring comes after: Ctrl-C ends it at once."""
     state, work = made["state"], Workspace(made["state"], made["precision"], kind=KIND)
     draw = Sampler(replace(world, bias=world.bias - made["mean"]), scaled=SCALED, seed=SEED,
                    transform=state["transform"])
@@ -138,10 +138,10 @@ def train(folder: Path, made: Made, world: World, plan: Plan) -> None:
                 made["seconds"] += time.monotonic() - wall
                 made["cpu_seconds"] += time.process_time() - used
                 save(folder / "state.safetensors", made)
-                if how and not stopped():
-                    add_point(folder, made, world, how)
                 if stopped():
                     raise KeyboardInterrupt
+                if how:
+                    return
                 wall, used = time.monotonic(), time.process_time()
 
 
@@ -155,9 +155,11 @@ def main() -> None:
     with in_use(folder):
         world = open_world()
         made = begin_or_resume(folder / "state.safetensors", world, plan) | {"kind_numbers": numbers}
-        if how := unscored(made, plan):  # killed while scoring, or to be scored otherwise
-            add_point(folder, made, world, how)
-        if int(made["state"]["step"]) < plan.n_steps:
+        while True:
+            if how := unscored(made, plan):
+                add_point(folder, made, world, how)
+            if int(made["state"]["step"]) == plan.n_steps:
+                break
             train(folder, made, world, plan)
     for point in made["points"]:
         print(show(point))

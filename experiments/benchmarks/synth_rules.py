@@ -12,6 +12,7 @@ batch k        BatchTopK over groups of samples, as SAELens scores an SAE that i
 """
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -210,12 +211,13 @@ def codings_of(
         known, least = settle(found, n, sae.n_latents, l0)
         chosen |= {f"threshold {l0:g}": threshold, f"pruned {l0:g}": price, f"odds {l0:g}": least}
         wide = _nth(values, condition_from * l0 * n)
-        more, size = candidates(parts, wide, dictionary), {"n_samples": n, "n_latents": sae.n_latents}
+        by_context = partial(in_context, candidates(parts, wide, dictionary), wide, n_samples=n,
+                             n_latents=sae.n_latents, mean_l0=l0)
         rules |= {f"threshold {l0:g}": above(threshold), f"pruned {l0:g}": pruned(low, price),
                   f"odds {l0:g}": likely(low, known, least)}
-        rules[f"conditional {l0:g}"], chosen[f"conditional {l0:g}"] = in_context(more, wide, mean_l0=l0, **size)
+        rules[f"conditional {l0:g}"], chosen[f"conditional {l0:g}"] = by_context()
     rules["even odds"] = likely(low, settle(found, n, sae.n_latents, l0, even=True)[0], 0.0)
-    rules["even conditional"] = in_context(more, wide, mean_l0=l0, even=True, **size)[0]
+    rules["even conditional"] = by_context(even=True)[0]
     if sae.threshold is None or sae.top_k < sae.n_latents:
         return [(sae.encode, {"own": everything}), (from_(floor), rules)], chosen
     floor = min(floor, float(sae.threshold.min()))  # one coding serves all rules
