@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lib.metrics.units import best_dimensions, best_latents, best_tokens, recovery, token_tables
+from lib.metrics.units import best_dimensions, best_latents, best_tokens, recovery, token_table, token_tables
 from lib.sae import make_sae
 
 IS_VAL = torch.arange(40) >= 20
@@ -43,6 +43,14 @@ def test_a_token_and_the_tables():
     (table,), (pairs,) = token_tables(ids, before, labels, IS_VAL)
     assert (token["unit"], token["f1"]) == (7, pytest.approx(2 / 3))
     assert table["f1"] == pytest.approx(2 / 3) and pairs["f1"] == 1.0
+
+
+def test_the_table_of_tokens_has_their_shares_of_concept_rows():
+    """Ten training rows each of tokens 3 and 7, five of 7's with the concept, and token 9 on held-out rows alone."""
+    ids = torch.where(IS_VAL, torch.tensor([9, 7, 3, 3] * 10), torch.tensor([7, 7, 3, 3] * 10))
+    share, (found,) = token_table(ids, CONCEPT, IS_VAL)
+    assert share[:, 0].tolist() == pytest.approx([0.25 / 11, 5.25 / 11, 0.25])  # of all training rows a quarter
+    assert found["f1_train"] == pytest.approx(2 / 3) and found["f1"] == 0
 
 
 def test_every_kind_is_scored_in_the_same_way():
