@@ -91,7 +91,7 @@ CHAINS = {
         Step(f"{BENCHMARKS}/04_show_benchmarks.ipynb"),
         Step(f"{BENCHMARKS}/05_synth_sae_bench.py", ["N_SAMPLES=2048", "N_SCORED=1024"], "make peers", code=2),
         Step(f"{BENCHMARKS}/06_saelens_on_synth.py", ["N_SAMPLES=2048", "N_SCORED=1024"], "make peers", code=2),
-        Step(f"{BENCHMARKS}/07_show_leaderboard.py", [], "run 05_synth_sae_bench.py first", code=2),
+        Step(f"{BENCHMARKS}/07_show_leaderboard.py", [], "| conditional 25 |"),
         Step(f"{BENCHMARKS}/08_run_on_gpu.py",
              ["DEVICE=cpu", "SHAPES=((16, 32, 2),)", "BATCHES=64", "KINDS=topk", "SAVE_MODELS=tiny", "SAVE_TEXTS=4",
               "LIVE_TOKENS=()", "SECONDS=0.001", "TESTS=False", "PEERS=()"], "| ours, topk |"),

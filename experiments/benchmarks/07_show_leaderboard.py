@@ -1,9 +1,9 @@
-"""All runs of 05 and 06 beside what was published: the table of README, who passed whom when, and the learning curves.
+"""All runs of 05 and 06 beside what others published: the table of README, who passed whom, and the learning curves.
 
     python 07_show_leaderboard.py                        # prints two tables and writes one figure
     python 07_show_leaderboard.py RULES=own CURVE=own    # only the SAEs as they are
 
-Reads  store/benchmarks/synth_sae_bench/<run>/report.json
+Reads  results/<run>/report.json (of the README), store/benchmarks/synth_sae_bench/<run>/report.json (your own)
 Writes store/benchmarks/learning_curves.png
 """
 import checkout  # noqa: F401  (first: finds lib)
@@ -17,6 +17,8 @@ RULES: tuple[Name, ...] = (                # a row for each that a run was score
 CURVE: Name = "threshold 25"               # the rule of the curves, and of who passed whom
 CONSTANTS = override(globals())
 
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -24,16 +26,16 @@ import matplotlib.pyplot as plt
 from leaderboard import draw, groups_of, markdown, reached, table
 from synth_reports import read_reports
 
-from lib.environment import InputError, run
+from lib.environment import run
 from lib.plots import style
 from lib.store import experiment_dir
+
+PUBLISHED = Path(__file__).with_name("results")
 
 
 def main() -> None:
     folder = experiment_dir("benchmarks")
-    groups = groups_of(read_reports(folder / "synth_sae_bench"))
-    if not groups:
-        raise InputError("there is no run to show; run 05_synth_sae_bench.py first")
+    groups = groups_of(read_reports(PUBLISHED, folder / "synth_sae_bench"))
     print(markdown(table(groups, RULES)), end="\n\n")
     print(markdown(reached(groups, CURVE, AT_L0)), end="\n\n")
     style()

@@ -67,10 +67,10 @@ def read_report(path: Path) -> dict[str, Any]:
     return read_json(path, Schema(REPORT.content | RESUMED))
 
 
-def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """All reports in the folders of `folder` that have a point, by name."""
-    found = [read_json(path, REPORT) for path in sorted(folder.glob("*/report.json"))]
-    return [report for report in found if report["points"]]
+def read_reports(*folders: Path) -> list[dict[str, Any]]:
+    """All reports in folders of these that have a point, by name; of one run in several that of the last."""
+    found = {path.parent.name: path for folder in folders for path in folder.glob("*/report.json")}
+    return [report for _, path in sorted(found.items()) if (report := read_json(path, REPORT))["points"]]
 
 
 def show(point: dict[str, Any]) -> str:
