@@ -41,6 +41,7 @@ def main() -> None:
     style()
     figure = plt.figure(figsize=(11.5, 4.8))
     draw(groups, CURVE, AT_L0, figure)
+    folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "learning_curves.png")
     print(f"written: {folder / 'learning_curves.png'}")
 
