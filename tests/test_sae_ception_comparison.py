@@ -52,6 +52,23 @@ def test_table_and_averages_over_sae_seeds(tmp_path):
         result_table(tmp_path, ("lambda0", "per_class"), seeds=(0, 1, 2), cycles=3)
 
 
+def test_a_mean_over_no_unit_is_no_score(tmp_path):
+    """Where no unit fires on enough examples base_u is written as 0, and a difference of 0 would be made up."""
+    few = {"base_u": 0.0, "base_csi_std": 0.0, "base_u_n_supported": 0, "base_u_weighted": 0.4, "base_u_attribute": 0.2,
+           "base_u_n_supported_attribute": 3, "sae_features_u": 0.1, "sae_features_u_weighted": 0.1, "task_accuracy": 1}
+    for seed in range(3):
+        for arm, cycle in (("baseline", 0), ("lambda0", 1), ("per_class", 1)):
+            meta = {"arm": arm, "cycle": cycle, "seed": seed, "key": "0" * 16}
+            write_json(tmp_path / arm / f"seed_{seed}" / f"results_cycle_{cycle}.json",
+                       {"meta": meta, "val": few, "test": few}, sealed=True)
+    table = result_table(tmp_path, ("lambda0", "per_class"), seeds=(0, 1, 2), cycles=1)
+    assert set(few) - set(table.metric) == {"base_u", "base_csi_std"}
+    assert choose_cycle(table, "per_class", 1) == 1
+    found = compare(table, "per_class", ["lambda0"], ("base_u", "base_u_weighted"), cycle=1)
+    assert found.n.tolist() == [0, 3] and np.isnan(found["mean"][0])
+    assert verdict(table, "per_class", ["lambda0", "per_class"], "base_u", cycle=1).startswith("not measured")
+
+
 def test_the_cycle_is_chosen_on_validation_within_the_accuracy_limit(tmp_path):
     assert choose_cycle(make_results(tmp_path, (0.9, 0.9, 0.9)), "per_class", 3) == 2
     assert choose_cycle(make_results(tmp_path, (0.9, 0.8, 0.896)), "per_class", 3) == 3

@@ -1,4 +1,5 @@
 """What the arms did, compared: results as one long table, paired differences over seeds, and what they show."""
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def result_table(
     cosines: dict[tuple[str, int, int], float] | None = None,
 ) -> pandas.DataFrame:
     """results_cycle_<n>.json of these arms, seeds and cycles under `root`, one row for each number; COLUMNS.
+    What is not is_measured() has none.
 
     cosines: (arm, seed, cycle) -> that of lambda0's model to the arm's targets (cycles.steps), kept as aux_cos_lambda0.
     Raises InputError where a file is missing.
@@ -32,10 +34,17 @@ def result_table(
                 for result in ({"sae_seed": 0, **found}, *found.get("other_sae_seeds", [])):
                     for split in ("val", "test"):
                         place = (root.name, arm, seed, result["sae_seed"], cycle, split)
-                        rows += [(*place, metric, value) for metric, value in result[split].items()]
+                        rows += [(*place, metric, value) for metric, value in result[split].items()
+                                 if is_measured(metric, result[split])]
     rows += [(root.name, arm, seed, 0, cycle, "val", "aux_cos_lambda0", value)
              for (arm, seed, cycle), value in (cosines or {}).items()]
     return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+
+def is_measured(metric: str, scores: dict[str, float]) -> bool:
+    """Whether a metric over units that fire often enough had any: a mean of none is written as 0, and is no score."""
+    found = re.fullmatch(r"(base|sae_features)_(?:csi|u)(?:_std|_label|_adj)?(_attribute)?", metric)
+    return found is None or scores.get(f"{found[1]}_u_n_supported{found[2] or ''}", 1) > 0
 
 
 def by_seed(table: pandas.DataFrame, arm: str, cycle: int, metric: str, *, split: str = "test") -> pandas.Series:
@@ -152,6 +161,8 @@ def verdict(table: pandas.DataFrame, arm: str, arms: list[str], metric: str, *, 
     frame = compare(table, arm, [a for a in arms if a != arm], PRIMARY, cycle=cycle)
     rows = frame[frame.metric == metric].set_index("control")
     first = rows.loc["lambda0"]
+    if not first["n"]:
+        return "not measured: too few examples for any unit to count"
     against = f"{first['mean']:+.4f} [{first['low']:+.4f}, {first['high']:+.4f}] against lambda0"
     better = [a for a in rows.index if rows.loc[a, "p_holm"] < 0.05 and rows.loc[a, "low"] > 0]
     if first["high"] < 0 and first["p_holm"] < 0.05:

@@ -102,5 +102,5 @@ def say_what_is_scored(task: Task, c: dict[str, Any], seed: int) -> None:
     n_test = min(len(task.splits["test"]), c.get("EVAL_LIMIT") or len(task.splits["test"]))
     if n_test < FEW:
         log.warning("only %d test examples are scored: base U leaves out units that fire on fewer than %d, and with "
-                    "few examples it leaves out all and is 0; give more rows, or raise TEST_FRAC or EVAL_LIMIT",
+                    "few examples it leaves out all and has no value; give more rows, or raise TEST_FRAC or EVAL_LIMIT",
                     n_test, MIN_SUPPORT)
