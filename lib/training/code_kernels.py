@@ -38,7 +38,7 @@ def _keep_largest(keys, index, n, keep):
 def exact_codes(x, weights, codes, k, n_pieces):
     """Pre-activations of the candidates of each row in float32; the k largest positive ones stay, the rest goes.
 
-    x [B, D]; weights: encoder [F, D] and bias [F]; codes: first, count, latents and room for values.
+    x [B, D]; weights: encoder [F, D] and bias [F]; codes: first, count, latents and room for values, 0 where one went.
     """
     enc, bias = weights
     first, count, index, value = codes
@@ -57,6 +57,7 @@ def exact_codes(x, weights, codes, k, n_pieces):
                 if z[c] > 0:
                     place[kept], z[kept] = place[c], z[c]
                     kept += 1
+            z[kept:] = 0
             count[r] = kept
 
 

@@ -9,7 +9,7 @@ Sums of integers are exact, so neither tiles nor threads change them.
 import numpy as np
 from numba import prange
 
-from .kernels import compiled, round_row
+from .kernels import compiled, round_to_int8
 
 CHUNK = 1024  # scores at once, which stay in the first cache
 
@@ -20,7 +20,7 @@ def rounded(rows, n_pieces, low, scale):
     n = len(rows)
     for piece in prange(n_pieces):
         for r in range(n * piece // n_pieces, n * (piece + 1) // n_pieces):
-            scale[r] = round_row(rows[r], low[r])
+            scale[r] = round_to_int8(rows[r], low[r])
 
 
 @compiled(parallel=True)

@@ -142,7 +142,7 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
     batch: x [B, D] (of two codings [2 B, D]), errors [L, B, D], pull (code_kernels.pull_back), levels uint8 [F], scale
     (code_kernels.row_errors), *pairs, *aux (numba takes no tuples of tuples here). moments: m and v of each of the
     weights, in order. low: bfloat16 bits of the encoder and of the bias in two columns, uint16 [F, D + 2 or more], and
-    the encoder as int8 [F, D or more] with scales [F] (`round_row`); what is not used has no rows. bounds:
+    the encoder as int8 [F, D or more] with scales [F] (`round_to_int8`); what is not used has no rows. bounds:
     piece p has latents bounds[p] : bounds[p + 1]. rates: (lr of
     dec and enc, of gain, of bias, each over 1 - beta1^t), and `_adam`'s. norms [F]: squared norm of each gradient.
     frozen: see FROZEN; a frozen row gets a gradient of 0, with which Adam moves nothing, not even the last bit.
@@ -178,7 +178,7 @@ def update_latents(batch, weights, moments, low, bounds, rates, norms, frozen):
             if len(low16):
                 _to_bfloat16(e_row, bias[i], low16[i])
             if len(low8):
-                scale8[i] = round_row(e_row, low8[i])
+                scale8[i] = round_to_int8(e_row, low8[i])
 
 
 @compiled()
@@ -200,15 +200,18 @@ def _to_bfloat16(row, bias, low):
 
 
 @compiled()
-def round_row(row, low):
+def round_to_int8(row, low):
     """Fill the start of int8 `low`: times the scale that is returned it is about `row`. The largest number is 127.
 
     Who changes this gives it another name, as with `dot64`.
     """
-    top = np.float32(1e-30)
+    largest = np.full(1, 1e-30, np.float32)
+    # The bits of numbers from 0 on are in their order, and of integers the compiler takes many maxima at once.
+    bits, top = row.view(np.int32), largest.view(np.int32)[0]
     for d in range(len(row)):
-        top = max(top, abs(row[d]))
-    up = np.float32(127) / top
+        top = max(top, bits[d] & 0x7FFFFFFF)
+    largest.view(np.int32)[0] = top
+    up = np.float32(127) / largest[0]
     for d in range(len(row)):
         low[d] = np.int8(np.rint(row[d] * up))
-    return top / np.float32(127)
+    return largest[0] / np.float32(127)

@@ -4,7 +4,7 @@ from numba import prange
 
 from .kernels import compiled
 
-SPAN = 32  # scores compared at once, of which most spans hold none above the bound
+SPAN = 16  # scores compared at once: most spans hold none above the bound
 
 
 @compiled()
@@ -125,10 +125,10 @@ def find_above(scores, bounds, first, n_pieces, index, key):
         for r in range(rows * piece // n_pieces, rows * (piece + 1) // n_pieces):
             row, p = scores[r], first[r]
             for start in range(0, whole, SPAN):
-                n = 0
+                reached = False
                 for j in range(start, start + SPAN):
-                    n += row[j] >= bounds[j]
-                if n:
+                    reached |= row[j] >= bounds[j]
+                if reached:
                     for j in range(start, start + SPAN):
                         if row[j] >= bounds[j]:
                             index[p], key[p] = j, row[j]

@@ -6,6 +6,7 @@ Codes are ragged: those of row r stand at first[r] : first[r] + count[r] of the 
 `value` (float32, above 0). The low-precision scores only propose; values are exact, and so is the selection among what
 was proposed. `near` is None, or what jumprelu's thresholds learn from (`threshold_gradient`).
 """
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ def topk(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pieces
     rows, n_latents = len(x), len(state["dec"])
     wanted = candidates_wanted(k, n_latents, work)
     index, count = np.empty((rows, wanted), np.int32), np.empty(rows, np.int32)
-    n_blocks = min(n_latents, 1 << max(3 * wanted, int(1.3 * n_latents**0.5)).bit_length())
+    # Blocks cost a comparison each, and n_latents / n_blocks scores are looked at again for each one wanted.
+    n_blocks = min(n_latents, 1 << max(2 * wanted, math.isqrt(wanted * n_latents)).bit_length())
     for start, bits in _tiles(state, x, work):
         end = start + len(bits)
         find_candidates(bits, wanted, n_blocks, pieces, index=index[start:end], count=count[start:end])
@@ -65,7 +67,7 @@ def jumprelu(state: dict[str, Tensor], x: Tensor, *, k: int, work: Workspace, pi
     """All above their latent's threshold."""
     if int(state["step"]) == 0:
         set_first_threshold(state, torch.tensor(_largest_of_batch(state, x, k, work, pieces=pieces)[1]))
-    threshold, dtype = state["log_threshold"].exp().numpy(), np.int32 if work.low is None else np.int16
+    threshold, dtype = np.exp(state["log_threshold"].numpy()), np.int32 if work.low is None else np.int16
     sample = work.buffer("near", (sampled_rows(len(x)), len(threshold)), x,
                          torch.int32 if work.low is None else torch.int16)
     near = Near(threshold, _window(threshold, dtype), np.zeros(len(threshold), np.int32), sample)
@@ -134,13 +136,9 @@ def _largest_of_batch(state, x, k, work, *, pieces, name="log_threshold") -> tup
         index = index[:n]
     codes = first, count, index, np.empty(len(index), np.float32)
     exact_codes(x.numpy(), _encoder(state), codes, n_latents, n_pieces=pieces)
-    zeros = np.zeros(n_latents, np.float32)
-    n, keep = keep_above(codes, zeros, 0), k * len(x)
-    if n < keep:
-        return codes, 0.0
-    values = codes[3][:n]
-    smallest = np.partition(values, n - keep)[n - keep]
-    keep_above(codes, zeros + smallest, keep - int((values > smallest).sum()))
+    n, keep, values, zeros = int(count.sum()), k * len(x), codes[3], np.zeros(n_latents, np.float32)
+    smallest = np.partition(values, -keep)[-keep] if n >= keep else np.float32(0)
+    keep_above(codes, zeros + smallest, keep - int((values > smallest).sum()) if smallest else 0)
     return codes, float(smallest)
 
 
