@@ -39,13 +39,23 @@ def test_one_factor_on_all_thresholds_gives_the_l0_on_training_rows():
     train = rows.shards[0][~rows.is_val]
     assert float((found.encode(train)[0] > 0).sum(1).double().mean()) == pytest.approx(3, abs=0.002)
     assert float(factor[0]) == pytest.approx(5 / 2.4, rel=0.03)  # uniform: 8 - factor * sum of thresholds = 3 codes
-    twice = at_mean_l0(replace(sae, threshold_first=2 * sae.threshold, refine=0.5), rows, 3)
-    torch.testing.assert_close(twice.threshold_first, 2 * twice.threshold)
-    assert float((twice.encode(train)[0] > 0).sum(1).double().mean()) == pytest.approx(3, abs=0.002)
     without = replace(sae, threshold=None, top_k=3)
     assert at_mean_l0(without, rows, 3) is without
     with pytest.raises(InputError, match="no factor on the thresholds"):
         at_mean_l0(replace(sae, b_enc=torch.full((8,), -9.0)), rows, 3)
+
+
+def test_a_first_coding_stays_as_it_was_trained():
+    rows, sae = rows_and_sae()
+    twice = replace(sae, threshold_first=sae.threshold, refine=0.5)
+    train = rows.shards[0][~rows.is_val]
+
+    def l0(sae):
+        return float((sae.encode(train)[0] > 0).sum(1).double().mean())
+
+    found = at_mean_l0(twice, rows, 0.9 * l0(twice))
+    assert torch.equal(found.threshold_first, twice.threshold_first) and l0(found) < l0(twice)
+    assert l0(found) == pytest.approx(0.9 * l0(twice), abs=0.002)
 
 
 def test_every_arm_can_be_trained_and_only_plain_topk_changes_nothing():

@@ -4,10 +4,11 @@
     python 08_compare_kinds.py ARMS=batchtopk,jumprelu SEEDS=0,1,2
 
 For each SAE: EV, loss recovered, known concepts (where the data set carries them; beside the baselines of notebook 03),
-names' scores on held-out texts, dead latents, and how alike the seeds' dictionaries are. Each arm minus plain TopK,
-paired by seed, with 95 % t intervals and Holm's correction over all tests of the table. Where thresholds decide,
-all are multiplied by one factor so that TOP_K codes fire on an average training row. All SAEs are trained from one read
-of the run, as SAES of step 2. Rerun after an interruption, it keeps what is finished. The SAE of step 2 stays as it is.
+names' scores on held-out texts and their coherence, dead latents, and how alike the seeds' dictionaries are. Each arm
+minus plain TopK, paired by seed, with 95 % t intervals and Holm's correction over all tests of the table. Where
+thresholds decide, all are multiplied by one factor so that TOP_K codes fire on an average training row. All SAEs are
+trained from one read of the run, as SAES of step 2. Rerun after an interruption, it keeps what is finished. The SAE of
+step 2 stays as it is. What an arm with a random decoder wins (frozen_decoder) is no sign of a better dictionary.
 
 Reads  store/verify_sae_training/run_id.txt, runs/<run_id>/, the language model
 Writes store/verify_sae_training/kinds/<run_id>/<arm>_seed<seed>_<hash>/, kinds.json
@@ -126,7 +127,7 @@ def results_of(saved, hook, planned, found, device):
     for arm, settings, place in planned:
         log.info("%s, seed %s: %s", arm, settings.seed, place.name)
         with arm_sae(place, device) as sae:
-            key = fingerprint([sae_hash(sae), LOSS_TEXTS, RECOVERY_TOKENS, N_NAMES])
+            key = fingerprint([sae_hash(sae), LOSS_TEXTS, RECOVERY_TOKENS, N_NAMES, list(MEASURES)])
             scores = kept(place / "scores.json", SCORES, key, lambda: {"scores": judge.scores(sae)})["scores"]
         results.append({"arm": arm, "seed": settings.seed, **scores})
         saes[arm].append(sae)

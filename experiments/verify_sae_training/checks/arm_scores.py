@@ -30,7 +30,8 @@ from lib.training.loop import score
 
 MEASURES = {
     "ev": "EV", "loss": "loss recovered", "concepts": "concepts, F1", "context": "context concepts, F1",
-    "names": "names, balanced accuracy", "names_f1": "names, F1", "stability": "PW-MCC over seeds", "dead": "dead, %",
+    "names": "names, balanced accuracy", "names_f1": "names, F1", "coherence": "names, coherence",
+    "stability": "PW-MCC over seeds", "dead": "dead, %",
 }
 
 
@@ -74,9 +75,8 @@ class Judge:
         chosen = [i for i in order.tolist() if fires[i] > 0][: self.n_names]
         named = name_latents(codes, patterns, self.run.is_val, chosen, W_dec=sae.W_dec).values()
         scored = [entry for entry in named if entry["score"] is not None]
-        if not scored:
-            return {}
-        return {"names": mean(entry["score"] for entry in scored), "names_f1": mean(entry["f1"] for entry in scored)}
+        columns = {"names": "score", "names_f1": "f1", "coherence": "coherence"}
+        return {name: mean(entry[column] for entry in scored) for name, column in columns.items() if scored}
 
 
 def baselines(saes: dict[str, SAE], run: Run, hook: str, truth: Truth, *, n_rows: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "lista": {"kind": "lista", "start_k": falling},
     "not_whitened": {"whiten": 0.0},
     "free_encoder": {"aligned": False},
+    "frozen_decoder": {"frozen": "decoder", "whiten": 0.0, "aligned": False},  # which measure does it win?
 }
 HALVINGS = 18  # of the interval in which the factor on the thresholds lies: it is found to 1 in 50,000
 WIDEST = 16.0  # the factor is sought from 1 / WIDEST to WIDEST
@@ -68,7 +69,7 @@ def arm_place(run: Run, hook: str, settings: TrainSettings, *, folder: Path, arm
     changed = {field.name: value for field in fields(settings)
                if (value := getattr(settings, field.name)) != field.default}
     kind = KINDS[settings.kind]
-    twice = [kind.refine, kind.own, kind.ridge] if kind.refine else []
+    twice = [kind.refine, kind.own, kind.ridge, "first as trained"] if kind.refine else []
     key = fingerprint([changed, list(plan), run.digest(hook), *twice])
     return folder / f"{arm}_seed{settings.seed}_{key[:8]}"
 
@@ -105,16 +106,15 @@ def arm_sae(place: Path, device: torch.device | str = "cpu") -> Iterator[SAE]:
 def at_mean_l0(sae: SAE, rows: Rows, l0: float) -> SAE:
     """The SAE with all its thresholds times one factor, chosen so that on average `l0` codes of a training row fire.
 
-    As it is where it has no thresholds: the k largest codes fire. On about 16,000 rows. A threshold of 0 stays 0.
+    As it is where it has no thresholds: the k largest codes fire. On about 16,000 rows. A threshold of 0 stays 0. So do
+    those of a first coding: with them a higher factor may let more codes fire, and several factors give one L0.
     Raises InputError where no factor between 1 / WIDEST and WIDEST does it.
     """
-    if sae.threshold is None:
+    if (threshold := sae.threshold) is None:
         return sae
 
     def scaled(power: float) -> SAE:
-        both: dict[str, Any] = {name: tensor * WIDEST**power for name in ("threshold", "threshold_first")
-                if (tensor := getattr(sae, name)) is not None}
-        return replace(sae, **both, config=dict(sae.config))
+        return replace(sae, threshold=threshold * WIDEST**power, config=dict(sae.config))
 
     def fires(power: float) -> float:
         counts = [(scaled(power).encode(x.to(sae.mean.device))[0] > 0).sum(1) for x in sample_rows(rows, False)]
