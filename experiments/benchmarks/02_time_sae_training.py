@@ -1,7 +1,7 @@
 """Tokens per second of one SAE training step, ours and the peers', taking turns in one run.
 
     python 02_time_sae_training.py                          # every shape; about half an hour on two cores
-    python 02_time_sae_training.py PRESET=kinds             # BatchTopK, JumpReLU and Matryoshka beside TopK
+    python 02_time_sae_training.py PRESET=kinds             # BatchTopK, JumpReLU, Matryoshka and lista beside TopK
     python 02_time_sae_training.py SHAPES="((288, 1152, 8, 1024),)" THREADS=1
 
 A step is forward, backward and optimiser on synthetic activations, with AuxK on and no dead latents. On an idle machine
@@ -20,8 +20,8 @@ from lib.ranges import Positive, Size, Threads, at_least, at_most
 
 Trained = Literal[  # a trainer, and its kind of SAE if that is not TopK
     "ours", "overcomplete", "dictionary_learning", "sparsify", "sae_lens", "ours batchtopk", "ours jumprelu",
-    "ours matryoshka", "dictionary_learning batchtopk", "dictionary_learning jumprelu", "sae_lens batchtopk",
-    "sae_lens jumprelu"]
+    "ours matryoshka", "ours lista", "dictionary_learning batchtopk", "dictionary_learning jumprelu",
+    "sae_lens batchtopk", "sae_lens jumprelu"]
 PRESET = "topk"                           # topk: TopK at every shape; kinds: the other kinds beside it
 SHAPES: tuple[tuple[Size, Size, Size, Size], ...] = (  # (width, latents, k, rows of a step)
     (288, 1152, 8, 1024), (288, 1152, 8, 4096), (768, 6144, 32, 1024), (768, 6144, 32, 4096), (768, 24576, 32, 1024),
@@ -33,8 +33,9 @@ SECONDS: Positive = 1.0                   # of one turn, at least one step
 THREADS: Threads = 2                      # processor cores each may use
 PRESETS = {"topk": {}, "kinds": {
     "SHAPES": ((288, 1152, 8, 1024), (768, 6144, 32, 4096)),
-    "TRAINERS": ("ours", "ours batchtopk", "ours jumprelu", "ours matryoshka", "dictionary_learning batchtopk",
-                 "dictionary_learning jumprelu", "sae_lens batchtopk", "sae_lens jumprelu"),
+    "TRAINERS": ("ours", "ours batchtopk", "ours jumprelu", "ours matryoshka", "ours lista",
+                 "dictionary_learning batchtopk", "dictionary_learning jumprelu", "sae_lens batchtopk",
+                 "sae_lens jumprelu"),
 }}
 CONSTANTS = override(globals(), PRESETS)
 
