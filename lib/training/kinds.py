@@ -25,6 +25,7 @@ is more than an encoder, a dictionary and thresholds also changes encode() in li
 
 Codes are never negative. k is the number of latents that fire: on each row, or on average where a threshold decides.
 """
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -183,8 +184,7 @@ def set_first_threshold(state: dict[str, Tensor], first: Tensor, name: str = "lo
 
 def follow_smallest(log_threshold: Tensor, smallest: Tensor) -> None:
     """Move batchtopk's threshold, in place, towards the smallest code that fired, 0-dim; it stays if that is inf."""
-    threshold = log_threshold.exp()
-    moved = (threshold + FORGET * (smallest - threshold)).log()
+    moved = torch.logaddexp(log_threshold + math.log(1 - FORGET), (FORGET * smallest).log())
     log_threshold.copy_(moved.where(smallest < torch.inf, log_threshold))
 
 
