@@ -30,7 +30,7 @@ from .reopen import open_model
 from .sae import SAE, load_sae, sae_hash
 from .saes import MODEL_FILE, find_sae
 from .schemas import Schema, Text
-from .steering import Edit, skipped_ids, steer
+from .steering import Edit, plain_writing, skipped_ids, steer
 from .texts import filler_id, tokenise
 
 # What is read of concepts.json here; experiments/verify_sae_training/concepts/concepts.schema.json has the whole.
@@ -137,7 +137,7 @@ class Encoder(NamedTuple):
     def generate(self, prompt: str, n_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
         """The prompt and what the model writes after it. temperature 0: always the likeliest token.
 
-        Raises InputError for a model that can't write, and a prompt without a token.
+        Raises InputError for a model that can't write or reads fewer tokens, and a prompt without a token.
         """
         if not hasattr(self.model, "generate") or self.model.get_output_embeddings() is None:
             raise InputError(f"{type(self.model).__name__} writes no text")
@@ -146,10 +146,12 @@ class Encoder(NamedTuple):
             del ids[-1]  # some tokenizers end every text
         if not ids:
             raise InputError("the prompt holds no token; give it a word")
+        limit = max_positions(self.model)
+        if limit is not None and len(ids) + n_tokens - 1 > limit:  # the last one is written and not read
+            raise InputError(f"{len(ids)} tokens of the prompt and {n_tokens} new ones are more than the {limit} that "
+                             "the model reads; lower n_tokens, or shorten the prompt")
         tokens = torch.tensor([ids], device=input_device(self.model))
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        with torch.random.fork_rng(devices=[tokens.device] if tokens.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # generate() has no generator of its own
+        with plain_writing(self.model, temperature, seed) as how:
             written = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n_tokens,
                                           pad_token_id=filler_id(self.tokenizer), **how)
         return str(self.tokenizer.decode(written[0], skip_special_tokens=True))

@@ -226,14 +226,15 @@ def label_rows(rows: dict[str, Tensor], spans: Tensor, n_concepts: int) -> Tenso
     """Which concepts each row's token belongs to, bool [n_rows, n_concepts].
 
     rows: as in truth_of, by text and place. spans: int64 [n, 4], (text_id, char_start, char_end, concept); a token
-    belongs to every concept it overlaps.
+    belongs to every concept it overlaps. A token without characters, as a special one, belongs to none.
     """
     width = 1 << 32  # characters are numbered over all texts, each text beginning at a multiple of this
-    text_id, start, end = (rows[name].long() for name in ("text_id", "char_start", "char_end"))
+    real = (rows["char_end"] > rows["char_start"]).nonzero()[:, 0]  # the others' places are not in order
+    text_id, start, end = (rows[name][real].long() for name in ("text_id", "char_start", "char_end"))
     first = torch.searchsorted(text_id * width + end, spans[:, 0] * width + spans[:, 1], right=True)
     last = torch.searchsorted(text_id * width + start, spans[:, 0] * width + spans[:, 2])
-    labels = torch.zeros(len(text_id), n_concepts, dtype=torch.bool)
+    labels = torch.zeros(len(rows["text_id"]), n_concepts, dtype=torch.bool)
     for offset in range(int((last - first).max()) if len(spans) else 0):
         inside = first + offset < last
-        labels[first[inside] + offset, spans[inside, 3]] = True
+        labels[real[first[inside] + offset], spans[inside, 3]] = True
     return labels

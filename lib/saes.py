@@ -71,9 +71,13 @@ def trained_as(now: Parts) -> Path | None:
 
 
 def made_from(about: dict[str, Any]) -> Parts:
-    """What an SAE says that it was made from: the constants that decide its weights, and its activations."""
+    """What an SAE says that it was made from: the constants that decide its weights, its activations, and what divided
+    their texts into training and validation: all are stored, so that the activations' hash does not tell.
+    """
     constants = {name: value for name, value in about.get("constants", {}).items() if name not in NOT_DECISIVE}
-    return {"constants": constants, "activations": about.get("data_digest")}
+    saving = about.get("origin", {}).get("constants", {})
+    split = {name: saving[name] for name in ("VAL_FRAC", "SEED") if name in saving}
+    return {"constants": constants, "activations": about.get("data_digest"), "split": split}
 
 
 def sae_folder(about: dict[str, Any]) -> Path:

@@ -240,7 +240,7 @@ FILES = [{"file": PATH, "bytes": COUNT, "sha256": SHA256}]
 
 SAE_CONFIG = {
     "n_inputs": POSITIVE, "n_latents": POSITIVE, "top_k": POSITIVE, "hook?": str, "run_id?": NAME, "data_digest?": str,
-    "constants?": CONSTANTS, "final?": NUMBERS, "tokens_trained?": (POSITIVE, None),
+    "constants?": CONSTANTS, "final?": NUMBERS, "tokens_trained?": (POSITIVE, None), "steps?": POSITIVE,
     "provenance?": {"git": (str, None)}, "imported?": {"format": str, "source": str}, "origin?": {},
 }
 SAE_STATE = {"W_enc": "float32 F D", "b_enc": "float32 F", "W_dec": "float32 F D", "mean": "float32 D",

@@ -18,13 +18,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from .blocks import input_device
 from .environment import InputError
 from .hooks import HookPoint, edit
 from .sae import SAE
 from .texts import control_ids
 
 MODES = ("add", "scale", "clamp", "ablate")
+
+
+@contextmanager
+def plain_writing(model: Any, temperature: float, seed: int) -> Iterator[dict[str, Any]]:
+    """Within, model.generate() with these arguments draws from the model's own distribution, or at temperature 0 takes
+    its likeliest token, whatever penalties, top_p or beams the model's files ask for; a seed draws the same noise.
+    """
+    given = model.generation_config
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(given, name, None) for name in ids})
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    device = input_device(model)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)  # generate() has no generator of its own
+            yield how
+    finally:
+        model.generation_config = given
 
 
 class Edit(NamedTuple):

@@ -189,7 +189,7 @@ class Run:
 
     @property
     def first_position(self) -> int:
-        """Of the first stored token in its text: above skip_first where the tokenizer puts a special token first."""
+        """The lowest position of a stored token in its text (of the first shard); special tokens count."""
         return int(next(self._row_shards())["pos"].min())
 
     def shards(self, hook: str) -> list[Tensor]:

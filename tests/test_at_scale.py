@@ -10,7 +10,8 @@ from lib.constants import constants_of
 
 ROOM = PROJECT / "experiments" / "at_scale"
 JOB = ROOM / "slurm.sh"
-MEASURED = {"models": {"bielik_1.5b": {"tokens_per_s": 200.0}}, "saes": [{"tokens_per_s": 5000.0, "width": 1536}],
+MEASURED = {"models": {"bielik_1.5b": {"tokens_per_s": 200.0}},
+            "saes": [{"tokens_per_s": 5000.0, "width": 1536, "n_latents": 6144}],
             "host": {"tokenising": 4e-6, "saving": 40e-6, "reading": 2e-6, "whitening": 90e-6}}
 
 
@@ -65,8 +66,13 @@ def test_one_launcher_on_each_node_starts_a_process_for_each_of_its_gpus(tmp_pat
 
 @pytest.fixture(scope="module")
 def plan():
-    source, namespace = (ROOM / "02_plan.py"), {}
-    namespace = constants_of(source) | {"__name__": "plan"}
+    return planned()
+
+
+def planned(*arguments):
+    """The functions of 02_plan.py with these constants."""
+    source = ROOM / "02_plan.py"
+    namespace = constants_of(source, list(arguments)) | {"__name__": "plan"}
     exec(compile(source.read_text().partition("CONSTANTS = override(globals())")[2], str(source), "exec"), namespace)
     return namespace
 
@@ -93,6 +99,7 @@ def test_this_machine_is_what_was_measured_and_wider_models_are_scaled(plan):
     wide = plan["here"](MEASURED, 4096)
     assert wide["model pass"] == pytest.approx(8 / 1.6 / 200) and wide["reading"] == pytest.approx(2e-6 * 8 / 3)
     assert wide["SAE step"] == pytest.approx((8 / 3) ** 2 / 5000)
+    assert planned("N_LATENTS_MULTIPLIER=32")["here"](MEASURED)["SAE step"] == pytest.approx(8 / 5000)
 
 
 @pytest.mark.parametrize("seconds, words", [(0.5, "0.5 s"), (119, "119 s"), (600, "10.0 min"), (86400 * 400, "400 d"),

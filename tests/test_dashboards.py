@@ -66,6 +66,16 @@ def test_delphi_locations_point_at_the_stored_tokens(run, codes, tmp_path):
     assert config["model_name"] == "some/model" and config["ctx_len"] == arrays["tokens"].shape[1]
     with pytest.raises(InputError, match="cuts texts differently"):
         write_delphi(tmp_path / "b", run, codes, 7.0, word_tokenizer(bos=False))
+    with pytest.raises(InputError, match="beyond float16"):
+        write_delphi(tmp_path / "b", run, codes, 1e6, word_tokenizer())
+
+
+def test_a_source_has_the_number_of_its_block():
+    for hook, source in (("blocks.3.hook_mlp_out", "3-s"), ("model.layers.5.post_feedforward_layernorm", "5-s"),
+                         ("transformer.h.11", "11-s"), ("model.layers.2.mlp.up_proj:input", "2-s")):
+        assert place_of(FACTS | {"hook_name": hook}, "s", "now").source == source
+    with pytest.raises(InputError, match="in no block"):
+        place_of(FACTS | {"hook_name": "model.norm"}, "s", "now")
 
 
 def test_neuronpedia_records(run, codes, model, tmp_path):
@@ -110,7 +120,7 @@ def test_neuronpedia_records(run, codes, model, tmp_path):
         with pytest.raises(InputError, match="use letters"):
             write("out", name)
     for change in ({"model_name": ".."}, {"model_name": "../../x"}, {"model_name": "a/<b>\x00"},
-                   {"hook_name": "blocks.../../x"}):
+                   {"hook_name": "blocks.1./../../x"}):
         there = write("odd", **change)
         assert there.parent.parent == tmp_path / "odd"
         assert re.fullmatch(r"[\w.-]+/\d+-set", str(there.relative_to(tmp_path / "odd")))

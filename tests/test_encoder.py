@@ -13,6 +13,7 @@ from conftest import PROJECT, TEXTS, row_text, run_readme, tiny_model
 from saved_model import model_of_run, model_of_sae
 from test_exchange import PEERS
 from test_verify_scripts import script  # noqa: F401  (a fixture)
+from transformers import GenerationConfig
 
 from concepts.codes import encode_run
 from concepts.continuations import continue_texts
@@ -220,6 +221,25 @@ def test_other_weights_and_too_long_a_text_are_refused(tmp_path, trained, saved_
     encoder.model.config.max_position_embeddings = 4
     with pytest.raises(InputError, match="longer than the 4 tokens"):
         encoder.encode("the cat sat on the mat")
+    with pytest.raises(InputError, match="the 4 that the model reads; lower n_tokens"):
+        encoder.generate("the cat", 5)
+
+
+def test_writing_is_the_models_own_whatever_its_files_say_of_sampling(tmp_path, trained):
+    encoder = load_encoder(tmp_path / "sae_model")
+    model, how = encoder.model, {"temperature": 0.8, "seed": 3}
+    model.generation_config.eos_token_id = None
+    plain, drawn = encoder.generate("the cat", 12), encoder.generate("the cat", 12, **how)
+    ids = encoder.tokenizer("the cat", return_tensors="pt")["input_ids"]
+    for _ in range(12):  # the likeliest token, by hand
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert plain == encoder.tokenizer.decode(ids[0], skip_special_tokens=True)
+    together = continue_texts(model, encoder.tokenizer, ["the cat", "a dog"], 12)
+    taste = GenerationConfig(repetition_penalty=50.0, top_p=0.01, no_repeat_ngram_size=1, num_beams=3, do_sample=True)
+    model.generation_config = taste
+    assert encoder.generate("the cat", 12) == plain and encoder.generate("the cat", 12, **how) == drawn
+    assert torch.equal(continue_texts(model, encoder.tokenizer, ["the cat", "a dog"], 12).ids, together.ids)
+    assert model.generation_config is taste
 
 
 def test_the_public_names_are_lazy():

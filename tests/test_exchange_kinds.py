@@ -168,6 +168,7 @@ def test_gemma_scope_by_its_formula(parts, tmp_path):
         "hook": "resid_post:20"}
     assert read_foreign(tmp_path, "a/b").facts == {"kind": "jumprelu"}
     for name, message in (("google/gemma-scope-9b-it-att/layer_2/width_16k", "outputs of attention heads"),
+                          ("google/gemma-scope-2b-pt-transcoders/layer_20/width_16k/average_l0_11", "transcoder"),
                           ("google/gemma-scope-2b-pt-res/embedding/width_4k", "token embeddings")):
         with pytest.raises(InputError, match=message):
             read_foreign(tmp_path, name)
@@ -175,11 +176,12 @@ def test_gemma_scope_by_its_formula(parts, tmp_path):
     (tmp_path / "3").mkdir()
     save_file({name.lower(): p[name].contiguous() for name in (*BASE, "threshold")},
               tmp_path / "3" / "params.safetensors")
-    about = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "hf_hook_point_in": "model.layers.7",
-             "hf_hook_point_out": "model.layers.7"}
+    about = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "hf_hook_point_in": "model.layers.7.output",
+             "hf_hook_point_out": "model.layers.7.output"}
     (tmp_path / "3" / "config.json").write_text(json.dumps(about))
     agrees(tmp_path / "3", x, codes * p["W_dec"].norm(dim=1), codes @ p["W_dec"] + p["b_dec"])
-    assert read_foreign(tmp_path / "3").facts["model_name"] == "google/gemma-3-1b-pt"
+    assert read_foreign(tmp_path / "3").facts | {"hook": "resid_post:7", "model_name": "google/gemma-3-1b-pt"} == \
+        read_foreign(tmp_path / "3").facts
     (tmp_path / "3" / "config.json").write_text(json.dumps(about | {"hf_hook_point_out": "model.layers.7.mlp"}))
     with pytest.raises(InputError, match="transcoder"):
         read_foreign(tmp_path / "3")
@@ -300,7 +302,11 @@ def test_several_saes_are_named(parts, tmp_path):
 @pytest.mark.parametrize(("name", "signature"), [
     ("blocks.8.hook_resid_pre", "resid_pre:8"), ("blocks.0.hook_mlp_out", "mlp_out:0"),
     ("blocks.3.hook_attn_out", "attn_out:3"), ("resid_post_layer_8", "resid_post:8"), ("layers.12", "resid_post:12"),
-    ("h.3", "resid_post:3"), ("model.layers.8.mlp", "model.layers.8.mlp"), ("resid_post:2", "resid_post:2"),
+    ("h.3", "resid_post:3"),
+    ("model.layers.10.output", "resid_post:10"), ("model.language_model.layers.9.output", "resid_post:9"),
+    ("model.layers.17.post_feedforward_layernorm.output", "mlp_out:17"),
+    ("model.layers.11.self_attn.o_proj.input", "model.layers.11.self_attn.o_proj:input"),
+    ("model.layers.8.mlp", "model.layers.8.mlp"), ("resid_post:2", "resid_post:2"),
 ])
 def test_places_have_our_names(name, signature):
     assert signature_of(name) == signature

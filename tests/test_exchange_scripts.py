@@ -15,13 +15,15 @@ import torch
 from conftest import PROJECT, run_notebook, sae_of
 from test_exchange import PEERS
 from test_verify_scripts import FOLDER, SMALL, TRAIN, script, source  # noqa: F401  (two fixtures)
+from zoo import build
 
-from exchange.facts import public_name
+from exchange.facts import facts_of, hook_name, public_name
 from exchange.formats import FORMATS
 from exchange.hub import push, write_card
 from lib.environment import InputError
 from lib.exchange.formats import read_foreign
 from lib.exchange.hub import pull
+from lib.hooks import resolve
 from lib.sae import load_sae, sae_hash
 from lib.saes import find_sae
 from lib.store import open_run
@@ -71,8 +73,40 @@ def test_the_export_says_what_it_is(script, trained):  # noqa: F811
     assert {key: metadata[key] for key in expected} == expected
     assert "per-dimension mean" in metadata["explained_variance_formula"]
     card = (trained / "exports/sae_lens/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: saelens\n")
+    assert card.startswith("---\nlibrary_name: saelens\n") and "Special tokens were left out" in card
     assert 'from_pretrained("user/repository", "blocks.1.hook_resid_post")' in card
+
+
+def test_what_a_run_does_not_tell_is_not_told(script, source, own_store):  # noqa: F811
+    """[BOS] stands first in every text; where positions or special tokens were masked otherwise, that can't be seen."""
+    for given, special in ((["SKIP_FIRST=1"], True), (["SKIP_SPECIAL=False"], False),
+                           (["MAX_NORM_MULTIPLE=100"], True)):
+        assert script("01_save_activations.py", *source, *SMALL, "PREFLIGHT=False", *given)[0] == 0
+        assert script("02_train_sae.py", *TRAIN)[0] == 0
+        facts = facts_of(load_sae(find_sae() / "topk_sae.pt"))
+        assert facts["prepend_bos"] is None and facts["special_tokens_left_out"] is special
+
+
+def test_an_sae_is_exported_by_where_it_reads_and_not_by_its_modules_name(tmp_path):
+    """What Gemma's mlp puts out is normalised before it is added to the stream; hook_mlp_out is what is added."""
+    model = build("gemma2")
+    for signature, name in (("model.layers.0.mlp", "model.layers.0.mlp"), ("mlp_out:0", "blocks.0.hook_mlp_out"),
+                            ("model.layers.0.self_attn", "model.layers.0.self_attn"),
+                            ("model.layers.0.post_attention_layernorm:input",
+                             "model.layers.0.post_attention_layernorm:input"),
+                            ("resid_mid:1", "blocks.1.hook_resid_mid")):
+        point = resolve(model, signature)
+        assert hook_name({"path": point.path, "point": point.point, "names": list(point.names)}) == name
+
+
+def test_steps_and_tokens_are_those_of_the_training(trained):
+    """Rows that fill no batch sit out."""
+    history = json.loads((trained / "training_history.json").read_text())
+    sae = load_sae(trained / "topk_sae.pt")
+    n_train = int((~open_run("verify_sae_training").is_val).sum())
+    assert history["n_steps"] == 2 * (n_train // 64) and n_train % 64
+    assert facts_of(sae)["steps"] == history["n_steps"]
+    assert sae.config["tokens_trained"] == history["val"]["tokens"][-1] == 64 * history["n_steps"]
 
 
 def test_notebooks_open_an_imported_sae_and_say_that_it_has_no_history(script, trained, capsys):  # noqa: F811
@@ -167,9 +201,11 @@ def test_what_others_are_told_of_a_name(name, public, tmp_path, monkeypatch):
 
 def test_a_card_is_text_and_not_markup(tmp_path):
     evil = "<img src=x onerror=alert(1)> | x [a](javascript:1) `b`\n# c"
-    facts = {"model_name": evil, "hook_name": evil, "n_latents": 1, "k": 1, "note": evil}
+    facts = {"model_name": evil, "hook_name": evil, "n_latents": 1, "k": 1, "note": evil,
+             "special_tokens_left_out": None}
     text = write_card(tmp_path, "sae_lens", "folder", facts).read_text()
     assert "<img" not in text and "\n# c" not in text and "[a](" not in text and text.count("\n|") == 3 + 4
+    assert "Special tokens" not in text
 
 
 class Hub(BaseHTTPRequestHandler):

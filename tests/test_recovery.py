@@ -46,6 +46,15 @@ def test_labels_mark_the_tokens_that_overlap_a_span(run):
     assert [row_text(run, int(row)) for row in labels[:, 1].nonzero()] == ["red", "bird"]
 
 
+def test_a_special_token_at_the_end_of_a_text_belongs_to_no_concept():
+    """It has the characters (0, 0), out of the order of its text: [CLS] the dog [SEP], twice."""
+    starts, ends = [0, 0, 4, 0], [0, 3, 7, 0]
+    rows = {"text_id": [0] * 4 + [1] * 4, "char_start": starts * 2, "char_end": ends * 2}
+    rows = {name: torch.tensor(column, dtype=torch.int32) for name, column in rows.items()}
+    found = label_rows(rows, torch.tensor([[0, 4, 7, 0], [1, 0, 3, 1]]), 2)
+    assert found.nonzero().tolist() == [[2, 0], [5, 1]]
+
+
 def test_concept_recovery_finds_the_unit_that_is_the_concept():
     """Dimension 0 is on for concept 0 alone; concept 1 is the sign of dimension 3; the latents are the dimensions."""
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from checks.arm_scores import MEASURES
 from checks.verification import RULES
 from lib.environment import InputError, run
 from lib.sae import load_sae
+from lib.saes import find_sae, list_saes
 from lib.store import open_run
 
 FOLDER = PROJECT / "experiments" / "verify_sae_training"
@@ -79,6 +80,17 @@ def test_other_constants_make_another_run_and_the_old_one_stays(script, source, 
     assert code == 0
     after = files(own_store / "verify_sae_training" / "runs")
     assert {name: after[name] for name in before} == before and len(after) > len(before)
+
+
+def test_another_split_makes_another_sae(script, source, own_store):
+    """All texts are stored, so the activations are the same ones."""
+    for given in ([], ["SEED=1", "VAL_FRAC=0.4"]):
+        assert script("01_save_activations.py", *source, *SMALL, *given)[0] == 0
+        assert "already trained" not in script("02_train_sae.py", *TRAIN)[1]
+        last = load_sae(find_sae() / "topk_sae.pt")
+        assert last.config["run_id"] == (own_store / "verify_sae_training" / "run_id.txt").read_text().strip()
+    assert len(list_saes()) == 2
+    assert "already trained" in script("02_train_sae.py", *TRAIN)[1]
 
 
 def test_the_layers_are_listed(script, source):

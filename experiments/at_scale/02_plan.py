@@ -3,9 +3,10 @@
     python 01_large_shapes.py && python 02_plan.py
     python 02_plan.py WIDTH=4096 PEAK_FLOPS=3.12e14 HBM_BYTES_PER_S=2e12    # a wider model on A100s
 
-The column of this machine is measured by step 1 at d = 1536 (per token of one core's processor time; other widths are
-scaled by operations and bytes). The GPUs' columns are arithmetic, from the constants below: operations over a share of
-the peak, bytes over bandwidth. What the processor does beside a GPU is taken from this machine, for one core a GPU.
+The column of this machine is measured by step 1 at d = 1536 (per token of one core's processor time; other widths and
+numbers of latents are scaled by operations and bytes). The GPUs' columns are arithmetic, from the constants below:
+operations over a share of the peak, bytes over bandwidth. What the processor does beside a GPU is taken from this
+machine, for one core a GPU.
 Stages are added up as if none overlapped.
 Reads store/at_scale/measured.json
 """
@@ -41,7 +42,7 @@ from lib.store import experiment_dir
 PARAMETERS = {1536: 1.6e9, 4096: 8.0e9, 12288: 1.75e11}  # half lie below the middle layer, where activations are saved
 RATE = {"tokens_per_s": POSITIVE_NUMBER}
 STAGES = ("tokenising", "saving", "reading", "whitening")
-MEASURED = Schema({"models": {"bielik_1.5b": RATE}, "saes": [RATE | {"width": POSITIVE}],
+MEASURED = Schema({"models": {"bielik_1.5b": RATE}, "saes": [RATE | {"width": POSITIVE, "n_latents": POSITIVE}],
                    "host": dict.fromkeys(STAGES, POSITIVE_NUMBER)},
                   remedy="delete it and run 01_large_shapes.py again")
 STORED_FIRST, STORED_THEN = ("tokenising", "model pass", "saving"), ("reading", "whitening", "SAE step")
@@ -61,7 +62,8 @@ def step_flops(width: int) -> float:
 
 def here(measured: dict, width: int = WIDTH) -> dict[str, float]:
     """Seconds per token on one core of the machine of step 1."""
-    step = next((1 / found["tokens_per_s"] for found in measured["saes"] if found["width"] == 1536), None)
+    step = next((1536 * N_LATENTS_MULTIPLIER / found["n_latents"] / found["tokens_per_s"]
+                 for found in measured["saes"] if found["width"] == 1536), None)
     if step is None:
         raise InputError("measured.json has no SAE of width 1536; run 01_large_shapes.py again")
     host, wider = measured["host"], width / 1536
@@ -117,7 +119,7 @@ def table(title: str, heads: list[str], rows: list[list[str]]) -> None:
 
 def main():
     measured = read_json(experiment_dir("at_scale") / "measured.json", MEASURED)
-    is_measured = "measured" if WIDTH == 1536 else "scaled from d = 1536"
+    is_measured = "measured, the SAE step scaled to its latents" if WIDTH == 1536 else "scaled from d = 1536"
     machines = {f"one core here ({is_measured})": here(measured), "1 GPU (arithmetic)": on_gpus(measured, 1),
                 f"{NODE_GPUS} GPUs (arithmetic)": on_gpus(measured, NODE_GPUS),
                 f"{MANY_NODES} nodes of {NODE_GPUS} (arithmetic)": on_gpus(measured, MANY_NODES * NODE_GPUS)}

@@ -76,7 +76,6 @@ def main():
         imported={"format": found.format, "source": SOURCE, "subfolder": SUBFOLDER, **found.facts},
         constants=CONSTANTS, provenance=provenance(), final=final,
     )
-    sae.maxima = highest_codes(sae, rows)
     folder = sae_folder(sae.config | {"n_latents": sae.n_latents, "sae_hash": sae_hash(sae)})
     sae.maxima = highest_codes(sae, rows)
     save_sae(sae, folder / MODEL_FILE, probe=next(sample_rows(rows, validation=True, limit=None)))

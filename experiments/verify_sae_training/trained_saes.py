@@ -49,8 +49,8 @@ def write_trained(planned: Planned, sae: SAE, history: dict[str, Any]) -> None:
     folder, origin, rows, _ = planned
     final = score(sae, rows.sample(validation=True, limit=None))
     final["train_ev"] = history["train_sample"]["ev"][history["best_epoch"] - 1]
-    sae.config.update(origin, tokens_trained=planned.settings.epochs * rows.n_train, provenance=provenance(),
-                      final=final)
+    n_tokens = history["n_steps"] * min(planned.settings.batch_size, rows.n_train)  # what fills no batch sits out
+    sae.config.update(origin, steps=history["n_steps"], tokens_trained=n_tokens, provenance=provenance(), final=final)
     sae.maxima = highest_codes(sae, rows)
     save_sae(sae, folder / MODEL_FILE, probe=next(rows.sample(validation=True, limit=None)))
     about = {"schema_version": 1, "run_id": origin["run_id"], "sae_hash": sae_hash(sae),

@@ -70,6 +70,8 @@ def _facts(where: str) -> dict[str, Any]:
     facts = {"kind": "jumprelu"}
     release = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att)", where)
     layer = re.search(r"layer_(\d+)[/\\]", where)
+    if "transcoder" in where:  # the same arrays as an SAE's; only its name tells
+        raise InputError(f"{where}: it is a transcoder, which is no SAE")
     if "embedding" in where:
         raise InputError(f"{where}: an SAE on token embeddings, which no LAYER_SIGNATURE names")
     if release:

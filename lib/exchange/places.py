@@ -3,6 +3,7 @@
     signature_of("blocks.8.hook_resid_pre")      # "resid_pre:8"
     signature_of("resid_post_layer_8")           # "resid_post:8"
     signature_of("layers.8")                     # "resid_post:8": the output of a block, by sparsify's path
+    signature_of("model.layers.8.output")        # "resid_post:8", as Gemma Scope 2 has it
     signature_of("model.layers.8.mlp")           # as it is: a module's path
 """
 import re
@@ -38,6 +39,10 @@ def signature_of(name: str) -> str:
     if "hook_" in name:
         raise InputError(f"the SAE belongs at {name}, which no LAYER_SIGNATURE names; take one at resid_pre, "
                          "resid_mid, resid_post, attn_out or mlp_out")
+    if found := re.fullmatch(r"(?:.*\.)?layers\.(\d+)(\.post_feedforward_layernorm)?\.output", name):  # Gemma Scope 2
+        return f"{'mlp_out' if found[2] else 'resid_post'}:{found[1]}"
+    if found := re.fullmatch(r"(.+)\.(input|output)", name):
+        return f"{found[1]}:{found[2]}"
     return name
 
 

@@ -84,21 +84,21 @@ def empty_history(plan: Plan) -> dict[str, Any]:
             | {block: {name: [] for name in BLOCKS[block].names} for block in BLOCKS})
 
 
-def log_steps(progress: dict[str, Any], settings: TrainSettings, lr: float) -> dict[str, float]:
+def log_steps(progress: dict[str, Any], plan: Plan, lr: float) -> dict[str, float]:
     """Append the means over the steps since the last point to `train`, and return that point; lr: of the last step."""
     state = progress["state"]
     stats, step = read_stats(state), int(state["step"])
     if not all(map(math.isfinite, stats.values())):
         raise Diverged(f"the loss is no longer finite at step {step}; lower LR (now {lr:.1e} at this step) or check "
                        "the activations")
-    dead_pct = 100 * stats.pop("dead") / settings.n_latents
-    point = {"step": step, "tokens": step * settings.batch_size, "lr": lr, "dead_pct": dead_pct, **stats}
+    dead_pct = 100 * stats.pop("dead") / progress["settings"]["n_latents"]
+    point = {"step": step, "tokens": step * plan.rows_per_step, "lr": lr, "dead_pct": dead_pct, **stats}
     _append(progress["history"]["train"], point)
     return point
 
 
 def log_epoch(
-    progress: dict[str, Any], settings: TrainSettings, weights: dict[str, Tensor], scores: dict[str, dict[str, float]]
+    progress: dict[str, Any], plan: Plan, weights: dict[str, Tensor], scores: dict[str, dict[str, float]]
 ) -> dict[str, float]:
     """Append the scores of an epoch, and keep the weights that earned them if they are the best so far.
 
@@ -106,7 +106,7 @@ def log_epoch(
     """
     history, best, step = progress["history"], progress["best"], int(progress["state"]["step"])
     for block, found in scores.items():
-        _append(history[block], {"step": step, "tokens": step * settings.batch_size, "recon_mse": found["mse"],
+        _append(history[block], {"step": step, "tokens": step * plan.rows_per_step, "recon_mse": found["mse"],
                                  "ev": found["ev"], "l0": found["l0_mean"], "dead_pct": found["dead_pct"]})
     val, train, epoch = scores["val"], history["train"], len(history["val"]["ev"])
     since = history["val"]["step"][-2] if epoch > 1 else 0

@@ -185,10 +185,10 @@ def take_batch(training: Training, x: Tensor) -> dict[str, float] | None:
                        aux_weight=aux_weight_at(settings, step, plan.n_steps))
     at = step % plan.steps_per_epoch + 1
     if at % settings.log_every == 0 or at == plan.steps_per_epoch:
-        training.track(checkpoints.log_steps(made, settings, lr))
+        training.track(checkpoints.log_steps(made, plan, lr))
     if at < plan.steps_per_epoch:
         return None
-    training.track(val := _end_epoch(made, training.source, settings, training.transform.device))
+    training.track(val := _end_epoch(training))
     return val
 
 
@@ -225,15 +225,14 @@ def step_of(settings: TrainSettings, plan: Plan, state: dict[str, Tensor], preci
     return partial(fast_step, dead_after=plan.dead_after, work=work, frozen=settings.frozen)
 
 
-def _end_epoch(
-    made: dict[str, Any], source: Source, settings: TrainSettings, device: torch.device | str
-) -> dict[str, float]:
+def _end_epoch(training: Training) -> dict[str, float]:
     """Score the SAE as it would be saved now, and enter it into the history; returns what to track."""
+    made, source, settings = training.made, training.source, training.settings
     weights = folded_weights(made["state"], source.scale)
-    sae = _sae_of(weights, source, settings).to(device)
+    sae = _sae_of(weights, source, settings).to(training.transform.device)
     scores = {block: score(sae, source.sample(validation))
               for block, validation in (("val", True), ("train_sample", False))}
-    val = checkpoints.log_epoch(made, settings, weights, scores)
+    val = checkpoints.log_epoch(made, training.plan, weights, scores)
     return {name if name == "step" else f"val_{name}": value for name, value in val.items()}
 
 

@@ -97,17 +97,19 @@ class Plan(NamedTuple):
     learning_rate: float
     """At its peak."""
     dead_after: int
+    rows_per_step: int
+    """Over all ranks; batch_size, or all rows where there are fewer."""
 
 
 def make_plan(settings: TrainSettings, n_train: int) -> Plan:
     """What is left to the rules, and how long the training on n_train rows takes."""
-    per_epoch = steps_per_epoch(n_train, settings.batch_size)
+    per_epoch, rows = steps_per_epoch(n_train, settings.batch_size), min(settings.batch_size, n_train)
     rate, dead_after = settings.lr, settings.dead_after
     if rate is None:
         rate = KINDS[settings.kind].rate * learning_rate(settings.n_latents, settings.epochs * n_train)
     if dead_after is None:
-        dead_after = aux_after(settings.n_latents, settings.top_k, min(settings.batch_size, n_train))
-    return Plan(per_epoch, settings.epochs * per_epoch, rate, dead_after)
+        dead_after = aux_after(settings.n_latents, settings.top_k, rows)
+    return Plan(per_epoch, settings.epochs * per_epoch, rate, dead_after, rows_per_step=rows)
 
 
 def learning_rate(n_latents: int, n_tokens: int) -> float:

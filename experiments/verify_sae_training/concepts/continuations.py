@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lib.blocks import input_device, n_embeddings, no_cache
 from lib.environment import InputError
+from lib.steering import plain_writing
 from lib.texts import filler_id
 
 _padding_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -59,15 +60,12 @@ def continue_texts(
         raise InputError(f"{type(model).__name__} writes no text; steering needs a causal language model")
     ids, mask = _left_padded(tokenizer, prompts, input_device(model))
     together = _reads_left_padding(model)  # tried before anything is steered
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    arguments: dict[str, Any] = dict(max_new_tokens=n_tokens, pad_token_id=filler_id(tokenizer), **how)
+    arguments: dict[str, Any] = {"max_new_tokens": n_tokens, "pad_token_id": filler_id(tokenizer)}
     if watch is not None:
         arguments["stopping_criteria"] = [lambda ids, _scores: ids.new_full((len(ids),), watch(ids), dtype=torch.bool)]
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), steering or nullcontext():
-        torch.manual_seed(seed)  # generate() has no generator of its own
-        whole = (model.generate(ids, attention_mask=mask, **arguments) if together
-                 else _generated_one_by_one(model, ids, mask, arguments))
+    with plain_writing(model, temperature, seed) as how, steering or nullcontext():
+        whole = (model.generate(ids, attention_mask=mask, **arguments, **how) if together
+                 else _generated_one_by_one(model, ids, mask, arguments | how))
     new = whole[:, ids.shape[1] :]
     end = tokenizer.eos_token_id
     ended = torch.zeros_like(new, dtype=torch.bool) if end is None else new == end

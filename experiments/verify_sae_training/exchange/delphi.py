@@ -23,7 +23,7 @@ def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: 
 
     scale: turns codes into raw activation units, those of an exported SAE. Positions are those of the tokenised text,
     special tokens included; short texts are padded, and padding holds no code.
-    Raises InputError if the tokenizer gives other ids than those stored.
+    Raises InputError if the tokenizer gives other ids than those stored, or float16, delphi's precision, is too narrow.
     """
     tokens = _tokens(run, tokenizer)
     parts = []
@@ -32,6 +32,9 @@ def write_delphi(folder: Path, run: Run, codes: Codes, scale: float, tokenizer: 
         text, pos = (run.rows[name][start + row].long() for name in ("text_id", "pos"))
         parts.append((torch.stack([text, pos, indices[row, slot].long()], 1), scale * values[row, slot]))
     locations, activations = (torch.cat(column).numpy() for column in zip(*parts))
+    if activations.max(initial=0) > np.finfo(np.float16).max:
+        raise InputError(f"the highest code is {activations.max():.0f}, beyond float16, in which delphi keeps codes; "
+                         "this SAE can't be exported to it")
     edges = np.linspace(0, codes.n_latents, SPLITS + 1).astype(int)
     for first, beyond in zip(edges[:-1], edges[1:]):
         here = (locations[:, 2] >= first) & (locations[:, 2] < beyond)

@@ -45,25 +45,43 @@ def transformer_lens_name(path: str, point: str) -> str:
     return f"blocks.{place[1]}.{name}" if place and name else path + (":input" if point == "input" else "")
 
 
+def hook_name(point: dict[str, Any]) -> str:
+    """TransformerLens's name of a run's hook point, where running the block has shown that it is that place.
+
+    A module's path alone doesn't tell: what Gemma's `mlp` puts out is normalised before it is added to the stream.
+    Where there is none, the path. Files of before roles were confirmed have no names: there the path must do.
+    """
+    if "names" not in point:
+        return transformer_lens_name(point["path"], point["point"])
+    path = point["path"] + (":input" if point["point"] == "input" else "")
+    return next((name for name in point["names"] if name.startswith("blocks.")), path)
+
+
+def starts_with_special(settings: dict[str, Any], first_position: int | None) -> bool | None:
+    """Whether the tokenizer put a special token first, as the first stored position tells; None where it does not."""
+    drops_others = settings["skip_first"] or settings.get("max_norm_multiple") is not None
+    return None if first_position is None or drops_others or not settings["skip_special"] else first_position > 0
+
+
 def facts_of(sae: SAE) -> Facts:
     """What another tool should know of the SAE, in SAELens's words where it has them; from the SAE's file alone.
 
     Raises InputError if neither the file nor its run says where it reads.
     """
     about = about_sae(sae.config)
-    point, settings, first = about["hooks"][0], about["settings"], about.get("first_position")
+    point, settings = about["hooks"][0], about["settings"]
     if "model" not in about or "path" not in point:
         raise InputError("neither the SAE's file nor its run, which is gone, says where it reads; run 01 and 02 again")
     constants, final = sae.config.get("constants", {}), sae.config.get("final", {})
-    n_batch = constants.get("BATCH_SIZE_TRAIN")
     return {
         "model_name": public_name(about["model"]["name"]),
-        "hook_name": transformer_lens_name(point["path"], point["point"]),
+        "hook_name": hook_name(point),
         "hf_module_path": point["path"], "hook_point": point["point"], "context_size": settings["max_length"],
         "dataset_path": public_name(about["dataset"]["name"]) if "dataset" in about else None,
-        "prepend_bos": None if first is None else first > settings["skip_first"],
+        "prepend_bos": starts_with_special(settings, about.get("first_position")),
+        "special_tokens_left_out": None if "imported" in sae.config else settings["skip_special"],
         "tokens_trained": sae.config.get("tokens_trained"),
-        "steps": sae.config["tokens_trained"] // n_batch if n_batch else None,
+        "steps": sae.config.get("steps"),
         "lr": constants.get("LR"), "seed": constants.get("SEED"), "kind": constants.get("KIND"),
         "n_latents": sae.n_latents, "k": sae.top_k,
         "explained_variance": final.get("ev"), "explained_variance_formula": EV_FORMULA,

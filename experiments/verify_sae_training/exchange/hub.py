@@ -19,7 +19,8 @@ from lib.exchange.hub import one_line
 from lib.files import fingerprint, write_text
 
 FOLDED = ("It takes raw activations: centring and scale\nof the training are folded into the weights.\n"
-          "Codes are in raw activation units. Special tokens were left out of training.")
+          "Codes are in raw activation units.")
+LEFT_OUT = " Special tokens were left out of training."
 
 
 def write_card(folder: Path, kind: str, sae_folder: str, facts: Facts, repo: str = "user/repository") -> Path:
@@ -30,6 +31,7 @@ def write_card(folder: Path, kind: str, sae_folder: str, facts: Facts, repo: str
     library, loading, units = LIBRARY, LOADING, UNITS
     if kind in FORMATS:
         library, loading, units = FORMATS[kind].library, FORMATS[kind].loading, FOLDED
+    units += LEFT_OUT if facts["special_tokens_left_out"] else ""
     told = {key.replace("_", " "): _plain(value) for key, value in facts.items() if value is not None}
     table = "\n".join(f"| {key} | {value} |" for key, value in told.items())
     text = f"""---

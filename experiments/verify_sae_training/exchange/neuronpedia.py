@@ -15,6 +15,7 @@ from concepts.counts import HISTOGRAM_BINS, code_histograms
 from concepts.dictionary import Concepts
 from concepts.directions import token_text
 from exchange.facts import Facts
+from lib.environment import InputError
 from lib.files import atomic_write, fingerprint, write_text
 from lib.outputs import safe_name
 from lib.sae import SAE
@@ -54,10 +55,14 @@ class Place(NamedTuple):
 
 
 def place_of(facts: Facts, set_name: str, created: str) -> Place:
-    """The place of an SAE in the source set of this name. Raises InputError if the name can't be a file's."""
-    block = re.match(r"blocks\.([0-9]+)\.", facts["hook_name"])
+    """The place of an SAE in the source set of this name. Raises InputError if the name can't be a file's, or the
+    SAE reads in no block, whose number the place needs."""
+    block = re.search(r"\.([0-9]+)(?=[.:]|$)", facts["hook_name"])
+    if block is None:
+        raise InputError(f"the SAE reads {facts['hook_name']}, which is in no block, and Neuronpedia names a source by "
+                         "its block's number; export another one")
     model = re.sub("[^A-Za-z0-9_.-]", "-", facts["model_name"].split("/")[-1]).lstrip(".-") or "model"
-    return Place(model, set_name, source=f"{block[1] if block else 0}-{safe_name(set_name)}", created=created)
+    return Place(model, set_name, source=f"{block[1]}-{safe_name(set_name)}", created=created)
 
 
 def write_neuronpedia(root: Path, place: Place, facts: Facts, latents: Latents) -> Path:
