@@ -53,8 +53,10 @@ def _read_csv(path: Path, **settings: Any) -> Any:
             raise InputError(f"DATASET={path} has rows with more fields than the header; {remedy}")
         return frame
 
+    given = {name: value for name, value in settings.items() if name != "chunksize"}
+    only_texts = pandas.read_csv(path, nrows=0, **given).shape[1] == 1  # there a blank line is a row with a blank text
     # low_memory: a column's type may change half-way
-    found = pandas.read_csv(path, keep_default_na=False, low_memory=False, **settings)
+    found = pandas.read_csv(path, keep_default_na=False, low_memory=False, skip_blank_lines=not only_texts, **settings)
     return checked(found) if isinstance(found, pandas.DataFrame) else map(checked, found)
 
 

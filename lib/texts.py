@@ -22,12 +22,28 @@ LONG_TEXT, CHARS_PER_TOKEN = 4096, 64  # characters of a text tokenised at once,
 def load_documents(dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None) -> Documents:
     """`limit` documents drawn at random (None: all), in their order, each a dict whose `text_field` is its text.
 
+    Those of read_documents(), but for rows without text (see has_text), which are left out and logged.
+    Raises InputError as it does, and where most rows have no text.
+    """
+    documents = read_documents(dataset, split, text_field, limit)
+    missing = [row for row, document in enumerate(documents) if not has_text(document[text_field])]
+    if missing:
+        first = f"row {missing[0] + 1:,} of these{_kind(documents[missing[0]][text_field])}"
+        tell_left_out(dataset, text_field, first, n_missing=len(missing), n_rows=len(documents))
+    for row in reversed(missing):
+        del documents[row]
+    return documents
+
+
+def read_documents(dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None) -> Documents:
+    """`limit` documents drawn at random (None: all), in their order, each a dict with `text_field`.
+
     Every call draws the same ones, from all of a file, or from the first limit + 10,000 documents of a hub data set
-    (its shards in random order). Of these, rows without text (see has_text) are left out and logged.
+    (its shards in random order).
 
     dataset: a local .jsonl, .json, .csv, .tsv, .parquet or .txt (one document a paragraph) file, a folder
     written by datasets' save_to_disk, or a hub name. split is used for folders and hub names only.
-    Raises InputError if it can't be reached, is empty, lacks the field, or has no text in most rows.
+    Raises InputError if it can't be reached, is empty, or lacks the field.
     """
     path = local_path(dataset)
     with readable(dataset):
@@ -39,12 +55,6 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
     if not documents:
         raise InputError(f"DATASET={dataset} is empty")
     require_field(dataset, documents[0], text_field)
-    missing = [row for row, document in enumerate(documents) if not has_text(document[text_field])]
-    if missing:
-        first = f"row {missing[0] + 1:,} of these{_kind(documents[missing[0]][text_field])}"
-        tell_left_out(dataset, text_field, first, n_missing=len(missing), n_rows=len(documents))
-    for row in reversed(missing):
-        del documents[row]
     return documents
 
 

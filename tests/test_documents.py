@@ -13,7 +13,7 @@ from streaming import stream_texts
 from lib.activations import save_activations
 from lib.environment import InputError
 from lib.hooks import resolve
-from lib.texts import load_documents, split_by_text, split_texts
+from lib.texts import load_documents, read_documents, split_by_text, split_texts
 
 GOOD = ["the cat sat", "a dog ran", "it was sad", "the blue bird"]
 BAD = {"null": None, "number": 3.5, "zero": 0, "flag": True, "list": ["a"], "dict": {"a": 1},
@@ -50,6 +50,14 @@ def test_an_empty_cell_is_left_out_with_a_line(tmp_path, caplog, ending, limit):
         found = [document["text"] for document in load_documents(str(path), limit=limit)]
     assert set(found) <= set(GOOD) and len(found) >= (4 if limit is None else 3)
     assert "rows have no text in 'text'; the first is row 3 of these, which is blank" in caplog.text
+
+
+def test_a_blank_line_among_texts_alone_is_a_blank_text(tmp_path):
+    """With other columns it is no row, as in any .csv file; predictions stand beside rows by their number."""
+    (tmp_path / "x.csv").write_text("text\nfoo\n \nbar\n")
+    assert [row["text"] for row in read_documents(str(tmp_path / "x.csv"))] == ["foo", " ", "bar"]
+    (tmp_path / "y.csv").write_text("text,n\nfoo,1\n\nbar,2\n")
+    assert [row["n"] for row in read_documents(str(tmp_path / "y.csv"))] == [1, 2]
 
 
 @pytest.mark.parametrize("bad", BAD)

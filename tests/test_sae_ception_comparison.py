@@ -52,7 +52,7 @@ def test_table_and_averages_over_sae_seeds(tmp_path):
         result_table(tmp_path, ("lambda0", "per_class"), seeds=(0, 1, 2), cycles=3)
 
 
-def test_a_mean_over_no_unit_is_no_score(tmp_path):
+def test_a_mean_over_no_unit_is_no_score(tmp_path, caplog):
     """Where no unit fires on enough examples base_u is written as 0, and a difference of 0 would be made up."""
     few = {"base_u": 0.0, "base_csi_std": 0.0, "base_u_n_supported": 0, "base_u_weighted": 0.4, "base_u_attribute": 0.2,
            "base_u_n_supported_attribute": 3, "sae_features_u": 0.1, "sae_features_u_weighted": 0.1, "task_accuracy": 1}
@@ -63,7 +63,11 @@ def test_a_mean_over_no_unit_is_no_score(tmp_path):
                        {"meta": meta, "val": few, "test": few}, sealed=True)
     table = result_table(tmp_path, ("lambda0", "per_class"), seeds=(0, 1, 2), cycles=1)
     assert set(few) - set(table.metric) == {"base_u", "base_csi_std"}
-    assert choose_cycle(table, "per_class", 1) == 1
+    assert choose_cycle(table, "per_class", 1) == 1 and "base U has no value" in caplog.text
+    later = table.assign(cycle=table.cycle.replace(1, 2), value=table.value - 0.001 * (table.metric == "task_accuracy"))
+    both = pandas.concat([table, later[later.arm != "baseline"]])
+    known = both[both.metric == "task_accuracy"].assign(metric="base_u")[lambda rows: rows.cycle == 2]
+    assert choose_cycle(pandas.concat([both, known]), "per_class", 2) == 1  # the more accurate one; U only of one
     found = compare(table, "per_class", ["lambda0"], ("base_u", "base_u_weighted"), cycle=1)
     assert found.n.tolist() == [0, 3] and np.isnan(found["mean"][0])
     assert verdict(table, "per_class", ["lambda0", "per_class"], "base_u", cycle=1).startswith("not measured")

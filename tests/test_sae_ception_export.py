@@ -196,10 +196,12 @@ def test_the_two_scripts(defaults, tmp_path, monkeypatch, script, own_store, cap
     assert "text-classification" in script("save_model.py", "SETTING=mine", "ARM=lambda0", "TO=out")[1]
     assert transformers.AutoModelForSequenceClassification.from_pretrained("out").config.id2label == {
         0: "bad", 1: "good"}
+    pandas.DataFrame({"review": ["the cat", " ", "the dog"]}).to_csv("gaps.csv", index=False)
     for arguments, said in ((["TEXT=a", "DATA=new.csv"], "set TEXT to a text, or DATA to a file"),
                             (["DATA=new.csv", "TEXT_FIELD=text"], "has no field 'text'"),
                             (["TEXT=a", "ARM=class_mean"], "model_cycle_1_best.pt is missing"),
-                            (["TEXT=a", "SETTING=other"], "holds no baseline")):
+                            (["TEXT=a", "SETTING=other"], "holds no baseline"),
+                            (["DATA=gaps.csv"], "text 2 is blank; give it words, or leave its row out of DATA")):
         code, _, err = script("predict.py", "SETTING=mine", *arguments, ok=False)
         assert code == 2 and said in err.splitlines()[-1], err
     code, _, err = script("save_model.py", "SETTING=mine", "TO=out", ok=False)

@@ -1,4 +1,8 @@
 """Notebooks 05 and 06, cell by cell, on small finished runs of step 4: images and texts."""
+import importlib.util
+import json
+
+import pandas
 import pytest
 from conftest import run_notebook
 from test_sae_ception_cycles import SCRIPTS, defaults, digits, script, write_texts  # noqa: F401  (fixtures)
@@ -32,3 +36,44 @@ def test_notebooks_on_a_small_run(kind, tmp_path, monkeypatch, script, capfd):  
         assert text.count("border-bottom") == 1 and text.count("<span") == sum(names["task"].tokens[0].keep)
     printed = capfd.readouterr().out
     assert "lambda0" in printed
+
+
+def overview():
+    """sae_ception's; verify_sae_training has a module of that name too."""
+    spec = importlib.util.spec_from_file_location("overview_of_cycles", SCRIPTS / "overview.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_pages_show_the_sizes_of_the_arm_and_not_those_of_the_setting(monkeypatch, script, own_store):  # noqa: F811
+    """Also of an arm that a second command added, of which the baseline's folder knows nothing."""
+    own = {"lambda0": {}, "per_class": {"KEEP_PCT": 10.0, "AUX_WEIGHT": 0.3}, "per_class@two": {"KEEP_PCT": 5.0}}
+    for arms in (("lambda0", "per_class"), tuple(own)):
+        script("04_train_cycle.py", "PRESET=mlp_digits", "SETTING=small", "CYCLES=1", "SEEDS=0,", f"ARMS={arms}",
+               f"ARM_CONSTANTS={ {arm: own[arm] for arm in arms if own[arm]} }", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1",
+               "METRICS=()")
+    monkeypatch.setenv("SETTING", "small")
+    for arm, pct in (("per_class", 10.0), ("per_class@two", 5.0)):
+        names = run_notebook(SCRIPTS / "06_interpret_features.ipynb", ARM=arm, SHOW_LATENTS=1, SHOW_EXAMPLES=1)
+        assert names["keep"] == int(names["sae"].n_latents * pct / 100)
+    table = pandas.read_csv(own_store / "sae_ception/small/results.csv")
+    facts = dict(overview()._facts(own_store / "sae_ception/small", table, ["lambda0", "per_class", "per_class@two"]))
+    assert facts["Pull"] == ("none (lambda0); lambda 0.3, keeps 10.0 % of the latents (per_class); "
+                             "lambda 1.0, keeps 5.0 % of the latents (per_class@two)")
+
+
+def test_without_per_class_there_is_no_verdict():
+    table = pandas.DataFrame(columns=["arm", "split", "metric", "cycle", "seed", "value"])
+    (said,) = overview().verdicts(table, ["lambda0", "class_mean"], {})
+    assert said.startswith("No verdict: per_class")
+
+
+def test_the_grid_keeps_an_arms_own_constants(script, own_store):  # noqa: F811
+    common = ["PRESET=mlp_digits", "GRID_ARMS=('per_class',)", "GRID_KEEP_PCT=2,", "GRID_AUX_WEIGHT=1,",
+              "SELECT_SEEDS=100,", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1", "SETTING=small"]
+    script("choose_constants.py", *common, "ARM_CONSTANTS={'per_class':{'AUX_CENTRED':True}}")
+    (found,) = own_store.glob("sae_ception/small_choice*/choice.json")
+    assert json.loads(found.read_text())["ARM_CONSTANTS"]["per_class"] == {
+        "AUX_CENTRED": True, "AUX_WEIGHT": 1.0, "KEEP_PCT": 2.0}
+    code, _, err = script("choose_constants.py", *common, "VAL_FRAC=0.08", "DATA_LIMIT=200", "SETTING=few", ok=False)
+    assert code == 2 and "base U, by which a point is chosen, has no value" in err

@@ -52,6 +52,9 @@ def test_the_grid_gives_each_arm_its_lambdas(digits):  # noqa: F811
     assert c["ARM_CONSTANTS"]["per_class@25_l1"] == {"KEEP_PCT": 10.0, "AUX_WEIGHT": 1.0}
     assert [study.variant(arm) for arm in ("lambda0", "per_class@25_l0.3", "to_zero@l1e-05")] == [
         ("lambda0", 0.0), ("per_class@25", 0.3), ("to_zero", 1e-5)]
+    with pytest.raises(InputError, match="give one number"):
+        study.with_grid(digits | {"ARMS": ("per_class",), "ARM_CONSTANTS": {"per_class": {"AUX_WEIGHT": (0.1, 0.2)}}},
+                        (1.0,))
 
 
 @pytest.fixture

@@ -74,6 +74,8 @@ def test_per_example_ignores_labels_and_breaks_ties_low():
 def test_no_ops_raise():
     with pytest.raises(InputError, match="KEEP_PER_EXAMPLE"):
         per_example(VALUES, INDICES, 4)
+    with pytest.raises(InputError, match="would keep 3 of at most 2 codes that fire"):  # an SAE with all its columns
+        per_example(torch.tensor([[3.0, 2, 0, 0], [1, 0, 0, 0]]), torch.arange(4).expand(2, 4), 3)
     with pytest.raises(InputError, match="KEEP_PCT"):
         codes("per_class", keep=4)
 

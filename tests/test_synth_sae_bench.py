@@ -111,11 +111,24 @@ def test_scores_are_made_again_where_they_are_asked_for_otherwise(bench, own_sto
     bench().main()
     again = bench("AT_L0=5,")
     monkeypatch.setattr(again, "fast_step", None)  # nothing is trained
+    monkeypatch.setattr("synth_reports.machine", lambda: "another machine")
+    trained_on = left_in(own_store)[1]["machine"]
     again.main()
     state, report = left_in(own_store)
     assert same(state, whole[0]) and len(report["points"]) == 1
     assert list(report["points"][0]["scores"]) == ["own", "threshold 5", "pruned 5", "odds 5", "conditional 5",
                                                      "even odds", "even conditional"]
+    assert report["machine"] == trained_on != "another machine" and report["machines"] == [trained_on]
+
+
+def test_saelens_scores_are_made_again_where_they_are_asked_for_otherwise(bench):
+    made = {"samples": 6400, "seconds": 0.0, "points": []}
+    load = partial(bench, script="06_saelens_on_synth.py", common=["N_SAMPLES=6400", "BATCH_SIZE=64", "N_SCORED=2048"])
+    how = load().unscored(made)
+    made["points"] = [{"samples": 6400, "how": how}]
+    assert how["n"] == 2048 and load().unscored(made) is None
+    for given in ("AT_L0=5,", "PRUNE_FROM=3", "CONDITION_FROM=4"):
+        assert load(given).unscored(made)["n"] == 2048
 
 
 def test_wrong_constants_are_refused(bench):

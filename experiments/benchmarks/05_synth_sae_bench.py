@@ -49,14 +49,14 @@ from pathlib import Path
 from typing import Any
 
 from sampler import Sampler, World
-from synth_reports import MILESTONES, N_CHOOSING, POINT, score_sae, show, write_report
+from synth_reports import MILESTONES, N_CHOOSING, POINT, note_who_trains, score_sae, show, write_report
 from synth_samples import batches, moments, open_world
 from tqdm.auto import tqdm
 
 from lib.environment import InputError, run
 from lib.files import fingerprint, read_note, read_tensors, write_tensors
 from lib.outputs import in_use
-from lib.store import experiment_dir, provenance
+from lib.store import experiment_dir
 from lib.training.fast_step import fast_step
 from lib.training.kinds import KINDS, most_codes
 from lib.training.loop import unfolded
@@ -69,30 +69,31 @@ SETTINGS = TrainSettings(N_LATENTS, TOP_K, kind=KIND, epochs=1, batch_size=BATCH
                          start_k=START_K, fall=FALL)
 OF_SCORES = ("AT_L0", "PRUNE_FROM", "CONDITION_FROM", "N_SCORED", "N_CURVE")
 SAVE_SECONDS = 120.0  # between two saved states
-PROGRESS = {"precision": PRECISIONS, "seconds": float, "cpu_seconds": float, "commits": [str],
-            "points": [POINT]}
+PROGRESS = {"precision": PRECISIONS, "seconds": float, "cpu_seconds": float, "commits": [str], "machines?": [str],
+            "points": [POINT]}  # machines: not in runs of before it was noted
 Made = dict[str, Any]  # what a saved run holds: the state, the mean of the samples, and PROGRESS
 
 
 def begin_or_resume(saved: Path, world: World, plan: Plan) -> Made:
-    """The saved run, or the state at step 0; this code's commit is noted in it if steps are left to take."""
+    """The saved run, or the state at step 0; code and machine are noted in it if steps are left to take."""
     if saved.exists():
         state = {name: tensor.clone() for name, tensor in read_tensors(saved).items()}
-        made = {"state": state, "mean": state.pop("mean"), **read_note(saved, PROGRESS)}
+        made = {"state": state, "mean": state.pop("mean"), "machines": [], **read_note(saved, PROGRESS)}
     else:
         mean, covariance = moments(world, SCALED)
         precision, _ = choose_precision(N_LATENTS, len(mean), mean.device)
         made = {"state": init_state(whitening(covariance, WHITEN), N_LATENTS, SEED, kind=KIND), "mean": mean,
-                "precision": precision, "seconds": 0.0, "cpu_seconds": 0.0, "commits": [], "points": []}
-    commit = str(provenance()["git"])
-    if int(made["state"]["step"]) < plan.n_steps and commit not in made["commits"]:
-        made["commits"].append(commit)
+                "precision": precision, "seconds": 0.0, "cpu_seconds": 0.0, "commits": [], "machines": [],
+                "points": []}
+    if int(made["state"]["step"]) < plan.n_steps:
+        note_who_trains(made)
     return made
 
 
 def save(saved: Path, made: Made) -> None:
     """Everything that the run needs to go on, in one file."""
-    write_tensors(saved, made["state"] | {"mean": made["mean"]}, note={name: made[name] for name in PROGRESS})
+    note = {name.rstrip("?"): made[name.rstrip("?")] for name in PROGRESS}
+    write_tensors(saved, made["state"] | {"mean": made["mean"]}, note=note)
 
 
 def unscored(made: Made, plan: Plan) -> dict[str, Any] | None:

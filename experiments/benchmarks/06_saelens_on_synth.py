@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from sampler import Sampler, World
 from side_by_side import Trainer
-from synth_reports import MILESTONES, N_CHOOSING, read_report, score_sae, show, write_report
+from synth_reports import MILESTONES, N_CHOOSING, note_who_trains, read_report, score_sae, show, write_report
 from synth_samples import batches, open_world
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -52,7 +52,7 @@ from lib.environment import InputError, run
 from lib.files import fingerprint, read_tensors
 from lib.outputs import in_use
 from lib.sae import make_sae
-from lib.store import experiment_dir, provenance
+from lib.store import experiment_dir
 from lib.training.stopping import stop_between_steps
 
 OF_A_RUN = ("KIND", "N_LATENTS", "TOP_K", "BATCH_SIZE", "LR", "AUTOCAST", "SCALED", "SEED")
@@ -65,12 +65,13 @@ def is_over(made: dict[str, Any]) -> bool:
     return made["seconds"] >= 60 * MINUTES or made["samples"] + BATCH_SIZE > N_SAMPLES
 
 
-def unscored(made: dict[str, Any]) -> int | None:
-    """How many samples to score on now; None between the milestones, and where that was done."""
-    n = N_SCORED if is_over(made) else N_CURVE
+def unscored(made: dict[str, Any]) -> dict[str, Any] | None:
+    """How to score the SAE as it is now; None between the milestones, and where it was scored so."""
+    how = {"n": N_SCORED if is_over(made) else N_CURVE, "n_choosing": N_CHOOSING, "mean_l0": list(AT_L0),
+           "prune_from": PRUNE_FROM, "condition_from": CONDITION_FROM, "batch_k": float(TOP_K)}
     if not is_over(made) and not any(made["samples"] - BATCH_SIZE < m <= made["samples"] for m in MILESTONES):
         return None
-    return None if any((p["samples"], p["how"]["n"]) == (made["samples"], n) for p in made["points"]) else n
+    return None if any(p["samples"] == made["samples"] and p["how"] == how for p in made["points"]) else how
 
 
 def start(folder: Path, made: dict[str, Any], width: int) -> tuple[Trainer, Tensor]:
@@ -100,12 +101,10 @@ def save(folder: Path, made: dict[str, Any], trainer: Trainer) -> None:
             shutil.rmtree(left)
 
 
-def add_point(folder: Path, made: dict[str, Any], world: World, n: int) -> None:
-    """Score the last checkpoint on n samples, and write the report."""
+def add_point(folder: Path, made: dict[str, Any], world: World, how: dict[str, Any]) -> None:
+    """Score the last checkpoint, and write the report."""
     weights: dict[str, Any] = dict(read_tensors(folder / made["checkpoint"] / "weights.safetensors", WEIGHTS))
     sae = make_sae(**weights, scale=1.0, top_k=N_LATENTS)
-    how = {"n": n, "n_choosing": N_CHOOSING, "mean_l0": list(AT_L0), "prune_from": PRUNE_FROM,
-           "condition_from": CONDITION_FROM, "batch_k": float(TOP_K)}
     point = {"samples": made["samples"], "seconds": made["seconds"], "cpu_seconds": made["cpu_seconds"],
              **score_sae(sae, world, SCALED, how)}
     made["points"] = [p for p in made["points"] if p["samples"] != made["samples"]] + [point]
@@ -127,13 +126,13 @@ def train(folder: Path, made: dict[str, Any], world: World) -> None:
             now = time.monotonic()
             made["seconds"], wall = made["seconds"] + now - wall, now
             made["cpu_seconds"], used = made["cpu_seconds"] + time.process_time() - used, time.process_time()
-            n = unscored(made)
-            if n or stopped() or now > due:
+            how = unscored(made)
+            if how or stopped() or now > due:
                 save(folder, made, trainer)
                 if stopped():
                     raise KeyboardInterrupt
-                if n:
-                    add_point(folder, made, world, n)
+                if how:
+                    add_point(folder, made, world, how)
                 wall, used, due = time.monotonic(), time.process_time(), time.monotonic() + SAVE_SECONDS
             if is_over(made):
                 break
@@ -147,14 +146,14 @@ def main() -> None:
     key = fingerprint([{name: CONSTANTS[name] for name in OF_A_RUN}])
     folder = experiment_dir("benchmarks") / "synth_sae_bench" / f"saelens_{KIND}_seed{SEED}_{key}"
     with in_use(folder):
-        made: dict[str, Any] = {"samples": 0, "seconds": 0.0, "cpu_seconds": 0.0, "commits": [], "points": [],
-                                "checkpoint": None}
+        made: dict[str, Any] = {"samples": 0, "seconds": 0.0, "cpu_seconds": 0.0, "commits": [], "machines": [],
+                                "points": [], "checkpoint": None}
         if (folder / "report.json").exists():
             made |= read_report(folder / "report.json")
-        commit = str(provenance()["git"])
-        made["commits"] += [commit] if commit not in made["commits"] else []
-        if made["checkpoint"] and (n := unscored(made)):  # killed while scoring
-            add_point(folder, made, world, n)
+        if not is_over(made):
+            note_who_trains(made)
+        if made["checkpoint"] and (how := unscored(made)):  # killed while scoring, or to be scored otherwise
+            add_point(folder, made, world, how)
         if not is_over(made):
             train(folder, made, world)
     for point in made["points"]:

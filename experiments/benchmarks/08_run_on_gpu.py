@@ -43,7 +43,7 @@ from gpu.report import page
 from gpu.roofline import known_peaks, measured_peaks
 from side_by_side import PEERS_PYTHON
 
-from lib.environment import PROJECT, first_line, is_out_of_memory, run
+from lib.environment import PROJECT, choose_device, first_line, is_out_of_memory, run
 from lib.files import atomic_write, write_json
 from lib.store import experiment_dir, provenance
 
@@ -136,7 +136,7 @@ def main() -> None:
     if DEVICE != "cpu" and not torch.cuda.is_available():
         print("no GPU that torch can use through CUDA is here, so nothing was run")
         return
-    device, root = torch.device(DEVICE), experiment_dir("benchmarks")
+    device, root = choose_device(DEVICE), experiment_dir("benchmarks")
     tests = run_tests(BUDGET_SECONDS / 2) if TESTS else None
     here = machine(device)
     measured, known = measured_peaks(device), known_peaks(here["device"])

@@ -1,9 +1,9 @@
 """The reports of 05 and 06, which 07 reads.
 
-A report holds script, constants, kind_numbers (what lib.training.kinds sets for the kind; of 05), made_with, machine,
-commits (of the code that took the steps), date (when it was last written) and points, one for each milestone: samples,
-seconds and cpu_seconds (of training alone), how it was scored, mcc, unique, chosen (thresholds, prices and odds) and
-scores: rule -> f1, precision, recall, l0, ev, dead_pct. synth_rules.py says which rules there are.
+A report holds script, constants, kind_numbers (what lib.training.kinds sets for the kind; of 05), made_with, machine
+and commits (machines and code that took the steps), date (when it was last written) and points, one for each milestone:
+samples, seconds and cpu_seconds (of training alone), how it was scored, mcc, unique, chosen (thresholds, prices and
+odds) and scores: rule -> f1, precision, recall, l0, ev, dead_pct. synth_rules.py says which rules there are.
 """
 import os
 import platform
@@ -25,12 +25,19 @@ SHARE = Number(float, -1e9, 1)
 SCORES = {"f1": SHARE, "precision": SHARE, "recall": SHARE, "l0": float, "ev": SHARE, "dead_pct": float}
 POINT = {"samples": POSITIVE, "seconds": float, "cpu_seconds": float, "how": {"n": POSITIVE}, "mcc": SHARE,
          "unique": SHARE, "chosen": {}, "scores": {}}
-REPORT = Schema({"script": str, "constants": CONSTANTS, "machine": str, "commits": [str], "date": str,
+REPORT = Schema({"script": str, "constants": CONSTANTS, "machine": str, "commits": [str], "machines?": [str],
+                 "date": str,
                  "points": [POINT]})
 RESUMED = {"samples": COUNT, "seconds": float, "cpu_seconds": float, "checkpoint": (NAME, None)}
 MILESTONES = [m * 1_000_000 for m in (1, 2, 5, 10, 20, 50, 100, 200)]  # samples at which a run is scored
 SCORING, CHOOSING = 1 << 61, 1 << 60  # seeds of other samples: no training has one as large
 N_CHOOSING = 1 << 17  # samples on which rules are chosen
+
+
+def note_who_trains(made: dict[str, Any]) -> None:
+    """Note this code's commit and this machine in what a run holds, before it takes steps."""
+    for name, value in (("commits", str(provenance()["git"])), ("machines", machine())):
+        made[name] = [*made[name], *([value] if value not in made[name] else [])]
 
 
 def machine() -> str:
@@ -56,9 +63,11 @@ def score_sae(sae: SAE, world: World, scaled: bool, how: dict[str, Any]) -> dict
 
 def write_report(folder: Path, script: str, constants: dict[str, Any], made: dict[str, Any]) -> None:
     """made: among others commits and points; tensors in it are left out."""
-    kept = {name: value for name, value in made.items() if name in ("commits", "points", "kind_numbers", *RESUMED)}
+    names = ("commits", "machines", "points", "kind_numbers", *RESUMED)
+    kept = {name: value for name, value in made.items() if name in names}
+    trained_on = "; ".join(made["machines"]) or machine()  # runs of before did not note it
     write_json(folder / "report.json", {
-        "script": script, "constants": constants, "made_with": provenance(), "machine": machine(),
+        "script": script, "constants": constants, "made_with": provenance(), "machine": trained_on,
         "date": datetime.now(UTC).date().isoformat(), **kept})
 
 

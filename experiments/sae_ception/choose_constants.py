@@ -25,6 +25,7 @@ CONSTANTS = override(globals(), also=Path(__file__).with_name("04_train_cycle.py
 from tqdm.auto import tqdm
 
 from cycles.arms import definition, unlabelled
+from cycles.comparison import is_measured
 from cycles.metrics import MAX_ACCURACY_LOSS
 from cycles.session import Session
 from cycles.steps import evaluate_cycle, train_cycle_sae, train_model
@@ -45,7 +46,8 @@ def points() -> dict[str, dict[str, float]]:
             for weight in GRID_AUX_WEIGHT:
                 label = f"l{weight:g}" if pct is None else f"l{weight:g}_k{pct:g}"
                 keep = {} if pct is None else {"KEEP_PCT": float(pct)}
-                found[f"{arm}@{label}"] = {"AUX_WEIGHT": float(weight), **keep}
+                own = CONSTANTS["ARM_CONSTANTS"].get(arm, {})
+                found[f"{arm}@{label}"] = own | {"AUX_WEIGHT": float(weight), **keep}
     return found
 
 
@@ -65,6 +67,9 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
                     train_model(session, arm, cycle)
                     train_cycle_sae(session, arm, cycle)
                     found = evaluate_cycle(session, arm, cycle)["val"]
+                    if not is_measured("base_u", found):
+                        raise InputError("base U, by which a point is chosen, has no value on so few validation "
+                                         "examples; raise VAL_FRAC")
                     if cycle:
                         sums[arm] = {k: v + found[k] / len(SELECT_SEEDS) for k, v in sums[arm].items()}
                         bar.update()

@@ -6,8 +6,10 @@ from typing import Any
 import pandas
 
 from cycles import schemas
+from cycles.arms import pull_of
 from cycles.comparison import verdict
 from cycles.metrics import PRIMARY, REPORTED
+from cycles.session import recorded
 from lib.files import read_json
 from lib.outputs import safe_name
 from lib.reports import Links, write_landing
@@ -66,15 +68,16 @@ def write_overview(folder: Path) -> tuple[Path, str]:
 def verdicts(table: pandas.DataFrame, arms: list[str], found: dict[str, Any]) -> list[str]:
     """A sentence for each primary metric: what its paired differences say."""
     if "arm" not in found:
-        return ["There is nothing to compare: one arm was trained."]
+        return ["No verdict: per_class, which is compared with the other arms, was not trained."]
     return [f"{REPORTED[metric].title}: {verdict(table, found['arm'], arms, metric, cycle=found['chosen_cycle'])}."
             for metric in PRIMARY]
 
 
 def _facts(folder: Path, table: pandas.DataFrame, arms: list[str]) -> list[tuple[str, str]]:
     seeds = sorted(table.seed.unique())
-    constants = read_json(folder / "baseline" / f"seed_{seeds[0]}" / "constants.json", schemas.SETTING)
-    weight, keep = constants.get("AUX_WEIGHT"), constants.get("KEEP_PCT")
+    constants, pulls = recorded(folder, int(seeds[0]), arms), dict[str, list[str]]()
+    for arm in arms:
+        pulls.setdefault(pull_of(arm, constants["ARM_CONSTANTS"][arm]), []).append(arm)
     return [("Preset", str(constants.get("PRESET"))), ("Arms", ", ".join(arms)),
             ("Seeds", ", ".join(map(str, seeds))), ("Cycles", str(int(table.cycle.max()))),
-            ("Pull", f"lambda {weight}; a class keeps {keep} % of the latents")]
+            ("Pull", "; ".join(f"{pull} ({', '.join(alike)})" for pull, alike in pulls.items()))]

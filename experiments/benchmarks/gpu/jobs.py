@@ -118,6 +118,8 @@ def time_peer(
 
 def time_saving(name: str, n_texts: int, batch_tokens: int, device: torch.device) -> dict[str, Any]:
     """Saving one layer of a random model, statistics included, and the model's passes alone."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of what ran before
     kind, config, shape, signature = MODELS[name]
     tokenizer = load_tokenizer("store/embedded/model")
     with torch.device(device):

@@ -9,7 +9,7 @@ To add an arm:
 
 Nothing here needs torch, so that scripts refuse a wrong arm at once.
 """
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 WEIGHTED = ("INIT", "AUX_WEIGHT")
 PULLED = (*WEIGHTED, "AUX_CENTRED")
@@ -138,3 +138,10 @@ def unlabelled(arm: str) -> str:
 def definition(arm: str) -> Arm:
     """The row of an arm that may carry a label."""
     return ARMS[unlabelled(arm)]
+
+
+def pull_of(arm: str, own: dict[str, Any]) -> str:
+    """The sizes that an arm takes: lambda, and the share of the latents that its masks keep."""
+    takes = {"AUX_WEIGHT": "lambda {}", "KEEP_PCT": "keeps {} % of the latents"}
+    told = [words.format(own[name]) for name, words in takes.items() if name in definition(arm).takes]
+    return ", ".join(told) or "none"

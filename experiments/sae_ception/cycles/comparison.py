@@ -1,4 +1,5 @@
 """What the arms did, compared: results as one long table, paired differences over seeds, and what they show."""
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pandas
 from cycles import schemas
 from cycles.arms import ARMS
 from cycles.metrics import MATCHED, MAX_ACCURACY_LOSS, PRIMARY
+from lib.environment import log
 from lib.files import read_json
 from lib.statistics import holm, interval, paired
 
@@ -82,9 +84,13 @@ def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
     accuracy, needed = ({n: by_seed(table, name, n, "task_accuracy", split="val").mean() for n in range(1, cycles + 1)}
                         for name in (arm, reference))
     fit = [n for n in accuracy if accuracy[n] >= needed[n] - MAX_ACCURACY_LOSS]
-    if not fit:
-        return max(accuracy, key=lambda n: accuracy[n])
-    return max(fit, key=lambda n: by_seed(table, arm, n, "base_u", split="val").mean())
+    u = {n: by_seed(table, arm, n, "base_u", split="val").mean() for n in fit}
+    if any(map(math.isnan, u.values())):
+        log.warning("base U has no value on the few validation examples, so the most accurate cycle is taken; raise "
+                    "VAL_FRAC")
+    if not fit or any(map(math.isnan, u.values())):
+        return max(fit or accuracy, key=lambda n: accuracy[n])
+    return max(fit, key=lambda n: u[n])
 
 
 def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, *, arm: str = "per_class") -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 import pandas
 
 from cycles import schemas
+from cycles.comparison import is_measured
 from cycles.study import variant
 from lib.environment import InputError, first_line
 from lib.files import parse_json, read_bytes, read_json, write_text
@@ -61,7 +62,8 @@ def read_study(root: Path, seeds: tuple[int, ...] | None = None) -> pandas.DataF
             continue
         arm, lam = variant(found["arm"])
         mean = pandas.DataFrame([{f"{split}_{name}": value for split in ("val", "test")
-                                  for name, value in sae[split].items()} for sae in found["saes"]]).mean()
+                                  for name, value in sae[split].items() if is_measured(name, sae[split])}
+                                 for sae in found["saes"]]).mean()
         rows.append({"arm": arm, "lam": lam, "seed": found["seed"], **found["aux"], **mean})
     if not any(row["arm"] == "lambda0" for row in rows):
         raise InputError(f"{root / 'study'} holds no result of lambda0 yet; run 07_run_study.py first")
@@ -142,6 +144,7 @@ def best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> floa
     by_lambda = gains[(gains.arm == arm) & gains.seed.isin(choosing)].groupby("lam")
     # A network that died has no SAE and no result: those that lived must not stand for all.
     mean = by_lambda[names].mean()[by_lambda.size() == len(choosing)]
+    mean = mean.dropna(subset=names[:1])  # not measured at any of these seeds
     for name, loss in endpoints.kept.items():
         mean = mean[mean[f"val_{name}"] >= -loss]
     return float(mean[names[0]].idxmax()) if len(mean) else None

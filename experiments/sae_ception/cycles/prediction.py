@@ -14,19 +14,20 @@ from cycles.tasks import Task
 from lib.environment import InputError, first_line
 from lib.models import local_path
 from lib.sae import SAE
-from lib.texts import load_documents, tokenise
+from lib.texts import has_text, read_documents, tokenise
 
 
 def texts(session: Session, text: str | None, data: str | None, column: str | None) -> Task:
-    """New texts as a task without splits: `text` alone, or a column of a file; texts without a token are refused."""
+    """New texts as a task without splits: `text` alone, or a column of a file; one without a token is refused."""
     column = column or session.c["TEXT_FIELD"]
     try:
-        found = [text] if text else [row[column] for row in load_documents(data or "", text_field=column)]
+        found = [text] if text else [row[column] for row in read_documents(data or "", text_field=column)]
     except InputError as error:
         raise InputError(str(error).replace("DATASET=", "DATA=", 1).replace("set DATASET", "set DATA")) from None
-    tokens = tokenise(session.tokenizer, found, 0, session.c["MAX_LENGTH"])
-    empty = next((i for i, (words, item) in enumerate(zip(found, tokens)) if not words.strip() or not item.ids), None)
-    if empty is not None:
+    texts_in = [words for words in found if has_text(words)]
+    tokens = tokenise(session.tokenizer, texts_in, 0, session.c["MAX_LENGTH"])
+    if len(texts_in) < len(found) or not all(item.ids for item in tokens):
+        empty = next(i for i, words in enumerate(found) if not has_text(words) or not tokens[i].ids)
         raise InputError(f"text {empty + 1:,} is blank; give it words, or leave its row out of DATA")
     return Task(torch.zeros(len(found), dtype=torch.long), session.task.n_classes, {}, texts=found, tokens=tokens,
                 pad_id=session.task.pad_id)

@@ -5,6 +5,7 @@
     session.load("per_class", 2)            # puts that model's weights into session.model
     session.outputs(ids)                    # its activations at the target layer, and its logits
 """
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ def trained_session(c: Constants) -> Session:
     session = Session(inherited(scope, seed, arm), seed)
     session.load(arm, cycle)
     return session
+
+
+def recorded(root: Path, seed: int, arms: Iterable[str]) -> Constants:
+    """The constants of a setting whose arms were trained by several commands, as its folders record them: those of the
+    baseline, and under ARM_CONSTANTS what decided each arm's targets and training.
+    """
+    def of(arm: str) -> Constants:
+        return read_json(root / safe_arm(arm) / f"seed_{seed}" / "constants.json", schemas.SETTING)
+
+    own = {arm: stage_constants(of(arm), "aux", arm) for arm in arms if arm != "baseline"}
+    return of("baseline") | {"ARMS": list(own), "ARM_CONSTANTS": own}
 
 
 def setting_root(c: Constants) -> Path:

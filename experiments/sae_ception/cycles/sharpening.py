@@ -41,12 +41,12 @@ def per_class(values: Tensor, indices: Tensor, y: Tensor, masks: Tensor) -> Tens
 def per_example(values: Tensor, indices: Tensor, n_keep: int) -> Tensor:
     """The n_keep largest values of each row, else 0. Labels play no part.
 
-    Raises InputError if n_keep reaches the number of codes, which would leave the codes as they are.
+    Raises InputError if no row has more codes that fire than that, which would leave all codes as they are.
     """
-    k = values.shape[1]
-    if n_keep >= k:
-        raise InputError(f"per_example would keep {n_keep} of {k} codes, which sharpens nothing; lower "
-                         "KEEP_PER_EXAMPLE")
+    most = int((values > 0).sum(1).max()) if len(values) else n_keep + 1
+    if n_keep >= most:
+        raise InputError(f"per_example would keep {n_keep} of at most {most} codes that fire, which sharpens nothing; "
+                         "lower KEEP_PER_EXAMPLE")
     by_latent = indices.argsort(dim=1, stable=True)
     order = by_latent.gather(1, values.gather(1, by_latent).argsort(dim=1, descending=True, stable=True))
     keep = torch.zeros(values.shape, dtype=torch.bool).scatter_(1, order[:, :n_keep], True)

@@ -38,6 +38,9 @@ def with_grid(c: Constants, lambdas: tuple[float, ...]) -> Constants:
     for weight in sorted(lambdas, key=lambda weight: abs(weight - middle)):
         for arm in filter(has_lambda, c["ARMS"]):
             own = c["ARM_CONSTANTS"].get(arm, {})
+            if isinstance(own.get("AUX_WEIGHT", 1.0), (tuple, list)):
+                raise InputError(f"AUX_WEIGHT of {arm} in ARM_CONSTANTS has a value for each cycle; give one number, a "
+                                 "study has one cycle")
             label = f"{arm}{'_' if '@' in arm else '@'}l{weight:g}"
             of_arms[label] = own | {"AUX_WEIGHT": float(f"{weight * own.get('AUX_WEIGHT', 1.0):.6g}")}
             arms.append(label)
