@@ -17,13 +17,13 @@ from .imports import watch  # noqa: E402
 watch()
 
 # What code of your own imports from here -> the file that has it.
-PUBLIC = {"load_encoder": "encoder", "load_sae": "sae", "steer": "steering", "Edit": "steering"}
-__all__ = ["Edit", "load_encoder", "load_sae", "steer"]
+PUBLIC = {"load_encoder": "encoder", "load_sae": "sae", "steer": "steering", "Edit": "steering", "Spare": "steering"}
+__all__ = ["Edit", "Spare", "load_encoder", "load_sae", "steer"]
 
 if TYPE_CHECKING:
     from .encoder import load_encoder
     from .sae import load_sae
-    from .steering import Edit, steer
+    from .steering import Edit, Spare, steer
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ It needs the SAE's file and its language model, but no run and no saved activati
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .reopen import open_model
 from .sae import SAE, load_sae, sae_hash
 from .saes import MODEL_FILE, find_sae
 from .schemas import Schema, Text
-from .steering import Edit, plain_writing, skipped_ids, steer
+from .steering import Edit, left_out, plain_writing, steer
 from .texts import filler_id, tokenise
 
 # What is read of concepts.json here; experiments/verify_sae_training/concepts/concepts.schema.json has the whole.
@@ -129,8 +130,8 @@ class Encoder(NamedTuple):
             raise InputError("the highest codes of this SAE's latents, the unit of a strength, are not known; take "
                              "them from texts: encoder = encoder.measured_on(texts)")
         maxima = torch.zeros(self.sae.n_latents) if maxima is None else maxima
-        skipped = skipped_ids(self.tokenizer, {"skip_special": self.settings.skip_special})
-        with steer(self.model, self.point, self.sae, [Edit(latent, mode, strength)], maxima=maxima, skip_ids=skipped):
+        spare = left_out(self.tokenizer, asdict(self.settings))
+        with steer(self.model, self.point, self.sae, [Edit(latent, mode, strength)], maxima=maxima, spare=spare):
             yield latent
 
     @torch.no_grad()

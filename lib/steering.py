@@ -56,6 +56,18 @@ class Edit(NamedTuple):
     strength: float = 0.0
 
 
+class Spare(NamedTuple):
+    """Tokens that are not to be edited."""
+
+    ids: Collection[int] = ()
+    """Token ids, wherever they stand."""
+    first: int = 0
+    """So many at the start of each text, special tokens included."""
+
+
+EDIT_ALL = Spare()
+
+
 def new_codes(codes: Tensor, edits: Sequence[Edit], maxima: Tensor) -> Tensor:
     """Codes [N, E] of the edited latents after their edits; codes: before; maxima: each latent's highest code, [F]."""
     columns = []
@@ -95,13 +107,13 @@ def _check(sae: SAE, edits: Sequence[Edit], maxima: Tensor) -> None:
 @contextmanager
 def steer(
     model: Any, point: HookPoint, sae: SAE, edits: Sequence[Edit], maxima: Tensor,
-    positions: Container[int] | None = None, skip_ids: Collection[int] = (),
+    positions: Container[int] | None = None, spare: Spare = EDIT_ALL,
 ) -> Iterator[None]:
     """Make the edits at `point` in every forward pass of `model` inside the block, also in generate() with its cache.
 
     maxima: highest code of each latent, [F] (latent_stats.safetensors, "max"). positions: which tokens of each text to
-    edit, counted from 0 with special tokens and without padding; None: all. skip_ids: token ids never to edit, because
-    the SAE was not trained on them. Padding, which a 2-D attention mask tells, is never edited.
+    edit, counted from 0 with special tokens and without padding; None: all. spare: tokens never to edit, because the
+    SAE was not trained on them. Padding, which a 2-D attention mask tells, is never edited.
 
     Raises InputError for a latent, mode or strength that makes no sense.
     """
@@ -112,7 +124,7 @@ def steer(
         seen.update(_tokens_of_pass(args[0] if args else kwargs.get("input_ids"), kwargs))
 
     def change(hidden: Tensor) -> Tensor:
-        chosen = _chosen(hidden, seen, positions, skip_ids)
+        chosen = _chosen(hidden, seen, positions, spare)
         new = hidden.clone()
         new[chosen] = steered(hidden[chosen], sae, edits, maxima)
         return new
@@ -137,7 +149,7 @@ def _tokens_of_pass(ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any
 
 
 def _chosen(
-    hidden: Tensor, seen: dict[str, Any], positions: Container[int] | None, skip_ids: Collection[int]
+    hidden: Tensor, seen: dict[str, Any], positions: Container[int] | None, spare: Spare
 ) -> Tensor:
     """Which tokens of this pass are edited, bool [B, T]."""
     n_texts, n_tokens = hidden.shape[:2]
@@ -147,14 +159,16 @@ def _chosen(
     else:
         mask = seen["mask"].to(hidden.device)
         number, chosen = (mask.cumsum(1) - 1)[:, -n_tokens:], mask[:, -n_tokens:].bool()
+    chosen = chosen & (number >= spare.first)
     if positions is not None:
         wanted = torch.tensor([i in positions for i in range(int(number.max()) + 1)], device=hidden.device)
         chosen = chosen & wanted[number.clamp(min=0)]
-    if len(skip_ids) and seen["ids"] is not None:
-        chosen = chosen & ~torch.isin(seen["ids"].to(hidden.device), torch.tensor(list(skip_ids), device=hidden.device))
+    if len(spare.ids) and seen["ids"] is not None:
+        never = torch.tensor(list(spare.ids), device=hidden.device)
+        chosen = chosen & ~torch.isin(seen["ids"].to(hidden.device), never)
     return chosen
 
 
-def skipped_ids(tokenizer, settings: dict[str, Any]) -> set[int]:
-    """The token ids that a run left out, by its meta["settings"]: special tokens, if it skipped them."""
-    return control_ids(tokenizer) if settings["skip_special"] else set()
+def left_out(tokenizer, settings: dict[str, Any]) -> Spare:
+    """The tokens that a run left out, by its meta["settings"]: special ones, if it skipped them, and the first ones."""
+    return Spare(control_ids(tokenizer) if settings["skip_special"] else set(), settings["skip_first"])

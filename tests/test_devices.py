@@ -27,7 +27,7 @@ from lib.batches import sample_rows
 from lib.blocks import blocks
 from lib.hooks import resolve
 from lib.sae import load_sae, save_sae
-from lib.steering import Edit, steer
+from lib.steering import Edit, Spare, steer
 from lib.texts import split_texts
 from lib.training.fast_step import fast_step
 from lib.training.kinds import KINDS
@@ -144,7 +144,7 @@ def test_effects_and_steering(run, device):
         model, sae, tokenizer = language_model(where), random_sae().to(where), word_tokenizer()
         point = resolve(model, "resid_post:1")
         found.append(next_token_effects(model, tokenizer, point, sae, run, drawn, MAXIMA))
-        writing = Writing(["the cat sat", "a dog"], 3, skip_ids={1}, favoured={5, 6})
+        writing = Writing(["the cat sat", "a dog"], 3, spare=Spare({1}), favoured={5, 6})
         steered.append(sweep(model, tokenizer, point, sae, edits=[Edit(5, "add")], maxima=MAXIMA,
                              strengths=(0.0, 2.0), writing=writing))
         assert len(promoted_tokens(sae, model, tokenizer)) == 32
@@ -182,7 +182,7 @@ def work_on(model, sae):
     _, (plain, moved_on) = next(next_logits(model, point, texts, [None, sae.W_dec[: len(texts)]]))
     ids = torch.tensor([texts[0]], device=next(model.parameters()).device)
     with torch.no_grad(), steer(model, point, sae, [Edit(5, "add", 2.0)], maxima=MAXIMA, positions=range(1, 9),
-                                skip_ids={1}):
+                                spare=Spare({1})):
         steered = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return {"x": x, "plain": plain.cpu(), "moved": moved_on.cpu(), "steered": steered.cpu(),
             "lost": torch.tensor([lost["ce_clean"], lost["ce_spliced"], lost["ce_mean_ablated"]])}

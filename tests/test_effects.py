@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import TEXTS, tiny_model, word_tokenizer
 from test_steering import random_sae
+from zoo import FAMILIES, build
 
 from concepts.codes import encode_run
 from concepts.directions import direct_view
@@ -16,6 +17,7 @@ from concepts.effects import (
     prefixes,
 )
 from lib.activations import SaveSettings, save_activations
+from lib.blocks import blocks, no_cache
 from lib.environment import InputError
 from lib.hooks import edit, resolve
 from lib.steering import Edit, steer
@@ -107,6 +109,45 @@ def test_effects_equal_steering_at_the_tokens_where_the_latent_fires(run, model)
                 and value == pytest.approx(float(mean.max()), rel=1e-2))
         assert found[name]["lowered"][0][1] == pytest.approx(float(mean.min()), rel=1e-2)
     assert found["n_tokens"] == 3 and -1 <= found["direct_cosine"] <= 1
+
+
+WITH_HEAD = [name for name, (kind, _) in FAMILIES.items()
+             if kind.endswith(("ForCausalLM", "LMHeadModel")) or name == "llava"]
+
+
+@pytest.mark.parametrize("family", WITH_HEAD)
+def test_the_direct_view_of_every_family_is_the_derivative(family):
+    """Whatever its final norm is called, wherever it lies, and whether it multiplies by its weight or by 1 + weight."""
+    model = build(family)
+    width, last = model.get_output_embeddings().weight.shape[1], blocks(model)[1][-1]
+    view = direct_view(model, width)
+    if family == "opt_350m":  # the unembedding is narrower than the stream, with a projection before it
+        assert view is None
+        return
+    seen = {}
+
+    def logits(change):
+        def add(_module, _args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            seen["x"] = hidden[0, -1].clone()
+            hidden[0, -1] += change
+
+        handle = last.register_forward_hook(add)
+        with torch.no_grad():
+            found = model(input_ids=torch.arange(3, 9)[None], **no_cache(model)).logits[0, -1]
+        handle.remove()
+        return found
+
+    torch.manual_seed(0)
+    logits(torch.zeros(width))
+    x = seen["x"]
+    basis = torch.linalg.qr(torch.stack([x, torch.ones(width)], 1))[0]
+    for _ in range(3):
+        direction = torch.randn(width)
+        direction -= basis @ (basis.T @ direction)  # it leaves the size of the activation as it is
+        direction *= 0.02 * x.norm() / direction.norm()
+        slope = logits(direction) - logits(-direction)
+        assert torch.cosine_similarity(slope - slope.mean(), direction @ view.T, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])

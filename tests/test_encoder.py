@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from concepts.codes import encode_run
 from concepts.continuations import continue_texts
-from lib import Edit, load_encoder, load_sae, steer
+from lib import Edit, Spare, load_encoder, load_sae, steer
 from lib.activations import save_activations
 from lib.batches import rows_of_run
 from lib.environment import InputError
@@ -121,7 +121,7 @@ def test_steering_is_that_of_lib_steering_and_ends_with_its_block(tmp_path, trai
             return encoder.model(input_ids=ids).logits
 
     before = logits()
-    with steer(encoder.model, encoder.point, sae, [Edit(latent, "clamp", 2.0)], sae.maxima, skip_ids={1}):
+    with steer(encoder.model, encoder.point, sae, [Edit(latent, "clamp", 2.0)], sae.maxima, spare=Spare({1})):
         expected = logits()
     with encoder.steer(latent, 2.0, "clamp") as chosen:
         assert chosen == latent and torch.equal(logits(), expected) and not torch.equal(expected, before)

@@ -1,4 +1,5 @@
 """Numbers of one model and SAE against dense or closed-form values, and the verdicts on them."""
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -100,7 +101,14 @@ def test_the_untrained_sae_is_what_training_starts_from():
 def test_loss_recovered_is_1_for_an_exact_sae_and_0_for_the_mean(kind):
     model, tokenizer = tiny_model(kind), word_tokenizer()
     point = resolve(model, "resid_post:1")
-    mean = torch.full((16,), 0.3)
+    damage = {}
+    for seed in range(8):  # of what stands in its place, some makes these texts likelier to a random model
+        mean = torch.randn(16, generator=torch.Generator().manual_seed(seed))
+        found = loss_recovered(model, tokenizer, point, exact_sae(16), tokens=TOKENS, mean=mean)
+        damage[found["ce_mean_ablated"] - found["ce_clean"]] = mean
+        assert math.isnan(found["loss_recovered"]) == (found["ce_mean_ablated"] <= found["ce_clean"])
+    assert max(damage) > 0 and (min(damage) < 0 or kind == "llama")
+    mean = damage[max(damage)]
     exact = loss_recovered(model, tokenizer, point, exact_sae(16), tokens=TOKENS, mean=mean)
     assert exact["loss_recovered"] == pytest.approx(1, abs=1e-4)
     ablated = loss_recovered(model, tokenizer, point, mean_sae(mean), tokens=TOKENS, mean=mean)

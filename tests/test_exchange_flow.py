@@ -53,7 +53,7 @@ def test_notebooks_and_scripts_work_on_an_imported_sae(script, published, own_st
     checks = {row["check"]: row["verdict"] for row in names["checks"]}
     assert checks["reload"] == "PASS" and not {"l0_cap", "l0_mean", "units", "weights_moved"} & set(checks)
     for name in ("04_name_sae_concepts.ipynb", "05_show_concepts.ipynb"):
-        run_notebook(FOLDER / name)
+        run_notebook(FOLDER / name, **({"MY_TEXT": "dog"} if name.startswith("05") else {}))
     folder = find_sae()
     concepts = json.loads((folder / "concepts.json").read_text())["concepts"]
     assert (folder / "concepts.html").exists() and concepts

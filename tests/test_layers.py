@@ -87,6 +87,14 @@ def test_labels_of_words_are_at_the_token_that_ends_them(probed):
     ]
 
 
+@pytest.mark.parametrize("text", ["Mój dom, it's big", "dog 2 dogs", "一二三"])
+def test_as_many_labels_as_words_or_none(probed, text):
+    """A label would stand beside another word."""
+    with pytest.raises(InputError, match="a text has . words, its runs of letters, and 4 labels"):
+        _word_labels(torch.zeros(0, 5), [text], [["A", "B", "C", "D"]])
+    assert _word_labels(torch.tensor([[0, 1, 5, 0, 3]]), ["Mój dom"], [["A", "B"]]) == [(0, "A")]
+
+
 def test_labels_of_texts_and_labels_that_are_too_few(probed):
     labels = ["pet" if "cat" in text.split() else "none" for text in MANY]
     assert probe_layers(*probed, MANY, settings=SaveSettings(), labels=labels)[0]["probe_accuracy"] > 0.9

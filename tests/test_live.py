@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -285,6 +286,17 @@ def test_a_silent_latent_changes_nothing_and_earlier_tokens_count(live):
     assert (silent["kl"], silent["fires"], silent["raised"], silent["lowered"]) == (0.0, 0, [], [])
     before = take_away(live, Place(TEXT, token), 2, everywhere=True)
     assert before["fires"] == sum(code > 0 for code in codes[:token]) > 0 and before["kl"] > 0
+
+
+def test_tokens_that_training_left_out_are_never_edited(live):
+    """Those at the start too (SKIP_FIRST): a latent that fires on them alone changes nothing."""
+    settings = replace(live.encoder.settings, skip_first=live.encoder.settings.skip_first + 2)
+    later, changed = live._replace(encoder=live.encoder._replace(settings=settings)), 0
+    for latent in range(N_LATENTS):
+        found = take_away(later, Place(TEXT, 1), latent, everywhere=True)
+        assert found["fires"] > 0 or found["kl"] == 0
+        changed += found["fires"] == 0 < take_away(live, Place(TEXT, 2), latent, everywhere=True)["kl"]
+    assert changed
 
 
 def test_watching_ends_a_text_early(live):

@@ -25,7 +25,7 @@ from concepts.steered_texts import Writing, compare, sweep
 from concepts.steering_report import meanings, strengths_table, telling_pairs, verdict
 from concepts.strengths import COARSE, MAX_REPEATED, find_strength
 from lib.hooks import resolve
-from lib.steering import Edit, steer
+from lib.steering import Edit, Spare, steer
 
 TREE = {"leaves": [{"number": 1, "path": "animal/pet", "words": ["Dog", "dogs", "cat"]},
                    {"number": 2, "path": "animal", "words": ["dog", "cat", "bird", "bear"]}]}
@@ -124,6 +124,21 @@ def test_measuring_counts_what_was_written():
                                                  for key in ("fires", "repeated", "distinct"))
 
 
+def test_a_text_may_end_at_any_of_the_models_end_tokens():
+    """The filler after it is not written; a prompt continued alone says how long each is."""
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    prompts = ["the cat", "a dog sat", "the red bird", "dog"]
+    model.generation_config.eos_token_id = None
+    free = continue_texts(model, tokenizer, prompts, 12)
+    lengths = {end: [ids.index(end) + 1 if end in ids else 12 for ids in free.ids_written]
+               for end in range(4, len(WORDS) + 4)}
+    end = next(end for end, found in lengths.items() if len(set(found)) > 1)  # it ends them at different lengths
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    together = continue_texts(model, tokenizer, prompts, 12).ids_written
+    assert together == [continue_texts(model, tokenizer, [prompt], 12).ids_written[0] for prompt in prompts]
+    assert len(set(map(len, together))) > 1 and all(end not in ids[:-1] for ids in together)
+
+
 def test_an_empty_continuation_has_no_perplexity():
     model, ids = tiny_model("gpt2"), torch.tensor([[1, 5, 6]] * 2)
     judged = torch.tensor([[False, False, True], [False] * 3])
@@ -182,14 +197,14 @@ def test_screening_finds_the_latent_that_writes_its_own_words(monkeypatch):
                                              6: [("word", word) for word in WORDS]}
     monkeypatch.setattr("concepts.screening.COMMON", 0.5)
     monkeypatch.setattr("concepts.screening.STRENGTHS", (1.0,))
-    writing = Writing(["a"], 6, skip_ids={1})
+    writing = Writing(["a"], 6, spare=Spare({1}))
     (found,) = screen(model, tokenizer, point, sae, rules=rules, maxima=maxima, writing=writing, limit=1e9)
     assert found.latent == 4 and screen(model, tokenizer, point, sae, rules=rules, maxima=maxima, writing=writing,
                                         limit=1.0) == []  # no edit is free
     texts, column = continue_texts(model, tokenizer, ["a"], 6), WORDS.index("dog") + 4
     chance = []
     for edits in ([], [Edit(4, "add", 1.0)]):
-        with torch.no_grad(), steer(model, point, sae, edits, maxima=maxima, skip_ids={1}):
+        with torch.no_grad(), steer(model, point, sae, edits, maxima=maxima, spare=Spare({1})):
             logits = model(input_ids=texts.ids).logits[0]
         chance.append(float(logits[:-1].softmax(1)[texts.written[0, 1:], column].mean()))
     assert found.before == pytest.approx(chance[0]) and found.rise == pytest.approx(chance[1] - chance[0], rel=1e-4)
@@ -205,7 +220,9 @@ def test_the_report_says_what_is_not_sure():
     assert not any(line.startswith("follows") for line in meanings(list(table), ""))
     good = rows[1] | {"concept_rise": {"mean": 0.2, "low": 0.1, "high": 0.3},
                       "cost": {"mean": 1.4, "low": 1, "high": 2}}
-    assert len(verdict(rows[0], good, 1.5)) == 1
+    (said,) = verdict(rows[0], good, 1.5)
+    assert "on other seeds than those that chose it" in said
+    assert "greedy, on the very texts that chose it" in verdict(rows[0], good, 1.5, greedy=True)[0]
     bad = good | {"concept_rise": {"mean": 0.2, "low": -0.1, "high": 0.5}, "cost": {"mean": 1.6, "low": 1, "high": 2}}
     (_, chance, costly) = verdict(rows[0], bad, 1.5)
     assert "may be chance" in chance and "more than 1.5 times" in costly

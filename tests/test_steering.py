@@ -8,7 +8,7 @@ from concepts.continuations import continue_texts, perplexities
 from lib.environment import InputError
 from lib.hooks import capture, resolve
 from lib.sae import make_sae
-from lib.steering import Edit, new_codes, steer, steered
+from lib.steering import Edit, Spare, new_codes, steer, steered
 
 IDS = torch.tensor([[1, 5, 6, 7, 9], [1, 8, 9, 10, 4]])
 MAXIMA = torch.linspace(0.5, 3, 32)
@@ -101,7 +101,8 @@ def test_only_chosen_positions_change_and_special_tokens_stay():
         return (seen[point.signature] != x).any(2)[0].tolist()
 
     assert changed() == [True] * 5
-    assert changed(skip_ids={1}) == [False] + [True] * 4
+    assert changed(spare=Spare({1})) == [False] + [True] * 4
+    assert changed(spare=Spare(first=2)) == [False] * 2 + [True] * 3
     assert changed(positions={2, 4}) == [False, False, True, False, True]
     assert changed(positions=range(3, 10**9)) == [False, False, False, True, True]
 

@@ -223,6 +223,8 @@ def test_all_five_steps_on_the_embedded_default(script, own_store, capsys):
     found = steering["recommended"]
     assert code == 0 and found["steered"]["strength"] in [row["strength"] for row in steering["sweep"]]
     assert found["unsteered"]["texts"] != steering["sweep"][0]["texts"]  # the seed that reports did not choose
+    code, out, _ = script("06_steer_model.py", "SEARCH=a", "TEMPERATURE=0", "N_TOKENS=12", "MAX_COST=3")
+    assert code == 0 and "4 continuations of 12 tokens" in out and "other seeds" not in out
     assert script("06_steer_model.py", "SEARCH=xylophone")[0] == 2
     code, _, said = script("06_steer_model.py", "LATENT=99999")
     assert code == 2 and "LATENT=99999 must be at most 1023" in said

@@ -6,7 +6,7 @@
 
 Strength is in units of the latent's own highest code; at 0 (add) or 1 (scale) nothing changes, bit for bit. Without
 STRENGTHS it is sought: the one at which the concept appears most among texts of at most MAX_COST times the perplexity
-of unsteered ones. What is reported of it is measured on other seeds than those that chose it.
+of unsteered ones. What is reported of it is measured on other seeds than those that chose it; greedy texts have none.
 
 The rule, without LATENT and SEARCH: of the concepts that are one thing (coherence) and whose name has an F1 of at least
 MIN_F1 and tells words that the model seldom writes, FINALISTS are picked by what they do to the next token; the
@@ -35,7 +35,7 @@ PROMPTS: tuple[Name, ...] = ("One day", "Once upon a time", "The little girl", "
 FAVOURED: Size = 20                       # tokens that the latent's direction raises most, to count in the texts
 SAMPLES: Size = 8                         # continuations of each prompt
 N_TOKENS: Size = 40                       # tokens to write
-TEMPERATURE: Annotated[float, at_least(0), at_most(100)] = 0.7  # 0: greedy, then one sample is enough
+TEMPERATURE: Annotated[float, at_least(0), at_most(100)] = 0.7  # 0: greedy, one continuation of each prompt
 TRUST_REMOTE_CODE = False                 # run code that comes with a hub model; only for authors you trust
 DEVICE: Device = "auto"
 SEED: Seed = 0                            # chooses with this seed, reports with the next
@@ -60,7 +60,7 @@ from lib.ground_truth import tree_beside
 from lib.origin import about_sae
 from lib.sae import load_sae, sae_hash
 from lib.saes import MODEL_FILE, find_sae
-from lib.steering import Edit, skipped_ids
+from lib.steering import Edit, left_out
 
 FOLDER = find_sae(SAE)
 MIN_EXAMPLES = 50  # firings that a name must rest on before the rule considers it
@@ -80,12 +80,12 @@ def named_latent(concepts, n_latents):
     return latent
 
 
-def chosen_by_rule(concepts, measure, skip_ids, **live):
+def chosen_by_rule(concepts, measure, spare, **live):
     """The latent that the rule at the top chooses. live: model, tokenizer, point, sae and maxima, as screen() takes."""
     rules = {i: rule_of(entry) for i, entry in concepts.items()
              if (entry.get("f1") or 0) >= MIN_F1 and (entry.get("n_examples") or 0) >= MIN_EXAMPLES
              and entry.get("coherence", 1.0) >= MIXED}
-    writing = Writing(PROMPTS, N_TOKENS, skip_ids=skip_ids, temperature=TEMPERATURE, seed=SEED)
+    writing = Writing(PROMPTS, N_TOKENS, spare=spare, temperature=TEMPERATURE, seed=SEED)
     screened = screen(**live, rules=rules, writing=writing, limit=MAX_COST)[:FINALISTS]
     found = {}
     for each in tqdm(screened, desc="seeking strengths", unit="latent"):
@@ -113,21 +113,23 @@ def main():
     latent = named_latent(concepts, sae.n_latents)
     model, tokenizer, point = model_of_sae(sae, sae.mean.device, TRUST_REMOTE_CODE)
     origin = about_sae(sae.config)
-    skip_ids = skipped_ids(tokenizer, origin["settings"])
+    spare = left_out(tokenizer, origin["settings"])
+
+    n_samples = SAMPLES if TEMPERATURE else 1  # greedy ones are all the same
 
     def measure(latent, seed, words=None):
-        writing = Writing([prompt for prompt in PROMPTS for _ in range(SAMPLES)], N_TOKENS, skip_ids=skip_ids,
+        writing = Writing([prompt for prompt in PROMPTS for _ in range(n_samples)], N_TOKENS, spare=spare,
                           favoured=promoted_ids(sae, model, [latent], FAVOURED)[0], words=words or {},
                           rule=rule_of(concepts[latent]) if latent in concepts else (), temperature=TEMPERATURE,
                           seed=seed)
         return measuring(model, tokenizer, point, sae, edits=[Edit(latent, MODE)], maxima=maxima, writing=writing)
 
     if latent is None:
-        latent = chosen_by_rule(concepts, measure, skip_ids, model=model, tokenizer=tokenizer, point=point, sae=sae,
+        latent = chosen_by_rule(concepts, measure, spare, model=model, tokenizer=tokenizer, point=point, sae=sae,
                                 maxima=maxima)
     entry = concepts.get(latent, {"name": "(no name)", "rule": []})
     truth, words = words_to_seek(rule_of(entry), tree_beside(origin.get("dataset")), texts_of_step_4())
-    print(f"latent {latent}: {entry['name']}; {MODE}, {len(PROMPTS) * SAMPLES} continuations of {N_TOKENS} tokens at "
+    print(f"latent {latent}: {entry['name']}; {MODE}, {len(PROMPTS) * n_samples} continuations of {N_TOKENS} tokens at "
           f"{point.path}")
     if not STRENGTHS and not rule_of(entry):
         raise InputError(f"latent {latent} has no name whose words could be sought; set STRENGTHS")
@@ -144,7 +146,7 @@ def main():
         again = measure(latent, SEED + 1, words)
         pair = {"unsteered": again(None), "steered": again(best["strength"])}
         about["recommended"] = pair
-        print("", *verdict(**pair, max_cost=MAX_COST), sep="\n")
+        print("", *verdict(**pair, max_cost=MAX_COST, greedy=not TEMPERATURE), sep="\n")
         for what, (unsteered, steered) in telling_pairs(**pair).items():
             print(f"\n  of the pairs, {what}\n  unsteered  {unsteered}\n  steered    {steered}")
     elif not STRENGTHS:

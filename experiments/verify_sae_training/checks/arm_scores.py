@@ -4,6 +4,7 @@
     scores = Judge(run, hook, ...).scores(sae)          # of one SAE
     table = compare(results)                            # of all arms, paired by seed, with Holm's correction
 """
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -56,8 +57,8 @@ class Judge:
         """The measures of one SAE by their names in MEASURES, those that there are, and its l0."""
         found = score(sae, sample_rows(rows_of_run(self.run, self.hook), validation=True, limit=None))
         scores = {"l0": found["l0_mean"], "ev": found["ev"], "dead": found["dead_pct"]}
-        if self.recovered:
-            scores["loss"] = self.recovered(sae)
+        if self.recovered and not math.isnan(recovered := self.recovered(sae)):
+            scores["loss"] = recovered
         if self.parts:
             f1 = [(concept.name, best["f1"]) for part in self.parts for concept, best in zip(
                 part.concepts, best_latents(sae.encode(part.x), sae.n_latents, part.labels, part.is_val))]

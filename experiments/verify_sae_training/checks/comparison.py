@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import scipy.sparse
 import torch
@@ -129,6 +130,11 @@ def as_seeds(saes: Mapping[str, One]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def in_address(name: str) -> str:
+    """A folder's name as part of an address: whatever is no letter, digit, dot, hyphen or underscore as %XX."""
+    return quote(name, safe="").replace("~", "%7E")
+
+
 def write_stability(
     saes: Mapping[str, One], groups: list[list[str]], matches: Matches, *, run_id: str, n_tokens: int
 ) -> list[Path]:
@@ -151,7 +157,7 @@ def write_stability(
                             about |= {"layer": saes[other].layer, "name": saes[other].names.get(match)}
                             if (saes[other].folder.parent == one.folder.parent
                                 and (saes[other].folder / "concepts.html").exists()):
-                                about["href"] = f"../{saes[other].name}/concepts.html#{match}"
+                                about["href"] = f"../{in_address(saes[other].name)}/concepts.html#{match}"
                         latents.setdefault(str(latent), {}).setdefault(name, []).append(about)
         for entry in latents.values():
             if found := entry.get("seeds"):

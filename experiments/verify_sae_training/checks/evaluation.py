@@ -2,6 +2,7 @@
 
 Only loss_recovered() needs the language model; the rest reads a run in the store.
 """
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -112,7 +113,8 @@ def loss_recovered(
 ) -> dict[str, float]:
     """Language-model loss in nats per token: clean, with the SAE spliced in, with the mean in its place.
 
-    loss_recovered = (mean_ablated - spliced) / (mean_ablated - clean). Only positions that `tokens` keep are replaced,
+    loss_recovered = (mean_ablated - spliced) / (mean_ablated - clean); nan where the mean in its place does no damage,
+    of which there is no share to recover. Only positions that `tokens` keep are replaced,
     as held_out_tokens() gives them: BOS and outliers that were never stored keep their activations. At resid_mid the
     residual stream itself is replaced (see lib.hooks.edit). max_tokens: of one forward pass.
     """
@@ -137,7 +139,8 @@ def loss_recovered(
         count += int(mask[:, 1:].sum())
     losses = {f"ce_{name}": total / count for name, total in totals.items()}
     damage = losses["ce_mean_ablated"] - losses["ce_clean"]
-    return losses | {"loss_recovered": (losses["ce_mean_ablated"] - losses["ce_spliced"]) / damage, "n_tokens": count}
+    share = (losses["ce_mean_ablated"] - losses["ce_spliced"]) / damage if damage > 0 else math.nan
+    return losses | {"loss_recovered": share, "n_tokens": count}
 
 
 def _where(keep: Tensor, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

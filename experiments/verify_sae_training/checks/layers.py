@@ -98,10 +98,16 @@ def _labelled_rows(
 
 
 def _word_labels(rows: Tensor, texts: Sequence[str], labels: list[Any]) -> list[tuple[int, Any]]:
-    """(row, label) of every token that ends a labelled word; the words are the runs of letters."""
+    """(row, label) of every token that ends a labelled word; the words are the runs of letters.
+
+    Raises InputError for a text that has not as many words as labels.
+    """
     ends: dict[tuple[int, int], Any] = {}
     for number, (text, classes) in enumerate(zip(texts, labels)):
-        words = re.finditer("[A-Za-z]+", text)
+        words = list(re.finditer(r"[^\W\d_]+", text))
+        if len(words) != len(classes):
+            raise InputError(f"a text has {len(words)} words, its runs of letters, and {len(classes)} labels; give "
+                             f"each word one (None: not labelled), or the text one: {text[:60]!r}")
         ends |= {(number, word.end()): label for word, label in zip(words, classes) if label}
     places = zip(rows[:, 0].tolist(), rows[:, 4].tolist())
     return [(row, ends[place]) for row, place in enumerate(places) if place in ends]

@@ -3,6 +3,7 @@
     table = sweep_k(rows, settings, (2, 4, 8), recovered_by)
     k, reason = recommend_k(table)
 """
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,7 @@ def sweep_k(
 
         k
         ev, l0_mean, dead_pct   of the first SAE, held out
-        loss_recovered          where recovered_by is given
+        loss_recovered          where recovered_by is given and not nan
         neighbours              mean |cosine| of two directions of one dictionary; arXiv 2508.16560 takes its lowest
                                 point for the right k, but on the embedded stories it only falls
         seeds                   mean over latents of the largest cosine to a direction of the other seed's dictionary
@@ -43,8 +44,8 @@ def sweep_k(
         first, second = saes[2 * i], saes[2 * i + 1]
         numbers = score(first, sample_rows(rows, validation=True))
         row = {"k": k, **{name: numbers[name] for name in ("ev", "l0_mean", "dead_pct")}}
-        if recovered_by is not None:
-            row["loss_recovered"] = recovered_by(first)
+        if recovered_by is not None and not math.isnan(recovered := recovered_by(first)):
+            row["loss_recovered"] = recovered
         table.append(row | {"neighbours": mean_cosine(first.W_dec), "seeds": agreement(first.W_dec, second.W_dec)})
     return table
 

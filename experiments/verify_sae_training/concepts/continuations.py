@@ -67,8 +67,9 @@ def continue_texts(
         whole = (model.generate(ids, attention_mask=mask, **arguments, **how) if together
                  else _generated_one_by_one(model, ids, mask, arguments | how))
     new = whole[:, ids.shape[1] :]
-    end = tokenizer.eos_token_id
-    ended = torch.zeros_like(new, dtype=torch.bool) if end is None else new == end
+    given = model.generation_config.eos_token_id  # some models end a text at any of several tokens
+    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    ended = torch.isin(new, torch.tensor(sorted(ends), dtype=new.dtype, device=new.device))
     written = torch.cat([torch.zeros_like(mask, dtype=torch.bool), ended.cumsum(1) - ended.long() == 0], 1)
     full = torch.cat([mask, written[:, ids.shape[1] :].to(mask)], 1)
     texts = [tokenizer.decode(row[keep.bool()], skip_special_tokens=True) for row, keep in zip(whole, full)]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lib.blocks import blocks, input_device, no_cache
+from lib.environment import InputError
 from lib.sae import SAE
 
 UNREADABLE = re.compile("[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -21,7 +23,8 @@ BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(256 + place): byte for plac
 
 
 def direct_view(model: Any, width: int) -> Tensor | None:
-    """The unembedding as seen from the residual stream, float32 [V, width]; None without one of this width.
+    """The unembedding as seen from the residual stream, float32 [V, width]; None without one of this width, or where
+    more than a norm stands between it and the last block.
 
     d @ view.T is proportional to the change of the logits, about their mean, when d is added before the final norm and
     is too small to change its scale. The final norm's gain, and a LayerNorm's centring, are folded in.
@@ -29,17 +32,64 @@ def direct_view(model: Any, width: int) -> Tensor | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or head.weight.shape[1] != width:
         return None
-    inner = getattr(model, model.base_model_prefix, model)
-    norms = (getattr(inner, name, None) for name in ("norm", "ln_f", "final_layer_norm"))
-    norm = next((found for found in norms if found is not None), None)
+    try:
+        norm = _final_norm(model, head)
+    except (LookupError, InputError):
+        return None
     view = head.weight.detach().float()
-    gain = getattr(norm, "weight", None)
-    if gain is not None:
-        gain = gain.detach().float()
-        view = view * (1 + gain if type(norm).__name__.startswith("Gemma") else gain)  # Gemma multiplies by 1 + weight
-    if isinstance(norm, nn.LayerNorm):
-        view = view - view.mean(1, keepdim=True)
+    if norm is not None:
+        gain, is_centred = _gain(norm, next(norm.parameters(), head.weight), width)
+        view = view * gain
+        view = view - view.mean(1, keepdim=True) if is_centred else view
     return view - view.mean(0)
+
+
+@torch.no_grad()
+def _final_norm(model: Any, head: nn.Module) -> nn.Module | None:
+    """What stands between the last block and the unembedding, as a forward pass shows; None: nothing.
+
+    Raises LookupError if it is more than one module, and InputError for a model without a list of blocks.
+    """
+    last, made, read = blocks(model)[1][-1], list[tuple[nn.Module, Any, Tensor]](), list[Tensor]()
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor):
+            made.append((module, args[0] if args else None, output))
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    handles.append(head.register_forward_pre_hook(lambda module, args: read.append(args[0])))
+    try:
+        model(input_ids=torch.tensor([[0, 1]], device=input_device(model)), **no_cache(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    stream = next(_memory(output) for module, _, output in reversed(made) if module is last)
+    if _memory(read[-1]) == stream:
+        return None
+    for module, x, output in made:
+        mixes = any(weight.ndim > 1 for weight in module.parameters())  # dimensions with one another, as no norm does
+        if _memory(output) == _memory(read[-1]) and isinstance(x, Tensor) and _memory(x) == stream and not mixes:
+            return module
+    raise LookupError(f"{type(model).__name__} has more than a norm between its last block and its unembedding")
+
+
+def _memory(x: Tensor) -> int:
+    """Where a tensor's numbers lie, which its views share."""
+    return x.untyped_storage().data_ptr()
+
+
+@torch.no_grad()
+def _gain(norm: nn.Module, like: Tensor, width: int) -> tuple[Tensor, bool]:
+    """What a norm multiplies each dimension by, float32 [width] (an even number), and whether it takes off the mean.
+
+    Measured, because some multiply by their weight and some by 1 + weight.
+    """
+    signs = torch.ones(1, 1, width, dtype=like.dtype, device=like.device)
+    at_zero, at_ones = norm(torch.zeros_like(signs)), norm(signs)
+    signs[..., 1::2] = -1  # mean 0 and mean square 1
+    gain = (norm(signs) - at_zero) * signs
+    return gain[0, 0].float(), bool((at_ones - at_zero).abs().max() < 0.01 * gain.abs().max())
 
 
 def promoted_ids(sae: SAE, model: Any, latents: Sequence[int], n: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from lib.schemas import COUNT, Number, Schema, Text
 
 SEVERAL = ("stability", "seeds", "layers")  # what only several SAEs can say
 SHARE = Number(float, -1, 1)
-PAGE = Text(r"\.\./[A-Za-z0-9_][\w.\-]*/concepts\.html#[0-9]+")
+PAGE = Text(r"\.\./[A-Za-z0-9_%][\w.\-%]*/concepts\.html#[0-9]+")
 # Written by the notebook that compares SAEs; "layers" may name the page of the other SAE.
 MATCH = {"sae": str, "latent": COUNT, "correlation": SHARE}
 STABILITY = Schema({"sae_hash": str, "latents": {Text(r"0|[1-9][0-9]{0,8}"): {

@@ -64,7 +64,7 @@ def screen(
     Counts strengths at which an edit's cost, the mean KL(edited || unedited) of the next token, is at most log(limit):
     by so much the unedited model's loss on the edited model's tokens exceeds the edited model's own. Leaves out words
     that the unsteered texts are full of (COMMON). maxima: highest code of each latent, [F]. writing: the texts, and the
-    token ids never to edit.
+    tokens never to edit.
     """
     texts = continue_texts(model, tokenizer, writing.prompts, writing.n_tokens, temperature=writing.temperature,
                            seed=writing.seed)
@@ -85,7 +85,7 @@ def screen(
     for latent in tqdm(_by_direct_view(sae, model, rare)[:DIRECT], desc="screening", unit="latent"):
         chosen, best = rare[latent], 0.0
         for strength in STRENGTHS:
-            with steer(model, point, sae, [Edit(latent, "add", strength)], maxima=maxima, skip_ids=writing.skip_ids):
+            with steer(model, point, sae, [Edit(latent, "add", strength)], maxima=maxima, spare=writing.spare):
                 edited = next_log_probabilities()
             if float((edited.exp() * (edited - clean)).sum(1).mean()) > math.log(limit):
                 break

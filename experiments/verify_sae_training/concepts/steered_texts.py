@@ -18,7 +18,7 @@ from lib.blocks import no_cache
 from lib.hooks import HookPoint, capture
 from lib.sae import SAE
 from lib.statistics import interval
-from lib.steering import Edit, steer
+from lib.steering import Edit, Spare, steer
 
 Measure = Callable[[float | None], dict[str, Any]]
 
@@ -29,8 +29,8 @@ class Writing(NamedTuple):
     prompts: Sequence[str]
     n_tokens: int
     """New tokens after each prompt."""
-    skip_ids: Collection[int] = ()
-    """Token ids never to edit (lib.steering)."""
+    spare: Spare = Spare()
+    """Tokens never to edit (lib.steering)."""
     favoured: Collection[int] = ()
     """Token ids to count in what is written."""
     rule: Sequence[tuple[str, str]] = ()
@@ -77,7 +77,7 @@ def measuring(
         done = plain
         if strength is not None:
             changed = [each._replace(strength=strength) for each in edits]
-            steering = steer(model, point, sae, changed, maxima=maxima, skip_ids=writing.skip_ids)
+            steering = steer(model, point, sae, changed, maxima=maxima, spare=writing.spare)
             done = _write(model, tokenizer, writing, steering)
         fires = _share_firing(model, point, sae, latents=[each.latent for each in edits], done=done)
         return {"strength": strength, **compare(tokenizer, done, plain, writing), "fires": fires, "texts": done.texts}

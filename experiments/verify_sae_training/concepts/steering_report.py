@@ -38,10 +38,12 @@ def meanings(columns: Sequence[str], truth: str) -> list[str]:
     return [f"{key}: {MEANINGS[key].format(truth=truth)}" for key in columns if key in MEANINGS]
 
 
-def verdict(unsteered: Row, steered: Row, max_cost: float) -> list[str]:
-    """What a strength does, on seeds that did not choose it, and what is wrong with it."""
+def verdict(unsteered: Row, steered: Row, max_cost: float, greedy: bool = False) -> list[str]:
+    """What a strength does, on seeds that did not choose it, and what is wrong with it. greedy: the texts have no seed.
+    """
     rise, cost = steered["concept_rise"], steered["cost"]
-    said = [f"strength {steered['strength']:.3f}, on other seeds than those that chose it: the concept is on "
+    chosen_on = "greedy, on the very texts that chose it" if greedy else "on other seeds than those that chose it"
+    said = [f"strength {steered['strength']:.3f}, {chosen_on}: the concept is on "
             f"{percent(unsteered['concept'])} of tokens unsteered, on {percent(steered['concept'])} steered, rise "
             f"{span(rise, percent)}; in {percent(unsteered['shown_in'])} and {percent(steered['shown_in'])} of texts; "
             f"perplexity {number(unsteered['perplexity'])} and {number(steered['perplexity'])}, {span(cost, number)} "
@@ -49,7 +51,7 @@ def verdict(unsteered: Row, steered: Row, max_cost: float) -> list[str]:
     if (rise["low"] or 0) <= 0:
         said.append("the rise may be chance: this latent does not make the model write what its name says")
     if cost["mean"] is None or cost["mean"] > max_cost:
-        said.append(f"on these seeds the texts cost more than {max_cost:g} times the unsteered ones' perplexity")
+        said.append(f"these texts cost more than {max_cost:g} times the unsteered ones' perplexity")
     return said
 
 

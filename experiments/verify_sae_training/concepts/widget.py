@@ -7,6 +7,7 @@ A page that was rendered from the notebook does not run them: there, and without
 import html
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from lib.activations import SaveSettings
 from lib.environment import InputError
 from lib.hooks import HookPoint
 from lib.sae import SAE
-from lib.steering import Edit, skipped_ids, steer
+from lib.steering import Edit, left_out, steer
 
 LIVE = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")  # set where a person has the notebook open
 NOT_LIVE = "In a live notebook, controls stand here: a latent, a text of your own, and steering."
@@ -51,9 +52,8 @@ class Opened(NamedTuple):
 
     def write(self, prompt: str, latent: int, strength: float, seed: int, n_tokens: int = 40) -> list[str]:
         """HTML of what the model writes after the prompt, unsteered and steered, with the latent's codes as colours."""
-        skipped = skipped_ids(self.tokenizer, {"skip_special": self.settings.skip_special})
         edited = steer(self.model, self.point, self.sae, [Edit(latent, "add", strength)], maxima=self.maxima,
-                       skip_ids=skipped)
+                       spare=left_out(self.tokenizer, asdict(self.settings)))
         return [self.read(continue_texts(self.model, self.tokenizer, [prompt], n_tokens, steering=steering,
                                          temperature=TEMPERATURE, seed=seed).texts[0], latent)
                 for steering in (None, edited)]

@@ -4,6 +4,7 @@
     answer = take_away(live, Place("The dog ran.", token=1), latent=460)
 """
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from concepts.effects import divergence
 from lib.blocks import input_device, max_positions, no_cache
 from lib.encoder import LONGEST, Encoded, Encoder
 from lib.environment import InputError
-from lib.steering import Edit, skipped_ids, steer
+from lib.steering import Edit, left_out, steer
 from lib.texts import Tokens, tokenise
 
 SHOWN = 64  # latents listed for one token
@@ -158,10 +159,10 @@ def take_away(live: Live, place: Place, latent: int, everywhere: bool) -> dict[s
         return encoder.model(input_ids=ids, **no_cache(encoder.model)).logits[:, -1].float().cpu()
 
     before = logits()
-    skipped = skipped_ids(encoder.tokenizer, {"skip_special": encoder.settings.skip_special})
     unit = torch.zeros(encoder.sae.n_latents)  # nothing is added, so there is nothing to measure by
     with steer(encoder.model, encoder.point, encoder.sae, [Edit(latent, "ablate")], maxima=unit,
-               positions=None if everywhere else {position}, skip_ids=skipped):
+               positions=None if everywhere else {position},
+               spare=left_out(encoder.tokenizer, asdict(encoder.settings))):
         after = logits()
     edited = codes if everywhere else codes[-1:]
     return {"kl": _short(divergence(before, after)[0]), "code": codes[-1],

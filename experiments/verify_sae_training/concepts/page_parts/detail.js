@@ -106,7 +106,7 @@ const others = (title, small, rows) => rows?.length ? [element("div", "", headin
 
 // A match in another SAE: a link to that SAE's page where there is one, at a relative address only.
 function match({ sae, layer, latent, correlation, name, href }) {
-  const safe = href && /^(\.\.\/)*[\w.-]+(\/[\w.-]+)*#\d+$/.test(href), made = element(safe ? "a" : "span", "");
+  const safe = href && /^(\.\.\/)*[\w.%-]+(\/[\w.%-]+)*#\d+$/.test(href), made = element(safe ? "a" : "span", "");
   if (safe) made.href = href;
   made.append(element("span", "number", latent), element("span", "name", [name, layer, sae].filter(Boolean).join(" · ")), element("span", "value", fixed(correlation)));
   made.title = `${sae}${layer ? ", " + layer : ""}, latent ${latent}`;
