@@ -7,8 +7,8 @@ from itertools import count, islice
 
 import pytest
 import torch
-from conftest import sae_of
-from test_verify_scripts import SMALL, TRAIN, files, script, source  # noqa: F401
+from conftest import run_notebook, sae_of
+from test_verify_scripts import FOLDER, SMALL, TRAIN, files, script, source  # noqa: F401
 
 import lib.activations as activations
 import lib.training.loop as loop
@@ -67,6 +67,15 @@ def test_an_sae_of_a_running_model_is_used_like_any_other(run, script, own_store
     assert script("02_train_sae.py", *TRAIN)[0] == 0 and len(list_saes()) == 2
     stored = load_sae(sae_of(own_store) / "topk_sae.pt").config["constants"]
     assert not {"LIVE", "N_TOKENS", "BUFFER_TOKENS"} & set(stored)
+
+
+def test_what_a_live_training_saw_is_not_told_from_its_sample(run, script, source, own_store, capsys):  # noqa: F811
+    """On other texts: it was trained on the whole data set, of which the run is a part."""
+    assert script("02_train_sae.py", *TRAIN, *LIVE)[0] == 0
+    said = script("01_save_activations.py", f"SAE={sae_of(own_store).name}", "DATA_LIMIT=30", "PREFLIGHT=False")[1]
+    run_notebook(FOLDER / "03_analyze_training.ipynb", RUN_ID=said.rsplit("RUN_ID=", 1)[1].split()[0])
+    told = capsys.readouterr().out
+    assert "were in its run, and it was trained live on more" in told and "were in its training" not in told
 
 
 def test_without_a_number_it_passes_over_all_texts(run):
