@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV = .venv
 PY = $(VENV)/bin/python
-VERIFY = experiments/verify_sae_training
-CEPTION = experiments/sae_ception
-BENCHMARKS = experiments/benchmarks
+# Lower case, because constants are upper case: VERIFY is one of step 2.
+verify = experiments/verify_sae_training
+ception_steps = experiments/sae_ception
+benchmarks = experiments/benchmarks
 
 # Where outputs go. Absolute, because a notebook runs in its own folder; recipes read it from the environment, because
 # it may hold spaces.
@@ -30,30 +31,30 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 # The first experiment: save activations, train an SAE, verify that it learnt, name its concepts; ends in a page.
 run: $(VENV)/installed
-	$(PY) $(VERIFY)/run_steps.py $(constants)
+	$(PY) $(verify)/run_steps.py $(constants)
 
 # The concepts page with the model behind it, on 127.0.0.1: type a text, steer, take a latent away.
-EXPLORE = $(VERIFY)/10_explore.py
+explore_page = $(verify)/10_explore.py
 explore: $(VENV)/installed
-	$(PY) $(EXPLORE) $(constants)
+	$(PY) $(explore_page) $(constants)
 
 # The second experiment: feed sharpened concepts back into training, cycle by cycle, and compare the arms.
 ception: $(VENV)/installed
-	$(PY) $(CEPTION)/run_steps.py $(constants)
+	$(PY) $(ception_steps)/run_steps.py $(constants)
 
 # The README's pictures, readable at 400 pixels: figures that make run leaves, and the page and its latent PAGE in a
 # narrow browser window.
-SAE_FOLDER = $$STORE_DIR/verify_sae_training/saes/$$(cat "$$STORE_DIR/verify_sae_training/last_sae.txt")
+sae_folder = $$STORE_DIR/verify_sae_training/saes/$$(cat "$$STORE_DIR/verify_sae_training/last_sae.txt")
 PAGE ?= 819
 pictures:
-	mkdir -p $(VERIFY)/pictures
+	mkdir -p $(verify)/pictures
 	for name in concept_recovery baselines; do \
-	  cp "$(SAE_FOLDER)/figures/$$name.png" $(VERIFY)/pictures/ || exit 1; \
+	  cp "$(sae_folder)/figures/$$name.png" $(verify)/pictures/ || exit 1; \
 	done
 	for name in concepts_list concept_page; do \
 	  case $$name in concept_page) at="#$(PAGE)";; *) at=;; esac; \
 	  chromium --headless --no-sandbox --hide-scrollbars --window-size=460,760 --force-device-scale-factor=2 \
-	    --screenshot=$(VERIFY)/pictures/$$name.png "file://$(SAE_FOLDER)/concepts.html$$at" || exit 1; \
+	    --screenshot=$(verify)/pictures/$$name.png "file://$(sae_folder)/concepts.html$$at" || exit 1; \
 	done
 
 # All tests. Two workers, each with one thread and whole files, so that what a file prepares is prepared once.
@@ -97,12 +98,12 @@ serving: .venv-serve/installed
 
 # The benchmarks' tables: ours and the peers in turns, some hours on two cores. Finished rounds of 03 are kept.
 bench: $(VENV)/installed .venv-peers/installed
-	$(PY) $(BENCHMARKS)/run_steps.py $(constants)
+	$(PY) $(benchmarks)/run_steps.py $(constants)
 
 # Everything that needs a GPU, in ten minutes at most: the tests marked gpu, then the timings, beside the peers' where
 # `make peers` has been run. Where there is no GPU it says so.
 gpu: $(VENV)/installed
-	$(PY) $(BENCHMARKS)/08_run_on_gpu.py $(constants)
+	$(PY) $(benchmarks)/08_run_on_gpu.py $(constants)
 
 # Everything installed; the store stays.
 clean:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .constants import constants_of, has_constants, with_values
 from .environment import InputError
 from .files import write_text
+from .store import store_root
 
 TEMPLATES = Path(__file__).parent
 Links = Sequence[tuple[str, str]]
@@ -49,7 +50,8 @@ def _execute(book: Any, notebook: Path) -> None:
             book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}},
             on_cell_executed=lambda **_: bar.update(), extra_arguments=["--log-level=ERROR"])
         try:
-            client.execute(env=os.environ | {"TQDM_DISABLE": "1"})  # in a page bars would be noise
+            # A relative STORE_DIR would be another folder there; in a page bars would be noise.
+            client.execute(env=os.environ | {"STORE_DIR": str(store_root().absolute()), "TQDM_DISABLE": "1"})
         except CellExecutionError as error:
             if error.ename == "InputError":
                 raise InputError(f"{notebook.name}: {error.evalue}") from None

@@ -145,6 +145,7 @@ def test_make_passes_constants_as_they_were_given(make):
     (store, script, *given), = calls
     assert (script == "experiments/verify_sae_training/run_steps.py"
             and sorted(given) == ["DATASET=my d'ata $x.jsonl", "MODEL=gpt2", 'MY_TEXT=a; "b" `c`'])
+    assert make("run", "VERIFY=True")[1][0][1:] == ["experiments/verify_sae_training/run_steps.py", "VERIFY=True"]
     assert make("ception", "SEEDS=0,1")[1][0][1:] == ["experiments/sae_ception/run_steps.py", "SEEDS=0,1"]
 
 

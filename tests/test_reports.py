@@ -117,6 +117,17 @@ def test_what_a_notebook_refuses_is_one_line(notebook, tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_relative_store_is_the_same_one_for_a_notebook_elsewhere(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STORE_DIR", "out")
+    (tmp_path / "there").mkdir()
+    path = notebook(f"import sys; sys.path.insert(0, {str(PROJECT)!r})",
+                    "from lib.store import experiment_dir\nprint('at', experiment_dir('x').absolute())")
+    moved = path.rename(tmp_path / "there" / path.name)
+    render(moved, tmp_path / "page.html")
+    assert f"at {tmp_path / 'out' / 'x'}" in Page((tmp_path / "page.html").read_text()).text
+
+
 @pytest.fixture
 def folder(notebook):
     path = notebook()

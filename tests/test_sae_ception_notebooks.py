@@ -7,6 +7,8 @@ import pytest
 from conftest import run_notebook
 from test_sae_ception_cycles import SCRIPTS, defaults, digits, script, write_texts  # noqa: F401  (fixtures)
 
+from lib.steps import plan
+
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
 def test_notebooks_on_a_small_run(kind, tmp_path, monkeypatch, script, capfd):  # noqa: F811
@@ -38,33 +40,42 @@ def test_notebooks_on_a_small_run(kind, tmp_path, monkeypatch, script, capfd):  
     assert "lambda0" in printed
 
 
-def overview():
-    """sae_ception's; verify_sae_training has a module of that name too."""
-    spec = importlib.util.spec_from_file_location("overview_of_cycles", SCRIPTS / "overview.py")
+def own(name):
+    """A module of sae_ception; verify_sae_training has one of that name too."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_cycles", SCRIPTS / f"{name}.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
 
+def test_only_the_steps_that_compare_have_a_setting_to_show():
+    """Of a study, or of its judge, the comparison of an older setting would be shown."""
+    steps = own("run_steps")
+    for name in ("07_run_study.py", "08_judge_study.py", "01_train_baseline.py", "self_test.py"):
+        assert steps.setting_of(plan(SCRIPTS, steps.STEPS, [name], "")) is None
+    assert steps.setting_of(plan(SCRIPTS, steps.STEPS, ["PRESET=mlp_digits"], "")) == "mlp_digits"
+    assert steps.setting_of(plan(SCRIPTS, steps.STEPS, ["05_compare_cycles.ipynb", "SETTING=small"], "")) == "small"
+
+
 def test_pages_show_the_sizes_of_the_arm_and_not_those_of_the_setting(monkeypatch, script, own_store):  # noqa: F811
     """Also of an arm that a second command added, of which the baseline's folder knows nothing."""
-    own = {"lambda0": {}, "per_class": {"KEEP_PCT": 10.0, "AUX_WEIGHT": 0.3}, "per_class@two": {"KEEP_PCT": 5.0}}
-    for arms in (("lambda0", "per_class"), tuple(own)):
+    of_arms = {"lambda0": {}, "per_class": {"KEEP_PCT": 10.0, "AUX_WEIGHT": 0.3}, "per_class@two": {"KEEP_PCT": 5.0}}
+    for arms in (("lambda0", "per_class"), tuple(of_arms)):
         script("04_train_cycle.py", "PRESET=mlp_digits", "SETTING=small", "CYCLES=1", "SEEDS=0,", f"ARMS={arms}",
-               f"ARM_CONSTANTS={ {arm: own[arm] for arm in arms if own[arm]} }", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1",
+               f"ARM_CONSTANTS={ {arm: of_arms[arm] for arm in arms if of_arms[arm]} }", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1",
                "METRICS=()")
     monkeypatch.setenv("SETTING", "small")
     for arm, pct in (("per_class", 10.0), ("per_class@two", 5.0)):
         names = run_notebook(SCRIPTS / "06_interpret_features.ipynb", ARM=arm, SHOW_LATENTS=1, SHOW_EXAMPLES=1)
         assert names["keep"] == int(names["sae"].n_latents * pct / 100)
     table = pandas.read_csv(own_store / "sae_ception/small/results.csv")
-    facts = dict(overview()._facts(own_store / "sae_ception/small", table, ["lambda0", "per_class", "per_class@two"]))
+    facts = dict(own("overview")._facts(own_store / "sae_ception/small", table, ["lambda0", "per_class", "per_class@two"]))
     assert facts["Pull"] == ("none (lambda0); lambda 0.3, keeps 10.0 % of the latents (per_class); "
                              "lambda 1.0, keeps 5.0 % of the latents (per_class@two)")
 
 
 def test_without_per_class_there_is_no_verdict():
     table = pandas.DataFrame(columns=["arm", "split", "metric", "cycle", "seed", "value"])
-    (said,) = overview().verdicts(table, ["lambda0", "class_mean"], {})
+    (said,) = own("overview").verdicts(table, ["lambda0", "class_mean"], {})
     assert said.startswith("No verdict: per_class")
 
 

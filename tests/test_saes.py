@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from test_verify_scripts import script  # noqa: F401  (a fixture)
 
 from lib.environment import InputError
 from lib.files import write_json
@@ -59,6 +60,16 @@ def test_found_by_name_path_or_as_the_last(own_store, tmp_path, monkeypatch):
     (saes.parent / "last_sae.txt").write_text("gone")
     with pytest.raises(InputError, match="'gone'"):
         find_sae()
+
+
+def test_a_renamed_last_sae_does_not_hide_the_others(own_store, script, caplog):  # noqa: F811
+    saes = own_store / "verify_sae_training" / "saes"
+    first = put(an_sae(0), saes / "first")
+    put(an_sae(1), saes / "second")
+    remember(first)
+    first.rename(saes / "mine")
+    code, out, _ = script("list_saes.py")
+    assert code == 0 and "mine" in out and "second" in out and "*" not in out and "'first'" in caplog.text
 
 
 def test_a_training_is_found_by_what_decides_it(own_store, caplog):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401  (first: finds lib)
-from lib.constants import override
+from lib.constants import override, refuse
 from lib.ranges import Location, NotNegative, Size, Threads
 
 MODEL: Location | None = None             # directory of a model; None: random weights of the shape below
@@ -35,6 +35,8 @@ NAIVE_BATCH: Size = 32                    # texts of a batch, for the naive way 
 ROUNDS: Size = 3                          # turns of each way; medians count
 THREADS: Threads = 2
 CONSTANTS = override(globals())
+if MODEL is None and LAYER >= DEPTH:
+    refuse(f"LAYER={LAYER} must be below DEPTH={DEPTH}")
 
 import torch
 from side_by_side import ask_peers, peers_python

@@ -63,7 +63,7 @@ from side_by_side import (
 )
 from tqdm.auto import tqdm
 
-from lib.environment import run, say_next
+from lib.environment import InputError, run, say_next
 from lib.files import fingerprint, read_json, write_json
 from lib.outputs import differences
 from lib.schemas import CONSTANTS as ANY_CONSTANTS
@@ -92,18 +92,23 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        trainers = Path(__file__).with_name("trainers.py").read_text()
+        code = [Path(__file__).with_name(name).read_text() for name in ("trainers.py", "side_by_side.py")]
         settings = {name: value for name, value in CONSTANTS.items() if name not in NOT_OF_A_RUN}
-        self.settings = settings | {"key": fingerprint([settings, trainers])}
-        found = read_json(path, KNOWN_FEATURES) if path.exists() else {"settings": {}, "runs": []}
-        kept = [] if differences(found["settings"], self.settings) else found["runs"]
-        self.runs: list[dict] = [run for run in kept if run["trainer"] != "ours"]
+        self.settings = settings | {"key": fingerprint([settings, *code])}
+        self.runs: list[dict] = []
+        if path.exists():
+            found = read_json(path, KNOWN_FEATURES)
+            if other := differences(found["settings"], self.settings):
+                raise InputError(f"{path} holds results of other settings ({other}), which are not thrown away; move "
+                                 "it elsewhere to measure anew")
+            self.runs = [run for run in found["runs"] if run["trainer"] != "ours"]
 
     def add(self, name: str, lr: float | None, seed: int, *, rows: Path, drawn: Draw) -> None:
         """Train where no result is kept."""
         if any((run["trainer"], run["lr"], run["seed"]) == (name, lr, seed) for run in self.runs):
             return
-        self.runs.append(train(name, lr, seed, rows=rows, drawn=drawn))
+        found = train(name, lr, seed, rows=rows, drawn=drawn)
+        self.runs.append(found | {"made_with": provenance(), "threads": THREADS})
         write_json(self.path, {"settings": self.settings, "constants": CONSTANTS, "made_with": provenance(),
                                "runs": self.runs})
 

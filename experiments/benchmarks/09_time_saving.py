@@ -103,7 +103,8 @@ def main() -> None:
     experiment_dir("benchmarks").mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(TOKENIZER)
     texts = [str(document["text"]) for document in load_documents(DATASET, limit=N_TEXTS)]
-    models = {dtype: Nothing(WIDTH, BATCH_TOKENS, activations.STORE_DTYPES[dtype]) for dtype in DTYPES}
+    most = max(BATCH_TOKENS, activations.SaveSettings().max_length)  # a text longer than a batch is one
+    models = {dtype: Nothing(WIDTH, most, activations.STORE_DTYPES[dtype]) for dtype in DTYPES}
     turns: dict[Dtype, list[dict[str, float]]] = {dtype: [] for dtype in DTYPES}
     for _ in range(ROUNDS):
         for dtype, model in models.items():

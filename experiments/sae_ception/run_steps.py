@@ -22,13 +22,14 @@ HERE = Path(__file__).resolve().parent
 STEPS = ("04_train_cycle.py", "05_compare_cycles.ipynb", "06_interpret_features.ipynb")
 
 
-def setting_of(steps: list[Step]) -> str:
-    """The setting that the notebooks show: the one given, else that which step 4 makes."""
+def setting_of(steps: list[Step]) -> str | None:
+    """The setting that step 4 makes and the notebooks show, the one given or its default; None without any of them."""
     for step in steps:
-        constants = constants_of(step.path, step.arguments)["CONSTANTS"]
-        if "PRESET" in constants or constants.get("SETTING"):
-            return setting_name(constants)
-    raise AssertionError("every step has a SETTING")
+        if step.path.name in STEPS:
+            constants = constants_of(step.path, step.arguments)["CONSTANTS"]
+            if "PRESET" in constants or constants.get("SETTING"):
+                return setting_name(constants)
+    return None
 
 
 def main() -> None:
@@ -36,13 +37,15 @@ def main() -> None:
 
     from lib.reports import render
 
-    folder = folder_of(setting)
+    folder = folder_of(setting or "")
     for step in planned:
         if step.path.suffix == ".py":
             run_script(step)
         else:
             arguments = [*(given for given in step.arguments if not given.startswith("SETTING=")), f"SETTING={setting}"]
             render(step.path, folder / "pages" / f"{step.path.stem}.html", arguments, links(folder, planned))
+    if setting is None:  # other scripts leave no comparison
+        return
     path, verdict = write_overview(folder)
     print(verdict)
     print(f"all of it: {path}")

@@ -55,7 +55,14 @@ def row_of(folder):
 
 
 def main():
-    last, rows = find_sae(), []
+    try:
+        last = find_sae()
+    except InputError as error:
+        if not list_saes():
+            raise
+        log.warning("%s", error)  # the last one was renamed: the others are listed, without a star
+        last = None
+    rows = []
     for folder in list_saes():
         try:
             rows.append(row_of(folder) | {"": "*" if folder == last else ""})

@@ -104,7 +104,7 @@ def _write_list(saes: Path) -> None:
     """Write the page that links the pages of all SAEs in the folder saes/, beside it."""
     found = []
     for folder in list_saes():
-        if folder.parent == saes and (folder / "index.html").exists():
+        if folder.parent.resolve() == saes.resolve() and (folder / "index.html").exists():
             facts = dict(_facts(folder, read_json(folder / ABOUT_FILE, SAE_SIDECAR)))
             what = "; ".join(facts[name] for name in ("SAE", "On held-out texts", "Names") if name in facts)
             drawn = f"saes/{folder.name}/figures/baselines.png"
