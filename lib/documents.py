@@ -14,8 +14,12 @@ CHUNK_ROWS = 10_000  # rows of a file held in memory while some are drawn
 STREAM_BUFFER = 10_000  # a hub data set is not read to its end: what is drawn comes from its first limit + this many
 
 
-def from_file(path: Path, text_field: str, limit: int | None) -> Documents:
-    """The documents that the limit leaves of a file; a .txt file's have the field alone."""
+def from_file(path: Path, text_field: str, limit: int | None, blank_lines: bool = False) -> Documents:
+    """The documents that the limit leaves of a file; a .txt file's have the field alone.
+
+    blank_lines: those of a .csv or .tsv file are rows too.
+    """
+    lines = {"skip_blank_lines": not blank_lines}
     if path.suffix == ".txt":
         paragraphs = path.read_text(encoding="utf-8").split("\n\n")
         documents = [{text_field: part.strip()} for part in paragraphs if part.strip()]
@@ -23,8 +27,8 @@ def from_file(path: Path, text_field: str, limit: int | None) -> Documents:
     readers: dict[str, Callable[..., Any]] = {
         ".jsonl": lambda **chunks: pandas.read_json(path, lines=True, dtype=False, **chunks),
         ".json": lambda: pandas.read_json(path, dtype=False),
-        ".csv": lambda **chunks: _read_csv(path, **chunks),
-        ".tsv": lambda **chunks: _read_csv(path, sep="\t", quoting=3, **chunks),
+        ".csv": lambda **chunks: _read_csv(path, **lines, **chunks),
+        ".tsv": lambda **chunks: _read_csv(path, sep="\t", quoting=3, **lines, **chunks),
         # its lists come as arrays
         ".parquet": lambda: pandas.read_parquet(path).map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x),
     }
@@ -53,10 +57,8 @@ def _read_csv(path: Path, **settings: Any) -> Any:
             raise InputError(f"DATASET={path} has rows with more fields than the header; {remedy}")
         return frame
 
-    given = {name: value for name, value in settings.items() if name != "chunksize"}
-    only_texts = pandas.read_csv(path, nrows=0, **given).shape[1] == 1  # there a blank line is a row with a blank text
     # low_memory: a column's type may change half-way
-    found = pandas.read_csv(path, keep_default_na=False, low_memory=False, skip_blank_lines=not only_texts, **settings)
+    found = pandas.read_csv(path, keep_default_na=False, low_memory=False, **settings)
     return checked(found) if isinstance(found, pandas.DataFrame) else map(checked, found)
 
 

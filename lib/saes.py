@@ -21,7 +21,7 @@ from .environment import InputError, log
 from .files import atomic_write, fingerprint, read_bytes, read_json, write_text
 from .outputs import Parts, differences
 from .schemas import SAE_SIDECAR
-from .store import experiment_dir, open_run
+from .store import Run, experiment_dir, open_run
 
 MODEL_FILE, ABOUT_FILE, HISTORY_FILE = "topk_sae.pt", "topk_sae.json", "training_history.json"
 LAST = "last_sae.txt"
@@ -75,9 +75,21 @@ def made_from(about: dict[str, Any]) -> Parts:
     their texts into training and validation: all are stored, so that the activations' hash does not tell.
     """
     constants = {name: value for name, value in about.get("constants", {}).items() if name not in NOT_DECISIVE}
-    saving = about.get("origin", {}).get("constants", {})
-    split = {name: saving[name] for name in ("VAL_FRAC", "SEED") if name in saving}
-    return {"constants": constants, "activations": about.get("data_digest"), "split": split}
+    return {"constants": constants, "activations": about.get("data_digest"), "split": _split(about.get("origin", {}))}
+
+
+def _split(about: dict[str, Any]) -> Parts:
+    """What divided the texts into training and validation."""
+    return {name: value for name, value in about.get("constants", {}).items() if name in ("VAL_FRAC", "SEED")}
+
+
+def require_same_split(sae_config: dict[str, Any], run: Run, hook: str) -> None:
+    """Raise InputError if the SAE was trained on these activations otherwise divided, and has seen what is held out."""
+    then = made_from(sae_config)
+    if then["activations"] == run.digest(hook) and then["split"] and then["split"] != _split(run.meta):
+        given = " ".join(f"{name}={value}" for name, value in then["split"].items())
+        raise InputError(f"the SAE was trained on the texts of run {run.run_id}, otherwise divided into training and "
+                         f"validation ({given}): it has seen what this run holds out; use run {sae_config['run_id']}")
 
 
 def sae_folder(about: dict[str, Any]) -> Path:

@@ -23,7 +23,8 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float] | np.ndarray | pandas.Series) -> Interval:
-    """The mean of independent values with its interval."""
+    """The mean of independent values with its interval; nan if one of them is (pandas would leave it out uncounted)."""
+    values = np.asarray(values, dtype=float)
     n = len(values)
     mean = float(np.mean(values)) if n else float("nan")
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")

@@ -121,7 +121,7 @@ def steer(
     seen: dict[str, Any] = {}
 
     def note_tokens(_module, args, kwargs):
-        seen.update(_tokens_of_pass(args[0] if args else kwargs.get("input_ids"), kwargs))
+        seen.update(_tokens_of_pass(args[0] if args else kwargs.get("input_ids"), kwargs, seen.get("end", 0)))
 
     def change(hidden: Tensor) -> Tensor:
         chosen = _chosen(hidden, seen, positions, spare)
@@ -140,12 +140,17 @@ def steer(
         handle.remove()
 
 
-def _tokens_of_pass(ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """ids [B, T] and attention mask [B, past + T] of one forward pass, and how many tokens are in the cache."""
+def _tokens_of_pass(ids: Tensor | None, kwargs: dict[str, Any], end: int) -> dict[str, Any]:
+    """ids [B, T] and attention mask [B, past + T] of one forward pass, how many tokens the model keeps from before, and
+    where this pass ends. end: where the pass before ended, for models whose states don't count (Mamba, RWKV).
+    """
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     if mask is not None and mask.dim() != 2:
         raise RuntimeError("steering reads padding from a 2-D attention mask; use generate() with its default cache")
-    return {"ids": ids, "mask": mask, "past": cache.get_seq_length() if cache is not None else 0}
+    goes_on = mask is None and any(kwargs.get(name) is not None for name in ("cache_params", "state"))
+    past = cache.get_seq_length() if cache is not None else end if goes_on else 0
+    n_tokens = 0 if ids is None else ids.shape[1]
+    return {"ids": ids, "mask": mask, "past": past, "end": past + n_tokens if mask is None else mask.shape[1]}
 
 
 def _chosen(

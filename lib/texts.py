@@ -35,14 +35,17 @@ def load_documents(dataset: str, split: str = "train", text_field: str = "text",
     return documents
 
 
-def read_documents(dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None) -> Documents:
+def read_documents(
+    dataset: str, split: str = "train", text_field: str = "text", limit: int | None = None, blank_lines: bool = False
+) -> Documents:
     """`limit` documents drawn at random (None: all), in their order, each a dict with `text_field`.
 
     Every call draws the same ones, from all of a file, or from the first limit + 10,000 documents of a hub data set
     (its shards in random order).
 
     dataset: a local .jsonl, .json, .csv, .tsv, .parquet or .txt (one document a paragraph) file, a folder
-    written by datasets' save_to_disk, or a hub name. split is used for folders and hub names only.
+    written by datasets' save_to_disk, or a hub name. split is used for folders and hub names only. blank_lines: those
+    of a .csv or .tsv file are rows too.
     Raises InputError if it can't be reached, is empty, or lacks the field.
     """
     path = local_path(dataset)
@@ -51,7 +54,7 @@ def read_documents(dataset: str, split: str = "train", text_field: str = "text",
             documents = from_datasets(str(path or dataset), path is not None, split, limit)
         else:
             require_file(path, remedy="set DATASET to a file of texts")
-            documents = from_file(path, text_field, limit)
+            documents = from_file(path, text_field, limit, blank_lines)
     if not documents:
         raise InputError(f"DATASET={dataset} is empty")
     require_field(dataset, documents[0], text_field)

@@ -52,12 +52,15 @@ def test_an_empty_cell_is_left_out_with_a_line(tmp_path, caplog, ending, limit):
     assert "rows have no text in 'text'; the first is row 3 of these, which is blank" in caplog.text
 
 
-def test_a_blank_line_among_texts_alone_is_a_blank_text(tmp_path):
-    """With other columns it is no row, as in any .csv file; predictions stand beside rows by their number."""
-    (tmp_path / "x.csv").write_text("text\nfoo\n \nbar\n")
-    assert [row["text"] for row in read_documents(str(tmp_path / "x.csv"))] == ["foo", " ", "bar"]
-    (tmp_path / "y.csv").write_text("text,n\nfoo,1\n\nbar,2\n")
-    assert [row["n"] for row in read_documents(str(tmp_path / "y.csv"))] == [1, 2]
+@pytest.mark.parametrize("content", ["\ntext\nfoo\nbar\n", "text\r\r\nfoo\r\r\nbar\r\r\n", "text\n\nfoo\n\nbar\n\n",
+                                     "text\nfoo\n \nbar\n\n"])
+def test_blank_lines_are_no_documents_unless_row_numbers_matter(tmp_path, content):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content.encode())
+    for limit in (None, 2):
+        assert [row["text"] for row in load_documents(str(path), limit=limit)] == ["foo", "bar"]
+    path.write_text("text\nfoo\n \nbar\n")
+    assert [row["text"] for row in read_documents(str(path), blank_lines=True)] == ["foo", " ", "bar"]
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -7,6 +7,7 @@ import pytest
 from conftest import run_notebook
 from test_sae_ception_cycles import SCRIPTS, defaults, digits, script, write_texts  # noqa: F401  (fixtures)
 
+from lib.environment import InputError
 from lib.steps import plan
 
 
@@ -43,7 +44,9 @@ def test_notebooks_on_a_small_run(kind, tmp_path, monkeypatch, script, capfd):  
 def own(name):
     """A module of sae_ception; verify_sae_training has one of that name too."""
     spec = importlib.util.spec_from_file_location(f"{name}_of_cycles", SCRIPTS / f"{name}.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__arguments__"] = []  # instead of the command line's
+    spec.loader.exec_module(module)
     return module
 
 
@@ -60,15 +63,15 @@ def test_pages_show_the_sizes_of_the_arm_and_not_those_of_the_setting(monkeypatc
     """Also of an arm that a second command added, of which the baseline's folder knows nothing."""
     of_arms = {"lambda0": {}, "per_class": {"KEEP_PCT": 10.0, "AUX_WEIGHT": 0.3}, "per_class@two": {"KEEP_PCT": 5.0}}
     for arms in (("lambda0", "per_class"), tuple(of_arms)):
+        constants = {arm: of_arms[arm] for arm in arms if of_arms[arm]}
         script("04_train_cycle.py", "PRESET=mlp_digits", "SETTING=small", "CYCLES=1", "SEEDS=0,", f"ARMS={arms}",
-               f"ARM_CONSTANTS={ {arm: of_arms[arm] for arm in arms if of_arms[arm]} }", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1",
-               "METRICS=()")
+               f"ARM_CONSTANTS={constants}", "EPOCHS_PER_CYCLE=1", "SAE_EPOCHS=1", "METRICS=()")
     monkeypatch.setenv("SETTING", "small")
     for arm, pct in (("per_class", 10.0), ("per_class@two", 5.0)):
         names = run_notebook(SCRIPTS / "06_interpret_features.ipynb", ARM=arm, SHOW_LATENTS=1, SHOW_EXAMPLES=1)
         assert names["keep"] == int(names["sae"].n_latents * pct / 100)
-    table = pandas.read_csv(own_store / "sae_ception/small/results.csv")
-    facts = dict(own("overview")._facts(own_store / "sae_ception/small", table, ["lambda0", "per_class", "per_class@two"]))
+    folder = own_store / "sae_ception" / "small"
+    facts = dict(own("overview")._facts(folder, pandas.read_csv(folder / "results.csv"), list(of_arms)))
     assert facts["Pull"] == ("none (lambda0); lambda 0.3, keeps 10.0 % of the latents (per_class); "
                              "lambda 1.0, keeps 5.0 % of the latents (per_class@two)")
 
@@ -86,5 +89,15 @@ def test_the_grid_keeps_an_arms_own_constants(script, own_store):  # noqa: F811
     (found,) = own_store.glob("sae_ception/small_choice*/choice.json")
     assert json.loads(found.read_text())["ARM_CONSTANTS"]["per_class"] == {
         "AUX_CENTRED": True, "AUX_WEIGHT": 1.0, "KEEP_PCT": 2.0}
-    code, _, err = script("choose_constants.py", *common, "VAL_FRAC=0.08", "DATA_LIMIT=200", "SETTING=few", ok=False)
-    assert code == 2 and "base U, by which a point is chosen, has no value" in err
+
+
+def test_a_point_is_not_chosen_by_a_base_u_that_no_unit_has():
+    module, nan = own("choose_constants"), float("nan")
+    grid = {f"{arm}@l{i}": {"AUX_WEIGHT": float(i)} for arm in ("per_class", "class_mean") for i in (1, 2)}
+    found = {point: {"task_accuracy": 0.9, "base_u": 0.1 * of["AUX_WEIGHT"]} for point, of in grid.items()}
+    found["lambda0"] = {"task_accuracy": 0.9, "base_u": nan}
+    found["per_class@l2"] = {"task_accuracy": 0.8, "base_u": nan}  # it loses accuracy, so nothing asks for its U
+    assert module.choose(found, grid) == {"per_class": {"AUX_WEIGHT": 1.0}, "class_mean": {"AUX_WEIGHT": 2.0}}
+    found["class_mean@l1"]["base_u"] = nan
+    with pytest.raises(InputError, match="has no value at class_mean@l1"):
+        module.choose(found, grid)

@@ -36,6 +36,7 @@ from cycles.frontier import (
 from cycles.hypotheses import answer, hypotheses, judge, sentences, succeeds
 from lib.environment import InputError
 from lib.files import read_json
+from lib.statistics import interval
 from studies import ENDPOINTS
 
 U, ACCURACY = "base_u_weighted_attribute_given_label", "task_accuracy"
@@ -161,6 +162,17 @@ def test_a_lambda_at_which_networks_die_is_not_chosen():
     assert best_lambda(against_lambda0(table(rows)), "per_class", ENDS) == 1.0
     rows.remove(("per_class", 1.0, 1, 0.9, 1.2, 1.0))
     assert best_lambda(against_lambda0(table(rows)), "per_class", ENDS) == 0.1
+
+
+def test_a_score_that_few_seeds_have_is_not_chosen_by():
+    rows = [("lambda0", 0, seed, 0.9, 0.2, math.nan) for seed in range(9)]
+    rows += [("per_class", lam, seed, 0.9, 0.2 + lam, lam) for lam in (0.1, 1.0) for seed in range(9)]
+    gains = against_lambda0(table(rows))
+    gains.loc[(gains.lam == 1.0) & gains.seed.isin([1, 2]), f"val_{U}"] = math.nan
+    assert best_lambda(gains, "per_class", ENDS) == 0.1  # three choose
+    gains[f"test_{U}"] = math.nan
+    assert at_best_lambda(gains, "per_class", ENDS, U).empty
+    assert math.isnan(interval([1.0, float("nan"), 2.0]).mean) and math.isnan(interval(pandas.Series([1, None])).low)
 
 
 def test_luck_is_not_chosen_and_scored_at_once():

@@ -3,8 +3,10 @@ import pytest
 import torch
 from conftest import WORDS, tiny_model, word_tokenizer
 from torch.nn import functional
+from zoo import build
 
 from concepts.continuations import continue_texts, perplexities
+from lib import steering
 from lib.environment import InputError
 from lib.hooks import capture, resolve
 from lib.sae import make_sae
@@ -105,6 +107,27 @@ def test_only_chosen_positions_change_and_special_tokens_stay():
     assert changed(spare=Spare(first=2)) == [False] * 2 + [True] * 3
     assert changed(positions={2, 4}) == [False, False, True, False, True]
     assert changed(positions=range(3, 10**9)) == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "mamba2", "rwkv", "recurrent_gemma", "jamba", "zamba2"])
+def test_first_tokens_are_spared_once_and_not_what_is_written(family, monkeypatch):
+    """Also where the model keeps states that don't count tokens."""
+    model, counts = build(family), []
+    own = steering._chosen
+
+    def counted(*arguments):
+        counts.append(int((chosen := own(*arguments)).sum()))
+        return chosen
+
+    monkeypatch.setattr(steering, "_chosen", counted)
+    point = resolve(model, "resid_post:0")
+    for first in (0, 1):
+        counts.append(None)
+        edits, spare = [Edit(5, "add", 1.0)], Spare(first=first)
+        with torch.no_grad(), steer(model, point, random_sae(), edits, MAXIMA, spare=spare):
+            model.generate(torch.tensor([[4, 5, 6]]), max_new_tokens=5, do_sample=False)
+    every, later = counts[1 : counts.index(None, 1)], counts[counts.index(None, 1) + 1 :]
+    assert sum(every) - sum(later) == 1 and every[1:] == later[1:]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])

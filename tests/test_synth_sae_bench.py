@@ -111,7 +111,8 @@ def test_scores_are_made_again_where_they_are_asked_for_otherwise(bench, own_sto
     bench().main()
     again = bench("AT_L0=5,")
     monkeypatch.setattr(again, "fast_step", None)  # nothing is trained
-    monkeypatch.setattr("synth_reports.machine", lambda: "another machine")
+    import synth_reports
+    monkeypatch.setattr(synth_reports, "machine", lambda: "another machine")
     trained_on = left_in(own_store)[1]["machine"]
     again.main()
     state, report = left_in(own_store)
@@ -119,6 +120,12 @@ def test_scores_are_made_again_where_they_are_asked_for_otherwise(bench, own_sto
     assert list(report["points"][0]["scores"]) == ["own", "threshold 5", "pruned 5", "odds 5", "conditional 5",
                                                      "even odds", "even conditional"]
     assert report["machine"] == trained_on != "another machine" and report["machines"] == [trained_on]
+    note, older = {"commits": [], "machines": []}, own_store / "older.json"  # a run of before machines were noted
+    older.write_text(json.dumps({name: value for name, value in report.items() if name != "machines"}))
+    synth_reports.note_who_trains(note, older, steps_left=False)
+    assert note == {"commits": [], "machines": [trained_on]}
+    synth_reports.note_who_trains(note, older, steps_left=True)
+    assert note["machines"] == [trained_on, "another machine"]
 
 
 def test_saelens_scores_are_made_again_where_they_are_asked_for_otherwise(bench):

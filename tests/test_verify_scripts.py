@@ -91,6 +91,11 @@ def test_another_split_makes_another_sae(script, source, own_store):
         assert last.config["run_id"] == (own_store / "verify_sae_training" / "run_id.txt").read_text().strip()
     assert len(list_saes()) == 2
     assert "already trained" in script("02_train_sae.py", *TRAIN)[1]
+    first, run_id = list_saes()[0].name, last.config["run_id"]  # it has seen most of what the second run holds out
+    code, _, said = script("02_train_sae.py", *TRAIN, f"START_FROM={first}")
+    assert code == 2 and "otherwise divided into training and validation (VAL_FRAC=0.1 SEED=0)" in said
+    with pytest.raises(InputError, match="otherwise divided"):
+        run_notebook(FOLDER / "03_analyze_training.ipynb", SAE=first, RUN_ID=run_id)
 
 
 def test_the_layers_are_listed(script, source):

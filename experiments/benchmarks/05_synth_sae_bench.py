@@ -85,8 +85,7 @@ def begin_or_resume(saved: Path, world: World, plan: Plan) -> Made:
         made = {"state": init_state(whitening(covariance, WHITEN), N_LATENTS, SEED, kind=KIND), "mean": mean,
                 "precision": precision, "seconds": 0.0, "cpu_seconds": 0.0, "commits": [], "machines": [],
                 "points": []}
-    if int(made["state"]["step"]) < plan.n_steps:
-        note_who_trains(made)
+    note_who_trains(made, saved.with_name("report.json"), steps_left=int(made["state"]["step"]) < plan.n_steps)
     return made
 
 

@@ -150,8 +150,7 @@ def main() -> None:
                                 "points": [], "checkpoint": None}
         if (folder / "report.json").exists():
             made |= read_report(folder / "report.json")
-        if not is_over(made):
-            note_who_trains(made)
+        note_who_trains(made, folder / "report.json", steps_left=not is_over(made))
         if made["checkpoint"] and (how := unscored(made)):  # killed while scoring, or to be scored otherwise
             add_point(folder, made, world, how)
         if not is_over(made):

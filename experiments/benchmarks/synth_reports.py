@@ -34,8 +34,15 @@ SCORING, CHOOSING = 1 << 61, 1 << 60  # seeds of other samples: no training has 
 N_CHOOSING = 1 << 17  # samples on which rules are chosen
 
 
-def note_who_trains(made: dict[str, Any]) -> None:
-    """Note this code's commit and this machine in what a run holds, before it takes steps."""
+def note_who_trains(made: dict[str, Any], report: Path, steps_left: bool) -> None:
+    """Note this code's commit and this machine in what a run holds, if it is to take steps.
+
+    Runs of before machines were noted have the one that their report names.
+    """
+    if not made["machines"] and report.exists():
+        made["machines"] = [read_json(report, REPORT)["machine"]]
+    if not steps_left:
+        return
     for name, value in (("commits", str(provenance()["git"])), ("machines", machine())):
         made[name] = [*made[name], *([value] if value not in made[name] else [])]
 
@@ -65,9 +72,8 @@ def write_report(folder: Path, script: str, constants: dict[str, Any], made: dic
     """made: among others commits and points; tensors in it are left out."""
     names = ("commits", "machines", "points", "kind_numbers", *RESUMED)
     kept = {name: value for name, value in made.items() if name in names}
-    trained_on = "; ".join(made["machines"]) or machine()  # runs of before did not note it
     write_json(folder / "report.json", {
-        "script": script, "constants": constants, "made_with": provenance(), "machine": trained_on,
+        "script": script, "constants": constants, "made_with": provenance(), "machine": "; ".join(made["machines"]),
         "date": datetime.now(UTC).date().isoformat(), **kept})
 
 

@@ -70,7 +70,7 @@ def lambda_table(gains: pandas.DataFrame, endpoints: Endpoints) -> str:
     lines = ["| arm | lambda | pull | seeds | " + " | ".join(in_words(name[5:]) for name in columns) + " |",
              "|---" * (len(columns) + 4) + "|"]
     for (arm, lam), rows in gains.groupby(["arm", "lam"], sort=False):
-        cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in (interval(rows[name]) for name in columns)]
+        cells = [f"{x.mean:+.4f} ± {x.half:.4f}" for x in (interval(rows[name].dropna()) for name in columns)]
         lines.append(f"| {title(arm)} | {lam:g} | {rows.pull.mean():.3f} | {len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines).replace("+nan ± nan", "-").replace("| nan |", "| - |")
 

@@ -8,6 +8,7 @@ validation accuracy is within 0.5 points of lambda0's, takes the one with the la
 of 04_train_cycle.py can be set here too; ARMS, CYCLES, SEEDS, METRICS and N_SAE_SEEDS are only handed on to it.
 Writes store/sae_ception/<setting>_choice/choice.json: the whole grid, and ARM_CONSTANTS for 04_train_cycle.py
 """
+import math
 import sys
 from pathlib import Path
 
@@ -67,13 +68,12 @@ def measure(grid: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
                     train_model(session, arm, cycle)
                     train_cycle_sae(session, arm, cycle)
                     found = evaluate_cycle(session, arm, cycle)["val"]
-                    if not is_measured("base_u", found):
-                        raise InputError("base U, by which a point is chosen, has no value on so few validation "
-                                         "examples; raise VAL_FRAC")
+                    found |= {} if is_measured("base_u", found) else {"base_u": math.nan}
                     if cycle:
                         sums[arm] = {k: v + found[k] / len(SELECT_SEEDS) for k, v in sums[arm].items()}
                         bar.update()
-    write_json(session.root / "choice.json", {"validation": sums, "ARM_CONSTANTS": choose(sums, grid)}, sealed=True)
+    scores = {arm: {k: None if math.isnan(v) else v for k, v in of.items()} for arm, of in sums.items()}
+    write_json(session.root / "choice.json", {"validation": scores, "ARM_CONSTANTS": choose(sums, grid)}, sealed=True)
     log.info("%s", session.root / "choice.json")
     return sums
 
@@ -84,6 +84,9 @@ def choose(found: dict[str, dict[str, float]], grid: dict[str, dict[str, float]]
     for arm in GRID_ARMS:
         mine = [p for p in grid if unlabelled(p) == arm]
         fit = [p for p in mine if found[p]["task_accuracy"] >= found["lambda0"]["task_accuracy"] - MAX_ACCURACY_LOSS]
+        if unknown := [p for p in fit if math.isnan(found[p]["base_u"])]:
+            raise InputError(f"base U, by which a point is chosen, has no value at {unknown[0]}: no unit fires often "
+                             "enough on the validation examples; raise VAL_FRAC, or leave the point out")
         best = max(fit, key=lambda p: found[p]["base_u"]) if fit else max(mine, key=lambda p: found[p]["task_accuracy"])
         chosen[arm] = grid[best]
     return chosen

@@ -77,7 +77,7 @@ from lib.exchange.rows import sae_for
 from lib.origin import origin_of
 from lib.outputs import in_use
 from lib.sae import sae_hash
-from lib.saes import made_from, remember, sae_folder, trained_as
+from lib.saes import made_from, remember, require_same_split, sae_folder, trained_as
 from lib.store import experiment_dir, open_run
 from lib.trackers import open_tracker
 from lib.training.kinds import WITH_THRESHOLD
@@ -146,6 +146,8 @@ def plan_saes(saved):
     for constants, place in zip(grid, read):
         hook, rows = place[0], sources[place]
         start, decided = source_of(START_FROM, rows, constants["TOP_K"]) if START_FROM else (None, {})
+        if start is not None:
+            require_same_split(start.config, saved, hook)
         constants = made_with(constants) | decided | ({"N_TOKENS": rows.n_tokens} if LIVE else {})
         n_latents = round(constants["N_LATENTS_MULTIPLIER"] * len(rows.mean))
         origin = origin_of(saved, hook) | {"n_latents": n_latents, "constants": constants}

@@ -16,7 +16,7 @@ from lib.models import local_path, source_of_run
 from lib.origin import about_sae
 from lib.outputs import differences, safe_name
 from lib.sae import SAE, sae_hash
-from lib.saes import link
+from lib.saes import link, require_same_split
 from lib.store import MANIFEST, META, Run, experiment_dir, open_run
 
 DATA = ("PRESET", "DATASET", "DATA_SPLIT", "TEXT_FIELD", "DATA_LIMIT", "VAL_FRAC", "SEED")
@@ -43,6 +43,7 @@ def corpus_of(sae: SAE, folder: Path, run_id: str | None = None) -> tuple[Run, s
     if run.run_id == own:
         require_trained_on(sae, run, hook)
         return run, hook, folder
+    require_same_split(sae.config, run, run.hook(hook))
     about = about_sae(sae.config)
     for part, facts in (("model", ("weights", "dtype", "name")), ("tokenizer", ("fingerprint",))):
         its, other = ({fact: found.get(part, {}).get(fact) for fact in facts} for found in (about, run.meta))

@@ -1,5 +1,4 @@
 """What the arms did, compared: results as one long table, paired differences over seeds, and what they show."""
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -84,13 +83,15 @@ def choose_cycle(table: pandas.DataFrame, arm: str, cycles: int) -> int:
     accuracy, needed = ({n: by_seed(table, name, n, "task_accuracy", split="val").mean() for n in range(1, cycles + 1)}
                         for name in (arm, reference))
     fit = [n for n in accuracy if accuracy[n] >= needed[n] - MAX_ACCURACY_LOSS]
-    u = {n: by_seed(table, arm, n, "base_u", split="val").mean() for n in fit}
-    if any(map(math.isnan, u.values())):
+    u = {n: by_seed(table, arm, n, "base_u", split="val") for n in fit}
+    n_seeds = table[table.arm == arm].seed.nunique()
+    unknown = any(len(values) < n_seeds for values in u.values())
+    if unknown:
         log.warning("base U has no value on the few validation examples, so the most accurate cycle is taken; raise "
                     "VAL_FRAC")
-    if not fit or any(map(math.isnan, u.values())):
+    if not fit or unknown:
         return max(fit or accuracy, key=lambda n: accuracy[n])
-    return max(fit, key=lambda n: u[n])
+    return max(fit, key=lambda n: u[n].mean())
 
 
 def summary(table: pandas.DataFrame, arms: tuple[str, ...], cycles: int, *, arm: str = "per_class") -> dict[str, Any]:

@@ -59,7 +59,7 @@ def response_figure(gains: pandas.DataFrame, metrics: list[str], name: str) -> F
     for axis, metric in zip(axes.flat, metrics):
         for arm in gains.arm.unique():
             by_lambda = gains[gains.arm == arm].groupby("lam")[f"test_{metric}"]
-            found = [interval(values) for _, values in by_lambda]
+            found = [interval(values.dropna()) for _, values in by_lambda]
             axis.errorbar(list(by_lambda.groups), [x.mean for x in found], [max(0.0, x.half) for x in found],
                           label=title(arm), markersize=4, linewidth=1.2, elinewidth=0.8, **look(arm))
         axis.axhline(0, color="#30343b", linewidth=0.8)

@@ -142,9 +142,9 @@ def best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints) -> floa
     names = list(dict.fromkeys(f"val_{name}" for name in (endpoints.first, *endpoints.kept)))
     choosing = choosers(gains, endpoints)
     by_lambda = gains[(gains.arm == arm) & gains.seed.isin(choosing)].groupby("lam")
-    # A network that died has no SAE and no result: those that lived must not stand for all.
-    mean = by_lambda[names].mean()[by_lambda.size() == len(choosing)]
-    mean = mean.dropna(subset=names[:1])  # not measured at any of these seeds
+    # A network that died has no SAE and no result, and another may have no unit to score: the others must not stand for
+    # all.
+    mean = by_lambda[names].mean()[by_lambda[names].count().min(axis=1) == len(choosing)]
     for name, loss in endpoints.kept.items():
         mean = mean[mean[f"val_{name}"] >= -loss]
     return float(mean[names[0]].idxmax()) if len(mean) else None
@@ -157,7 +157,7 @@ def at_best_lambda(gains: pandas.DataFrame, arm: str, endpoints: Endpoints, metr
     lam = best_lambda(gains, arm, endpoints)
     scored = (gains.arm == arm) & (gains.lam == lam) & ~gains.seed.isin(choosers(gains, endpoints))
     rows = gains[scored] if lam is not None else gains[:0]
-    return rows.set_index("seed")[f"test_{metric}"]
+    return rows.set_index("seed")[f"test_{metric}"].dropna()
 
 
 def at_equal_pull(

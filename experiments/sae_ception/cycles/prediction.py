@@ -21,7 +21,8 @@ def texts(session: Session, text: str | None, data: str | None, column: str | No
     """New texts as a task without splits: `text` alone, or a column of a file; one without a token is refused."""
     column = column or session.c["TEXT_FIELD"]
     try:
-        found = [text] if text else [row[column] for row in read_documents(data or "", text_field=column)]
+        rows = [] if text else read_documents(data or "", text_field=column, blank_lines=True)
+        found = [text] if text else [row[column] for row in rows]
     except InputError as error:
         raise InputError(str(error).replace("DATASET=", "DATA=", 1).replace("set DATASET", "set DATA")) from None
     texts_in = [words for words in found if has_text(words)]

@@ -63,14 +63,15 @@ def arm_settings(arm: str, settings: TrainSettings, seed: int) -> TrainSettings:
 def arm_place(run: Run, hook: str, settings: TrainSettings, *, folder: Path, arm: str) -> Path:
     """Where in `folder` this arm's SAE lies, named by all that decides its weights.
 
-    settings: of arm_settings. Those at their defaults are not in the name, so that a new setting changes none.
+    settings: of arm_settings. Those at their defaults are not in the name, so that a new setting changes none; nor is
+    what follows from the others.
     """
     plan = make_plan(settings, rows_of_run(run, hook).n_train)
     changed = {field.name: value for field in fields(settings)
                if (value := getattr(settings, field.name)) != field.default}
     kind = KINDS[settings.kind]
     twice = [kind.refine, kind.own, kind.ridge, "first as trained"] if kind.refine else []
-    key = fingerprint([changed, list(plan), run.digest(hook), *twice])
+    key = fingerprint([changed, list(plan[:4]), run.digest(hook), *twice])
     return folder / f"{arm}_seed{settings.seed}_{key[:8]}"
 
 

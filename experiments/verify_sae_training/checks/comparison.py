@@ -119,14 +119,13 @@ def strongest_tokens(
 
 
 def as_seeds(saes: Mapping[str, One]) -> list[list[str]]:
-    """The SAEs whose trainings differ in the seed alone (step 1's too), two or more in each group."""
+    """The SAEs whose trainings differ in the seed alone, two or more in each group."""
     groups: dict[str, list[str]] = {}
     for key, one in saes.items():
         parts = made_from(one.sae.config)
         constants = {name: value for name, value in parts["constants"].items() if name != "SEED" and value is not None}
         if "imported" not in one.sae.config:
-            alike = sorted(constants.items()), parts["activations"], parts["split"].get("VAL_FRAC")
-            groups.setdefault(repr(alike), []).append(key)
+            groups.setdefault(repr((sorted(constants.items()), parts["activations"], parts["split"])), []).append(key)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -23,7 +23,7 @@ from concepts.chat_models import Chat, ask_json, question_key
 from concepts.chat_servers import ANSWER_TOKENS, CHARS_PER_TOKEN, NoAnswer
 from concepts.codes import Codes
 from concepts.formats import EDITABLE, STALE, Concepts
-from concepts.names import at_share, codes_matrix, score_rule, used_rows
+from concepts.names import codes_matrix, score_rule, used_rows
 from lib.environment import log
 
 N_FIRING, N_SILENT = 10, 6  # contexts that a name is made from
@@ -81,10 +81,6 @@ class Contexts:
         open_rows[self.firing(latent, held_out)[0]] = False
         pool = np.flatnonzero(open_rows)
         return np.random.default_rng([latent, held_out]).choice(pool, min(n, len(pool)), replace=False)
-
-    def share(self, latent: int) -> float:
-        """Share of the held-out tokens on which the latent fires."""
-        return len(self.firing(latent, held_out=True)[0]) / int((self.use & self.is_val).sum())
 
     def for_name(self, latent: int) -> str | None:
         """The question for the latent's name; None if it fires on no training text."""
@@ -186,8 +182,9 @@ def judge_all(chat: Chat, contexts: Contexts, concepts: Concepts, cache: Path) -
 
 
 def judge(chat: Chat, contexts: Contexts, latent: int, entry: dict[str, Any], *, cache: Path) -> dict[str, Any]:
-    """Detection score of an entry's name and description; recall, and precision and F1 as for all held-out tokens, of
-    which far fewer fire than of the contexts shown. score is None without held-out firings or a valid verdict.
+    """Detection score of an entry's name and description, and recall; score is None without held-out firings or a valid
+    verdict. precision and f1 are None: of all tokens far fewer fire than half, and how often the model is wrong on the
+    silent ones, which decides them then, can't be told from ten.
     """
     name, description = entry["name"], entry.get("description") or ""
     rows, fires = contexts.for_judge(latent)
@@ -198,7 +195,7 @@ def judge(chat: Chat, contexts: Contexts, latent: int, entry: dict[str, Any], *,
         verdict = ask_json(chat, question, check_verdict(len(rows)), cache)
         if verdict is not None:
             says = np.isin(np.arange(1, len(rows) + 1), verdict["fires"])
-            scores = at_share(score_rule(says, fires), float(says[~fires].mean()), contexts.share(latent))
+            scores = score_rule(says, fires) | {"precision": None, "f1": None}
     scored = {"scored_name": name, "score": scores.pop("balanced_accuracy"), "score_kind": f"{kind}; 0.5 is chance"}
     return scored | {"judge": chat.model, **scores}
 

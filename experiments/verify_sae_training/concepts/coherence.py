@@ -110,11 +110,14 @@ def interest(entry: Mapping[str, Any], ablated_kl: float | None = None) -> float
 
     F1 x coherence x (1 + beyond + effect) / 3, with beyond = how far the name's balanced accuracy is above that of the
     most frequent token, over half; effect = sqrt(1 - exp(-KL)), a bound on the probability that ablating the latent
-    moves (Bretagnolle and Huber 1979). What was not measured adds nothing; an entry without coherence, from before
+    moves (Bretagnolle and Huber 1979). Where F1 is not known, as of a chat model's names, how far balanced accuracy is
+    above chance, doubled, stands for it. What was not measured adds nothing; an entry without coherence, from before
     there was one, counts as coherent. ablated_kl: nats, "ablated" in concept_effects.json.
     """
-    described, one_thing = entry.get("f1") or 0.0, entry.get("coherence")
-    score, baseline = entry.get("score"), entry.get("baseline")
+    score, baseline, one_thing = entry.get("score"), entry.get("baseline"), entry.get("coherence")
+    described = entry.get("f1")
+    if described is None:
+        described = max(2 * score - 1, 0.0) if score is not None else 0.0
     beyond = min(max(2 * (score - baseline), 0.0), 1.0) if score is not None and baseline is not None else 0.0
     effect = float(np.sqrt(-np.expm1(-max(ablated_kl or 0.0, 0.0))))
     return described * (1.0 if one_thing is None else one_thing) * (1 + beyond + effect) / 3

@@ -167,6 +167,8 @@ def as_read(content: dict[str, Any]) -> dict[str, Any]:
         edited = made != digest(latent, entry) if stamped else entry.get("scored_name") not in (None, entry["name"])
         if edited and entry["source"] != "human":
             entry = {key: value for key, value in entry.items() if key not in STALE} | {"source": "human"}
+        if entry.get("judge") not in (None, "rule", "words"):  # once those of contexts half of which fire
+            entry |= {key: None for key in ("precision", "f1") if key in entry}
         concepts[latent] = entry
     return content | {"concepts": concepts}
 

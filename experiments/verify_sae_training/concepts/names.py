@@ -199,17 +199,6 @@ def score_rule(says: np.ndarray, fires: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def at_share(scores: dict[str, Any], alarms: float, share: float) -> dict[str, Any]:
-    """Scores with the precision and F1 that the same recall and share of false alarms on silent tokens give where
-    `share` of the tokens fire; Bayes' rule.
-    """
-    recall = scores["recall"]
-    if recall is None:
-        return scores
-    hits, said = recall * share, recall * share + alarms * (1 - share)
-    return scores | {"precision": round(hits / said, 4) if said else None, "f1": round(2 * hits / (said + share), 4)}
-
-
 def _entry(split: list[tuple[Patterns, np.ndarray]], candidates: Rule, common: Rule) -> dict[str, Any]:
     """One latent's entry. split: patterns and codes, [N], of the training rows and of those held out; common: the
     baseline, the rule of its most frequent token.
