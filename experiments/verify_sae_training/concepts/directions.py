@@ -64,19 +64,19 @@ def _final_norm(model: Any, head: nn.Module) -> nn.Module | None:
     finally:
         for handle in handles:
             handle.remove()
-    stream = next(_memory(output) for module, _, output in reversed(made) if module is last)
-    if _memory(read[-1]) == stream:
+    stream = next(_whole(output) for module, _, output in reversed(made) if module is last)
+    if _whole(read[-1]) == stream:
         return None
     for module, x, output in made:
         mixes = any(weight.ndim > 1 for weight in module.parameters())  # dimensions with one another, as no norm does
-        if _memory(output) == _memory(read[-1]) and isinstance(x, Tensor) and _memory(x) == stream and not mixes:
+        if _whole(output) == _whole(read[-1]) and isinstance(x, Tensor) and _whole(x) == stream and not mixes:
             return module
     raise LookupError(f"{type(model).__name__} has more than a norm between its last block and its unembedding")
 
 
-def _memory(x: Tensor) -> int:
-    """Where a tensor's numbers lie, which its views share."""
-    return x.untyped_storage().data_ptr()
+def _whole(x: Tensor) -> int:
+    """Which tensor this one is, or is a view of."""
+    return id(x if x._base is None else x._base)
 
 
 @torch.no_grad()
