@@ -262,7 +262,8 @@ def test_the_steps_after_the_first_run(name, model_of, run_of):
     for inside in points:  # with the mean in its place at every point, and the SAE at the one it was trained for
         loss = loss_recovered(model, tokenizer, inside, sae, mean=run.stats(inside.signature)["mean"],
                               tokens=SaveSettings(**run.meta["settings"]).tokens(tokenizer, STEP_TEXTS))
-        assert all(map(math.isfinite, loss.values())) and loss["ce_mean_ablated"] != loss["ce_clean"]
+        assert all(math.isfinite(loss[f"ce_{name}"]) for name in ("clean", "spliced", "mean_ablated"))
+        assert loss["ce_mean_ablated"] != loss["ce_clean"]
     assert loss["ce_clean"] == pytest.approx(clean_loss(model, tokenizer), rel=1e-4)
     latent = int(next(iter(codes))[2][0, 0])
     drawn = draw_occurrences(codes, [latent], 2)
