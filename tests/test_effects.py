@@ -6,7 +6,7 @@ from test_steering import random_sae
 from zoo import FAMILIES, build
 
 from concepts.codes import encode_run
-from concepts.directions import direct_view
+from concepts.directions import _gain, direct_view
 from concepts.effects import (
     ablation,
     divergence,
@@ -148,6 +148,18 @@ def test_the_direct_view_of_every_family_is_the_derivative(family):
         direction *= 0.02 * x.norm() / direction.norm()
         slope = logits(direction) - logits(-direction)
         assert torch.cosine_similarity(slope - slope.mean(), direction @ view.T, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("width", [9, 16])
+def test_a_norms_gain_is_measured(width):
+    torch.manual_seed(0)
+    for norm, centres in ((torch.nn.LayerNorm(width), True), (torch.nn.RMSNorm(width), False)):
+        with torch.no_grad():
+            for parameter in norm.parameters():
+                parameter.copy_(torch.randn(width))
+        gain, is_centred = _gain(norm, norm.weight, width)
+        torch.testing.assert_close(gain, norm.weight.detach(), rtol=1e-4, atol=1e-5)
+        assert is_centred == centres
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])

@@ -81,14 +81,17 @@ def _whole(x: Tensor) -> int:
 
 @torch.no_grad()
 def _gain(norm: nn.Module, like: Tensor, width: int) -> tuple[Tensor, bool]:
-    """What a norm multiplies each dimension by, float32 [width] (an even number), and whether it takes off the mean.
+    """What a norm multiplies each dimension by, float32 [width], and whether it takes off the mean.
 
     Measured, because some multiply by their weight and some by 1 + weight.
     """
-    signs = torch.ones(1, 1, width, dtype=like.dtype, device=like.device)
-    at_zero, at_ones = norm(torch.zeros_like(signs)), norm(signs)
-    signs[..., 1::2] = -1  # mean 0 and mean square 1
-    gain = (norm(signs) - at_zero) * signs
+    x = torch.ones(1, 1, width, dtype=like.dtype, device=like.device)
+    at_zero, at_ones = norm(torch.zeros_like(x)), norm(x)
+    x[..., 1::2] = -1
+    if width % 2:
+        x[..., -3:] = x.new_tensor([1, 1, -2])
+    x /= x.square().mean().sqrt()  # mean 0 and mean square 1: it passes through the norm as it is, but for the gain
+    gain = (norm(x) - at_zero) / x
     return gain[0, 0].float(), bool((at_ones - at_zero).abs().max() < 0.01 * gain.abs().max())
 
 
